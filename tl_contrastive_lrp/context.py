@@ -1,0 +1,155 @@
+"""Putting a rule set on a model and taking it off again.
+
+``lrp`` is the context manager, ``lrp_hooks`` the same rules as a plain hook list. Both leave the
+forward bit-identical; on exit, also after an exception, every hook and operand is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from .attach import Attachment, HookFn, attach
+from .coverage import Coverage, CoverageRow
+from .errors import ModelStateError
+from .rulesets import RuleSet, get_rule_set
+from .sites import find_sites
+
+_MARK = "_tl_contrastive_lrp_rule"
+
+
+def check_ready(model: Any, what: str) -> None:
+    """Refuse a model or a torch state in which relevance would be wrong.
+
+    Raises:
+        ModelStateError: a module is in training mode, gradients are off, or rules are already on.
+    """
+    for root in (model, model.original_model):
+        for name, module in root.named_modules():
+            if module.training:
+                where = name.replace("._original_component", "") or type(module).__name__
+                raise ModelStateError(
+                    f"{what} needs the model in evaluation mode, but {where} is in training mode "
+                    "(dropout would be explained too). Call model.eval() first."
+                )
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        raise ModelStateError(
+            f"{what} needs gradients, which are switched off here. Leave torch.no_grad() or "
+            "torch.inference_mode(), or call torch.set_grad_enabled(True) "
+            "(torch.enable_grad() also works as a block)."
+        )
+
+
+def _check_single(model: Any) -> None:
+    for name, hook_point in model.hook_dict.items():
+        for handle in hook_point.fwd_hooks:
+            if getattr(handle.user_hook, _MARK, False):
+                raise ModelStateError(
+                    f"Rules are already on this model (at {name}); a second set on top would "
+                    "apply them twice. Leave the other clrp.lrp(...) block first, or reset leftover "
+                    "hooks with model.reset_hooks()."
+                )
+
+
+def _public_name(model: Any, name: str) -> str:
+    """The one name under which TransformerLens calls a hook once at this HookPoint.
+
+    In compatibility mode a HookPoint is renamed, and a hook added under its other name is called
+    once per name: a rule would apply twice.
+    """
+    hook_point = model.hook_dict[name]
+    own = hook_point.name
+    return own if own and model.hook_dict.get(own) is hook_point else name
+
+
+def _marked(fn: HookFn) -> HookFn:
+    setattr(fn, _MARK, True)
+    return fn
+
+
+def plan(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Coverage]:
+    """Where each rule of ``rules`` goes on ``model``; attaches nothing."""
+    rule_set = get_rule_set(rules)
+    attachments = tuple(attach(site, rule_set) for site in find_sites(model))
+    rows = tuple(
+        CoverageRow(a.site.path, a.site.class_name, a.site.operation, a.rule, a.how)
+        for a in attachments
+    )
+    return attachments, Coverage(rule_set.name, rows)
+
+
+def coverage(model: Any, rules: str | RuleSet = "attnlrp") -> Coverage:
+    """Which component of ``model`` would get which rule, without attaching anything.
+
+    Raises:
+        UncoveredComponentError: a component that no rule covers.
+    """
+    return plan(model, rules)[1]
+
+
+def lrp_hooks(model: Any, rules: str | RuleSet = "attnlrp") -> list[tuple[str, HookFn]]:
+    """The rules as hooks for ``model.run_with_hooks(fwd_hooks=...)`` or ``model.hooks(...)``.
+
+    List your own hooks that edit values before these. The forward is unchanged by one bit; only
+    gradients differ. ``lrp`` is the more robust form: prefer it where a context manager fits.
+
+    Returns:
+        (hook_name, hook_function) pairs.
+
+    Raises:
+        UncoveredComponentError: a component that no rule covers.
+        ModelStateError: training mode, gradients off, or rules already on.
+    """
+    check_ready(model, "lrp_hooks")
+    _check_single(model)
+    attachments, _ = plan(model, rules)
+    return [
+        (_public_name(model, name), _marked(fn)) for a in attachments for name, fn in a.hooks
+    ]
+
+
+@contextmanager
+def attached(model: Any, attachments: tuple[Attachment, ...]) -> Iterator[None]:
+    """The given attachments on the model, for the block."""
+    with ExitStack() as stack:
+        hooks = [
+            (_public_name(model, name), _marked(fn))
+            for a in attachments
+            if a.scoped is None
+            for name, fn in a.hooks
+        ]
+        stack.enter_context(model.hooks(fwd_hooks=hooks))
+        for a in attachments:
+            if a.scoped is not None:
+                stack.enter_context(a.scoped())
+        yield
+
+
+@contextmanager
+def lrp(model: Any, rules: str | RuleSet = "attnlrp") -> Iterator[Coverage]:
+    """Rules on ``model`` for the block: every gradient taken inside is a relevance coefficient.
+
+    Activation × gradient at any HookPoint is then its relevance; sums of it over a residual
+    stream's dimensions are the relevance of a token there. Everything of TransformerLens that uses
+    gradients works on relevance inside, ``attribution_patch`` for one (relevance patching,
+    arXiv:2508.21258).
+
+    Args:
+        model: A ``TransformerBridge`` in evaluation mode.
+        rules: "attnlrp", "cplrp", "relp", "gim", "gradient", or a ``RuleSet``.
+
+    Yields:
+        Coverage: which component got which rule.
+
+    Raises:
+        UncoveredComponentError: a component that no rule covers.
+        ModelStateError: training mode, gradients off, or rules already on.
+    """
+    check_ready(model, "lrp")
+    _check_single(model)
+    attachments, report = plan(model, rules)
+    with attached(model, attachments):
+        yield report

@@ -1,0 +1,26 @@
+"""The errors this package raises on purpose, so that callers can catch them by name.
+
+Each message says what is wrong, where, and what to type instead.
+"""
+
+from __future__ import annotations
+
+
+class UncoveredComponentError(RuntimeError):
+    """A component of the model has no rule, so relevance through it would be made up."""
+
+
+class ModelStateError(RuntimeError):
+    """The model or torch is in a state in which relevance would be wrong (training, no grad)."""
+
+
+class TokenError(ValueError):
+    """A token, a set of tokens or a position does not name what an objective needs."""
+
+
+class PromptError(ValueError):
+    """A prompt cannot be explained: empty, of the wrong shape or type, or out of range."""
+
+
+class FileFormatError(ValueError):
+    """A file is damaged or was not written by this package."""

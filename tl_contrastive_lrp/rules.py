@@ -1,0 +1,259 @@
+"""Propagation rules: functions with the identity as forward and another gradient as backward.
+
+Relevance is activation × modified gradient (arXiv:2402.05602, Sec. 3; Arras et al. 2025), so a rule
+is fully described by the gradient it sends back. Every function here returns the values it was
+given, bit for bit, and changes only what autograd does with them. None divides by an activation:
+the ratios f(x)/x are known in closed form, are finite everywhere and right at 0.
+
+Notation: ``g`` is the gradient of the objective at an operation's output, shapes in brackets.
+Arithmetic inside a backward runs in float32 at least, also for bfloat16 and float16 models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Ratio = Callable[[Tensor], Tensor]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in its own precision, or in float32 where that is higher."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# ---------------------------------------------------------------- product of computed factors
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float | Tensor) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return (g * ctx.factor).to(g.dtype), None
+
+
+def scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
+    """``x`` with its gradient multiplied by ``factor`` (a number, or elementwise)."""
+    out: Tensor = _ScaleGradient.apply(x, factor)
+    return out
+
+
+def uniform(product: Float[Tensor, "*shape"], factors: int = 2) -> Float[Tensor, "*shape"]:
+    """Uniform (half) rule for a product of ``factors`` computed tensors.
+
+    Each factor of y = a·b would get all of y's relevance from the ordinary gradient; dividing the
+    gradient that enters the product by the number of factors shares it equally. Apply it to the
+    product's output (arXiv:2402.05602, Eq. 15; Arras et al. 2019, half rule).
+    """
+    return scale_gradient(product, 1.0 / factors)
+
+
+def constant(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """AH-rule: the tensor is a constant weight and takes no relevance (arXiv:2202.07304, Sec. 4)."""
+    return x.detach()
+
+
+# ---------------------------------------------------------------- normalisation
+
+
+class _LinearNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, normalized: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(normalized, scale, weight)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, Tensor, None]:
+        normalized, scale, weight = ctx.saved_tensors
+        u = g.to(normalized.dtype) * weight
+        through_scale = (u * normalized).sum(-1, keepdim=True) / scale
+        return None, u, through_scale, None
+
+
+def linear_norm(
+    y: Float[Tensor, "*batch d"],
+    normalized: Float[Tensor, "*batch d"],
+    scale: Float[Tensor, "*batch 1"],
+    weight: Float[Tensor, " d"],
+) -> Float[Tensor, "*batch d"]:
+    """LN-rule: the norm is linear, its denominator a constant (arXiv:2202.07304, Sec. 4).
+
+    ``y`` = weight ⊙ ``normalized`` + bias is the norm's output, ``normalized`` = C(x)/``scale``
+    with C the centring of LayerNorm or nothing. Both tensors depend on x, and
+
+        d normalized = C(dx)/scale − normalized · d scale/scale,
+
+    so sending u = weight ⊙ g to ``normalized`` and ⟨u, normalized⟩/scale to ``scale`` leaves
+    Cᵀ(u)/scale at x: exactly the gradient with the denominator held fixed. The rule never sees x,
+    so it stays right whatever other hooks do between x's HookPoint and the norm.
+    """
+    # y's own graph is dropped: autograd must not run the norm's ordinary backward as well.
+    out: Tensor = _LinearNorm.apply(y.detach(), normalized, scale, weight)
+    return out
+
+
+# ---------------------------------------------------------------- activations
+
+
+def silu_ratio(x: Tensor) -> Tensor:
+    """SiLU(x)/x = σ(x)."""
+    return torch.sigmoid(x)
+
+
+def gelu_ratio(x: Tensor) -> Tensor:
+    """GELU(x)/x = Φ(x), the normal distribution function (erfc keeps the left tail exact)."""
+    return 0.5 * torch.special.erfc(x * -math.sqrt(0.5))
+
+
+def gelu_tanh_ratio(x: Tensor) -> Tensor:
+    """GELU's tanh approximation over x, written as a logistic: ½(1 + tanh a) = σ(2a)."""
+    return torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x.pow(3)))
+
+
+def relu_ratio(x: Tensor) -> Tensor:
+    """ReLU(x)/x = 1[x > 0]."""
+    return (x > 0).to(x.dtype)
+
+
+def softcap_ratio(v: Tensor) -> Tensor:
+    """tanh(v)/v, 1 at v = 0; below 1e-3 the series 1 − v²/3 is exact to float64 rounding."""
+    small = v.abs() < 1e-3
+    safe = torch.where(small, torch.ones_like(v), v)
+    return torch.where(small, 1.0 - v * v / 3.0 + 2.0 * v.pow(4) / 15.0, torch.tanh(safe) / safe)
+
+
+class _Ratio(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, ratio: Ratio) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.ratio = ratio
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return None, (at_least_float32(g) * ctx.ratio(at_least_float32(x))).to(x.dtype), None
+
+
+def identity(
+    y: Float[Tensor, "*shape"], x: Float[Tensor, "*shape"], ratio: Ratio
+) -> Float[Tensor, "*shape"]:
+    """Identity rule for y = f(x): the gradient is f(x)/x, so all relevance of y goes to x.
+
+    ``ratio`` computes f(x)/x in closed form (arXiv:2402.05602, Eq. 9).
+    """
+    out: Tensor = _Ratio.apply(y.detach(), x, ratio)
+    return out
+
+
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gate: Tensor, up: Tensor, ratio: Ratio) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.ratio = ratio
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        gate32 = at_least_float32(gate)
+        shared = at_least_float32(g) * ctx.ratio(gate32)
+        to_gate = (shared * at_least_float32(up)).to(gate.dtype)
+        return None, to_gate, (shared * gate32).to(up.dtype), None
+
+
+def gated_product(
+    y: Float[Tensor, "*shape"],
+    gate: Float[Tensor, "*shape"],
+    up: Float[Tensor, "*shape"],
+    ratio: Ratio,
+) -> Float[Tensor, "*shape"]:
+    """Identity rule inside y = f(gate) ⊙ up, for places where f(gate) itself has no HookPoint.
+
+    g·ratio(gate)·up goes to ``gate`` and g·f(gate) to ``up``, with f(gate) = ratio(gate)·gate.
+    The uniform rule for the product is separate: ``uniform`` on the output.
+    """
+    out: Tensor = _GatedProduct.apply(y.detach(), gate, up, ratio)
+    return out
+
+
+# ---------------------------------------------------------------- soft-caps
+
+
+def softcap(
+    y: Float[Tensor, "*shape"], x: Float[Tensor, "*shape"], cap: float
+) -> Float[Tensor, "*shape"]:
+    """Identity rule for y = cap·tanh(x/cap): gradient tanh(v)/v at v = x/cap, also in saturation."""
+    return identity(y, x, lambda u: softcap_ratio(u / cap))
+
+
+# ---------------------------------------------------------------- softmax
+
+
+class _SoftmaxTemperature(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pattern: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(pattern)
+        ctx.temperature = temperature
+        return pattern.view_as(pattern)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (pattern,) = ctx.saved_tensors
+        p, g32 = at_least_float32(pattern), at_least_float32(g)
+        # softmax(s/T) from softmax(s): pᵀ ∝ p^(1/T). Masked keys have p = 0 and stay 0.
+        tempered = p.pow(1.0 / ctx.temperature)
+        tempered = tempered / tempered.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+        wanted = tempered * (g32 - (tempered * g32).sum(-1, keepdim=True))
+        # The softmax's own backward p ⊙ (g' − Σ p g') turns g' = wanted/p into `wanted`, because
+        # Σ wanted = 0. Where p underflowed to 0 the tempered weight is below 1e-19: nothing lost.
+        return torch.where(p > 0, wanted / p, torch.zeros_like(p)).to(g.dtype), None
+
+
+def softmax_temperature(
+    pattern: Float[Tensor, "*batch query key"], temperature: float
+) -> Float[Tensor, "*batch query key"]:
+    """Softmax gradient at a higher temperature (GIM, arXiv:2505.17630), applied to the pattern.
+
+    The scores receive pᵀ ⊙ (g − Σ pᵀ g) with pᵀ = softmax(scores/``temperature``), without the
+    factor 1/``temperature``, in place of the same expression in the pattern itself.
+    """
+    out: Tensor = _SoftmaxTemperature.apply(pattern, temperature)
+    return out
+
+
+# ---------------------------------------------------------------- reading a gradient
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.sink = sink
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        ctx.sink(x.detach(), g.detach())
+        return g, None
+
+
+def tap(x: Float[Tensor, "*shape"], sink: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """Call ``sink(x, g)`` inside the backward pass; values and gradients pass unchanged."""
+    out: Tensor = _Tap.apply(x, sink)
+    return out

@@ -1,0 +1,119 @@
+"""Rule sets as data: one rule for each kind of operation.
+
+A rule set says what happens at a kind of operation, never where in a model that is (``sites.py``).
+Make your own with ``dataclasses.replace(RULE_SETS["attnlrp"], name="mine", softmax="constant", ...)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+NormRule = Literal["ln", "gradient"]
+ActivationRule = Literal["identity", "gradient"]
+ProductRule = Literal["half", "gradient"]
+SoftmaxRule = Literal["gradient", "constant", "temperature"]
+
+_CHOICES = {
+    "norm": get_args(NormRule),
+    "activation": get_args(ActivationRule),
+    "softcap": get_args(ActivationRule),
+    "gate": get_args(ProductRule),
+    "qk": get_args(ProductRule),
+    "pattern_v": get_args(ProductRule),
+    "softmax": get_args(SoftmaxRule),
+}
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """One rule for each kind of operation; linear maps always keep the ordinary gradient.
+
+    Attributes:
+        name: How the set is called in results and reports.
+        norm: LayerNorm and RMSNorm, query and key norms included.
+        activation: Elementwise activation functions.
+        softcap: cap·tanh(x/cap), on attention scores and on the final logits.
+        gate: The product activation(gate) ⊙ up of a gated MLP.
+        qk: The product query·key.
+        pattern_v: The product pattern·value.
+        softmax: "constant" is the AH-rule; "temperature" takes the gradient at ``temperature``.
+        temperature: Used by ``softmax="temperature"`` only.
+
+    Raises:
+        ValueError: a field holds no known rule, or two fields contradict each other.
+    """
+
+    name: str
+    norm: NormRule
+    activation: ActivationRule
+    softcap: ActivationRule
+    gate: ProductRule
+    qk: ProductRule
+    pattern_v: ProductRule
+    softmax: SoftmaxRule
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            choices = _CHOICES.get(field.name)
+            value = getattr(self, field.name)
+            if choices is not None and value not in choices:
+                raise ValueError(
+                    f"RuleSet {self.name!r}: {field.name}={value!r} is no rule; "
+                    f"use one of {', '.join(map(repr, choices))}."
+                )
+        if self.softmax == "constant" and self.pattern_v == "half":
+            raise ValueError(
+                f"RuleSet {self.name!r}: softmax='constant' gives all relevance of pattern·value "
+                "to the values, so pattern_v must be 'gradient'; 'half' would lose half of it."
+            )
+        if (self.temperature != 1.0) != (self.softmax == "temperature") or self.temperature <= 0:
+            raise ValueError(
+                f"RuleSet {self.name!r}: temperature={self.temperature!r} with "
+                f"softmax={self.softmax!r}; give a positive temperature other than 1 together "
+                "with softmax='temperature', and leave it at 1.0 otherwise."
+            )
+
+
+RULE_SETS: dict[str, RuleSet] = {
+    rule_set.name: rule_set
+    for rule_set in (
+        # arXiv:2402.05602
+        RuleSet("attnlrp", "ln", "identity", "identity", "half", "half", "half", "gradient"),
+        # arXiv:2202.07304, with the identity and half rules where that paper's models had nothing.
+        RuleSet("cplrp", "ln", "identity", "identity", "half", "gradient", "gradient", "constant"),
+        # arXiv:2508.21258 as its code runs it (LN, identity, half); its table also names the
+        # AH-rule for attention, which is "cplrp" here.
+        RuleSet("relp", "ln", "identity", "identity", "half", "gradient", "gradient", "gradient"),
+        # arXiv:2505.17630
+        RuleSet(
+            "gim", "ln", "gradient", "gradient", "half", "half", "half", "temperature",
+            temperature=2.0,
+        ),
+        RuleSet(
+            "gradient", "gradient", "gradient", "gradient", "gradient", "gradient", "gradient",
+            "gradient",
+        ),
+    )
+}  # fmt: skip
+
+
+def get_rule_set(rules: str | RuleSet) -> RuleSet:
+    """The rule set of that name, or the given one.
+
+    Raises:
+        ValueError: the name is not known.
+        TypeError: ``rules`` is neither a name nor a RuleSet.
+    """
+    if isinstance(rules, RuleSet):
+        return rules
+    if not isinstance(rules, str):
+        raise TypeError(f"rules must be a name or a RuleSet, got {type(rules).__name__}.")
+    try:
+        return RULE_SETS[rules.lower()]
+    except KeyError:
+        raise ValueError(
+            f"rules={rules!r} is not known; use one of {', '.join(map(repr, RULE_SETS))}, "
+            "or pass a RuleSet."
+        ) from None
