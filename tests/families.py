@@ -123,6 +123,10 @@ _BASE: dict[str, Callable[..., Any]] = {
 _VARIANT: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-bias": ("qwen3", {"attention_bias": True, "tie_word_embeddings": False}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-mha": ("llama", {"num_key_value_heads": 4}),
     "mistral-global": ("mistral", {"sliding_window": None}),
