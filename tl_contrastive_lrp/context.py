@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .attach import Attachment, HookFn, attach
-from .coverage import Coverage, CoverageRow
+from .coverage_table import Coverage, CoverageRow
 from .errors import ModelStateError
 from .rulesets import RuleSet, get_rule_set
 from .sites import find_sites

@@ -1,0 +1,221 @@
+"""The frozen result of explaining one prediction, and its file format.
+
+The file is safetensors: tensors plus one JSON text, no pickle, nothing executable.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .coverage_table import Coverage, CoverageRow
+from .errors import FileFormatError
+from .ledger import Ledger, LedgerRow
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from circuitsvis.utils.render import RenderedHTML
+
+_FORMAT = "tl_contrastive_lrp.attribution"
+_VERSION = 1
+_TENSORS = ("tokens", "resid", "heads", "neurons", "token_ids", "special")
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Relevance of one prediction's input tokens, hidden states, heads and neurons.
+
+    All relevance is in logits, with the sign of the objective: positive supports the target
+    (usually the wrong token), negative the contrast. Tensors are on the CPU.
+
+    Attributes:
+        tokens: Relevance of each input token: of its embedding, without position embeddings.
+        resid: Relevance of each hidden state: rows as ``sites``, the last one before the final
+            norm.
+        heads: Relevance of each attention head's output z at the position where it writes.
+        neurons: Relevance of each MLP neuron (``hook_post``), if asked for.
+        token_ids: The prompt.
+        special: Tokenizer's special tokens.
+        str_tokens: Text of each token.
+        sites: HookPoint name of each row of ``resid``.
+        delta: Δℓ, the objective's value.
+        target_logit: The objective's target term (mean logit of the targets).
+        contrast_logit: Its contrast term, if it has one.
+        objective: The objective in words, with its sign.
+        target: Text of the target token(s).
+        contrast: Text of what it is contrasted with, "" for nothing.
+        rules: Name of the rule set.
+        coverage: Which component got which rule.
+        ledger: Where Δℓ went.
+        model_name: As TransformerLens calls the model.
+    """
+
+    tokens: Float[Tensor, " pos"]
+    resid: Float[Tensor, "site pos"]
+    heads: Float[Tensor, "layer head pos"]
+    neurons: Float[Tensor, "layer pos d_mlp"] | None
+    token_ids: Int[Tensor, " pos"]
+    special: Bool[Tensor, " pos"]
+    str_tokens: tuple[str, ...]
+    sites: tuple[str, ...]
+    delta: float
+    target_logit: float
+    contrast_logit: float | None
+    objective: str
+    target: str
+    contrast: str
+    rules: str
+    coverage: Coverage
+    ledger: Ledger
+    model_name: str
+
+    def __post_init__(self) -> None:
+        pos = len(self.str_tokens)
+        wanted = {
+            "tokens": (pos,),
+            "resid": (len(self.sites), pos),
+            "heads": (*self.heads.shape[:2], pos),
+            "token_ids": (pos,),
+            "special": (pos,),
+        }
+        for name, shape in wanted.items():
+            found = tuple(getattr(self, name).shape)
+            if found != shape:
+                raise ValueError(f"Attribution.{name} has shape {found}, not {shape}.")
+        if self.neurons is not None and tuple(self.neurons.shape[:2]) != (self.heads.shape[0], pos):
+            raise ValueError(f"Attribution.neurons has shape {tuple(self.neurons.shape)}.")
+
+    @property
+    def greyed(self) -> Bool[Tensor, " pos"]:
+        """Special tokens and the first token: shown grey and left out of colour scales."""
+        greyed = self.special.clone()
+        greyed[0] = True
+        return greyed
+
+    def to_frame(self) -> pd.DataFrame:
+        """The input tokens, in prompt order: pos, token, id, relevance, share (of Δℓ), special."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "pos": range(len(self.str_tokens)),
+                "token": self.str_tokens,
+                "id": self.token_ids.numpy(),
+                "relevance": self.tokens.numpy(),
+                "share": self.tokens.numpy() / (self.delta or float("nan")),
+                "special": self.special.numpy(),
+            }
+        )
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The ``k`` input tokens of largest |relevance|, as in ``to_frame``."""
+        frame = self.to_frame()
+        order = frame["relevance"].abs().sort_values(ascending=False, kind="stable").index
+        return frame.loc[order[:k]].reset_index(drop=True)
+
+    def __repr__(self) -> str:
+        return (
+            f"Attribution({self.model_name}, {len(self.str_tokens)} tokens, "
+            f"{self.target!r} vs {self.contrast!r}, Δℓ={self.delta:+.4f}, rules={self.rules!r}, "
+            f"{self.ledger.share_to_tokens:.0%} of Δℓ at the input tokens)"
+        )
+
+    # ------------------------------------------------------------ pictures
+
+    def show(self, *, include_special: bool = False) -> RenderedHTML:
+        """The prompt's tokens coloured by relevance, as circuitsvis shows them, without network.
+
+        Args:
+            include_special: Colour special tokens and the first token too, and let them count in
+                the colour scale.
+        """
+        from .render.tokens import colored_tokens
+
+        greyed = None if include_special else self.greyed
+        return colored_tokens(self.str_tokens, self.tokens, greyed=greyed)
+
+    def show_layers(self, *, include_special: bool = False) -> RenderedHTML:
+        """The same for every row of ``resid``: choose a site to see its tokens' relevance."""
+        from .render.tokens import colored_tokens_by_site
+
+        greyed = None if include_special else self.greyed
+        return colored_tokens_by_site(self.str_tokens, self.resid, self.sites, greyed=greyed)
+
+    def save_html(self, path: str | Path, *, candidates: pd.DataFrame | None = None) -> Path:
+        """A report in one file that opens from disk without network.
+
+        Args:
+            path: Where to write; the folder must exist.
+            candidates: Rows of ``next_token_table`` to include.
+        """
+        from .render.report import save_html
+        from .report import report_of
+
+        return save_html(path, report_of(self, candidates=candidates))
+
+    # ------------------------------------------------------------ files
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to a safetensors file; ``load`` reads it back exactly."""
+        from safetensors.torch import save_file
+
+        named = {name: getattr(self, name) for name in _TENSORS}
+        tensors = {name: t.contiguous() for name, t in named.items() if t is not None}
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
+        rest |= {"coverage": asdict(self.coverage), "ledger": asdict(self.ledger)}
+        meta = {"format": _FORMAT, "version": str(_VERSION), "data": json.dumps(rest)}
+        path = Path(path)
+        save_file(tensors, path, metadata=meta)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Attribution:
+        """Read a file written by ``save``.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FileFormatError: it is damaged, foreign, or of a newer version.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no file {path}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise FileFormatError(f"{path} is no readable safetensors file: {error}") from error
+        if meta.get("format") != _FORMAT:
+            raise FileFormatError(f"{path} holds no attribution of this package.")
+        if meta.get("version") != str(_VERSION):
+            raise FileFormatError(
+                f"{path} has format version {meta.get('version')}, this package reads {_VERSION}; "
+                "upgrade tl_contrastive_lrp, or save the result again."
+            )
+        try:
+            rest = _decode(json.loads(meta["data"]))
+            return cls(**{name: tensors.get(name) for name in _TENSORS}, **rest)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FileFormatError(f"{path} is damaged: {error}") from error
+
+
+def _decode(data: dict[str, Any]) -> dict[str, Any]:
+    coverage, ledger = data.pop("coverage"), data.pop("ledger")
+    data["coverage"] = Coverage(
+        coverage["rules"], tuple(CoverageRow(**row) for row in coverage["rows"])
+    )
+    data["ledger"] = Ledger(tuple(LedgerRow(**row) for row in ledger["rows"]), ledger["delta"])
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+
+
+def special_mask(token_ids: Tensor, special_ids: list[int]) -> Bool[Tensor, " pos"]:
+    """Which tokens are special ones of the tokenizer."""
+    return torch.isin(token_ids, torch.tensor(special_ids, dtype=token_ids.dtype))

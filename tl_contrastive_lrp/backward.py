@@ -1,0 +1,150 @@
+"""One forward and one backward under the rules, reading relevance inside the backward pass.
+
+``Reading``s say what to read where. A sink is called with (activation, gradient) while the
+backward runs and keeps what it reduces them to, so nothing of the size of all activations has to
+outlive its layer. No parameter takes part: their ``.grad`` and ``requires_grad`` stay as they are,
+and the gradient starts at detached embeddings, so frozen models work too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import rules
+from .attach import HookFn
+from .context import _check_single, _public_name, attached, check_ready, plan
+from .coverage_table import Coverage
+from .errors import ModelStateError
+from .rulesets import RuleSet
+
+Sink = Callable[[Tensor, Tensor], None]
+
+# Where the input enters: everything upstream of these is token ids.
+LEAVES = ("embed.hook_out", "pos_embed.hook_out")
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A gradient to read at one HookPoint.
+
+    Attributes:
+        name: A key of ``model.hook_dict``.
+        sink: Receives (activation, gradient), both detached, in the HookPoint's public shape.
+        how: "branch" reads what flows through the HookPoint itself; "tensor" reads the gradient of
+            the tensor that arrives there, with whatever else consumes it (the residual stream at
+            ``hook_resid_mid``), and is the only way where returning a value would be an edit.
+        fired: Called in the forward with the activation, where it can have a gradient at all. The
+            sink stays uncalled if the rules let nothing through to it: relevance 0.
+    """
+
+    name: str
+    sink: Sink
+    how: Literal["branch", "tensor"] = "branch"
+    fired: Callable[[Tensor], None] | None = None
+
+
+def relevance_of(x: Tensor, g: Tensor) -> Tensor:
+    """Activation × gradient, elementwise, in float32 at least."""
+    return rules.at_least_float32(x) * rules.at_least_float32(g)
+
+
+@contextmanager
+def frozen_parameters(model: Any) -> Iterator[None]:
+    """No parameter requires a gradient inside the block (less memory, no weight gradients)."""
+    parameters = {
+        id(p): p
+        for source in (model.original_model.parameters(), nn.Module.parameters(model))
+        for p in source
+        if p.requires_grad
+    }
+    try:
+        for p in parameters.values():
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in parameters.values():
+            p.requires_grad_(True)
+
+
+def _read_hook(reading: Reading) -> HookFn:
+    def hook_fn(tensor: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
+        if not isinstance(tensor, Tensor) or not tensor.requires_grad:
+            return None
+        value = tensor.detach()
+        if reading.fired is not None:
+            reading.fired(value)
+        if reading.how == "branch":
+            return rules.tap(tensor, reading.sink)
+        tensor.register_hook(lambda g: reading.sink(value, g.detach()))
+        return None
+
+    return hook_fn
+
+
+def run(
+    model: Any,
+    tokens: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    rule_set: str | RuleSet,
+    readings: Iterable[Reading],
+    **forward_kwargs: Any,
+) -> tuple[Tensor, Tensor, Coverage]:
+    """Forward, objective, backward; the readings' sinks are called on the way back.
+
+    Returns:
+        The logits [batch, pos, vocab] and the objective's value [], both detached, and the
+        coverage.
+
+    Raises:
+        ModelStateError: training mode, gradients off, rules already on, or an objective that is
+            not a differentiable scalar.
+        UncoveredComponentError: a component that no rule covers.
+    """
+    check_ready(model, "Relevance")
+    _check_single(model)
+    attachments, coverage = plan(model, rule_set)
+    leaves: dict[str, Tensor] = {}
+
+    def make_leaf(tensor: Tensor, hook: Any) -> Tensor:
+        leaves[hook.name] = tensor.detach().requires_grad_(True)
+        return leaves[hook.name]
+
+    captures = {name for a in attachments if a.scoped is None for name in a.captures}
+    captured = {id(model.hook_dict[name]) for name in captures}
+    before, after = [], []
+    for reading in sorted(readings, key=lambda r: r.how != "tensor"):
+        first = id(model.hook_dict[reading.name]) in captured
+        pair = (_public_name(model, reading.name), _read_hook(reading))
+        (before if first else after).append(pair)
+    starts = [
+        (_public_name(model, name), make_leaf) for name in LEAVES if name in model.hook_dict
+    ]
+    with frozen_parameters(model):
+        with (
+            model.hooks(fwd_hooks=[*starts, *before]),
+            attached(model, attachments),
+            model.hooks(fwd_hooks=after),
+        ):
+            logits = model(tokens, **forward_kwargs)
+            value = objective(logits)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise ModelStateError(
+                "The objective must turn logits [batch, pos, vocab] into one differentiable "
+                f"number; it returned {_kind(value)}. Use clrp.logit_diff(...), or a function "
+                "that sums over the batch and detaches nothing."
+            )
+        torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    return logits.detach(), value.detach().reshape(()), coverage
+
+
+def _kind(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    detached = "" if value.requires_grad else " without a gradient"
+    return f"a tensor of shape {list(value.shape)}{detached}"

@@ -1,0 +1,87 @@
+"""Where Δℓ goes: how much arrives at each site, and what happened to the rest.
+
+LRP shares Δℓ out; some of it ends in biases and position embeddings, which are no input tokens,
+and some rules create or destroy relevance (the softmax's ordinary gradient, soft-caps, norms that
+keep theirs). The ledger says how much, between which two sites, so that nothing is lost silently:
+
+    total(next site) = total(site) + biases + positions + other,
+
+and Δℓ itself stands behind the last site.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One site and the step from it to the next one up. All values in logits, signed as Δℓ.
+
+    Attributes:
+        site: HookPoint of the residual stream, or ``hook_embed``.
+        total: Relevance that arrives there, summed over positions.
+        biases: What bias parameters between this site and the next took.
+        positions: What position embeddings added at this step took.
+        other: What non-conserving rules made of the rest (positive: relevance was lost).
+    """
+
+    site: str
+    total: float
+    biases: float
+    positions: float
+    other: float
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The account of Δℓ from the input (first row) to the logits.
+
+    Attributes:
+        rows: One per site, input first.
+        delta: Δℓ, the objective's value in logits.
+    """
+
+    rows: tuple[LedgerRow, ...]
+    delta: float
+
+    @classmethod
+    def balance(
+        cls,
+        sites: tuple[str, ...],
+        totals: list[float],
+        biases: list[float],
+        positions: float,
+        delta: float,
+    ) -> Ledger:
+        """Rows from the totals at ``sites`` and the biases of each step; ``other`` balances."""
+        above = [*totals[1:], delta]
+        placed = [positions, *[0.0] * (len(sites) - 1)]
+        rows = [
+            LedgerRow(site, total, bias, position, up - total - bias - position)
+            for site, total, bias, position, up in zip(
+                sites, totals, biases, placed, above, strict=True
+            )
+        ]
+        return cls(tuple(rows), delta)
+
+    @property
+    def share_to_tokens(self) -> float:
+        """Share of Δℓ that reaches the input tokens (NaN where Δℓ is 0)."""
+        return self.rows[0].total / self.delta if self.delta else float("nan")
+
+    def to_frame(self) -> pd.DataFrame:
+        """Columns site, total, share (of Δℓ), biases, positions, other."""
+        import pandas as pd
+
+        frame = pd.DataFrame([vars(row) for row in self.rows])
+        frame.insert(2, "share", frame["total"] / (self.delta or float("nan")))
+        return frame
+
+    def __str__(self) -> str:
+        table = self.to_frame().to_string(index=False, float_format=lambda v: f"{v:+.4f}")
+        return f"{table}\nΔℓ = {self.delta:+.4f}"

@@ -1,0 +1,218 @@
+"""What is explained: a scalar of the logits, positive where the model prefers the target.
+
+    Δℓ = mean logit of the target(s) − contrast term,     at one position.
+
+An ``Objective`` is a function logits → scalar, so it also serves as the metric of
+``transformer_lens.patching`` and ``attribution_patch``. Sign: positive relevance supports the
+target (usually the wrong token the model wrote), negative the contrast (the right one). That is
+the opposite of TransformerLens' usual ``logit_diff``, correct − incorrect. Over a batch the rows
+are summed, so that each row's relevance is that of its own Δℓ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .errors import TokenError
+from .prompts import str_tokens, to_single_prompt, to_token_ids, vocab_size
+from .rules import at_least_float32
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Contrast = Literal["tokens", "top_k", "mean", "none"]
+Pos = int | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A contrastive objective; make one with ``logit_diff`` or its sisters.
+
+    Attributes:
+        target: Token ids whose mean logit counts positive; empty stands for the top token.
+        contrast: Token ids whose mean logit counts negative (``versus="tokens"``).
+        versus: What is subtracted: those tokens, the mean of the ``k`` highest other logits, the
+            mean of all logits, or nothing.
+        k: For ``versus="top_k"``.
+        pos: Position whose logits count, negative from the end, or one for each row of a batch.
+        names: Text of each target and contrast token, for printing.
+    """
+
+    target: tuple[int, ...]
+    contrast: tuple[int, ...] = ()
+    versus: Contrast = "tokens"
+    k: int = 0
+    pos: int | tuple[int, ...] = -1
+    names: tuple[str, ...] = ()
+
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, ""]:
+        """Δℓ summed over the batch, in logits.
+
+        Raises:
+            TokenError: the position or a token does not exist in these logits.
+        """
+        target, contrast = self.parts(logits)
+        return target.sum() if contrast is None else (target - contrast).sum()
+
+    def parts(
+        self, logits: Float[Tensor, "batch pos vocab"]
+    ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"] | None]:
+        """The target term and the contrast term, one value a row; Δℓ is their difference."""
+        rows = self._at_position(logits)
+        ids = [*self.target, *self.contrast]
+        if ids and max(ids) >= rows.shape[-1]:
+            raise TokenError(f"Token id {max(ids)} is outside these {rows.shape[-1]} logits.")
+        if self.target:
+            target = rows[:, list(self.target)].mean(-1)
+        else:
+            target = rows.amax(-1)
+        if self.versus == "none":
+            return target, None
+        if self.versus == "mean":
+            return target, rows.mean(-1)
+        if self.versus == "tokens":
+            return target, rows[:, list(self.contrast)].mean(-1)
+        others = rows.detach().clone()
+        others[:, list(self.target)] = -torch.inf
+        return target, rows.gather(-1, others.topk(self.k, dim=-1).indices).mean(-1)
+
+    def _at_position(self, logits: Tensor) -> Tensor:
+        if logits.ndim == 2:
+            logits = logits[None]
+        batch, length, _ = logits.shape
+        positions = [self.pos] * batch if isinstance(self.pos, int) else list(self.pos)
+        if len(positions) != batch:
+            raise TokenError(f"{len(positions)} positions were given for a batch of {batch} rows.")
+        for p in positions:
+            if not -length <= p < length:
+                raise TokenError(f"Position {p} does not exist in a prompt of {length} tokens.")
+        rows = logits[torch.arange(batch, device=logits.device), positions]
+        return at_least_float32(rows)
+
+    def _describe(self) -> tuple[str, str]:
+        texts = self.names or tuple(f"#{i}" for i in (*self.target, *self.contrast))
+        quoted = [repr(text) for text in texts]
+
+        def term(some: list[str]) -> str:
+            return f"logit({some[0]})" if len(some) == 1 else f"mean logit of {{{', '.join(some)}}}"
+
+        n = len(self.target)
+        target = term(quoted[:n]) if n else "top logit"
+        contrasts = {
+            "none": "",
+            "mean": "mean of all logits",
+            "top_k": f"mean of the {self.k} highest other logits",
+        }
+        contrast = contrasts.get(self.versus)
+        return target, term(quoted[n:]) if contrast is None else contrast
+
+    def texts(self) -> tuple[str, str]:
+        """The target's text and what it is contrasted with, for labels."""
+        target, contrast = self._describe()
+        names, n = self.names, len(self.target)
+        target = names[0] if n == 1 and names else target
+        contrast = names[n] if len(self.contrast) == 1 and names else contrast
+        return target, contrast
+
+    def __str__(self) -> str:
+        target, contrast = self._describe()
+        where = "the last position" if self.pos == -1 else f"position {self.pos}"
+        difference = f"{target} − {contrast}" if contrast else target
+        sign = f"positive relevance supports {target}"
+        sign += f", negative supports {contrast}" if contrast else ", negative speaks against it"
+        return f"{difference} at {where} ({sign})"
+
+
+def _pos(pos: Pos) -> int | tuple[int, ...]:
+    return pos if isinstance(pos, int) else tuple(int(p) for p in pos)
+
+
+def logit_diff(model: Any, target: object, contrast: object, pos: Pos = -1) -> Objective:
+    """Δℓ = logit(target) − logit(contrast): why this token and not that one?
+
+    Args:
+        model: A ``TransformerBridge``.
+        target: What the model preferred: a single-token string, an id, or a set of these (a set
+            counts as its mean logit).
+        contrast: What it should have preferred, likewise.
+        pos: Position whose next token is explained; one for each row of a batch, if they differ.
+
+    Raises:
+        TokenError: a string that is not one token, an id out of range, the same token on both
+            sides.
+    """
+    targets = to_token_ids(model, target, "target")
+    contrasts = to_token_ids(model, contrast, "contrast")
+    both = sorted(set(targets) & set(contrasts))
+    if both:
+        raise TokenError(
+            f"Target and contrast share the token {str_tokens(model, both)[0]!r} (id {both[0]}); "
+            "their difference would cancel it. Give two different tokens."
+        )
+    names = str_tokens(model, (*targets, *contrasts))
+    return Objective(targets, contrasts, "tokens", pos=_pos(pos), names=names)
+
+
+def target_logit(model: Any, target: object, pos: Pos = -1) -> Objective:
+    """The logit of one token (or the mean of a set), contrasted with nothing."""
+    ids = to_token_ids(model, target, "target")
+    return Objective(ids, (), "none", pos=_pos(pos), names=str_tokens(model, ids))
+
+
+def top_logit(pos: Pos = -1) -> Objective:
+    """The highest logit, whichever token has it, contrasted with nothing."""
+    return Objective((), (), "none", pos=_pos(pos))
+
+
+def logit_minus_top_k(model: Any, target: object, k: int, pos: Pos = -1) -> Objective:
+    """The target's logit minus the mean of the ``k`` highest logits of other tokens.
+
+    Raises:
+        TokenError: also if ``k`` is not between 1 and the number of other tokens.
+    """
+    ids = to_token_ids(model, target, "target")
+    others = vocab_size(model) - len(ids)
+    if not 1 <= k <= others:
+        raise TokenError(f"k={k} must lie between 1 and the {others} other tokens.")
+    return Objective(ids, (), "top_k", k, _pos(pos), str_tokens(model, ids))
+
+
+def logit_minus_mean(model: Any, target: object, pos: Pos = -1) -> Objective:
+    """The target's logit minus the mean of all logits."""
+    ids = to_token_ids(model, target, "target")
+    return Objective(ids, (), "mean", pos=_pos(pos), names=str_tokens(model, ids))
+
+
+def next_token_table(model: Any, prompt: str | Tensor, k: int = 10, pos: int = -1) -> pd.DataFrame:
+    """The ``k`` likeliest next tokens, to choose a contrast from.
+
+    Returns:
+        Columns rank (from 0), token, id, logit, probability, minus_top (logit − highest logit).
+
+    Raises:
+        PromptError: the prompt is empty or not one prompt.
+        TokenError: the position does not exist.
+    """
+    import pandas as pd
+
+    tokens = to_single_prompt(model, prompt)
+    with torch.no_grad():
+        logits = Objective((), (), "none", pos=pos)._at_position(model(tokens))[0].double()
+    top = logits.topk(min(k, logits.numel()))
+    ids = top.indices.tolist()
+    return pd.DataFrame(
+        {
+            "rank": range(len(ids)),
+            "token": str_tokens(model, ids),
+            "id": ids,
+            "logit": top.values.cpu().numpy(),
+            "probability": logits.softmax(-1)[top.indices].cpu().numpy(),
+            "minus_top": (top.values - logits.max()).cpu().numpy(),
+        }
+    )
