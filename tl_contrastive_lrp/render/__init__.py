@@ -1,0 +1,23 @@
+"""Pictures of one attribution: circuitsvis views and a self-contained HTML report.
+
+Plain data in (strings, arrays, tensors), HTML out. Nothing here asks the network, neither when
+the HTML is made nor when it is displayed.
+"""
+
+from __future__ import annotations
+
+from tl_contrastive_lrp.render.files import save_html
+from tl_contrastive_lrp.render.offline import OfflineHTML, component, page
+from tl_contrastive_lrp.render.report import Report, report_html
+from tl_contrastive_lrp.render.tokens import colored_tokens, colored_tokens_by_site
+
+__all__ = [
+    "OfflineHTML",
+    "Report",
+    "colored_tokens",
+    "colored_tokens_by_site",
+    "component",
+    "page",
+    "report_html",
+    "save_html",
+]

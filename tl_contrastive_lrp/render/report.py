@@ -1,0 +1,227 @@
+"""One attribution as one HTML page that opens from disk and fetches nothing."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup
+
+from tl_contrastive_lrp.render import tables
+from tl_contrastive_lrp.render.offline import script_hash, source, templates
+from tl_contrastive_lrp.render.scale import (
+    GREY,
+    NEGATIVE,
+    POSITIVE,
+    as_array,
+    as_mask,
+    check_tokens,
+    colours,
+    span,
+)
+from tl_contrastive_lrp.render.text import inline_script, percent, script_json, signed, visible
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page shows. Arrays may be numpy arrays, tensors or nested lists.
+
+    Attributes:
+        title: heading of the page.
+        model_name: the model, as the user named it.
+        rules: name of the rule set.
+        objective: the objective in words, with its sign convention.
+        str_tokens: the prompt's tokens as text, ``[pos]``.
+        token_ids: their ids, ``[pos]``.
+        tokens: relevance in logits, ``[pos]``; positive supports the target.
+        delta: Δℓ, the objective's value in logits.
+        target: the token the model preferred; several for a set; none for other objectives.
+        contrast: the token it should have preferred, likewise.
+        target_logit, contrast_logit: their logits (a set's mean), or ``None``.
+        target_is_top: whether the target is what the model writes greedily; decides between
+            "the model wrote" and "why this rather than that".
+        greyed: bool per token, ``[pos]``: special tokens and the first token.
+        position: position whose prediction is explained; ``None`` for the last.
+        resid: relevance in logits, ``[site, pos]``, or ``None``.
+        site_labels: a HookPoint name per site.
+        heads: relevance in logits, ``[layer, head, pos]``, or ``None``.
+        candidates: rows of the next-token table, or ``None``. Keys become column names; a column
+            ``token`` is shown as a token, ``probability`` as a percentage.
+        ledger: a row per site: ``site``, ``total``, ``share`` (of Δℓ), ``biases``, ``position``,
+            ``other``.
+        coverage: rows saying which component got which rule.
+        notes: sentences for the end of the page.
+    """
+
+    title: str
+    model_name: str
+    rules: str
+    objective: str
+    str_tokens: Sequence[str]
+    token_ids: Sequence[int]
+    tokens: Any
+    delta: float
+    target: Sequence[str] = ()
+    contrast: Sequence[str] = ()
+    target_logit: float | None = None
+    contrast_logit: float | None = None
+    target_is_top: bool = True
+    greyed: Any = None
+    position: int | None = None
+    resid: Any = None
+    site_labels: Sequence[str] = ()
+    heads: Any = None
+    candidates: Rows | None = None
+    ledger: Rows = ()
+    coverage: Rows = ()
+    notes: Sequence[str] = field(default=())
+
+
+def report_html(report: Report) -> str:
+    """The page for ``report``: one string of HTML, complete in itself.
+
+    The prompt's colours are linear in relevance; full colour is the largest magnitude among the
+    tokens that are not greyed, or among all when the reader ticks the box.
+
+    All text is escaped, and a content security policy in the page forbids every request and
+    every script but the page's own.
+
+    Raises:
+        ValueError: shapes and lengths disagree, or a value is NaN or infinite.
+        TypeError: ``str_tokens`` is not a list of strings.
+    """
+    relevance = as_array(report.tokens, 1, "tokens")
+    words = check_tokens(report.str_tokens, relevance.shape[0])
+    ids = [int(i) for i in report.token_ids]
+    if len(ids) != len(words):
+        raise ValueError(f"{len(ids)} token ids for {len(words)} tokens")
+    delta = float(as_array(report.delta, 0, "delta"))
+    greyed = as_mask(report.greyed, len(words))
+    resid = _resid(report, len(words))
+    rows = _token_rows(words, ids, relevance, greyed, delta)
+    script = inline_script(source("report.js"))
+    total = float(relevance.sum())
+    spans = [float(span(relevance, mask)) for mask in (greyed, greyed & False)]
+    data = {
+        "sites": [str(label) for label in report.site_labels] if resid is not None else [],
+        "resid": _packed(resid) if resid is not None else "",
+        "relevance": [float(f"{value:.6g}") for value in relevance],
+        "scales": spans,
+        "greyed": greyed.astype(int).tolist(),
+        "tokens": [row["show"] for row in rows],
+        "positive": POSITIVE,
+        "negative": NEGATIVE,
+        "grey": GREY,
+    }
+    return (
+        templates()
+        .get_template("report.html")
+        .render(
+            report=report,
+            target=_quoted(report.target),
+            contrast=_quoted(report.contrast),
+            delta=signed(delta),
+            target_logit=_optional(report.target_logit),
+            contrast_logit=_optional(report.contrast_logit),
+            total=signed(total),
+            total_share=percent(total / delta if delta else None),
+            scales=[signed(scale)[1:] for scale in spans],
+            greyed_count=int(greyed.sum()),
+            rows=rows,
+            rankings=[
+                {"greyed": False, "sides": _extremes(rows, relevance, ~greyed)},
+                {"greyed": True, "sides": _extremes(rows, relevance, greyed | True)},
+            ],
+            gradient=",".join([*reversed(NEGATIVE), *POSITIVE[1:]]),
+            grey=GREY,
+            heads=tables.heads(report.heads, words),
+            ledger=tables.general(report.ledger),
+            candidates=tables.general(report.candidates or ()),
+            coverage=tables.general(report.coverage),
+            data=Markup(script_json(data)),
+            style=Markup(source("report.css")),
+            script=Markup(script),
+            script_hash=Markup(script_hash(script)),
+        )
+    )
+
+
+def _token_rows(
+    words: list[str],
+    ids: list[int],
+    relevance: NDArray[np.float64],
+    greyed: NDArray[np.bool_],
+    delta: float,
+) -> list[dict[str, Any]]:
+    """A row per token: texts, numbers, and its look without and with greyed tokens in the scale."""
+    backs, whites = colours(relevance / span(relevance, greyed))
+    backs_all, whites_all = colours(relevance / span(relevance, greyed & False))
+    rows = []
+    for i, (word, value) in enumerate(zip(words, relevance.tolist(), strict=True)):
+        rows.append(
+            {
+                "pos": i,
+                "id": ids[i],
+                "show": visible(word),
+                "newlines": word.count("\n"),
+                "value": signed(value),
+                "share": percent(value / delta if delta else None),
+                "greyed": bool(greyed[i]),
+                "look": backs[i],
+                "white": whites[i],
+                "look_all": backs_all[i],
+                "white_all": whites_all[i],
+            }
+        )
+    return rows
+
+
+def _extremes(
+    rows: list[dict[str, Any]], relevance: NDArray[np.float64], kept: NDArray[np.bool_]
+) -> list[list[dict[str, Any]]]:
+    """The ten most positive and the ten most negative tokens among those kept, with bar widths."""
+    order = [int(i) for i in np.argsort(-relevance, kind="stable") if kept[i]]
+    sides = [
+        [i for i in order if relevance[i] > 0][:10],
+        [i for i in reversed(order) if relevance[i] < 0][:10],
+    ]
+    largest = max((abs(float(relevance[i])) for side in sides for i in side), default=1.0)
+    return [
+        [{**rows[i], "bar": round(100 * abs(float(relevance[i])) / largest, 1)} for i in side]
+        for side in sides
+    ]
+
+
+def _resid(report: Report, length: int) -> NDArray[np.float64] | None:
+    if report.resid is None:
+        return None
+    resid = as_array(report.resid, 2, "resid")
+    if resid.shape != (len(report.site_labels), length):
+        raise ValueError(
+            f"resid has shape {resid.shape}, but there are {len(report.site_labels)} site labels "
+            f"and {length} tokens"
+        )
+    return resid
+
+
+def _packed(array: NDArray[np.float64]) -> str:
+    """Row-major little-endian float32 in base64, for the page's script to draw from."""
+    return base64.b64encode(array.astype("<f4").tobytes()).decode()
+
+
+def _quoted(tokens: Sequence[str]) -> str:
+    """Tokens in words: «First», or «a», «b» for a set."""
+    several = [tokens] if isinstance(tokens, str) else tokens
+    return ", ".join(f"\u00ab{visible(token)}\u00bb" for token in several)
+
+
+def _optional(value: float | None) -> str:
+    return "" if value is None else signed(float(value))

@@ -1,0 +1,82 @@
+"""Text that is safe to put into HTML and scripts, and readable once it is there."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_SPACE_RUN = re.compile(" {2,}")
+
+
+def script_json(value: Any) -> str:
+    """JSON that may stand inside ``<script>``: no character in it can end or open markup.
+
+    Non-ASCII characters (U+2028 and lone surrogates among them) and ``< > & '`` become
+    ``\\uXXXX`` escapes, which mean the same to a JSON or JavaScript parser.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for char in "<>&'":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text
+
+
+def inline_script(source: str) -> str:
+    """JavaScript source that may stand inside ``<script>``; string literals keep their value."""
+    return source.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def printable(text: str) -> str:
+    """``text`` with characters that no browser shows (controls, half surrogates) made visible."""
+    text = _SURROGATE.sub("\ufffd", text)
+    return _CONTROL.sub(
+        lambda found: "\u2421" if found[0] == "\x7f" else chr(0x2400 + ord(found[0])), text
+    )
+
+
+def visible(token: str) -> str:
+    """One token on one line: newline ``↵``, tab ``⇥``, telling spaces ``·``, empty ``∅``.
+
+    A single space before a word stays a space; spaces that are the whole token, or come in runs
+    (indentation), are shown as dots.
+    """
+    if not token:
+        return "\u2205"
+    text = printable(token).replace("\r", "\u240d").replace("\n", "\u21b5").replace("\t", "\u21e5")
+    if not text.strip(" "):
+        return "\u00b7" * len(text)
+    return _SPACE_RUN.sub(lambda run: "\u00b7" * len(run[0]), text)
+
+
+def inert(token: str) -> str:
+    """A token that circuitsvis shows as it is, though it puts token text into ``innerHTML``.
+
+    An invisible word joiner (U+2060) after every ``<`` and ``&`` keeps an HTML parser from
+    reading a tag or an entity there: both need a letter, ``/``, ``!``, ``?`` or ``#`` next. Plain
+    entities would be shown literally in the tooltip, which circuitsvis does escape.
+    Newlines keep their line break and get a visible sign.
+    """
+    text = printable(token) if token else "\u2205"
+    text = text.replace("\n", "\u21b5\n").replace("\t", "\u21e5\t").replace("\r", "\u240d")
+    return text.replace("<", "<\u2060").replace("&", "&\u2060")
+
+
+def signed(value: float) -> str:
+    """A number with its sign in front, three decimals (or an exponent when it is tiny)."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else str(value)
+    text = f"{value:+.3f}" if abs(value) >= 0.0005 else f"{value:+.1e}"
+    return text.replace("-", "\u2212")
+
+
+def percent(share: float | None) -> str:
+    """A share as a signed percentage; a dash where there is none."""
+    if share is None or not math.isfinite(share):
+        return "\u2013"
+    return f"{100 * share:+.1f} %".replace("-", "\u2212")

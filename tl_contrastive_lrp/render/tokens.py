@@ -1,0 +1,155 @@
+"""Tokens coloured by relevance, drawn by circuitsvis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from tl_contrastive_lrp.render.offline import OfflineHTML, component, source
+from tl_contrastive_lrp.render.scale import (
+    GREY,
+    LIGHT_NEGATIVE,
+    LIGHT_POSITIVE,
+    as_array,
+    as_mask,
+    check_tokens,
+    span,
+)
+from tl_contrastive_lrp.render.text import inert, signed
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def colored_tokens(
+    str_tokens: Sequence[str],
+    values: Any,
+    *,
+    greyed: Any = None,
+    target: str = "the target",
+    contrast: str = "the contrast",
+) -> OfflineHTML:
+    """circuitsvis' ``colored_tokens`` for relevance: red pushes to the target, blue away from it.
+
+    Zero is white and the scale is symmetric: full colour is the largest magnitude among the
+    tokens that are not greyed.
+
+    Args:
+        str_tokens: the tokens as text, ``[pos]``; shown literally, whatever they contain.
+        values: relevance in logits, ``[pos]`` (list, array or tensor).
+        greyed: a bool per token, ``[pos]``: drawn grey and left out of the scale (the tooltip
+            still shows the value). Meant for special tokens and the first token, whose relevance
+            would otherwise drown the rest. ``None`` greys nothing.
+        target: words for what positive relevance supports, for the legend.
+        contrast: words for what negative relevance supports.
+
+    Returns:
+        An object that a notebook displays; its HTML carries its script and fetches nothing.
+
+    Raises:
+        ValueError: lengths differ, there are no tokens, or a value is NaN or infinite.
+        TypeError: ``str_tokens`` is not a list of strings.
+    """
+    array = as_array(values, 1, "values")
+    tokens = check_tokens(str_tokens, array.shape[0])
+    mask = as_mask(greyed, len(tokens))
+    scale = float(span(array, mask))
+    return component(
+        "ColoredTokens",
+        legend=[_legend(target, contrast, mask, f"full colour: \u00b1{signed(scale)[1:]} logits")],
+        greyed=np.flatnonzero(mask).tolist(),
+        grey=GREY,
+        tokens=[inert(token) for token in tokens],
+        values=_short(array),
+        minValue=-scale,
+        maxValue=scale,
+        negativeColor=LIGHT_NEGATIVE,
+        positiveColor=LIGHT_POSITIVE,
+    )
+
+
+def colored_tokens_by_site(
+    str_tokens: Sequence[str],
+    values: Any,
+    labels: Sequence[str],
+    *,
+    greyed: Any = None,
+    scale: Literal["site", "shared"] = "site",
+    target: str = "the target",
+    contrast: str = "the contrast",
+) -> OfflineHTML:
+    """circuitsvis' ``colored_tokens_multi`` over sites: choose one by pointing at its label.
+
+    Relevance gathers on the last position as it nears the output, so one scale for all sites
+    leaves the early ones blank. By default each site has its own scale: the largest magnitude
+    among its tokens that are not greyed. The numbers in the tooltips are logits either way.
+
+    Args:
+        str_tokens: the tokens as text, ``[pos]``.
+        values: relevance in logits, ``[site, pos]``.
+        labels: a name per site.
+        greyed: a bool per token, as in :func:`colored_tokens`.
+        scale: ``"site"``, or ``"shared"`` for one scale over all sites.
+        target: words for what positive relevance supports.
+        contrast: words for what negative relevance supports.
+
+    Raises:
+        ValueError: shapes and lengths disagree, nothing to show, NaN or infinite values, or an
+            unknown ``scale``.
+        TypeError: ``str_tokens`` is not a list of strings.
+    """
+    array = as_array(values, 2, "values")
+    tokens = check_tokens(str_tokens, array.shape[1])
+    names = [str(label) for label in labels]
+    if len(names) != array.shape[0] or not names:
+        raise ValueError(f"{len(names)} labels, but values for {array.shape[0]} sites")
+    if scale not in ("site", "shared"):
+        raise ValueError(f"scale must be 'site' or 'shared', not {scale!r}")
+    mask = as_mask(greyed, len(tokens))
+    if scale == "site":
+        scales = span(array, mask)
+        words = "full colour: each site's own largest value"
+    else:
+        shared = float(span(np.abs(array).max(axis=0), mask))
+        scales = np.full(len(names), shared)
+        words = f"full colour: \u00b1{signed(shared)[1:]} logits"
+    return component(
+        "ColoredTokensMulti",
+        legend=[
+            _legend(target, contrast, mask, words),
+            [("", "Point at a site to show it, click to keep it. Bounds count in full colours.")],
+        ],
+        greyed=np.flatnonzero(mask).tolist(),
+        grey=GREY,
+        draw=source("sites.js"),
+        extra={
+            "scales": scales.tolist(),
+            "positive": LIGHT_POSITIVE,
+            "negative": LIGHT_NEGATIVE,
+        },
+        tokens=[inert(token) for token in tokens],
+        values=_short(array.T),
+        labels=names,
+        positiveBounds=[1.0] * len(names),
+        negativeBounds=[-1.0] * len(names),
+    )
+
+
+def _legend(
+    target: str, contrast: str, mask: NDArray[np.bool_], full: str
+) -> list[tuple[str, str]]:
+    line = [
+        (LIGHT_POSITIVE, f"red, positive: supports {target}"),
+        (LIGHT_NEGATIVE, f"blue, negative: supports {contrast}"),
+    ]
+    if mask.any():
+        line.append((GREY, "grey: special and first tokens, left out of the scale"))
+    return [*line, ("", full)]
+
+
+def _short(array: NDArray[np.float64]) -> Any:
+    """Nested lists with six significant digits: what a tooltip shows, a third of the bytes."""
+    digits = np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[float])
+    return digits(array).tolist()
