@@ -4,11 +4,11 @@ Contrastive Layer-wise Relevance Propagation for TransformerLens 4, after arXiv:
 README for a first example; every public name is listed in ``__all__``.
 """
 
-from .explain import attribute
 from .attribution import Attribution
 from .context import coverage, lrp, lrp_hooks
 from .coverage_table import Coverage
 from .demo import load_demo_cases, load_demo_model
+from .explain import attribute
 from .objective import (
     Objective,
     logit_diff,

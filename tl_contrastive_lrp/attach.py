@@ -40,7 +40,8 @@ class Attachment:
         rule: What the coverage report calls the rule.
         how: Where it is attached, in words.
         hooks: (path of HookPoint, hook function) pairs.
-        captures: HookPoints that ``hooks`` only reads; a reader of gradients goes before them.
+        captures: HookPoints where a reader of gradients must go before ``hooks``: they only read
+            there, or cut the gradient off.
         scoped: The same rule as a context manager, where it has that form.
     """
 
@@ -77,8 +78,8 @@ def _weight(norm: Any, normalized: Tensor) -> Tensor:
     weight = getattr(norm, "weight", None)
     if weight is None:
         return torch.ones_like(normalized[..., 0, :])
-    weight = weight.detach().to(normalized.dtype)
-    return 1.0 + weight if norm.uses_weight_offset else weight
+    factor: Tensor = weight.detach().to(normalized.dtype)
+    return 1.0 + factor if norm.uses_weight_offset else factor
 
 
 def _norm(site: Site, rule_set: RuleSet) -> Attachment:
@@ -198,9 +199,8 @@ def _softmax(site: Site, rule_set: RuleSet) -> Attachment:
         return _gradient(site, rule_set)
     name = f"{site.path}.hook_pattern"
     if rule_set.softmax == "constant":
-        return Attachment(
-            site, "constant", "pattern detached at hook_pattern", ((name, _edit(rules.constant)),)
-        )
+        hook = (name, _edit(rules.constant))
+        return Attachment(site, "constant", "pattern detached at hook_pattern", (hook,), (name,))
     temperature = rule_set.temperature
 
     def at_pattern(pattern: Tensor) -> Tensor:
@@ -237,11 +237,6 @@ class _CapOperand:
         return y if x is None or not x.requires_grad else rules.softcap(y, x, self.cap)
 
 
-# In float32, 1 − tanh² keeps four digits up to here; beyond, correcting autograd's own derivative
-# loses them, and only the scoped form is exact.
-_SATURATED = 0.999
-
-
 def _softcap(site: Site, rule_set: RuleSet) -> Attachment:
     if rule_set.softcap == "gradient":
         return _gradient(site, rule_set)
@@ -251,17 +246,11 @@ def _softcap(site: Site, rule_set: RuleSet) -> Attachment:
     name = "unembed.hook_out" if final else f"{site.path}.hook_attn_scores"
 
     def correct(tensor: Tensor) -> Tensor:
-        value = rules.at_least_float32(tensor.detach())
-        tanh = torch.tanh(value / cap) if final else value / cap
-        live = tanh > -1.5  # masked scores lie far below −cap
-        tanh = torch.where(live, tanh, torch.zeros_like(tanh))
-        if tanh.abs().amax() > _SATURATED:
-            raise ModelStateError(
-                f"The soft-cap at {name} is saturated, where a HookPoint cannot carry its rule "
-                "with full precision. Use `with clrp.lrp(model):`, which is exact there."
-            )
-        v = value / cap if final else torch.atanh(tanh)
-        return rules.scale_gradient(tensor, live * rules.softcap_ratio(v) / (1.0 - tanh * tanh))
+        value = rules.at_least_float32(tensor.detach()) / cap
+        if final:
+            return rules.correct_softcap(tensor, value, torch.tanh(value), name)
+        tanh = torch.where(value > -1.5, value, torch.zeros_like(value))  # masked: far below −cap
+        return rules.correct_softcap(tensor, torch.atanh(tanh.clamp(-1.0, 1.0)), tanh, name)
 
     @contextmanager
     def scoped() -> Iterator[None]:

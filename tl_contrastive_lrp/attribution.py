@@ -135,17 +135,23 @@ class Attribution:
             include_special: Colour special tokens and the first token too, and let them count in
                 the colour scale.
         """
-        from .render.tokens import colored_tokens
+        from .render import colored_tokens
 
-        greyed = None if include_special else self.greyed
-        return colored_tokens(self.str_tokens, self.tokens, greyed=greyed)
+        return colored_tokens(self.str_tokens, self.tokens, **self._look(include_special))
 
     def show_layers(self, *, include_special: bool = False) -> RenderedHTML:
         """The same for every row of ``resid``: choose a site to see its tokens' relevance."""
-        from .render.tokens import colored_tokens_by_site
+        from .render import colored_tokens_by_site
 
-        greyed = None if include_special else self.greyed
-        return colored_tokens_by_site(self.str_tokens, self.resid, self.sites, greyed=greyed)
+        look = self._look(include_special)
+        return colored_tokens_by_site(self.str_tokens, self.resid, self.sites, **look)
+
+    def _look(self, include_special: bool) -> dict[str, Any]:
+        return {
+            "greyed": None if include_special else self.greyed,
+            "target": self.target or "the target",
+            "contrast": self.contrast or "its alternatives",
+        }
 
     def save_html(self, path: str | Path, *, candidates: pd.DataFrame | None = None) -> Path:
         """A report in one file that opens from disk without network.
@@ -154,7 +160,7 @@ class Attribution:
             path: Where to write; the folder must exist.
             candidates: Rows of ``next_token_table`` to include.
         """
-        from .render.report import save_html
+        from .render import save_html
         from .report import report_of
 
         return save_html(path, report_of(self, candidates=candidates))
@@ -165,7 +171,7 @@ class Attribution:
         """Write the result to a safetensors file; ``load`` reads it back exactly."""
         from safetensors.torch import save_file
 
-        named = {name: getattr(self, name) for name in _TENSORS}
+        named: dict[str, Tensor | None] = {name: getattr(self, name) for name in _TENSORS}
         tensors = {name: t.contiguous() for name, t in named.items() if t is not None}
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
         rest |= {"coverage": asdict(self.coverage), "ledger": asdict(self.ledger)}
@@ -190,7 +196,7 @@ class Attribution:
         try:
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors: dict[str, Any] = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise FileFormatError(f"{path} is no readable safetensors file: {error}") from error
         if meta.get("format") != _FORMAT:
@@ -201,8 +207,9 @@ class Attribution:
                 "upgrade tl_contrastive_lrp, or save the result again."
             )
         try:
-            rest = _decode(json.loads(meta["data"]))
-            return cls(**{name: tensors.get(name) for name in _TENSORS}, **rest)
+            data = _decode(json.loads(meta["data"]))
+            data |= {name: tensors.get(name) for name in _TENSORS}
+            return cls(**data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FileFormatError(f"{path} is damaged: {error}") from error
 

@@ -117,14 +117,13 @@ def run(
 
     captures = {name for a in attachments if a.scoped is None for name in a.captures}
     captured = {id(model.hook_dict[name]) for name in captures}
-    before, after = [], []
+    before: list[tuple[str, HookFn]] = []
+    after: list[tuple[str, HookFn]] = []
     for reading in sorted(readings, key=lambda r: r.how != "tensor"):
         first = id(model.hook_dict[reading.name]) in captured
         pair = (_public_name(model, reading.name), _read_hook(reading))
         (before if first else after).append(pair)
-    starts = [
-        (_public_name(model, name), make_leaf) for name in LEAVES if name in model.hook_dict
-    ]
+    starts = [(_public_name(model, name), make_leaf) for name in LEAVES if name in model.hook_dict]
     with frozen_parameters(model):
         with (
             model.hooks(fwd_hooks=[*starts, *before]),

@@ -49,8 +49,8 @@ def _check_single(model: Any) -> None:
             if getattr(handle.user_hook, _MARK, False):
                 raise ModelStateError(
                     f"Rules are already on this model (at {name}); a second set on top would "
-                    "apply them twice. Leave the other clrp.lrp(...) block first, or reset leftover "
-                    "hooks with model.reset_hooks()."
+                    "apply them twice. Leave the other clrp.lrp(...) block first, or reset "
+                    "leftover hooks with model.reset_hooks()."
                 )
 
 
@@ -106,9 +106,7 @@ def lrp_hooks(model: Any, rules: str | RuleSet = "attnlrp") -> list[tuple[str, H
     check_ready(model, "lrp_hooks")
     _check_single(model)
     attachments, _ = plan(model, rules)
-    return [
-        (_public_name(model, name), _marked(fn)) for a in attachments for name, fn in a.hooks
-    ]
+    return [(_public_name(model, name), _marked(fn)) for a in attachments for name, fn in a.hooks]
 
 
 @contextmanager

@@ -68,10 +68,7 @@ class Objective:
         ids = [*self.target, *self.contrast]
         if ids and max(ids) >= rows.shape[-1]:
             raise TokenError(f"Token id {max(ids)} is outside these {rows.shape[-1]} logits.")
-        if self.target:
-            target = rows[:, list(self.target)].mean(-1)
-        else:
-            target = rows.amax(-1)
+        target = rows[:, list(self.target)].mean(-1) if self.target else rows.amax(-1)
         if self.versus == "none":
             return target, None
         if self.versus == "mean":

@@ -76,7 +76,8 @@ def to_tokens(model: Any, prompt: str | list[str] | Tensor) -> Int[Tensor, "batc
             f"The prompt is on {prompt.device}, the model on {device}; "
             f"use tokens.to({str(device)!r})."
         )
-    return tokens.to(device)
+    ids: Tensor = tokens.to(device)
+    return ids
 
 
 def to_single_prompt(model: Any, prompt: str | Tensor) -> Int[Tensor, "1 pos"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
@@ -128,7 +129,10 @@ def _readings(model: Any, names: list[str], cache: dict[str, Tensor]) -> list[Re
 
     def reading(aliases: list[str], stream: bool) -> Reading:
         def sink(x: Tensor, g: Tensor) -> None:
-            cache.update(dict.fromkeys(aliases, relevance_of(x, g)))
+            relevance = relevance_of(x, g)
+            if not torch.isfinite(x.amin()):  # a masked score of -inf takes no part
+                relevance = relevance.masked_fill(g == 0, 0.0)
+            cache.update(dict.fromkeys(aliases, relevance))
 
         def fired(x: Tensor) -> None:
             zero = at_least_float32(x.new_zeros(())).expand(x.shape)

@@ -20,6 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .errors import ModelStateError
+
 Ratio = Callable[[Tensor], Tensor]
 
 
@@ -59,7 +61,7 @@ def uniform(product: Float[Tensor, "*shape"], factors: int = 2) -> Float[Tensor,
 
 
 def constant(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """AH-rule: the tensor is a constant weight and takes no relevance (arXiv:2202.07304, Sec. 4)."""
+    """AH-rule: a constant weight that takes no relevance (arXiv:2202.07304, Sec. 4)."""
     return x.detach()
 
 
@@ -73,7 +75,7 @@ class _LinearNorm(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, Tensor, None]:
         normalized, scale, weight = ctx.saved_tensors
         u = g.to(normalized.dtype) * weight
@@ -113,7 +115,8 @@ def silu_ratio(x: Tensor) -> Tensor:
 
 def gelu_ratio(x: Tensor) -> Tensor:
     """GELU(x)/x = Φ(x), the normal distribution function (erfc keeps the left tail exact)."""
-    return 0.5 * torch.special.erfc(x * -math.sqrt(0.5))
+    tail: Tensor = torch.special.erfc(x * -math.sqrt(0.5))
+    return 0.5 * tail
 
 
 def gelu_tanh_ratio(x: Tensor) -> Tensor:
@@ -141,7 +144,7 @@ class _Ratio(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None]:
         (x,) = ctx.saved_tensors
         return None, (at_least_float32(g) * ctx.ratio(at_least_float32(x))).to(x.dtype), None
@@ -166,7 +169,7 @@ class _GatedProduct(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         gate32 = at_least_float32(gate)
@@ -196,8 +199,55 @@ def gated_product(
 def softcap(
     y: Float[Tensor, "*shape"], x: Float[Tensor, "*shape"], cap: float
 ) -> Float[Tensor, "*shape"]:
-    """Identity rule for y = cap·tanh(x/cap): gradient tanh(v)/v at v = x/cap, also in saturation."""
+    """Identity rule for y = cap·tanh(x/cap): gradient tanh(v)/v at v = x/cap, saturated or not."""
     return identity(y, x, lambda u: softcap_ratio(u / cap))
+
+
+# In float32, 1 − tanh² keeps four digits up to here. Beyond, correcting autograd's own derivative
+# would lose them.
+SATURATED = 0.999
+
+
+class _CorrectSoftcap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, v: Tensor, tanh: Tensor, where: str) -> Tensor:
+        ctx.save_for_backward(v, tanh)
+        ctx.where = where
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        v, tanh = ctx.saved_tensors
+        if bool(((tanh.abs() > SATURATED) & (g != 0)).any()):
+            raise ModelStateError(
+                f"The soft-cap at {ctx.where} is saturated, where a HookPoint cannot carry its "
+                "rule with full precision. Use `with clrp.lrp(model):`, which is exact there."
+            )
+        factor = softcap_ratio(v) / (1.0 - tanh * tanh)
+        return (
+            torch.where(g != 0, g * factor, torch.zeros_like(factor)).to(g.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def correct_softcap(
+    x: Float[Tensor, "*shape"],
+    v: Float[Tensor, "*shape"],
+    tanh: Float[Tensor, "*shape"],
+    where: str,
+) -> Float[Tensor, "*shape"]:
+    """Identity rule for a soft-cap by correcting autograd's derivative 1 − tanh² to tanh(v)/v.
+
+    For hook lists only, which cannot reach the soft-cap itself.
+
+    Raises:
+        ModelStateError: in the backward, where a gradient arrives in saturation.
+    """
+    out: Tensor = _CorrectSoftcap.apply(x, v, tanh, where)
+    return out  # fmt: skip
 
 
 # ---------------------------------------------------------------- softmax
@@ -211,7 +261,7 @@ class _SoftmaxTemperature(torch.autograd.Function):
         return pattern.view_as(pattern)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (pattern,) = ctx.saved_tensors
         p, g32 = at_least_float32(pattern), at_least_float32(g)

@@ -1,7 +1,7 @@
 """Rule sets as data: one rule for each kind of operation.
 
 A rule set says what happens at a kind of operation, never where in a model that is (``sites.py``).
-Make your own with ``dataclasses.replace(RULE_SETS["attnlrp"], name="mine", softmax="constant", ...)``.
+Make your own from one of them: ``dataclasses.replace(RULE_SETS["attnlrp"], name="mine", ...)``.
 """
 
 from __future__ import annotations
