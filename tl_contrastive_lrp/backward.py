@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import rules
 from .attach import HookFn
-from .context import _check_single, _public_name, attached, check_ready, plan
+from .context import attached, check_ready, check_single, plan, public_name
 from .coverage_table import Coverage
 from .errors import ModelStateError
 from .rulesets import RuleSet
@@ -107,7 +107,7 @@ def run(
         UncoveredComponentError: a component that no rule covers.
     """
     check_ready(model, "Relevance")
-    _check_single(model)
+    check_single(model)
     attachments, coverage = plan(model, rule_set)
     leaves: dict[str, Tensor] = {}
 
@@ -116,14 +116,15 @@ def run(
         return leaves[hook.name]
 
     captures = {name for a in attachments if a.scoped is None for name in a.captures}
-    captured = {id(model.hook_dict[name]) for name in captures}
+    hook_dict = model.hook_dict
+    captured = {id(hook_dict[name]) for name in captures}
     before: list[tuple[str, HookFn]] = []
     after: list[tuple[str, HookFn]] = []
     for reading in sorted(readings, key=lambda r: r.how != "tensor"):
-        first = id(model.hook_dict[reading.name]) in captured
-        pair = (_public_name(model, reading.name), _read_hook(reading))
+        first = id(hook_dict[reading.name]) in captured
+        pair = (public_name(hook_dict, reading.name), _read_hook(reading))
         (before if first else after).append(pair)
-    starts = [(_public_name(model, name), make_leaf) for name in LEAVES if name in model.hook_dict]
+    starts = [(public_name(hook_dict, name), make_leaf) for name in LEAVES if name in hook_dict]
     with frozen_parameters(model):
         with (
             model.hooks(fwd_hooks=[*starts, *before]),

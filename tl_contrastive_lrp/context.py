@@ -6,7 +6,7 @@ forward bit-identical; on exit, also after an exception, every hook and operand 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -43,7 +43,7 @@ def check_ready(model: Any, what: str) -> None:
         )
 
 
-def _check_single(model: Any) -> None:
+def check_single(model: Any) -> None:
     for name, hook_point in model.hook_dict.items():
         for handle in hook_point.fwd_hooks:
             if getattr(handle.user_hook, _MARK, False):
@@ -54,15 +54,15 @@ def _check_single(model: Any) -> None:
                 )
 
 
-def _public_name(model: Any, name: str) -> str:
+def public_name(hook_dict: Mapping[str, Any], name: str) -> str:
     """The one name under which TransformerLens calls a hook once at this HookPoint.
 
     In compatibility mode a HookPoint is renamed, and a hook added under its other name is called
     once per name: a rule would apply twice.
     """
-    hook_point = model.hook_dict[name]
-    own = hook_point.name
-    return own if own and model.hook_dict.get(own) is hook_point else name
+    hook_point = hook_dict[name]
+    own: str | None = hook_point.name
+    return own if own and hook_dict.get(own) is hook_point else name
 
 
 def _marked(fn: HookFn) -> HookFn:
@@ -104,17 +104,21 @@ def lrp_hooks(model: Any, rules: str | RuleSet = "attnlrp") -> list[tuple[str, H
         ModelStateError: training mode, gradients off, or rules already on.
     """
     check_ready(model, "lrp_hooks")
-    _check_single(model)
+    check_single(model)
     attachments, _ = plan(model, rules)
-    return [(_public_name(model, name), _marked(fn)) for a in attachments for name, fn in a.hooks]
+    hook_dict = model.hook_dict
+    return [
+        (public_name(hook_dict, name), _marked(fn)) for a in attachments for name, fn in a.hooks
+    ]
 
 
 @contextmanager
 def attached(model: Any, attachments: tuple[Attachment, ...]) -> Iterator[None]:
     """The given attachments on the model, for the block."""
+    hook_dict = model.hook_dict  # TransformerLens builds it anew at every access
     with ExitStack() as stack:
         hooks = [
-            (_public_name(model, name), _marked(fn))
+            (public_name(hook_dict, name), _marked(fn))
             for a in attachments
             if a.scoped is None
             for name, fn in a.hooks
@@ -147,7 +151,7 @@ def lrp(model: Any, rules: str | RuleSet = "attnlrp") -> Iterator[Coverage]:
         ModelStateError: training mode, gradients off, or rules already on.
     """
     check_ready(model, "lrp")
-    _check_single(model)
+    check_single(model)
     attachments, report = plan(model, rules)
     with attached(model, attachments):
         yield report

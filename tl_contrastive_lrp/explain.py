@@ -58,10 +58,11 @@ class _Sums:
 
 def _biases(model: Any) -> dict[str, Tensor]:
     """Every bias that the model adds, by the HookPoint behind it."""
+    hook_dict = model.hook_dict
     found: dict[str, Tensor] = {}
     for path, component in components(model).items():
         bias = getattr(component.original_component, "bias", None)
-        if isinstance(bias, Tensor) and f"{path}.hook_out" in model.hook_dict and bias.any():
+        if isinstance(bias, Tensor) and f"{path}.hook_out" in hook_dict and bias.any():
             found[f"{path}.hook_out"] = bias
     return found
 
@@ -116,9 +117,9 @@ def attribute(
     n_layers = int(model.cfg.n_layers)
     sites = residual_sites(model)
 
-    sums, biases = _Sums(), _biases(model)
+    sums, biases, hook_dict = _Sums(), _biases(model), model.hook_dict
     for name in (*LEAVES, *sites):
-        if name in model.hook_dict:
+        if name in hook_dict:
             sums.add(name, lambda r: r.sum(-1)[0])
     for layer in range(n_layers):
         sums.add(f"blocks.{layer}.attn.hook_z", lambda r: r.sum(-1)[0].T)

@@ -96,17 +96,11 @@ def run_with_relevance(
     rule_set = get_rule_set(rules)
     ids = to_tokens(model, tokens)
     names = _select(model, names_filter, rule_set)
-    by_point: dict[tuple[int, bool], list[str]] = {}
-    for name in names:
-        # The alias hook_resid_mid names the input of a norm, where only the branch passes.
-        stream = name.endswith("hook_resid_mid")
-        by_point.setdefault((id(model.hook_dict[name]), stream), []).append(name)
-
     cache: dict[str, Tensor] = {}
     logits, _, _ = run(
         model, ids, objective, rule_set, _readings(model, names, cache), **forward_kwargs
     )
-    ordered = {name: cache[name] for name in names if name in cache}
+    ordered = {name: cache[name].contiguous() for name in names if name in cache}
     if isinstance(names_filter, str | Sequence) and len(ordered) < len(names):
         silent = next(name for name in names if name not in cache)
         raise ValueError(
@@ -121,11 +115,12 @@ def run_with_relevance(
 
 def _readings(model: Any, names: list[str], cache: dict[str, Tensor]) -> list[Reading]:
     """One reading a HookPoint, filling ``cache`` under each of its wanted names."""
+    hook_dict = model.hook_dict
     by_point: dict[tuple[int, bool], list[str]] = {}
     for name in names:
         # hook_resid_mid is an alias of a norm's input, where only that branch would be read.
         stream = name.endswith("hook_resid_mid")
-        by_point.setdefault((id(model.hook_dict[name]), stream), []).append(name)
+        by_point.setdefault((id(hook_dict[name]), stream), []).append(name)
 
     def reading(aliases: list[str], stream: bool) -> Reading:
         def sink(x: Tensor, g: Tensor) -> None:
