@@ -7,7 +7,7 @@ README for a first example; every public name is listed in ``__all__``.
 from .attribution import Attribution
 from .context import coverage, lrp, lrp_hooks
 from .coverage_table import Coverage
-from .demo import load_demo_cases, load_demo_model
+from .demo import DemoCase, load_demo_cases, load_demo_model
 from .explain import attribute
 from .objective import (
     Objective,
@@ -27,6 +27,7 @@ __all__ = [
     "RULE_SETS",
     "Attribution",
     "Coverage",
+    "DemoCase",
     "Objective",
     "RuleSet",
     "attribute",
