@@ -165,6 +165,33 @@ def test_without_target_the_top_token_is_explained(run: Run, folder: Path, bridg
     assert "The model wrote" in Path("r.html").read_text(encoding="utf-8")
 
 
+def test_signs_are_said_when_the_model_prefers_the_contrast(run: Run, folder: Path) -> None:
+    common = ("explain", "--model", folder, "--prompt", PROMPT)
+    first = run(*common, "--json").json["candidates"]
+    low, high = (f"id:{first[rank]['id']}" for rank in (3, 0))
+    done = run(*common, "--target", low, "--target", "id:4", "--contrast", high)
+    assert "Δℓ is negative: the model prefers" in done.out
+    assert "mean logit of {" in done.out
+    assert "negative" not in run(*common, "--contrast", low).out.split("Positive")[0]
+
+
+def test_save_html_of_a_result_says_only_what_it_knows(bridge: Any, tmp_path: Path) -> None:
+    table = clrp.next_token_table(bridge, PROMPT, pos=2)
+    first, second = (int(i) for i in table["id"][:2])
+    result = clrp.attribute(bridge, PROMPT, target=first, contrast=second, pos=2)
+    page = result.save_html(tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "The model wrote" not in page
+    assert "prediction at position 2" in words(page)
+    page = result.save_html(tmp_path / "r.html", candidates=table).read_text(encoding="utf-8")
+    assert "The model wrote" in page
+    assert "could have written" in page
+    other = clrp.attribute(bridge, PROMPT, target=second, contrast=first, pos=2)
+    page = other.save_html(tmp_path / "r.html", candidates=table).read_text(encoding="utf-8")
+    assert "The model wrote" not in page
+    top = clrp.attribute(bridge, PROMPT, clrp.top_logit())
+    assert "top logit" in top.save_html(tmp_path / "r.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_dtype_reaches_the_model(run: Run, folder: Path, dtype: str) -> None:
     told = run(
@@ -406,7 +433,7 @@ USAGE, MODEL, TEXT, FILE = 2, 3, 4, 5
         ({"--pos": "40"}, TEXT, "Position 40 does not exist"),
         ({"--prompt": "a\udcffb"}, TEXT, "no UTF-8"),
         ({"--target": "\udcff"}, TEXT, "no UTF-8"),
-        ({"--out": "no/r.html"}, FILE, "mkdir -p 'no'"),
+        ({"--out": "no/r.html"}, FILE, "mkdir -p no"),
         ({"--save": "."}, FILE, "is a folder"),
         ({"--prompt": None, "--prompt-file": "none.txt"}, FILE, "no prompt file none.txt"),
         ({"--prompt": None, "--prompt-file": "."}, FILE, "cannot be read"),
@@ -502,6 +529,18 @@ def test_errors_on_the_way(
     if code not in (MODEL, 130):
         assert "--debug" in done.err
         assert "Traceback" in run(*arguments, "--debug").err
+
+
+def test_a_full_disk_names_the_file(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device", ".hidden.tmp")
+
+    monkeypatch.setattr("tl_contrastive_lrp.render.files.save_html", full)
+    done = run("explain", "--model", folder, "--prompt", "a", "--contrast", "z", "--out", "r.html")
+    assert (done.code, done.out) == (FILE, "")
+    assert done.err == "Error: r.html cannot be written: No space left on device.\n"
 
 
 def test_overflow_is_not_reported_as_relevance(

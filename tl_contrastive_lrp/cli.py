@@ -13,15 +13,7 @@ import typer
 from . import cli_demo
 from .cli_command import PROGRAM, again
 from .cli_exit import Code, exit_codes
-from .cli_explain import (
-    Output,
-    as_json,
-    candidate_rows,
-    explain,
-    print_candidates,
-    print_explained,
-    print_json,
-)
+from .cli_explain import Output, explain
 from .cli_model import checked_device, is_local, load_model
 from .cli_options import (
     EXIT_CODES,
@@ -38,6 +30,13 @@ from .cli_options import (
     TopOption,
 )
 from .cli_prompt import prompt_ids, read_prompt, token_ids, token_word
+from .cli_tell import (
+    as_json,
+    candidate_rows,
+    print_candidates,
+    print_explained,
+    print_json,
+)
 from .cli_terminal import progress, say, tell
 
 CANDIDATES = 10

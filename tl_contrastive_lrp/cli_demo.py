@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .cli_exit import CliError, Code
-from .cli_explain import Output, as_json, explain, print_explained, print_json
+from .cli_explain import Output, explain
 from .cli_model import quiet_libraries
+from .cli_tell import as_json, print_explained, print_json
 from .cli_terminal import progress, say, shown, table, tell
 
 if TYPE_CHECKING:

@@ -116,6 +116,11 @@ def _why_not_loaded(name: str, error: Exception) -> str:
         )
     if "out of memory" in first.lower():
         return f"{name} does not fit into memory. Try --dtype bfloat16, or --device cpu."
+    if "gated repo" in str(error):
+        return (
+            f"{name} is a gated model. Ask for access on its page on the Hugging Face hub, then "
+            "log in once: hf auth login."
+        )
     remedy = (
         "Is the folder complete (config.json, weights, tokenizer)?"
         if is_local(name)
