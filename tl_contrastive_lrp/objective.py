@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -126,8 +127,17 @@ class Objective:
         return f"{difference} at {where} ({sign})"
 
 
-def _pos(pos: Pos) -> int | tuple[int, ...]:
-    return pos if isinstance(pos, int) else tuple(int(p) for p in pos)
+def _pos(pos: Any) -> int | tuple[int, ...]:
+    """Whole numbers of any library as Python's; nothing is rounded or taken for another."""
+    plain = pos.tolist() if hasattr(pos, "tolist") else pos  # NumPy, torch
+    many = isinstance(plain, list | tuple)
+    for p in plain if many else [plain]:
+        if isinstance(p, bool) or not isinstance(p, Integral):
+            raise TokenError(
+                f"pos={pos!r} is no position; use a whole number (negative counts from the end), "
+                "or one for each row of a batch."
+            )
+    return tuple(int(p) for p in plain) if many else int(plain)
 
 
 def logit_diff(model: Any, target: object, contrast: object, pos: Pos = -1) -> Objective:
@@ -194,10 +204,12 @@ def next_token_table(model: Any, prompt: str | Tensor, k: int = 10, pos: int = -
 
     Raises:
         PromptError: the prompt is empty or not one prompt.
-        TokenError: the position does not exist.
+        TokenError: the position does not exist, or ``k`` is below 1.
     """
     import pandas as pd
 
+    if k < 1:
+        raise TokenError(f"k={k} lists no candidates; use 1 or more.")
     tokens = to_single_prompt(model, prompt)
     with torch.no_grad():
         logits = Objective((), (), "none", pos=pos)._at_position(model(tokens))[0].double()

@@ -40,6 +40,11 @@ def to_tokens(model: Any, prompt: str | list[str] | Tensor) -> Int[Tensor, "batc
     Raises:
         PromptError: empty, not integer, not of shape [pos] or [batch, pos], or out of range.
     """
+    if isinstance(prompt, list) and any(not isinstance(text, str) for text in prompt):
+        raise PromptError(
+            "The prompt is a list of something other than texts; give token ids as a tensor, "
+            "torch.tensor(ids)."
+        )
     if isinstance(prompt, str | list):
         if not prompt or not all(isinstance(text, str) and text for text in prompt):
             raise PromptError("The prompt is empty. Give the text (or ids) the model continued.")
