@@ -73,7 +73,7 @@ def uses_native_norm(component: Any) -> bool:
     return bool(component.use_native_layernorm_autograd or folded)
 
 
-def _weight(norm: Any, normalized: Tensor) -> Tensor:
+def norm_weight(norm: Any, normalized: Tensor) -> Tensor:
     """The factor on ``normalized``, as TransformerLens applies it."""
     weight = getattr(norm, "weight", None)
     if weight is None:
@@ -102,7 +102,7 @@ def _norm(site: Site, rule_set: RuleSet) -> Attachment:
         normalized, scale = seen.pop("normalized"), seen.pop("scale")
         if not normalized.requires_grad:
             return None
-        return rules.linear_norm(output, normalized, scale, _weight(component, normalized))
+        return rules.linear_norm(output, normalized, scale, norm_weight(component, normalized))
 
     hooks = (
         (f"{path}.hook_scale", observe("scale")),

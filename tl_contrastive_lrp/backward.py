@@ -9,7 +9,7 @@ and the gradient starts at detached embeddings, so frozen models work too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -93,9 +93,12 @@ def run(
     objective: Callable[[Tensor], Tensor],
     rule_set: str | RuleSet,
     readings: Iterable[Reading],
+    scopes: Iterable[AbstractContextManager[None]] = (),
     **forward_kwargs: Any,
 ) -> tuple[Tensor, Tensor, Coverage]:
     """Forward, objective, backward; the readings' sinks are called on the way back.
+
+    The rules and ``scopes`` are on during the forward only, so a sink may run the model itself.
 
     Returns:
         The logits [batch, pos, vocab] and the objective's value [], both detached, and the
@@ -127,10 +130,13 @@ def run(
     starts = [(public_name(hook_dict, name), make_leaf) for name in LEAVES if name in hook_dict]
     with frozen_parameters(model):
         with (
+            ExitStack() as stack,
             model.hooks(fwd_hooks=[*starts, *before]),
             attached(model, attachments),
             model.hooks(fwd_hooks=after),
         ):
+            for scope in scopes:
+                stack.enter_context(scope)
             logits = model(tokens, **forward_kwargs)
             value = objective(logits)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from .attribution import Attribution, special_mask
-from .backward import LEAVES, Reading, relevance_of, run
+from .backward import LEAVES, run
 from .ledger import Ledger
-from .objective import Objective, logit_diff
+from .objective import described, question
 from .prompts import str_tokens, to_single_prompt
 from .rulesets import RuleSet
 from .sites import components
+from .sums import Sums
 
 _SPLIT_BY_BLOCK = "blocks."
 
@@ -27,33 +28,6 @@ def residual_sites(model: Any) -> tuple[str, ...]:
     """HookPoints of the residual stream: every block's input, and the last block's output."""
     n = int(model.cfg.n_layers)
     return (*(f"blocks.{i}.hook_resid_pre" for i in range(n)), f"blocks.{n - 1}.hook_resid_post")
-
-
-class _Sums:
-    """Readings that keep sums of relevance, by name."""
-
-    def __init__(self) -> None:
-        self.readings: list[Reading] = []
-        self.kept: dict[str, Tensor] = {}
-
-    def add(self, name: str, reduce: Callable[[Tensor], Tensor], point: str | None = None) -> None:
-        def sink(x: Tensor, g: Tensor) -> None:
-            self.kept[name] = reduce(relevance_of(x, g)).cpu()
-
-        def fired(x: Tensor) -> None:
-            zero = torch.zeros((), dtype=torch.float32).expand(x.shape)
-            self.kept[name] = reduce(zero)
-
-        self.readings.append(Reading(point or name, sink, fired=fired))
-
-    def add_bias(self, name: str, bias: Tensor) -> None:
-        """Relevance a bias takes: bias ⊙ gradient where it was added, summed."""
-
-        def sink(x: Tensor, g: Tensor) -> None:  # noqa: ARG001
-            total = g.to(torch.promote_types(g.dtype, torch.float32)).flatten(0, 1).sum(0)
-            self.kept[name] = (total.flatten() * bias.detach().to(total)).sum().cpu()
-
-        self.readings.append(Reading(name, sink))
 
 
 def _biases(model: Any) -> dict[str, Tensor]:
@@ -104,20 +78,12 @@ def attribute(
         TypeError: neither or both of an objective and a target with contrast.
         TokenError, PromptError, ModelStateError, UncoveredComponentError: see their messages.
     """
-    given = objective is not None, target is not None, contrast is not None
-    if given not in ((True, False, False), (False, True, True)):
-        raise TypeError(
-            "Give either an objective, attribute(model, prompt, clrp.logit_diff(model, ...)), or "
-            "both tokens, attribute(model, prompt, target=..., contrast=...). "
-            "clrp.next_token_table(model, prompt) lists candidates for the contrast."
-        )
-    if objective is None:
-        objective = logit_diff(model, target, contrast, pos)
+    objective = question(model, objective, target, contrast, pos)
     tokens = to_single_prompt(model, prompt)
     n_layers = int(model.cfg.n_layers)
     sites = residual_sites(model)
 
-    sums, biases, hook_dict = _Sums(), _biases(model), model.hook_dict
+    sums, biases, hook_dict = Sums(), _biases(model), model.hook_dict
     for name in (*LEAVES, *sites):
         if name in hook_dict:
             sums.add(name, lambda r: r.sum(-1)[0])
@@ -144,9 +110,6 @@ def attribute(
         positions,
         float(value),
     )
-    words = objective if isinstance(objective, Objective) else None
-    target_text, contrast_text = words.texts() if words else ("", "")
-    target_term, contrast_term = words.parts(logits) if words else (value[None], None)
     ids = tokens[0].cpu()
     special_ids = list(model.tokenizer.all_special_ids) if model.tokenizer is not None else []
     return Attribution(
@@ -160,14 +123,9 @@ def attribute(
         special=special_mask(ids, special_ids),
         str_tokens=str_tokens(model, ids.tolist()),
         sites=sites,
-        delta=float(value),
-        target_logit=float(target_term[0]),
-        contrast_logit=None if contrast_term is None else float(contrast_term[0]),
-        objective=str(objective) if words else getattr(objective, "__name__", repr(objective)),
-        target=target_text,
-        contrast=contrast_text,
         rules=coverage.rules,
         coverage=coverage,
         ledger=ledger,
         model_name=str(model.cfg.model_name),
+        **described(objective, logits, value),
     )

@@ -11,7 +11,7 @@ are summed, so that each row's relevance is that of its own Δℓ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
@@ -194,6 +194,49 @@ def logit_minus_mean(model: Any, target: object, pos: Pos = -1) -> Objective:
     """The target's logit minus the mean of all logits."""
     ids = to_token_ids(model, target, "target")
     return Objective(ids, (), "mean", pos=_pos(pos), names=str_tokens(model, ids))
+
+
+def question(
+    model: Any,
+    objective: Callable[[Tensor], Tensor] | None,
+    target: object,
+    contrast: object,
+    pos: Pos,
+) -> Callable[[Tensor], Tensor]:
+    """The objective itself, or ``logit_diff`` of both tokens.
+
+    Raises:
+        TypeError: neither an objective nor both tokens, or both ways at once.
+    """
+    given = objective is not None, target is not None, contrast is not None
+    if given not in ((True, False, False), (False, True, True)):
+        raise TypeError(
+            "Give either an objective, such as clrp.logit_diff(model, ...), as third argument, or "
+            "both tokens, target=... and contrast=... (clrp.next_token_table(model, prompt) lists "
+            "candidates for the contrast)."
+        )
+    return objective if objective is not None else logit_diff(model, target, contrast, pos)
+
+
+def described(
+    objective: Callable[[Tensor], Tensor], logits: Tensor, value: Tensor
+) -> dict[str, Any]:
+    """What results say of an objective: delta, target_logit, contrast_logit and texts."""
+    delta = float(value)
+    if not isinstance(objective, Objective):
+        name = getattr(objective, "__name__", repr(objective))
+        return {"delta": delta, "target_logit": delta, "contrast_logit": None,
+                "objective": name, "target": "", "contrast": ""}  # fmt: skip
+    target, contrast = objective.parts(logits)
+    texts = objective.texts()
+    return {
+        "delta": delta,
+        "target_logit": float(target[0]),
+        "contrast_logit": None if contrast is None else float(contrast[0]),
+        "objective": str(objective),
+        "target": texts[0],
+        "contrast": texts[1],
+    }
 
 
 def next_token_table(model: Any, prompt: str | Tensor, k: int = 10, pos: int = -1) -> pd.DataFrame:
