@@ -5,7 +5,6 @@ The file is safetensors: tensors plus one JSON text, no pickle, nothing executab
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +13,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .coverage_table import Coverage, CoverageRow
-from .errors import FileFormatError
+from .coverage_table import Coverage
 from .ledger import Ledger, LedgerRow
+from .results_io import FileKind, coverage_from, damage_named, read_result, write_result
 
 if TYPE_CHECKING:
     import pandas as pd
     from circuitsvis.utils.render import RenderedHTML
 
-_FORMAT = "tl_contrastive_lrp.attribution"
-_VERSION = 1
+_FILE = FileKind("tl_contrastive_lrp.attribution", 1, "the attribution")
 _TENSORS = ("tokens", "resid", "heads", "neurons", "token_ids", "special")
 
 
@@ -169,16 +167,10 @@ class Attribution:
 
     def save(self, path: str | Path) -> Path:
         """Write the result to a safetensors file; ``load`` reads it back exactly."""
-        from safetensors.torch import save_file
-
-        named: dict[str, Tensor | None] = {name: getattr(self, name) for name in _TENSORS}
-        tensors = {name: t.contiguous() for name, t in named.items() if t is not None}
+        tensors: dict[str, Tensor | None] = {name: getattr(self, name) for name in _TENSORS}
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
         rest |= {"coverage": asdict(self.coverage), "ledger": asdict(self.ledger)}
-        meta = {"format": _FORMAT, "version": str(_VERSION), "data": json.dumps(rest)}
-        path = Path(path)
-        save_file(tensors, path, metadata=meta)
-        return path
+        return write_result(path, _FILE, tensors, rest)
 
     @classmethod
     def load(cls, path: str | Path) -> Attribution:
@@ -186,41 +178,15 @@ class Attribution:
 
         Raises:
             FileNotFoundError: there is no such file.
-            FileFormatError: it is damaged, foreign, or of a newer version.
+            FileFormatError: it is damaged, foreign, or of another version.
         """
-        from safetensors import SafetensorError, safe_open
-
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no file {path}.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                meta = file.metadata() or {}
-                tensors: dict[str, Any] = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise FileFormatError(f"{path} is no readable safetensors file: {error}") from error
-        if meta.get("format") != _FORMAT:
-            raise FileFormatError(f"{path} holds no attribution of this package.")
-        if meta.get("version") != str(_VERSION):
-            raise FileFormatError(
-                f"{path} has format version {meta.get('version')}, this package reads {_VERSION}; "
-                "upgrade tl_contrastive_lrp, or save the result again."
-            )
-        try:
-            data = _decode(json.loads(meta["data"]))
-            data |= {name: tensors.get(name) for name in _TENSORS}
-            return cls(**data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FileFormatError(f"{path} is damaged: {error}") from error
-
-
-def _decode(data: dict[str, Any]) -> dict[str, Any]:
-    coverage, ledger = data.pop("coverage"), data.pop("ledger")
-    data["coverage"] = Coverage(
-        coverage["rules"], tuple(CoverageRow(**row) for row in coverage["rows"])
-    )
-    data["ledger"] = Ledger(tuple(LedgerRow(**row) for row in ledger["rows"]), ledger["delta"])
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        tensors, data = read_result(path, _FILE)
+        with damage_named(path):
+            rows = tuple(LedgerRow(**row) for row in data["ledger"]["rows"])
+            data["ledger"] = Ledger(rows, data["ledger"]["delta"])
+            data["coverage"] = coverage_from(data["coverage"])
+            data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            return cls(**data, **{name: tensors.get(name) for name in _TENSORS})  # type: ignore[arg-type]
 
 
 def special_mask(token_ids: Tensor, special_ids: list[int]) -> Bool[Tensor, " pos"]:
