@@ -1,0 +1,368 @@
+"""The attribution graph's edges against the published slow way (``oracle_edges.py``).
+
+Every family and variant, every rule set; by head and path; over several blocks; and what an edge
+says about interventions on the model. Errors are relative to the largest entry of what is
+compared, off the diagonal and on it separately: residual streams make diagonals large.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from autograd_forms import off
+from families import ALL, FAMILIES, boot, hf_model, make_tokenizer, random_tokens, true_float64
+from oracle import RULE_SETS, contrast_seed
+from oracle_edges import PATHS, EdgeTruth, contributions, interventions, pairs
+from torch import Tensor
+
+import tl_contrastive_lrp as clrp
+
+TARGET, CONTRAST, VOCAB = 7, 12, 48
+TOKENS = random_tokens()
+N = TOKENS.shape[1]
+SLIDING = ("mistral", "gemma2", "gemma3", "qwen2-window")
+
+
+def graph_of(model: Any, rules: str, objective: Any = None, **how: Any) -> Any:
+    if objective is None:
+        objective = clrp.logit_diff(model, TARGET, CONTRAST)
+    double = next(model.parameters()).dtype == torch.float64
+    with true_float64(model) if double else nullcontext():
+        return clrp.attribution_graph(model, TOKENS, objective, rules=rules, **how)
+
+
+@functools.cache
+def graph(name: str, rules: str, granularity: str = "block", heads: bool = False) -> Any:
+    return graph_of(boot(name), rules, granularity=granularity, heads=heads)
+
+
+@functools.cache
+def truth(name: str, rules: str, pos: int = -1) -> EdgeTruth:
+    seed = contrast_seed(TOKENS, TARGET, CONTRAST, VOCAB, pos)
+    return EdgeTruth(hf_model(name), TOKENS, seed, rules)
+
+
+@functools.cache
+def matrix(name: str, rules: str, source: str, target: str) -> Tensor:
+    return truth(name, rules).matrix(source, target)
+
+
+def between(a: Tensor) -> Tensor:
+    """The edges between different positions: a without its diagonal."""
+    return a - a.diag().diag()
+
+
+def error(found: Tensor, wanted: Tensor, whole: Tensor | None = None) -> float:
+    """Largest error relative to the largest entry of ``whole`` (else ``wanted``), in two parts."""
+    whole = wanted if whole is None else whole
+    parts = [(found.diag(), wanted.diag(), whole.diag())]
+    parts += [(between(found), between(wanted), between(whole))]
+    errors = []
+    for f, w, scale in parts:
+        difference = (f.double() - w).abs().max()
+        largest = scale.abs().max()
+        errors.append(float(difference / largest if largest > 0 else difference))
+    return max(errors)
+
+
+def errors_of(g: Any, true: EdgeTruth, transitions: list[tuple[str, str]]) -> dict[Any, float]:
+    return {(s, t): error(g.matrix(s, t), true.matrix(s, t)) for s, t in transitions}
+
+
+def assert_all_below(errors: dict[Any, float], limit: float) -> None:
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] <= limit, (worst, errors[worst])
+
+
+# every family, every rule set
+
+
+@pytest.mark.parametrize("granularity", ["block", "sublayer"])
+@pytest.mark.parametrize("rules", RULE_SETS)
+@pytest.mark.parametrize("name", ALL)
+def test_float64(name: str, rules: str, granularity: str) -> None:
+    true, g = truth(name, rules), graph(name, rules, granularity)
+    sites = true.sites(granularity)
+    assert g.sites == sites
+    assert g.relevance.dtype == torch.float64
+    errors = {}
+    for row, (s, t) in enumerate(pairs(sites)):
+        found, wanted = g.matrix(s, t), matrix(name, rules, s, t)
+        errors[s, t] = error(found, wanted)
+        assert off(found.sum(0), g.relevance[row]) <= 1e-10, (s, t)
+        assert not found[~true.window(s, t)].any(), "an edge that no mask allows"
+    assert_all_below(errors, 1e-9)
+    nodes = torch.stack([true.node(site) for site in sites])
+    assert off(g.relevance, nodes) <= 1e-10
+    assert bool((g.target_pos >= g.source_pos).all())
+    assert between(g.matrix(*pairs(sites)[0])).any(), "the first transition mixes positions"
+
+
+@pytest.mark.parametrize("rules", RULE_SETS)
+@pytest.mark.parametrize("name", ALL)
+def test_float32(name: str, rules: str) -> None:
+    model = boot(name, torch.float32)
+    errors = {}
+    for granularity in ("block", "sublayer"):
+        g = graph_of(model, rules, granularity=granularity)
+        for s, t in pairs(g.sites):
+            found = g.matrix(s, t)
+            assert found.dtype == torch.float32
+            errors[s, t] = off(found.double(), matrix(name, rules, s, t))
+    assert_all_below(errors, 1e-5)
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_windows_hide_what_a_global_layer_shows(name: str) -> None:
+    """In a layer with a window of 4, no edge spans 4 positions or more; in a global layer some."""
+    true, g = truth(name, "attnlrp"), graph(name, "attnlrp")
+    far = torch.ones(N, N).tril(-4).bool()
+    spans = [bool(g.matrix(s, t)[far].any()) for s, t in pairs(g.sites)]
+    assert spans == [block.window is None for block in true.model.blocks]
+
+
+@pytest.mark.parametrize("rules", RULE_SETS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_objective_in_the_middle(name: str, rules: str) -> None:
+    """What comes after the position that is explained has no edges."""
+    pos, model = 5, boot(name)
+    g = graph_of(model, rules, clrp.logit_diff(model, TARGET, CONTRAST, pos=pos))
+    true = truth(name, rules, pos)
+    assert_all_below(errors_of(g, true, pairs(true.sites())), 1e-9)
+    for s, t in pairs(g.sites):
+        assert not g.matrix(s, t)[pos + 1 :].any()
+        assert not g.matrix(s, t)[:, pos + 1 :].any()
+
+
+@pytest.mark.parametrize("rules", RULE_SETS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_edges_are_linear_in_the_objective(name: str, rules: str) -> None:
+    """Unpruned, the graph of (t, c) is the graph of t minus the graph of c."""
+    model = boot(name)
+    both = graph(name, rules, "sublayer")
+    t, c = (
+        graph_of(model, rules, clrp.target_logit(model, token), granularity="sublayer")
+        for token in (TARGET, CONTRAST)
+    )
+    for pair in pairs(both.sites):
+        difference = t.matrix(*pair) - c.matrix(*pair)
+        largest = max(t.matrix(*pair).abs().max(), c.matrix(*pair).abs().max())
+        assert (difference - both.matrix(*pair)).abs().max() <= 1e-11 * largest, pair
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2"])
+def test_node_threshold_drops_whole_rows(name: str) -> None:
+    """Targets at or below the threshold are not expanded; the others' edges are the same."""
+    whole = graph(name, "attnlrp")
+    threshold = float(whole.relevance[1].abs().median())
+    g = graph_of(boot(name), "attnlrp", node_threshold=threshold)
+    assert g.node_threshold == threshold
+    assert torch.equal(g.relevance, whole.relevance)
+    for row, (s, t) in enumerate(pairs(g.sites), start=1):
+        live = whole.relevance[row].abs() > threshold
+        assert torch.equal(g.matrix(s, t), whole.matrix(s, t) * live[:, None])
+    assert 0 < int((whole.relevance[1].abs() > threshold).sum()) < N
+
+
+def test_the_model_is_left_as_found(snapshot: Any) -> None:
+    for name in ("gemma2", "gpt2"):
+        model = boot(name)
+        before = snapshot(model)
+        graph_of(model, "attnlrp", granularity="sublayer", heads=True)
+        graph_of(model, "gim", layers=[0])
+        assert snapshot(model) == before
+
+
+# by head, by path
+
+
+@pytest.mark.parametrize("granularity", ["block", "sublayer"])
+@pytest.mark.parametrize("rules", RULE_SETS)
+@pytest.mark.parametrize("name", [*FAMILIES, "qwen3-bias", "llama-mha"])
+def test_heads_and_paths(name: str, rules: str, granularity: str) -> None:
+    """Each head's values and keys, and what stays in place, against gradients cut to it."""
+    true, g = truth(name, rules), graph(name, rules, granularity, heads=True)
+    plain = graph(name, rules, granularity)
+    errors = {}
+    for s, t in pairs(true.sites(granularity)):
+        whole, found = matrix(name, rules, s, t), g.matrix(s, t)
+        assert off(found, plain.matrix(s, t)) <= 1e-12, "without a choice, the sum of all parts"
+        if true.step(s) % 2:
+            assert torch.equal(g.matrix(s, t, path="position"), found), "no attention here"
+            assert not g.matrix(s, t, path="value").any()
+            continue
+        total = g.matrix(s, t, path="position")
+        errors[s, t, "position"] = error(total, true.matrix(s, t, "position"), whole)
+        assert not between(total).any()
+        for path in PATHS[1:]:
+            for head in range(true.model.heads):
+                part = g.matrix(s, t, head=head, path=path)
+                cut = true.matrix(s, t, path, head)
+                errors[s, t, path, head] = error(part, cut, whole)
+                total = total + part
+        small = 1e-12 * float(whole.abs().max())
+        assert (total - found).abs().max() <= small, "the parts add up to the edge"
+        both = g.matrix(s, t, path="value") + g.matrix(s, t, path="key")
+        assert between(both - found).abs().max() <= small
+        one = sum(g.matrix(s, t, head=1, path=path) for path in PATHS[1:])
+        assert (g.matrix(s, t, head=1) - one).abs().max() <= small
+    assert_all_below(errors, 1e-9)
+
+
+# compatibility mode
+
+
+@pytest.mark.parametrize("how", ["no processing", "folded"])
+@pytest.mark.parametrize("rules", ["attnlrp", "gim", "gradient"])
+@pytest.mark.parametrize("name", [*FAMILIES, "qwen3-bias", "llama-bias"])
+def test_compatibility_mode_has_the_same_edges(name: str, rules: str, how: str) -> None:
+    model, exact = _compatible(name, how), how == "no processing"
+    g, wanted = graph_of(model, rules, granularity="sublayer"), graph(name, rules, "sublayer")
+    for pair in pairs(wanted.sites):
+        found = g.matrix(*pair)
+        assert error(found, wanted.matrix(*pair)) <= (1e-10 if exact else 3e-6), pair
+
+
+@functools.cache
+def _compatible(name: str, how: str) -> Any:
+    model = families._boot.__wrapped__(name, torch.float64, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        processing = {"no_processing": True} if how == "no processing" else {}
+        model.enable_compatibility_mode(disable_warnings=True, **processing)
+    return model.eval()
+
+
+# an edge means something
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_cplrp_edges_are_interventions_with_norms_and_patterns_frozen(name: str) -> None:
+    """Scale a source node by 1 + e: what each target contributes changes by e * edge, exactly.
+
+    For any e (-1 knocks the node out) and with biases too: the frozen model is affine.
+    """
+    true = truth(name, "cplrp")
+    for granularity in ("block", "sublayer"):
+        g = graph(name, "cplrp", granularity)
+        for s, t in pairs(g.sites):
+            h, grad = true.state(s), true.gradient(t)
+            before = (grad * true.state(t)).sum(-1)[:, None]
+            for by in (-1.0, 0.3):
+                after = contributions(grad, true.frozen_forward(s, t, interventions(h, by)))
+                assert off((after - before) / by, g.matrix(s, t)) <= 1e-9, (s, t, by)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradient_edges_are_small_interventions_on_the_model_itself(name: str) -> None:
+    """With nothing frozen only the plain gradient's edges are, and only to first order."""
+    model, true, g = boot(name), truth(name, "gradient"), graph(name, "gradient")
+    e = 1e-4
+    copies = TOKENS.repeat(2 * N, 1)
+    by = torch.cat([e * torch.eye(N), -e * torch.eye(N)]).double()[:, :, None]
+    kept: dict[str, Tensor] = {}
+
+    def scale(h: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return h * (1.0 + by)
+
+    def keep(h: Tensor, hook: Any) -> None:  # noqa: ARG001
+        kept["h"] = h
+
+    for s, t in pairs(g.sites):
+        with torch.no_grad(), true_float64(model):
+            model.run_with_hooks(copies, fwd_hooks=[(s, scale), (t, keep)])
+        more, less = contributions(true.gradient(t), kept["h"]).split(N, dim=1)
+        assert off((more - less) / (2 * e), g.matrix(s, t)) <= 1e-6, (s, t)
+
+
+# transitions over several blocks
+
+
+DEEP = {
+    "qwen3-bias": {"num_hidden_layers": 4},
+    "gpt2": {"n_layer": 4},
+    "gemma2": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+}
+
+
+@functools.cache
+def deep(name: str) -> tuple[Any, Any]:
+    """(Hugging Face model, bridge), both float64, of a family with four layers."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM
+
+    base, settings = families._VARIANT.get(name, (name, {}))
+    made = []
+    for dtype in (torch.float64, torch.float32):
+        config = families._BASE[base](**{**settings, **DEEP[name]})
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
+        families._randomise(model, 3)
+        made.append(model.eval())
+    with tempfile.TemporaryDirectory() as directory:
+        made[1].save_pretrained(directory)
+        make_tokenizer().save_pretrained(directory)
+        bridge = TransformerBridge.boot_transformers(
+            str(Path(directory)), device="cpu", dtype=torch.float64
+        )
+    return made[0], bridge
+
+
+class TestOverSeveralBlocks:
+    """``layers=[...]``: packed backward signals."""
+
+    @staticmethod
+    def truth(name: str, rules: str) -> EdgeTruth:
+        seed = contrast_seed(TOKENS, TARGET, CONTRAST, VOCAB)
+        return EdgeTruth(deep(name)[0], TOKENS, seed, rules)
+
+    @pytest.mark.parametrize("layers", [[0, 2], [0, 1, 3], [0], [0, 3, 4]])
+    @pytest.mark.parametrize("rules", RULE_SETS)
+    @pytest.mark.parametrize("name", DEEP)
+    def test_four_layers(self, name: str, rules: str, layers: list[int]) -> None:
+        true, g = self.truth(name, rules), graph_of(deep(name)[1], rules, layers=layers)
+        chosen = tuple(f"blocks.{i}.hook_resid_pre" for i in layers if i < 4)
+        assert g.sites == (*chosen, "blocks.3.hook_resid_post")
+        assert_all_below(errors_of(g, true, pairs(g.sites)), 1e-9)
+        for row, (s, t) in enumerate(pairs(g.sites)):
+            assert off(g.relevance[row], true.node(s)) <= 1e-10
+            assert off(g.matrix(s, t).sum(0), g.relevance[row]) <= 1e-10
+            assert not g.matrix(s, t)[~true.window(s, t)].any()
+
+    @pytest.mark.parametrize("rules", RULE_SETS)
+    def test_three_layers_with_windows(self, rules: str) -> None:
+        g, true = graph_of(boot("gemma3"), rules, layers=[0, 2]), truth("gemma3", rules)
+        assert_all_below(errors_of(g, true, pairs(g.sites)), 1e-9)
+
+    @pytest.mark.parametrize("name", FAMILIES)
+    def test_float32(self, name: str) -> None:
+        g, true = graph_of(boot(name, torch.float32), "attnlrp", layers=[0]), truth(name, "attnlrp")
+        (pair,) = pairs(g.sites)
+        assert off(g.matrix(*pair).double(), true.matrix(*pair)) <= 1e-5
+
+    @pytest.mark.parametrize("name", DEEP)
+    def test_all_layers_are_the_adjacent_graph(self, name: str) -> None:
+        bridge = deep(name)[1]
+        g, plain = graph_of(bridge, "attnlrp", layers=[0, 1, 2, 3]), graph_of(bridge, "attnlrp")
+        assert g.sites == plain.sites
+        for pair in pairs(g.sites):
+            assert error(g.matrix(*pair), plain.matrix(*pair)) <= 1e-9
+
+    @pytest.mark.parametrize("name", DEEP)
+    def test_node_threshold(self, name: str) -> None:
+        whole = graph_of(deep(name)[1], "attnlrp", layers=[0, 2])
+        threshold = float(whole.relevance[1].abs().median())
+        g = graph_of(deep(name)[1], "attnlrp", layers=[0, 2], node_threshold=threshold)
+        for row, (s, t) in enumerate(pairs(g.sites), start=1):
+            live = whole.relevance[row].abs() > threshold
+            assert error(g.matrix(s, t), whole.matrix(s, t) * live[:, None]) <= 1e-12
