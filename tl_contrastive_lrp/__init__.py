@@ -9,6 +9,8 @@ from .context import coverage, lrp, lrp_hooks
 from .coverage_table import Coverage
 from .demo import DemoCase, load_demo_cases, load_demo_model
 from .explain import attribute
+from .graph import AttributionGraph
+from .graph_build import attribution_graph
 from .objective import (
     Objective,
     logit_diff,
@@ -26,11 +28,13 @@ __version__ = "0.1.0"
 __all__ = [
     "RULE_SETS",
     "Attribution",
+    "AttributionGraph",
     "Coverage",
     "DemoCase",
     "Objective",
     "RuleSet",
     "attribute",
+    "attribution_graph",
     "coverage",
     "load_demo_cases",
     "load_demo_model",

@@ -1,0 +1,121 @@
+"""Cost of the attribution graph, in one run: against a forward + backward, and against packing.
+
+- graph / plain: ``clrp.attribution_graph`` (all edges, both granularities) over a plain forward and
+  backward of the same model at the same tokens, without hooks but the one at the embeddings;
+- packed / closed: the paper's batched backward signals for one transition (on a sample of target
+  positions, scaled to all) over the closed form's share of the graph for that transition;
+- peak memory of both, above what the process held before (Linux: ru_maxrss in fresh processes).
+
+    python benchmarks/graph.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from _models import random_bridge
+
+import tl_contrastive_lrp as clrp
+from tl_contrastive_lrp.packed import packed_edges
+from tl_contrastive_lrp.rulesets import get_rule_set
+
+LAYERS, WIDTH, HEADS = 4, 256, 8
+
+
+def plain(model, tokens, objective) -> None:
+    leaf = {}
+
+    def start(tensor, hook):
+        leaf["x"] = tensor.detach().requires_grad_(True)
+        return leaf["x"]
+
+    with model.hooks(fwd_hooks=[("embed.hook_out", start)]):
+        torch.autograd.grad(objective(model(tokens)), leaf["x"])
+
+
+def ready(pos: int):
+    torch.set_num_threads(1)
+    model = random_bridge(LAYERS, WIDTH, HEADS, pos)
+    for parameter in model.original_model.parameters():
+        parameter.requires_grad_(False)
+    tokens = torch.randint(4, model.cfg.d_vocab, (1, pos), generator=torch.Generator().manual_seed(1))
+    return model, tokens, clrp.logit_diff(model, 7, 12)
+
+
+def seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def _peak(pos: int, what: str, queue) -> None:
+    model, tokens, objective = ready(pos)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if what == "plain":
+        plain(model, tokens, objective)
+    elif what == "graph":
+        clrp.attribution_graph(model, tokens, objective)
+    else:
+        pair = ("blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre")
+        packed_edges(model, tokens, objective, get_rule_set("attnlrp"), [pair], progress=False)
+    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+
+
+def peak_mib(pos: int, what: str) -> float:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_peak, args=(pos, what, queue))
+    process.start()
+    found = float(queue.get())
+    process.join()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pos", type=int, nargs="+", default=[128, 512, 1024, 2048])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--packed-pos", type=int, default=512)
+    options = parser.parse_args()
+    print(f"{LAYERS} layers, d_model {WIDTH}, {HEADS} heads, 1 thread, median of {options.repeats}")
+    print(f"{'pos':>6} {'plain s':>8} {'block':>6} {'sublayer':>9} {'plain MiB':>10} {'graph MiB':>10}")
+    for pos in options.pos:
+        model, tokens, objective = ready(pos)
+        t = seconds(
+            {
+                "plain": lambda: plain(model, tokens, objective),
+                "attribute": lambda: clrp.attribute(model, tokens, objective),
+                "block": lambda: clrp.attribution_graph(model, tokens, objective),
+                "sublayer": lambda: clrp.attribution_graph(
+                    model, tokens, objective, granularity="sublayer"
+                ),
+            },
+            options.repeats,
+        )
+        print(f"{pos:>6} {t['plain']:>8.3f} {t['block'] / t['plain']:>6.2f} "
+              f"{t['sublayer'] / t['plain']:>9.2f} {peak_mib(pos, 'plain'):>10.0f} "
+              f"{peak_mib(pos, 'graph'):>10.0f}", flush=True)  # fmt: skip
+        if pos == options.packed_pos:
+            closed = (t["block"] - t["attribute"]) / LAYERS
+            pair = ("blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre")
+            start = time.perf_counter()
+            packed_edges(model, tokens, objective, get_rule_set("attnlrp"), [pair], progress=False)
+            packed = time.perf_counter() - start
+            print(f"       one transition at {pos}: packed {packed:.1f} s; edges of the closed form "
+                  f"{closed:.4f} s beyond attribute(); ratio {packed / max(closed, 1e-4):,.0f}; "
+                  f"packed peak {peak_mib(pos, 'packed'):.0f} MiB", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Edges of the attribution graph in closed form, read inside one backward pass.
+
+Tokens mix only in attention, so the relevance that target position j passes to source position
+i ≠ j within a block went through attention's values or keys. With g_z, g_S the gradients that the
+one backward pass brings to attention's output and scores, and per head h:
+
+    value path   A[j, i] = α_v · P[j, i] · ⟨g_z[j], ṽ[i]⟩
+    key path     A[j, i] = α_k · g_S[j, i] · S̃[j, i],      S̃ = scale · ⟨q[j], k̃[i]⟩
+
+α is what the rules give the factor (½ for halved products). ṽ and k̃ are the derivatives of v and k
+along the residual vector: v and k without what biases contributed. A position's own share needs no
+formula, since Σ_j A[j, i] is the source's relevance R_s[i]: it is what remains,
+
+    A[i, i] = R_s[i] − Σ_{j≠i} A[j, i]        (residual, queries, MLP, and attention to itself).
+
+arXiv:2604.17761, Appendix A, computes the same matrices with batches of backward passes.
+
+Where no bias reaches keys and values and norms and soft-caps are linearised, ṽ = v and S̃ = S, and
+both paths are gradient × value at ``hook_pattern`` and ``hook_attn_scores``. Otherwise
+``tangents.py`` gives ṽ and S̃, inside the backward too: nothing of size head × pos² outlives its
+layer but what autograd itself keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .backward import Reading
+from .rules import at_least_float32
+from .rulesets import RuleSet
+from .sites import Site, components
+from .tangents import BlockCall, block_tangents
+
+
+@dataclass(eq=False)
+class BlockEdges:
+    """What one block's attention passes between positions, filled while the backward runs.
+
+    Attributes:
+        layer: Index of the block.
+        by_head: Whether ``value`` and ``key`` are kept.
+        total: Σ over heads and paths, diagonal (attention to itself) included.
+        value, key: The paths by head, on the CPU.
+    """
+
+    layer: int
+    by_head: bool
+    total: Float[Tensor, "target source"] | None = None
+    value: Float[Tensor, "head target source"] | None = None
+    key: Float[Tensor, "head target source"] | None = None
+    _kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, path: str, a: Tensor, b: Tensor, share: float = 1.0) -> None:
+        """Add one path's edges, ``share`` · a ⊙ b, both [head, target, source]."""
+        a, b = at_least_float32(a), at_least_float32(b)
+        if self.by_head:
+            setattr(self, path, _product(a, b, share).cpu())
+        total = a.new_zeros(a.shape[1:]) if self.total is None else self.total.clone()
+        for head in range(len(a)):  # in place: no temporary of all heads
+            total.addcmul_(a[head], b[head], value=share)
+        if not bool(torch.isfinite(total.sum())):
+            total = _product(a, b, share).sum(0) + (0.0 if self.total is None else self.total)
+        self.total = total
+
+
+def _product(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """share · a ⊙ b, 0 where b is 0: a hidden score of -inf takes no part."""
+    return (share * a * b).masked_fill(b == 0, 0.0)
+
+
+def needs_tangents(model: Any, layer: int, sites: tuple[Site, ...], rule_set: RuleSet) -> bool:
+    """Whether v and S differ from their derivatives along the residual vector in this block."""
+    prefix = f"blocks.{layer}."
+    inside = [site for site in sites if site.path.startswith(prefix)]
+    if any(site.operation == "softcap" for site in inside) and rule_set.softcap == "gradient":
+        return True
+    if rule_set.norm == "gradient":
+        return True
+    return any(
+        getattr(component.original_component, "bias", None) is not None
+        for path, component in components(model).items()
+        if path.startswith(prefix) and ".mlp" not in path and not path.endswith(".o")
+    )
+
+
+def edge_readings(
+    model: Any,
+    edges: BlockEdges,
+    sites: tuple[Site, ...],
+    rule_set: RuleSet,
+    call: BlockCall,
+) -> list[Reading]:
+    """What to read in the backward so that ``edges`` is filled.
+
+    Args:
+        model: The bridge.
+        edges: Of one block; filled by the backward.
+        sites: ``find_sites(model)``.
+        rule_set: The rules of that backward.
+        call: Recorded in the forward; used where tangents are needed.
+    """
+    prefix = f"blocks.{edges.layer}.attn."
+    constant_pattern = rule_set.softmax == "constant"
+    tangents = needs_tangents(model, edges.layer, sites, rule_set)
+    key_share = 0.5 if rule_set.qk == "half" else 1.0
+    value_share = 0.5 if rule_set.pattern_v == "half" else 1.0
+    kept = edges._kept
+
+    def keep(name: str) -> Callable[[Tensor], None]:
+        def fired(x: Tensor) -> None:
+            kept[name] = x[0]
+
+        return fired
+
+    def ignore(x: Tensor, g: Tensor) -> None:
+        """The activation was all that was wanted."""
+
+    def at_z(_: Tensor, g: Tensor) -> None:
+        if tangents:
+            v, kept["scores"] = block_tangents(model, edges.layer, call, sites, rule_set)
+        else:
+            v = kept.pop("v")
+        pattern = kept.pop("pattern")
+        g_z = at_least_float32(g[0]).transpose(0, 1)
+        v = at_least_float32(v).transpose(0, 1).repeat_interleave(len(g_z) // v.shape[1], dim=0)
+        edges.add("value", pattern, g_z @ v.transpose(-1, -2), value_share)
+
+    def at_pattern(x: Tensor, g: Tensor) -> None:
+        edges.add("value", x[0], g[0])
+
+    def at_scores(x: Tensor, g: Tensor) -> None:
+        edges.add("key", kept.pop("scores") if tangents else x[0], g[0], key_share)
+
+    readings = []
+    if tangents or constant_pattern:
+        readings += [
+            Reading(f"{prefix}hook_pattern", ignore, fired=keep("pattern")),
+            Reading(f"{prefix}o.hook_in", at_z),
+        ]
+        if not tangents:
+            readings.append(Reading(f"{prefix}v.hook_out", ignore, fired=keep("v")))
+    else:
+        readings.append(Reading(f"{prefix}hook_pattern", at_pattern))
+    if not constant_pattern:
+        readings.append(Reading(f"{prefix}hook_attn_scores", at_scores))
+    return readings

@@ -1,0 +1,210 @@
+"""``attribution_graph``: every transition of the residual stream, exact, from one backward pass.
+
+Transitions within a block come from the closed form (``edges.py``), read while the one backward
+runs; transitions over several blocks, if asked for, from packed signals (``packed.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .attribution import special_mask
+from .backward import run
+from .edges import BlockEdges, edge_readings
+from .explain import residual_sites
+from .graph import AttributionGraph
+from .graph_columns import EdgeColumns
+from .objective import described, question
+from .packed import packed_edges
+from .prompts import str_tokens, to_single_prompt
+from .rulesets import RuleSet, get_rule_set
+from .sites import find_sites
+from .sums import Sums
+from .tangents import BlockCall
+
+Granularity = Literal["block", "sublayer"]
+
+
+def attribution_graph(
+    model: Any,
+    prompt: str | Tensor,
+    objective: Callable[[Tensor], Tensor] | None = None,
+    *,
+    target: object = None,
+    contrast: object = None,
+    pos: int = -1,
+    rules: str | RuleSet = "attnlrp",
+    granularity: Granularity = "block",
+    layers: Sequence[int] | None = None,
+    node_threshold: float = 0.0,
+    heads: bool = False,
+    progress: bool = True,
+) -> AttributionGraph:
+    """How the relevance of one prediction flows between tokens and layers.
+
+    An edge's weight is the relevance that a target node (a site of the residual stream at a
+    position) passes to a source node below it, in logits and signed as the objective. Over all
+    targets a source's edges add up to its own relevance.
+
+    Args:
+        model: A ``TransformerBridge`` in evaluation mode.
+        prompt: Text, or token ids [pos] or [1, pos].
+        objective, target, contrast, pos: As for ``attribute``.
+        rules: Name of a rule set, or a ``RuleSet``.
+        granularity: "block": sites are every block's input and the last one's output. "sublayer":
+            also between attention and MLP, where the block has such a place (parallel blocks keep
+            one transition).
+        layers: Only these blocks' inputs as sites (the number of blocks stands for the final
+            output, which is always one); transitions over several blocks are computed by packed
+            backward signals, which is much slower.
+        node_threshold: Targets with |relevance| at or below it (in logits) are not expanded; the
+            graph says so. 0 expands all, and is needed for column sums to be exact.
+        heads: Split edges by head and by value and key path (adjacent sites only).
+        progress: Show a bar where packed signals are needed.
+
+    Raises:
+        ValueError: layers or granularity that do not fit the model.
+        TypeError, TokenError, PromptError, ModelStateError, UncoveredComponentError: as
+            ``attribute``.
+    """
+    objective = question(model, objective, target, contrast, pos)
+    rule_set = get_rule_set(rules)
+    tokens = to_single_prompt(model, prompt)
+    sites, steps = _plan(model, granularity, layers, heads)
+    covered = find_sites(model)
+
+    sums = Sums()
+    for site in sites:
+        sums.add(site, lambda r: r.sum(-1)[0], stream=site.endswith("resid_mid"))
+    edges = {s.block: BlockEdges(s.block, heads) for s in steps if s.kind == "attention"}
+    calls = {block: BlockCall() for block in edges}
+    readings = [
+        reading
+        for block, found in edges.items()
+        for reading in edge_readings(model, found, covered, rule_set, calls[block])
+    ]
+    scopes = [call.recorded(model.blocks[block]) for block, call in calls.items()]
+    logits, value, coverage = run(
+        model, tokens, objective, rule_set, [*sums.readings, *readings], scopes
+    )
+    relevance = torch.stack([sums.kept[site] for site in sites])
+
+    far = [(sites[s.source], sites[s.target]) for s in steps if s.kind == "packed"]
+    packed = packed_edges(
+        model, tokens, objective, rule_set, far, node_threshold=node_threshold, progress=progress
+    )
+    columns = EdgeColumns(with_heads=heads)
+    for step in steps:
+        # Where no relevance arrives, nothing is passed on; the subtraction below would leave rounding.
+        live = relevance[step.target].abs() > node_threshold
+        ends = step.source, step.target
+        if step.kind == "packed":
+            columns.add_dense(*ends, packed[sites[step.source], sites[step.target]], live)
+        elif step.kind == "position":
+            columns.add_diagonal(*ends, relevance[step.source], live)
+        else:
+            _add_block(columns, ends, edges[step.block], relevance[step.source], live)
+    ids = tokens[0].cpu()
+    special_ids = list(model.tokenizer.all_special_ids) if model.tokenizer is not None else []
+    return columns.graph(
+        sites=sites,
+        relevance=relevance,
+        token_ids=ids,
+        special=special_mask(ids, special_ids),
+        str_tokens=str_tokens(model, ids.tolist()),
+        granularity=granularity if layers is None else "custom",
+        node_threshold=float(node_threshold),
+        rules=coverage.rules,
+        coverage=coverage,
+        model_name=str(model.cfg.model_name),
+        final_pos=int(getattr(objective, "pos", -1)) % tokens.shape[1],
+        **described(objective, logits, value),
+    )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One transition between two sites (indices) and how its edges are found.
+
+    kind: "attention" is one block's attention (closed form), "position" mixes no positions (the
+    diagonal is all), "packed" spans several blocks. block: the first block it spans.
+    """
+
+    source: int
+    target: int
+    kind: Literal["attention", "position", "packed"]
+    block: int
+
+
+def _add_block(
+    columns: EdgeColumns,
+    ends: tuple[int, int],
+    found: BlockEdges,
+    relevance: Float[Tensor, " source"],
+    live: Bool[Tensor, " target"],
+) -> None:
+    """A block's transition: what its attention passes, and the rest on the diagonal."""
+    n = len(relevance)
+    total = relevance.new_zeros(n, n) if found.total is None else found.total.cpu()
+    if columns.with_heads:
+        some = found.value if found.value is not None else found.key
+        if some is None:  # no relevance reaches this block's attention
+            columns.add_diagonal(*ends, relevance, live)
+            return
+        value, key = (
+            x if x is not None else torch.zeros_like(some) for x in (found.value, found.key)
+        )
+        columns.add_split(*ends, value, key, relevance - total.sum(0), live)
+        return
+    total.fill_diagonal_(0.0)
+    columns.add_dense(*ends, total + torch.diag(relevance - total.sum(0)), live)
+
+
+def _plan(
+    model: Any, granularity: str, layers: Sequence[int] | None, heads: bool
+) -> tuple[tuple[str, ...], list[_Step]]:
+    """The sites of the graph, input first, and how each transition is found."""
+    n = int(model.cfg.n_layers)
+    if granularity not in ("block", "sublayer"):
+        raise ValueError(f"granularity={granularity!r} is unknown; use 'block' or 'sublayer'.")
+    ends = residual_sites(model)
+    if layers is None:
+        return _adjacent(model, ends, granularity == "sublayer")
+    chosen = sorted({*layers, n})
+    if granularity != "block" or chosen[0] < 0 or chosen[-1] > n or len(chosen) < 2:
+        raise ValueError(
+            f"layers={list(layers)} must name blocks from 0 to {n} ({n}: the final output) and go "
+            "with granularity='block'."
+        )
+    if heads and chosen != list(range(chosen[0], n + 1)):
+        raise ValueError(
+            "heads=True splits edges within one block; with layers=[...] that skip blocks there "
+            "is no single head. Leave out heads, or layers."
+        )
+    steps = [
+        _Step(i, i + 1, "attention" if to == at + 1 else "packed", at)
+        for i, (at, to) in enumerate(pairwise(chosen))
+    ]
+    return tuple(ends[layer] for layer in chosen), steps
+
+
+def _adjacent(
+    model: Any, ends: tuple[str, ...], sublayers: bool
+) -> tuple[tuple[str, ...], list[_Step]]:
+    hook_dict = model.hook_dict
+    sites, steps = [ends[0]], []
+    for block, after in enumerate(ends[1:]):
+        middle = f"blocks.{block}.hook_resid_mid"
+        steps.append(_Step(len(sites) - 1, len(sites), "attention", block))
+        if sublayers and middle in hook_dict:
+            sites.append(middle)
+            steps.append(_Step(len(sites) - 1, len(sites), "position", block))
+        sites.append(after)
+    return tuple(sites), steps

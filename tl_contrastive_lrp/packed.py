@@ -1,0 +1,138 @@
+"""Edges between any two sites of the residual stream: one shared forward, many backward signals.
+
+Across several blocks there is no closed form. As in arXiv:2604.17761, Appendix A, the gradient at
+the target site is split by position and each piece is sent back alone,
+
+    A[j, i] = Σ_d h_s[i, d] · ∂⟨g_t[j], h_t[j]⟩ / ∂h_s[i, d],
+
+but over one recorded forward, and many pieces in one vectorised backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .attach import HookFn
+from .backward import LEAVES, frozen_parameters
+from .context import attached, check_ready, check_single, plan, public_name
+from .rules import at_least_float32
+from .rulesets import RuleSet
+
+_SHARE_OF_FREE_MEMORY = 0.5
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def chunk_size(model: Any, pos: int, device: torch.device) -> int:
+    """How many backward signals fit at once: each needs about what one backward allocates."""
+    cfg = model.cfg
+    width = max(int(cfg.d_mlp or 4 * cfg.d_model), int(cfg.d_model)) * 4
+    a_signal = 4 * pos * (width + 3 * int(cfg.n_heads) * pos)
+    return max(1, min(64, int(_SHARE_OF_FREE_MEMORY * _free_bytes(device)) // a_signal))
+
+
+def packed_edges(
+    model: Any,
+    tokens: Int[Tensor, "1 pos"],
+    objective: Callable[[Tensor], Tensor],
+    rule_set: RuleSet,
+    transitions: Sequence[tuple[str, str]],
+    *,
+    node_threshold: float = 0.0,
+    progress: bool = True,
+) -> dict[tuple[str, str], Float[Tensor, "target source"]]:
+    """A of every transition (source site, target site), by packed backward signals.
+
+    Args:
+        transitions: Pairs of residual-stream HookPoint names, source upstream of target.
+        node_threshold: Targets with |relevance| at or below it are not expanded (rows of zeros).
+        progress: Show a bar over the signals on stderr.
+
+    Raises:
+        ModelStateError, UncoveredComponentError: as ``lrp``.
+    """
+    if not transitions:
+        return {}
+    check_ready(model, "attribution_graph")
+    check_single(model)
+    attachments, _ = plan(model, rule_set)
+    names = list(dict.fromkeys(name for pair in transitions for name in pair))
+    seen: dict[str, Tensor] = {}
+    hook_dict = model.hook_dict
+
+    def start(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return tensor.detach().requires_grad_(True)
+
+    def keep(name: str) -> HookFn:
+        def hook_fn(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
+            seen[name] = tensor
+
+        return hook_fn
+
+    starts = [(public_name(hook_dict, n), start) for n in LEAVES if n in hook_dict]
+    keeps = [(public_name(hook_dict, name), keep(name)) for name in names]
+    with frozen_parameters(model):
+        with model.hooks(fwd_hooks=[*starts, *keeps]), attached(model, attachments):
+            value = objective(model(tokens))
+        gradients = torch.autograd.grad(value, [seen[n] for n in names], retain_graph=True)
+        at = dict(zip(names, gradients, strict=True))
+        result = {}
+        rows = {pair: _expanded(seen[pair[1]], at[pair[1]], node_threshold) for pair in transitions}
+        bar = tqdm(
+            total=sum(len(r) for r in rows.values()),
+            desc="edges",
+            disable=not progress,
+            leave=False,
+        )
+        with bar:
+            for source, target in transitions:
+                result[source, target] = _transition(
+                    seen[source], seen[target], at[target], rows[source, target],
+                    chunk_size(model, tokens.shape[1], tokens.device), bar,
+                )  # fmt: skip
+    return result
+
+
+def _expanded(h: Tensor, g: Tensor, threshold: float) -> Int[Tensor, " row"]:
+    relevance = (at_least_float32(h.detach()) * at_least_float32(g)).sum(-1)[0]
+    return (relevance.abs() > threshold).nonzero()[:, 0] if threshold else torch.arange(
+        relevance.shape[0], device=h.device
+    )  # fmt: skip
+
+
+def _transition(
+    source: Tensor, target: Tensor, g: Tensor, rows: Tensor, chunk: int, bar: Any
+) -> Float[Tensor, "target source"]:
+    pos = target.shape[1]
+    h = at_least_float32(source.detach())[0]
+    edges = h.new_zeros(pos, pos)
+    done = 0
+    while done < len(rows):
+        part = rows[done : done + chunk]
+        signals = g.new_zeros(len(part), *g.shape)
+        signals[torch.arange(len(part)), 0, part] = g[0, part]
+        try:
+            (back,) = torch.autograd.grad(
+                target, source, signals, retain_graph=True, is_grads_batched=True
+            )
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain one on the CPU
+            if chunk == 1 or "memory" not in str(error).lower():
+                raise
+            chunk = max(1, chunk // 2)
+            continue
+        edges[part] = (at_least_float32(back[:, 0]) * h).sum(-1)
+        done += len(part)
+        bar.update(len(part))
+    return edges.cpu()

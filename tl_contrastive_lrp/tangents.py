@@ -1,0 +1,180 @@
+"""How keys, values and scores move with the residual stream: forward-mode derivatives of one block.
+
+For edges one needs v and S without what biases contributed, i.e. their derivative along the
+residual vector itself under the rules: ṽ = J_v(h)·h and S̃ = scale · ⟨q, J_k(h)·h⟩. The block is run
+once more on its own input with that direction as a tangent, queries held fixed, norms and soft-caps
+linearised as the rules say, and stopped as soon as the scores are there. RoPE, grouped queries, key
+norms, scale and masks are the model's own code, so nothing here depends on the family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from jaxtyping import Float
+from torch import Tensor
+
+from . import rules
+from .attach import HookFn, norm_weight, uses_native_norm
+from .context import public_name
+from .rulesets import RuleSet
+from .sites import Site
+
+
+class _Stop(Exception):
+    """The scores have been read; the rest of the block is not needed."""
+
+
+@dataclass(eq=False)
+class BlockCall:
+    """The arguments a block was called with in the forward, to call it again."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def recorded(self, block: Any) -> Iterator[None]:
+        """Record the block's arguments while the model runs inside."""
+
+        def pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
+            self.args = tuple(map(_reusable, args))
+            self.kwargs = {name: _reusable(value) for name, value in kwargs.items()}
+
+        handle = block.register_forward_pre_hook(pre_hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _reusable(value: Any) -> Any:
+    """An argument fit for a second call: no graph, and no cache that holds this prompt's keys."""
+    if hasattr(value, "get_seq_length"):
+        return None
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _tangent(x: Tensor) -> Tensor:
+    tangent = forward_ad.unpack_dual(x).tangent
+    return torch.zeros_like(x) if tangent is None else tangent
+
+
+def _primal(x: Tensor) -> Tensor:
+    return forward_ad.unpack_dual(x).primal
+
+
+def _only_value(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+    return _primal(tensor)
+
+
+def _norm_hooks(site: Site) -> list[tuple[str, HookFn]]:
+    """The norm's denominator held fixed, in forward mode."""
+    if not uses_native_norm(site.component):
+        return [(f"{site.path}.hook_scale", _only_value)]
+    seen: dict[str, Tensor] = {}
+
+    def observe(name: str) -> HookFn:
+        def hook_fn(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
+            seen[name] = tensor
+
+        return hook_fn
+
+    def rebuild(output: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        normalized, scale = seen["normalized"], seen["scale"]
+        value = _primal(normalized)
+        moved = _tangent(normalized) + value * _tangent(scale) / _primal(scale)
+        return forward_ad.make_dual(
+            _primal(output), (norm_weight(site.component, value) * moved).to(output.dtype)
+        )
+
+    return [
+        (f"{site.path}.hook_scale", observe("scale")),
+        (f"{site.path}.hook_normalized", observe("normalized")),
+        (f"{site.path}.hook_out", rebuild),
+    ]
+
+
+class _CapOperand:
+    """A soft-cap's number c in ``c * tanh(x / c)`` whose tangent follows the identity rule."""
+
+    def __init__(self, cap: Any) -> None:
+        self.cap = cap
+        self.x: Tensor
+
+    def __rtruediv__(self, x: Tensor) -> Tensor:
+        self.x = x
+        return x / self.cap
+
+    def __rmul__(self, tanh: Tensor) -> Tensor:
+        ratio = rules.softcap_ratio(_primal(self.x) / self.cap)
+        return forward_ad.make_dual(_primal(tanh * self.cap), _tangent(self.x) * ratio)
+
+
+@contextmanager
+def _linear_softcap(site: Site) -> Iterator[None]:
+    holder = site.module.__dict__
+    cap = holder["attn_logit_softcapping"]
+    holder["attn_logit_softcapping"] = _CapOperand(cap)
+    try:
+        yield
+    finally:
+        holder["attn_logit_softcapping"] = cap
+
+
+def block_tangents(
+    model: Any, layer: int, call: BlockCall, sites: tuple[Site, ...], rule_set: RuleSet
+) -> tuple[Float[Tensor, "pos kv_head d_head"], Float[Tensor, "head query key"]]:
+    """ṽ and S̃ of one block, for the first row of its batch.
+
+    Args:
+        model: The bridge, without rules attached.
+        layer: Index of the block.
+        call: What it was called with.
+        sites: ``find_sites(model)``.
+        rule_set: Which of the block's norms and soft-caps are linearised.
+
+    Returns:
+        ṽ before any repetition for grouped queries, and S̃ as it stands at ``hook_attn_scores``.
+    """
+    prefix = f"blocks.{layer}."
+    read: dict[str, Tensor] = {}
+
+    def start(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return forward_ad.make_dual(_primal(tensor), _primal(tensor).clone())
+
+    def read_value(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
+        read["v"] = _tangent(tensor)[0]
+
+    def read_scores(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
+        read["scores"] = _tangent(tensor)[0]
+        raise _Stop
+
+    hooks: list[tuple[str, HookFn]] = [
+        (f"{prefix}hook_in", start),
+        (f"{prefix}attn.q.hook_out", _only_value),
+        (f"{prefix}attn.v.hook_out", read_value),
+        (f"{prefix}attn.hook_attn_scores", read_scores),
+    ]
+    with ExitStack() as stack:
+        for site in sites:
+            if not site.path.startswith(prefix):
+                continue
+            if site.operation == "norm" and rule_set.norm == "ln":
+                hooks += _norm_hooks(site)
+            if site.operation == "softcap" and rule_set.softcap == "identity":
+                stack.enter_context(_linear_softcap(site))
+        hook_dict = model.hook_dict
+        named = [(public_name(hook_dict, name), fn) for name, fn in hooks]
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(forward_ad.dual_level())
+        stack.enter_context(model.hooks(fwd_hooks=named))
+        try:
+            model.blocks[layer](*call.args, **call.kwargs)
+        except _Stop:
+            return read["v"], read["scores"]
+    raise RuntimeError(f"blocks.{layer} never computed attention scores.")
