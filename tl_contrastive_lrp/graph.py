@@ -1,0 +1,428 @@
+"""The frozen attribution graph: nodes, columns of edges, and ways to look at them."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from . import prune as pruning
+from .coverage_table import Coverage
+from .graph_columns import ORDER, EdgeColumns, check_columns, check_facts, in_order, merged
+from .prune import PruneStep
+
+if TYPE_CHECKING:
+    import networkx as nx  # type: ignore[import-untyped]
+    import pandas as pd
+
+    from .paths import Paths
+
+__all__ = ["AttributionGraph", "EdgeColumns", "PruneStep"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AttributionGraph:
+    """How relevance flows from one prediction down to its input tokens.
+
+    A node is a hidden state: a site of the residual stream at a position. An edge's weight is the
+    relevance that the target node passes to the source node: logits, with the sign of the
+    objective (positive supports the target token). Information flows from source to target, the
+    explanation from target to source. Over all heads, paths and targets of one transition the
+    edges of a full graph that share a source node add up to that node's relevance.
+
+    Edges are sorted by target site, source site, target position, source position, head, path;
+    no two are the same. Tensors are on the CPU.
+
+    Attributes:
+        sites: HookPoint names, input first, the final residual stream last.
+        relevance: Relevance of every node, also of those without an edge.
+        token_ids: The prompt.
+        special: Tokenizer's special tokens.
+        str_tokens: Text of each token.
+        source_site, target_site: Indices into ``sites``, int16.
+        source_pos, target_pos: Positions, int32.
+        weight: A[target_pos, source_pos] of the transition, logits.
+        head: int16, -1 for what does not go through attention between positions; None on a graph
+            that is not split by heads.
+        path: int8: 0 position-wise, 1 by value, 2 by key; None as ``head``.
+        transitions: Pairs (source, target) of sites that were computed, sorted by (target,
+            source); a pruned graph keeps those that lost all edges.
+        final_pos: Position whose next token is explained; with the last site, the final node.
+        delta: Δℓ, the objective's value.
+        target_logit, contrast_logit, objective, target, contrast, rules, coverage, model_name: As
+            in ``Attribution``.
+        granularity: "block", "sublayer" or "custom".
+        node_threshold: Targets with |relevance| at or below it (logits) were not expanded when
+            the graph was made; 0: all were.
+        history: What each pruning step did; () for a full graph.
+    """
+
+    sites: tuple[str, ...]
+    relevance: Float[Tensor, "site pos"]
+    token_ids: Int[Tensor, " pos"]
+    special: Bool[Tensor, " pos"]
+    str_tokens: tuple[str, ...]
+    source_site: Int[Tensor, " edge"]
+    target_site: Int[Tensor, " edge"]
+    source_pos: Int[Tensor, " edge"]
+    target_pos: Int[Tensor, " edge"]
+    weight: Float[Tensor, " edge"]
+    head: Int[Tensor, " edge"] | None
+    path: Int[Tensor, " edge"] | None
+    transitions: tuple[tuple[int, int], ...]
+    final_pos: int
+    delta: float
+    target_logit: float
+    contrast_logit: float | None
+    objective: str
+    target: str
+    contrast: str
+    rules: str
+    coverage: Coverage
+    model_name: str
+    granularity: str
+    node_threshold: float = 0.0
+    history: tuple[PruneStep, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_facts(self)
+        check_columns(self)
+        if sum(part.stop - part.start for part in self.slices.values()) != len(self.weight):
+            raise ValueError("Some edges belong to no transition in transitions.")
+
+    @classmethod
+    def from_columns(
+        cls,
+        *,
+        weight: Tensor,
+        source_site: Tensor,
+        target_site: Tensor,
+        source_pos: Tensor,
+        target_pos: Tensor,
+        head: Tensor | None = None,
+        path: Tensor | None = None,
+        transitions: Iterable[tuple[int, int]] | None = None,
+        final_pos: int | None = None,
+        **facts: Any,
+    ) -> AttributionGraph:
+        """A graph of edges in any order, with integers of any width.
+
+        Args:
+            weight, source_site, target_site, source_pos, target_pos, head, path: The edges.
+            transitions: Pairs (source, target) that were computed; those with an edge if None.
+            final_pos: Position explained; if None, the only one with relevance at the last site.
+            facts: All other fields.
+
+        Raises:
+            ValueError: what is given breaks what a graph promises; edges that are the same.
+        """
+        given = {
+            "weight": weight, "source_site": source_site, "target_site": target_site,
+            "source_pos": source_pos, "target_pos": target_pos, "head": head, "path": path,
+        }  # fmt: skip
+        columns: dict[str, Any] = {"head": None, "path": None}
+        columns |= in_order({name: c for name, c in given.items() if c is not None})
+        if transitions is None:
+            pairs = torch.stack([columns["target_site"], columns["source_site"]], dim=1)
+            found = torch.unique_consecutive(pairs, dim=0).tolist()
+            transitions = [(source, target) for target, source in found]
+        for name in ("relevance", "token_ids", "special"):
+            facts[name] = facts[name].detach().cpu()
+        if final_pos is None:
+            explained = torch.nonzero(facts["relevance"][-1])[:, 0].tolist()
+            if len(explained) != 1:
+                raise ValueError(
+                    f"{len(explained)} positions have relevance at the last site; "
+                    "say with final_pos= which one is explained."
+                )
+            final_pos = explained[0]
+        return cls(
+            **columns,
+            transitions=tuple(sorted(set(transitions), key=lambda pair: (pair[1], pair[0]))),
+            final_pos=final_pos,
+            **facts,
+        )
+
+    @classmethod
+    def from_matrices(
+        cls,
+        matrices: Mapping[tuple[int, int], Float[Tensor, "target_pos source_pos"]],
+        **facts: Any,
+    ) -> AttributionGraph:
+        """A graph of dense transitions by (source, target) site index; entries of 0 are no edges.
+
+        For transitions split by heads collect them in an ``EdgeColumns``.
+        """
+        columns = EdgeColumns()
+        for (source, target), matrix in matrices.items():
+            columns.add_dense(source, target, matrix)
+        return columns.graph(**facts)
+
+    # ------------------------------------------------------------ looking
+
+    @cached_property
+    def slices(self) -> dict[tuple[int, int], slice]:
+        """Where each transition's edges are in the columns, in the columns' order."""
+        starts = _starts(self.target_site, range(len(self.sites) + 1))
+        found = {}
+        for source, target in self.transitions:
+            first, end = starts[target], starts[target + 1]
+            low, high = _starts(self.source_site[first:end], (source, source + 1))
+            found[source, target] = slice(first + low, first + high)
+        return found
+
+    @property
+    def source_node(self) -> Int[Tensor, " edge"]:
+        """site · n_pos + position of each edge's source."""
+        return self.source_site.long() * len(self.str_tokens) + self.source_pos
+
+    @property
+    def target_node(self) -> Int[Tensor, " edge"]:
+        """site · n_pos + position of each edge's target."""
+        return self.target_site.long() * len(self.str_tokens) + self.target_pos
+
+    @property
+    def node_mask(self) -> Bool[Tensor, "site pos"]:
+        """Which nodes are in the graph: those with an edge, and the final node."""
+        mask = torch.zeros(self.relevance.shape, dtype=torch.bool)
+        mask.view(-1)[self.source_node] = True
+        mask.view(-1)[self.target_node] = True
+        mask[-1, self.final_pos] = True
+        return mask
+
+    @property
+    def mass(self) -> float:
+        """Σ|weight| in logits."""
+        return float(self.weight.abs().sum(dtype=torch.float64))
+
+    def site_index(self, site: int | str) -> int:
+        """Index of a site given by name or index; negative indices count from the end.
+
+        Raises:
+            ValueError: there is no such site.
+        """
+        if isinstance(site, str):
+            if site in self.sites:
+                return self.sites.index(site)
+            near = difflib.get_close_matches(site, self.sites, n=3, cutoff=0.3)
+            hint = ", ".join(near or self.sites[:3])
+            raise ValueError(f"The graph has no site {site!r}; it has for example {hint}.")
+        if not -len(self.sites) <= site < len(self.sites):
+            raise ValueError(f"Site {site} is outside the graph's {len(self.sites)} sites.")
+        return site % len(self.sites)
+
+    @property
+    def edges(self) -> pd.DataFrame:
+        """An edge a row: source_site, source_pos, target_site, target_pos, weight [, head, path].
+
+        Sites are names, paths "value", "key" or "position" (then head is -1).
+        """
+        from .graph_views import edge_frame
+
+        return edge_frame(self)
+
+    @property
+    def nodes(self) -> pd.DataFrame:
+        """A node a row: site, pos, token, relevance (logits), special; input first."""
+        from .graph_views import node_frame
+
+        return node_frame(self)
+
+    def matrix(
+        self,
+        source: int | str,
+        target: int | str,
+        *,
+        head: int | None = None,
+        path: str | int | None = None,
+    ) -> Float[Tensor, "target_pos source_pos"]:
+        """One transition as a dense matrix; what is not in the graph is 0.
+
+        Args:
+            source, target: Sites, by HookPoint name or index.
+            head: Only this head (-1: the position-wise part); None adds all up.
+            path: Only "value", "key" or "position"; None adds all up.
+
+        Raises:
+            ValueError: no such site, transition or path; a head or path where edges are not split.
+        """
+        from .graph_views import transition_matrix
+
+        return transition_matrix(self, source, target, head, path)
+
+    def __repr__(self) -> str:
+        return (
+            f"AttributionGraph({self.model_name}, {len(self.str_tokens)} tokens, "
+            f"{len(self.sites)} sites, {len(self.weight):,} edges, "
+            f"{self.target!r} vs {self.contrast!r}, Δℓ={self.delta:+.4f}, rules={self.rules!r})"
+        )
+
+    def __str__(self) -> str:
+        lines = [repr(self)]
+        if self.node_threshold:
+            relative = (
+                f" ({self.node_threshold / abs(self.delta):.2%} of |Δℓ|)" if self.delta else ""
+            )
+            lines.append(
+                f"when built: targets with |relevance| ≤ {self.node_threshold:g} logits{relative} "
+                "were not expanded"
+            )
+        return "\n".join([*lines, *map(str, self.history)])
+
+    # ------------------------------------------------------------ smaller graphs
+
+    def prune(
+        self,
+        *,
+        mass: float | None = None,
+        threshold: float | None = None,
+        relative: float | None = None,
+        top_k: int | None = None,
+        node_threshold: float | None = None,
+    ) -> AttributionGraph:
+        """A graph of the edges that satisfy every rule given; see ``prune.py``.
+
+        Each rule is judged on this graph, so their order does not matter. Without any rule:
+        ``mass=0.85``.
+
+        Args:
+            mass: Per transition, the fewest largest edges with this share of Σ|weight|.
+            threshold: |weight| above this many logits.
+            relative: |weight| above this times |Δℓ|.
+            top_k: Per transition, so many largest edges.
+            node_threshold: |relevance| of the target node above this many logits.
+
+        Raises:
+            ValueError: a value out of range, or both threshold and relative.
+        """
+        if (threshold, relative, top_k, node_threshold) == (None,) * 4 and mass is None:
+            mass = pruning.DEFAULT_MASS
+        steps = []
+        if node_threshold is not None:
+            steps.append(pruning.by_node_threshold(self, node_threshold))
+        if threshold is not None or relative is not None:
+            steps.append(pruning.by_threshold(self, threshold, relative=relative))
+        if mass is not None:
+            steps.append(pruning.by_mass(self, mass))
+        if top_k is not None:
+            steps.append(pruning.by_top_k(self, top_k))
+        return self.where(*pruning.combined(self, steps))
+
+    def connected(self) -> AttributionGraph:
+        """Only edges on a path down from the final node (last site, position explained)."""
+        mask, step = pruning.connected(self)
+        return self.where(mask, [step])
+
+    def subgraph(
+        self,
+        *,
+        positions: Iterable[int] | None = None,
+        sites: Iterable[int | str] | None = None,
+        tokens: Iterable[str] | None = None,
+    ) -> AttributionGraph:
+        """Only edges both of whose ends are at these positions, sites, or texts of tokens.
+
+        Raises:
+            ValueError: a position, site or token that the graph does not have, or nothing given.
+        """
+        mask, step = pruning.within(self, positions=positions, sites=sites, tokens=tokens)
+        return self.where(mask, [step])
+
+    def where(
+        self, mask: Bool[Tensor, " edge"], steps: Iterable[PruneStep] = ()
+    ) -> AttributionGraph:
+        """A graph of the edges in ``mask``; without ``steps`` its history says "chosen edges"."""
+        steps = tuple(steps) or (pruning.step_of(self, "chosen edges", {}, mask),)
+        names = [name for name in (*ORDER, "weight") if getattr(self, name) is not None]
+        kept: dict[str, Any] = {name: getattr(self, name)[mask] for name in names}
+        return replace(self, **kept, history=(*self.history, *steps))
+
+    def merge_heads(self) -> AttributionGraph:
+        """The graph with each edge's heads and paths added up."""
+        if self.head is None:
+            return self
+        return replace(self, **merged(self), head=None, path=None)
+
+    def paths(self, k: int = 10) -> Paths:
+        """The ``k`` strongest paths from the input to the final node; see ``paths.py``."""
+        from .paths import strongest_paths
+
+        return strongest_paths(self, k)
+
+    # ------------------------------------------------------------ numbers
+
+    def metrics(self) -> pd.DataFrame:
+        """A site a row: counts, fan, sparsity, Gini, verticality, lookback; see ``metrics.py``."""
+        from .metrics import site_metrics
+
+        return site_metrics(self)
+
+    def hubs(self, k: int = 10) -> pd.DataFrame:
+        """Positions that exchange most relevance with others; see ``metrics.py``."""
+        from .metrics import hubs
+
+        return hubs(self, k)
+
+    def summary(self) -> pd.DataFrame:
+        """The whole graph in one row; see ``metrics.py``."""
+        from .metrics import graph_summary
+
+        return graph_summary(self)
+
+    # ------------------------------------------------------------ files and other libraries
+
+    def to_networkx(self) -> nx.DiGraph[Any]:
+        """A ``DiGraph`` from source to target; a ``MultiDiGraph`` where split by heads."""
+        from .graph_files import to_networkx
+
+        return to_networkx(self)
+
+    def to_json(self, path: str | os.PathLike[str]) -> Path:
+        """Write node-link JSON, as ``networkx.node_link_graph(data, edges="edges")`` reads."""
+        from .graph_files import write_json
+
+        return write_json(self, path)
+
+    def to_graphml(self, path: str | os.PathLike[str]) -> Path:
+        """Write GraphML."""
+        from .graph_files import write_graphml
+
+        return write_graphml(self, path)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the graph to a safetensors file; ``load`` reads it back exactly.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+        """
+        from .graph_files import save
+
+        return save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> AttributionGraph:
+        """Read a file written by ``save``.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FileFormatError: it is damaged, foreign, or of another version.
+        """
+        from .graph_files import load
+
+        return load(path)
+
+
+def _starts(column: Tensor, values: Iterable[int]) -> list[int]:
+    """Where each value would start in a sorted column."""
+    found: list[int] = torch.searchsorted(
+        column.contiguous(), torch.tensor(list(values), dtype=column.dtype)
+    ).tolist()
+    return found

@@ -1,0 +1,299 @@
+"""Edges as columns: how they are made, put in order and checked; no graph, no model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .graph import AttributionGraph
+
+POSITION, VALUE, KEY = 0, 1, 2
+PATHS = ("position", "value", "key")
+# Lexicographic order of edges, most significant first.
+ORDER = ("target_site", "source_site", "target_pos", "source_pos", "head", "path")
+DTYPES = {
+    "target_site": torch.int16,
+    "source_site": torch.int16,
+    "target_pos": torch.int32,
+    "source_pos": torch.int32,
+    "head": torch.int16,
+    "path": torch.int8,
+}
+
+
+@dataclass
+class EdgeColumns:
+    """Collects the transitions of a graph, in any order, as dense matrices or diagonals.
+
+    An entry that is exactly 0 is no edge. Where ``live`` is given, rows of targets that are not
+    live are left out (targets that were not expanded). Entries of one transition are given once.
+
+    Attributes:
+        with_heads: Whether every edge carries a head and a path.
+    """
+
+    with_heads: bool = False
+    _parts: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
+
+    def add_dense(
+        self,
+        source: int,
+        target: int,
+        matrix: Float[Tensor, "target_pos source_pos"],
+        live: Bool[Tensor, " target_pos"] | None = None,
+    ) -> None:
+        """A transition that is not split by heads.
+
+        Raises:
+            ValueError: the graph's edges are split by heads, or the transition is there already.
+        """
+        if self.with_heads:
+            raise ValueError("Edges are split by heads here: give this transition by add_split.")
+        matrix = _rows(matrix.detach(), live)
+        target_pos, source_pos = torch.nonzero(matrix, as_tuple=True)
+        self._add(source, target, target_pos, source_pos, matrix[target_pos, source_pos])
+
+    def add_diagonal(
+        self,
+        source: int,
+        target: int,
+        values: Float[Tensor, " pos"],
+        live: Bool[Tensor, " pos"] | None = None,
+    ) -> None:
+        """A transition in which every position keeps to itself."""
+        values = _rows(values.detach(), live)
+        (pos,) = torch.nonzero(values, as_tuple=True)
+        head = torch.full_like(pos, -1)
+        self._add(source, target, pos, pos, values[pos], head, torch.zeros_like(pos))
+
+    def add_split(
+        self,
+        source: int,
+        target: int,
+        value: Float[Tensor, "head target_pos source_pos"],
+        key: Float[Tensor, "head target_pos source_pos"],
+        position: Float[Tensor, " pos"],
+        live: Bool[Tensor, " target_pos"] | None = None,
+    ) -> None:
+        """A transition split by heads: what goes by value, by key, and past attention's mixing.
+
+        Raises:
+            ValueError: the graph's edges are not split by heads, or the transition is there.
+        """
+        if not self.with_heads:
+            raise ValueError("Edges are not split by heads here: give the sum by add_dense.")
+        heads, pos = value.shape[0], value.shape[1]
+        # One slot an edge between two positions, in the order of edges: the position-wise part,
+        # then value and key of head 0, of head 1, ...; so what is not 0 comes out sorted.
+        slots = value.new_zeros(pos, pos, 1 + 2 * heads)
+        slots.diagonal()[0] = position.detach()
+        slots[..., 1::2] = value.detach().permute(1, 2, 0)
+        slots[..., 2::2] = key.detach().permute(1, 2, 0)
+        slots = _rows(slots, live)
+        target_pos, source_pos, slot = torch.nonzero(slots, as_tuple=True)
+        weight = slots[target_pos, source_pos, slot]
+        head = torch.div(slot - 1, 2, rounding_mode="floor")
+        path = torch.where(slot == 0, POSITION, torch.where(slot % 2 == 1, VALUE, KEY))
+        self._add(source, target, target_pos, source_pos, weight, head, path)
+
+    def _add(
+        self,
+        source: int,
+        target: int,
+        target_pos: Tensor,
+        source_pos: Tensor,
+        weight: Tensor,
+        head: Tensor | None = None,
+        path: Tensor | None = None,
+    ) -> None:
+        if (target, source) in self._parts:
+            raise ValueError(f"Transition {source} -> {target} was given twice.")
+        sites = {"target_site": target, "source_site": source}
+        part = {
+            name: torch.full(target_pos.shape, site, dtype=DTYPES[name])
+            for name, site in sites.items()
+        }
+        part |= {"target_pos": target_pos, "source_pos": source_pos}
+        if self.with_heads:
+            assert head is not None
+            assert path is not None
+            part |= {"head": head, "path": path}
+        part = {name: column.to("cpu", DTYPES[name]) for name, column in part.items()}
+        self._parts[target, source] = part | {"weight": weight.cpu()}
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of all edges in order, and ``transitions``, also those without an edge."""
+        if not self._parts:
+            raise ValueError("A graph needs at least one transition.")
+        order = sorted(self._parts)
+        names = list(self._parts[order[0]])
+        found: dict[str, Any] = {
+            name: torch.cat([self._parts[pair][name] for pair in order]) for name in names
+        }
+        return found | {"transitions": tuple((source, target) for target, source in order)}
+
+    def graph(self, **facts: Any) -> AttributionGraph:
+        """The graph of what was collected; ``facts``: all fields of it that are not columns."""
+        from .graph import AttributionGraph
+
+        return AttributionGraph.from_columns(**self.columns(), **facts)
+
+
+def _rows(matrix: Tensor, live: Tensor | None) -> Tensor:
+    if live is None:
+        return matrix
+    shape = (-1, *[1] * (matrix.ndim - 1))
+    return torch.where(live.to(matrix.device).view(shape), matrix, torch.zeros_like(matrix))
+
+
+def in_order(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same edges sorted as a graph wants them; integers of any width become the graph's.
+
+    Raises:
+        ValueError: columns of different lengths, or an integer that its column cannot hold.
+    """
+    lengths = {name: tuple(column.shape) for name, column in columns.items()}
+    if len(set(lengths.values())) != 1 or columns["weight"].ndim != 1:
+        raise ValueError(f"The columns of edges have different shapes: {lengths}.")
+    columns = {
+        name: column.detach().cpu() if name == "weight" else _narrowed(name, column.detach().cpu())
+        for name, column in columns.items()
+    }
+    keys = [columns[name] for name in ORDER if name in columns]
+    if first_disorder(keys) is None:
+        return columns
+    order = torch.from_numpy(_sorted(keys))
+    return {name: column[order] for name, column in columns.items()}
+
+
+def _narrowed(name: str, column: Tensor) -> Tensor:
+    dtype = DTYPES[name]
+    if column.dtype == dtype:
+        return column
+    if column.dtype.is_floating_point or column.dtype == torch.bool:
+        raise ValueError(f"{name} holds {column.dtype}, not integers.")
+    limits = torch.iinfo(dtype)
+    if column.numel():
+        low, high = (int(v) for v in torch.aminmax(column))
+        if low < limits.min or high > limits.max:
+            raise ValueError(f"{name} holds {low} to {high}, more than {dtype} can.")
+    return column.to(dtype)
+
+
+def _sorted(keys: Sequence[Tensor]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Indices that sort by ``keys``, most significant first."""
+    spans = [(int(key.min()), int(key.max()) - int(key.min()) + 1) for key in keys]
+    if reduce(lambda size, span: size * span[1], spans, 1) >= 2**62:
+        return np.lexsort([key.numpy() for key in reversed(keys)])
+    packed = np.zeros(len(keys[0]), dtype=np.int64)
+    for key, (low, span) in zip(keys, spans, strict=True):
+        packed *= span
+        packed += key.numpy()
+        packed -= low
+    # Edges that are equal in every key are refused later, so stability does not matter.
+    return np.argsort(packed)
+
+
+def first_disorder(keys: Sequence[Int[Tensor, " edge"]]) -> int | None:
+    """Index of the first edge that does not come strictly after the one before it."""
+    later = torch.zeros(max(len(keys[0]) - 1, 0), dtype=torch.bool)
+    equal = torch.ones_like(later)
+    for key in keys:
+        later |= equal & (key[:-1] < key[1:])
+        equal &= key[:-1] == key[1:]
+    return None if later.all() else int(torch.nonzero(~later)[0]) + 1
+
+
+GRANULARITIES = ("block", "sublayer", "custom")
+
+
+def check_facts(graph: AttributionGraph) -> None:
+    """Raise ValueError where fields that are no columns of edges break what a graph promises."""
+    sites, pos = len(graph.sites), len(graph.str_tokens)
+    if sites < 2 or len(set(graph.sites)) != sites:
+        raise ValueError(f"A graph needs two or more sites of different names: {graph.sites}.")
+    if not all(isinstance(text, str) for text in (*graph.sites, *graph.str_tokens)):
+        raise ValueError("Sites and tokens must be texts.")
+    wanted = {"relevance": (sites, pos), "token_ids": (pos,), "special": (pos,)}
+    for name, shape in wanted.items():
+        found = tuple(getattr(graph, name).shape)
+        if found != shape:
+            raise ValueError(f"AttributionGraph.{name} has shape {found}, not {shape}.")
+    for name in ("relevance", "weight"):
+        if getattr(graph, name).dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} is {getattr(graph, name).dtype}, not float32 or float64.")
+    if graph.special.dtype != torch.bool or graph.token_ids.dtype != torch.int64:
+        raise ValueError("special must be bool and token_ids int64.")
+    if not bool(torch.isfinite(graph.relevance).all()):
+        raise ValueError("A node's relevance is NaN or infinite.")
+    if not 0 <= graph.final_pos < pos:
+        raise ValueError(f"final_pos={graph.final_pos} is outside the prompt's {pos} tokens.")
+    if graph.granularity not in GRANULARITIES:
+        raise ValueError(f"granularity={graph.granularity!r} is none of {GRANULARITIES}.")
+    if not (math.isfinite(graph.node_threshold) and graph.node_threshold >= 0):
+        raise ValueError(f"node_threshold={graph.node_threshold} must be 0 or more.")
+    if list(graph.transitions) != sorted(set(graph.transitions), key=lambda p: (p[1], p[0])):
+        raise ValueError("transitions must be sorted by (target, source) and differ.")
+    if not all(0 <= source < target < sites for source, target in graph.transitions):
+        raise ValueError(f"transitions must be pairs source < target < {sites}.")
+
+
+def check_columns(graph: AttributionGraph) -> None:
+    """Raise ValueError where a graph's columns break what the graph promises of them."""
+    names = [name for name in ORDER if getattr(graph, name) is not None]
+    if ("head" in names) != ("path" in names):
+        raise ValueError("Give both head and path of the edges, or neither.")
+    keys = {name: getattr(graph, name) for name in names}
+    for name, column in {**keys, "weight": graph.weight}.items():
+        if tuple(column.shape) != (len(graph.weight),):
+            raise ValueError(f"{name} has shape {tuple(column.shape)}, not ({len(graph.weight)},).")
+        if name != "weight" and column.dtype != DTYPES[name]:
+            raise ValueError(f"{name} is {column.dtype}, not {DTYPES[name]}; use from_columns.")
+    if not len(graph.weight):
+        return
+    sites, pos = len(graph.sites), len(graph.str_tokens)
+    limits = {"source_site": sites, "target_site": sites, "source_pos": pos, "target_pos": pos}
+    for name, limit in {**limits, "path": len(PATHS)}.items():
+        if name in keys:
+            low, high = (int(v) for v in torch.aminmax(keys[name]))
+            if low < 0 or high >= limit:
+                raise ValueError(f"{name} holds {low} to {high}; it must be in 0 to {limit - 1}.")
+    if not bool((graph.source_site < graph.target_site).all()):
+        raise ValueError("An edge's source site must come before its target site.")
+    if graph.head is not None and graph.path is not None:
+        alone = graph.path == POSITION
+        if int(graph.head.min()) < -1 or not torch.equal(alone, graph.head == -1):
+            raise ValueError("head must be -1 exactly where path is 0 (position), else 0 or more.")
+        if bool((alone & (graph.source_pos != graph.target_pos)).any()):
+            raise ValueError("An edge of path 0 (position) must stay at its position.")
+    if not bool(torch.isfinite(graph.weight).all()):
+        at = int(torch.nonzero(~torch.isfinite(graph.weight))[0])
+        raise ValueError(f"The weight of edge {at} is {float(graph.weight[at])}.")
+    at_fault = first_disorder(list(keys.values()))
+    if at_fault is not None:
+        raise ValueError(
+            f"Edge {at_fault} equals the one before it or belongs before it; sort with "
+            "from_columns, and add up edges that are the same."
+        )
+
+
+def merged(graph: AttributionGraph) -> dict[str, Any]:
+    """Columns of the graph's edges with heads and paths added up (in float64)."""
+    columns = {name: getattr(graph, name) for name in ORDER[:4]}
+    new = torch.zeros(len(graph.weight), dtype=torch.bool)
+    new[:1] = True
+    for column in columns.values():
+        new[1:] |= column[1:] != column[:-1]
+    total = torch.zeros(int(new.sum()), dtype=torch.float64)
+    total.index_add_(0, new.cumsum(0) - 1, graph.weight.double())
+    kept = {name: column[new] for name, column in columns.items()}
+    return kept | {"weight": total.to(graph.weight.dtype)}
