@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -24,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp import cli, cli_demo, cli_exit, cli_options, cli_terminal
 from tl_contrastive_lrp.cli_command import again
+from tl_contrastive_lrp.cli_prompt import read_prompt, token_ids, token_word
 from tl_contrastive_lrp.demo import KINDS, load_demo_cases, load_demo_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,13 +98,14 @@ def words(token: str) -> str:
 def test_explain_prints_a_table_and_writes_a_report(run: Run, folder: Path, bridge: Any) -> None:
     done = run(
         "explain", "--model", folder, "--prompt", PROMPT, "--target", " a", "--contrast", " b",
-        "--top", 4, "--out", "r.html",
+        "--top", 9, "--out", "r.html",
     )  # fmt: skip
     assert (done.code, done.err) == (0, "")
     result = clrp.attribute(bridge, PROMPT, target=" a", contrast=" b")
     lines = [line.split() for line in done.out.splitlines()]
     table = [line for line in lines if line and line[0].isdigit() and len(line) > 3]
-    assert [int(line[0]) for line in table] == result.top(4)["pos"].tolist()
+    assert [int(line[0]) for line in table] == result.top(9)["pos"].tolist()
+    assert {np.sign(value) for value in result.tokens.tolist()} >= {-1, 1}
     for line in table:
         assert float(line[-3]) == pytest.approx(float(result.tokens[int(line[0])]), abs=5.1e-5)
     assert f"= {result.delta:+.4f}" in done.out
@@ -190,6 +193,13 @@ def test_save_html_of_a_result_says_only_what_it_knows(bridge: Any, tmp_path: Pa
     assert "The model wrote" not in page
     top = clrp.attribute(bridge, PROMPT, clrp.top_logit())
     assert "top logit" in top.save_html(tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_a_first_token_that_is_not_special_is_greyed_too(run: Run) -> None:
+    common = ("explain", "--model", families.saved("qwen3"), "--prompt", "b c", "--contrast", "z")
+    rows = run(*common, "--json").json["tokens"]
+    assert [(row["token"], row["greyed"]) for row in rows] == [("b", True), (" c", False)]
+    assert re.search(r"^ +0 +b \* ", run(*common).out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
@@ -321,14 +331,17 @@ def test_chat_explains_the_templates_ids(run: Run, folder: Path, bridge: Any) ->
 
 def test_prompt_files_are_taken_character_by_character(run: Run, folder: Path, bridge: Any) -> None:
     common = ("explain", "--model", folder, "--contrast", "z", "--json", "--prompt-file")
-    Path("p.txt").write_bytes(b"a b\r\nc\n")
+    Path("p.txt").write_bytes(b" a b\r\nc\n\n")
     done = run(*common, "p.txt")
-    assert ids_of(done) == bridge.to_tokens("a b\r\nc\n")[0].tolist()
+    assert ids_of(done) == bridge.to_tokens(" a b\r\nc\n\n")[0].tolist()
     assert "--strip-newline" in done.err
     assert done.json["notes"]
     done = run(*common, "p.txt", "--strip-newline")
-    assert ids_of(done) == bridge.to_tokens("a b\r\nc")[0].tolist()
+    assert ids_of(done) == bridge.to_tokens(" a b\r\nc\n")[0].tolist()
+    Path("p.txt").write_bytes(b"\xef\xbb\xbfa\r\n")
+    assert read_prompt(None, "p.txt", strip_newline=True) == "a"
     assert done.err == ""
+    Path("p.txt").write_bytes(b"a\n")
     assert run(*common, "p.txt", "--quiet").err == ""
     assert ids_of(run(*common, "-", stdin=b"c a")) == bridge.to_tokens("c a")[0].tolist()
 
@@ -381,7 +394,9 @@ def test_token_text_is_never_obeyed(run: Run, hostile: Path) -> None:
     done = run(*common, "--target", "[red]", "--contrast", "[/]", "--out", "r.html")
     assert done.code == 0
     listed = run(*common)
-    for text in (done.out, listed.out):
+    sides = run(*common, "--target", "\u202eabc", "--contrast", "\x9b2J")
+    assert sides.code == 0
+    for text in (done.out, listed.out, sides.out):
         assert not {"\x1b", "\x9b", "\x00", "\u202e", "\u2028", "\t"} & set(text)
     assert "Why «[red]» and not «[/]»" in done.out
     assert "</script><script>alert(1)" in done.out
@@ -395,8 +410,6 @@ def test_token_text_is_never_obeyed(run: Run, hostile: Path) -> None:
 
 def test_every_token_can_be_named(hostile: Path) -> None:
     model = TransformerBridge.boot_transformers(str(hostile), device="cpu")
-    from tl_contrastive_lrp.cli_prompt import token_ids, token_word
-
     for i in range(families.VOCAB):
         word = token_word(model, i)
         assert token_ids(model, [word], "target") == (i,)

@@ -14,7 +14,7 @@ from . import cli_demo
 from .cli_command import PROGRAM, again
 from .cli_exit import Code, exit_codes
 from .cli_explain import Output, explain
-from .cli_model import checked_device, is_local, load_model
+from .cli_model import is_local, load_model
 from .cli_options import (
     EXIT_CODES,
     DebugOption,
@@ -148,7 +148,7 @@ def explain_command(
         output.check()
         where = "" if is_local(model) else " (the first use downloads it)"
         with progress(f"Loading {model}{where}", output.spins):
-            bridge = load_model(model, checked_device(device and device.value), dtype.value)
+            bridge = load_model(model, device.value if device else None, dtype.value)
         _explain(bridge, text, typed, output)
 
 

@@ -79,13 +79,14 @@ def checked_device(name: str | None) -> str:
     return name or ("cuda" if there else "cpu")
 
 
-def load_model(name: str, device: str, dtype: str) -> Any:
+def load_model(name: str, device: str | None, dtype: str) -> Any:
     """The model as a ``TransformerBridge`` in evaluation mode.
 
     Raises:
-        CliError: it does not exist, cannot be loaded, or has no tokenizer.
+        CliError: it does not exist, cannot be loaded, or has no tokenizer; no such device.
     """
     path = _checked_name(name)
+    device = checked_device(device)
     try:
         with quiet_libraries():
             import torch

@@ -34,10 +34,13 @@ def plain(text: str) -> str:
 
 
 def shown(token: str) -> str:
-    """A token on one line, its spaces and newlines visible, as the report shows it."""
+    """A token on one line, its spaces and newlines visible, as the report shows it.
+
+    For ``tell``, ``say`` and ``table``, which make it safe to print.
+    """
     from .render.text import visible
 
-    return plain(visible(token))
+    return visible(token)
 
 
 def say(message: str) -> None:
