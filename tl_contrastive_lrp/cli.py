@@ -201,7 +201,7 @@ def _notes(
 ) -> list[str]:
     """What the user may have meant otherwise."""
     notes = []
-    if typed["prompt_file"] is not None and text.endswith("\n"):
+    if typed["prompt_file"] and text.endswith("\n") and not typed["strip_newline"]:
         notes.append(
             "The file's last newline is part of the prompt; --strip-newline leaves it out."
         )
