@@ -4,24 +4,28 @@ Contrastive Layer-wise Relevance Propagation for TransformerLens 4, after arXiv:
 README for a first example; every public name is listed in ``__all__``.
 """
 
-from .attribution import Attribution
-from .context import coverage, lrp, lrp_hooks
-from .coverage_table import Coverage
-from .demo import DemoCase, load_demo_cases, load_demo_model
-from .explain import attribute
-from .graph import AttributionGraph
-from .graph_build import attribution_graph
-from .objective import (
-    Objective,
-    logit_diff,
-    logit_minus_mean,
-    logit_minus_top_k,
-    next_token_table,
-    target_logit,
-    top_logit,
-)
-from .relevance import run_with_relevance
-from .rulesets import RULE_SETS, RuleSet
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .attribution import Attribution
+    from .context import coverage, lrp, lrp_hooks
+    from .coverage_table import Coverage
+    from .demo import DemoCase, load_demo_cases, load_demo_model
+    from .explain import attribute
+    from .graph import AttributionGraph
+    from .graph_build import attribution_graph
+    from .objective import (
+        Objective,
+        logit_diff,
+        logit_minus_mean,
+        logit_minus_top_k,
+        next_token_table,
+        target_logit,
+        top_logit,
+    )
+    from .relevance import run_with_relevance
+    from .rulesets import RULE_SETS, RuleSet
 
 __version__ = "0.1.0"
 
@@ -48,3 +52,41 @@ __all__ = [
     "target_logit",
     "top_logit",
 ]
+
+# Loaded at first use (PEP 562): the command line answers --help without importing torch.
+_ROOMS = {
+    "attribution": ("Attribution",),
+    "context": ("coverage", "lrp", "lrp_hooks"),
+    "coverage_table": ("Coverage",),
+    "demo": ("DemoCase", "load_demo_cases", "load_demo_model"),
+    "explain": ("attribute",),
+    "graph": ("AttributionGraph",),
+    "graph_build": ("attribution_graph",),
+    "objective": (
+        "Objective",
+        "logit_diff",
+        "logit_minus_mean",
+        "logit_minus_top_k",
+        "next_token_table",
+        "target_logit",
+        "top_logit",
+    ),
+    "relevance": ("run_with_relevance",),
+    "rulesets": ("RULE_SETS", "RuleSet"),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+_SUBMODULES = ("demo", "errors", "rules")
+
+
+def __getattr__(name: str) -> object:
+    if name in _SUBMODULES:
+        return import_module(f".{name}", __name__)
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_ROOM_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

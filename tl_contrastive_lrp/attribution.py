@@ -52,6 +52,8 @@ class Attribution:
         coverage: Which component got which rule.
         ledger: Where Δℓ went.
         model_name: As TransformerLens calls the model.
+        pos: Position whose next token is explained, from 0.
+        target_is_top: Whether the target is what the model writes there greedily.
     """
 
     tokens: Float[Tensor, " pos"]
@@ -72,6 +74,8 @@ class Attribution:
     coverage: Coverage
     ledger: Ledger
     model_name: str
+    pos: int
+    target_is_top: bool
 
     def __post_init__(self) -> None:
         pos = len(self.str_tokens)

@@ -60,12 +60,18 @@ def _reusable(value: Any) -> Any:
 
 
 def _tangent(x: Tensor) -> Tensor:
-    tangent = forward_ad.unpack_dual(x).tangent
+    tangent: Tensor | None = forward_ad.unpack_dual(x).tangent
     return torch.zeros_like(x) if tangent is None else tangent
 
 
 def _primal(x: Tensor) -> Tensor:
-    return forward_ad.unpack_dual(x).primal
+    primal: Tensor = forward_ad.unpack_dual(x).primal
+    return primal
+
+
+def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    made: Tensor = forward_ad.make_dual(primal, tangent)
+    return made
 
 
 def _only_value(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
@@ -88,9 +94,7 @@ def _norm_hooks(site: Site) -> list[tuple[str, HookFn]]:
         normalized, scale = seen["normalized"], seen["scale"]
         value = _primal(normalized)
         moved = _tangent(normalized) + value * _tangent(scale) / _primal(scale)
-        return forward_ad.make_dual(
-            _primal(output), (norm_weight(site.component, value) * moved).to(output.dtype)
-        )
+        return _dual(_primal(output), (norm_weight(site.component, value) * moved).to(output.dtype))
 
     return [
         (f"{site.path}.hook_scale", observe("scale")),
@@ -112,7 +116,7 @@ class _CapOperand:
 
     def __rmul__(self, tanh: Tensor) -> Tensor:
         ratio = rules.softcap_ratio(_primal(self.x) / self.cap)
-        return forward_ad.make_dual(_primal(tanh * self.cap), _tangent(self.x) * ratio)
+        return _dual(_primal(tanh * self.cap), _tangent(self.x) * ratio)
 
 
 @contextmanager
@@ -145,7 +149,7 @@ def block_tangents(
     read: dict[str, Tensor] = {}
 
     def start(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return forward_ad.make_dual(_primal(tensor), _primal(tensor).clone())
+        return _dual(_primal(tensor), _primal(tensor).clone())
 
     def read_value(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
         read["v"] = _tangent(tensor)[0]
