@@ -43,6 +43,7 @@ class Attachment:
         captures: HookPoints where a reader of gradients must go before ``hooks``: they only read
             there, or cut the gradient off.
         scoped: The same rule as a context manager, where it has that form.
+        beside: Hooks that ``scoped`` needs beside it, in place of ``hooks``.
     """
 
     site: Site
@@ -51,6 +52,7 @@ class Attachment:
     hooks: tuple[tuple[str, HookFn], ...] = ()
     captures: tuple[str, ...] = ()
     scoped: Scoped | None = None
+    beside: tuple[tuple[str, HookFn], ...] = ()
 
 
 def _edit(function: Callable[[Tensor], Tensor]) -> HookFn:
@@ -92,24 +94,81 @@ def _norm(site: Site, rule_set: RuleSet) -> Attachment:
 
     seen: dict[str, Tensor] = {}
 
-    def observe(name: str) -> HookFn:
-        def hook_fn(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
-            seen[name] = tensor  # returning it would make TransformerLens leave its native path
+    def observe_scale(scale: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
+        seen.pop("normalized", None)
+        if component.hook_scale.bwd_hooks or component.hook_normalized.bwd_hooks:
+            seen.clear()
+            return rules.constant(scale)  # TransformerLens computes the norm itself then
+        seen["scale"] = scale  # returning it would make TransformerLens leave its native path
+        return None
 
-        return hook_fn
+    def observe_normalized(normalized: Tensor, hook: Any) -> None:  # noqa: ARG001
+        if "scale" in seen:
+            seen["normalized"] = normalized
 
-    def rebuild(output: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
+    def linear(output: Tensor) -> Tensor | None:
         normalized, scale = seen.pop("normalized"), seen.pop("scale")
         if not normalized.requires_grad:
             return None
         return rules.linear_norm(output, normalized, scale, norm_weight(component, normalized))
 
-    hooks = (
-        (f"{path}.hook_scale", observe("scale")),
-        (f"{path}.hook_normalized", observe("normalized")),
-        (f"{path}.hook_out", rebuild),
+    def torch_hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:  # noqa: ARG001
+        return linear(output) if "normalized" in seen else None
+
+    def refuse_edits(output: Tensor, hook: Any) -> None:  # noqa: ARG001
+        if seen:  # the wrapped norm was never called
+            seen.clear()
+            raise _norm_edited(path)
+
+    @contextmanager
+    def scoped() -> Iterator[None]:
+        handle = component.original_component.register_forward_hook(torch_hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def observe_input(x: Tensor, hook: Any) -> None:  # noqa: ARG001
+        seen["x"] = x.detach()
+
+    def at_output(output: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
+        x = seen.pop("x", None)
+        if x is None or "normalized" not in seen:
+            return None
+        with torch.no_grad():
+            normalized, scale = seen["normalized"], seen["scale"]
+            centred = x.to(normalized.dtype)
+            if not component.uses_rms_norm:
+                centred = centred - centred.mean(-1, keepdim=True)
+            expected = normalized * norm_weight(component, normalized)
+            bias = getattr(component.original_component, "bias", None)
+            expected = expected if bias is None or component.uses_rms_norm else expected + bias
+            same = _is_same(centred / scale, normalized) and _is_same(expected, output)
+        if not same:
+            seen.clear()
+            raise _norm_edited(path)
+        return linear(output)
+
+    observers = (
+        (f"{path}.hook_scale", observe_scale),
+        (f"{path}.hook_normalized", observe_normalized),
     )
-    return Attachment(site, "LN", "linear form at hook_out", hooks)
+    return Attachment(
+        site,
+        "LN",
+        "linear form at the wrapped norm",
+        ((f"{path}.hook_in", observe_input), *observers, (f"{path}.hook_out", at_output)),
+        scoped=scoped,
+        beside=(*observers, (f"{path}.hook_out", refuse_edits)),
+    )
+
+
+def _norm_edited(path: str) -> ModelStateError:
+    return ModelStateError(
+        f"Another hook changed the value at {path}.hook_scale, {path}.hook_normalized or, with "
+        "clrp.lrp_hooks, around the norm; its rule would explain a value the model did not use. "
+        f"Use `with clrp.lrp(model):` and edit {path}.hook_in or {path}.hook_out instead."
+    )
 
 
 # ---------------------------------------------------------------- activations and gates
@@ -124,9 +183,15 @@ def _changed(path: str) -> ModelStateError:
     )
 
 
-def _require_same(expected: Tensor, value: Tensor, path: str) -> None:
+def _is_same(expected: Tensor, value: Tensor) -> bool:
+    """Up to rounding: an edit too small to be seen is too small to matter."""
     slack = 0.1 if value.dtype in (torch.float16, torch.bfloat16) else 1e-3
-    if (expected - value).abs().amax() > slack * value.abs().amax() + torch.finfo(value.dtype).tiny:
+    bound = slack * value.abs().amax() + torch.finfo(value.dtype).tiny
+    return bool((expected - value).abs().amax() <= bound)
+
+
+def _require_same(expected: Tensor, value: Tensor, path: str) -> None:
+    if not _is_same(expected, value):
         raise _changed(path)
 
 
@@ -248,9 +313,10 @@ def _softcap(site: Site, rule_set: RuleSet) -> Attachment:
     def correct(tensor: Tensor) -> Tensor:
         value = rules.at_least_float32(tensor.detach()) / cap
         if final:
-            return rules.correct_softcap(tensor, value, torch.tanh(value), name)
+            return rules.correct_softcap(tensor, value, torch.tanh(value), name, before=True)
         tanh = torch.where(value > -1.5, value, torch.zeros_like(value))  # masked: far below −cap
-        return rules.correct_softcap(tensor, torch.atanh(tanh.clamp(-1.0, 1.0)), tanh, name)
+        v = torch.atanh(tanh.clamp(-1.0, 1.0))
+        return rules.correct_softcap(tensor, v, tanh, name, before=False)
 
     @contextmanager
     def scoped() -> Iterator[None]:

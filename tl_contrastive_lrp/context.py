@@ -16,7 +16,7 @@ from .attach import Attachment, HookFn, attach
 from .coverage_table import Coverage, CoverageRow
 from .errors import ModelStateError
 from .rulesets import RuleSet, get_rule_set
-from .sites import find_sites
+from .sites import find_sites, require_bridge
 
 _MARK = "_tl_contrastive_lrp_rule"
 
@@ -25,8 +25,10 @@ def check_ready(model: Any, what: str) -> None:
     """Refuse a model or a torch state in which relevance would be wrong.
 
     Raises:
+        TypeError: ``model`` is not a TransformerBridge.
         ModelStateError: a module is in training mode, gradients are off, or rules are already on.
     """
+    require_bridge(model)
     for root in (model, model.original_model):
         for name, module in root.named_modules():
             if module.training:
@@ -63,6 +65,10 @@ def public_name(hook_dict: Mapping[str, Any], name: str) -> str:
     hook_point = hook_dict[name]
     own: str | None = hook_point.name
     return own if own and hook_dict.get(own) is hook_point else name
+
+
+def _mark_only(tensor: Any, hook: Any) -> None:
+    """Shows that rules are on, where none of them is a hook."""
 
 
 def _marked(fn: HookFn) -> HookFn:
@@ -120,9 +126,10 @@ def attached(model: Any, attachments: tuple[Attachment, ...]) -> Iterator[None]:
         hooks = [
             (public_name(hook_dict, name), _marked(fn))
             for a in attachments
-            if a.scoped is None
-            for name, fn in a.hooks
+            for name, fn in (a.hooks if a.scoped is None else a.beside)
         ]
+        if not hooks and any(a.scoped is not None for a in attachments):
+            hooks = [(public_name(hook_dict, "embed.hook_out"), _marked(_mark_only))]
         stack.enter_context(model.hooks(fwd_hooks=hooks))
         for a in attachments:
             if a.scoped is not None:

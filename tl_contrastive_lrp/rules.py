@@ -100,8 +100,9 @@ def linear_norm(
     Cᵀ(u)/scale at x: exactly the gradient with the denominator held fixed. The rule never sees x,
     so it stays right whatever other hooks do between x's HookPoint and the norm.
     """
-    # y's own graph is dropped: autograd must not run the norm's ordinary backward as well.
-    out: Tensor = _LinearNorm.apply(y.detach(), normalized, scale, weight)
+    # y's own graph is kept, so that backward hooks on it fire, but is sent no gradient: the norm's
+    # ordinary backward must not run as well.
+    out: Tensor = _LinearNorm.apply(y, normalized, scale, weight)
     return out
 
 
@@ -157,7 +158,7 @@ def identity(
 
     ``ratio`` computes f(x)/x in closed form (arXiv:2402.05602, Eq. 9).
     """
-    out: Tensor = _Ratio.apply(y.detach(), x, ratio)
+    out: Tensor = _Ratio.apply(y, x, ratio)
     return out
 
 
@@ -189,7 +190,7 @@ def gated_product(
     g·ratio(gate)·up goes to ``gate`` and g·f(gate) to ``up``, with f(gate) = ratio(gate)·gate.
     The uniform rule for the product is separate: ``uniform`` on the output.
     """
-    out: Tensor = _GatedProduct.apply(y.detach(), gate, up, ratio)
+    out: Tensor = _GatedProduct.apply(y, gate, up, ratio)
     return out
 
 
@@ -210,16 +211,20 @@ SATURATED = 0.999
 
 class _CorrectSoftcap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, v: Tensor, tanh: Tensor, where: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, v: Tensor, tanh: Tensor, where: str, before: bool) -> Tensor:
         ctx.save_for_backward(v, tanh)
         ctx.where = where
+        ctx.before = before
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
         v, tanh = ctx.saved_tensors
-        if bool(((tanh.abs() > SATURATED) & (g != 0)).any()):
+        wanted = g != 0
+        if ctx.before:  # autograd has multiplied by 1 − tanh², which may have rounded to 0
+            wanted = wanted | (tanh.to(g.dtype).abs() == 1)
+        if bool((((tanh.abs() > SATURATED) | (tanh.to(g.dtype).abs() == 1)) & wanted).any()):
             raise ModelStateError(
                 f"The soft-cap at {ctx.where} is saturated, where a HookPoint cannot carry its "
                 "rule with full precision. Use `with clrp.lrp(model):`, which is exact there."
@@ -227,6 +232,7 @@ class _CorrectSoftcap(torch.autograd.Function):
         factor = softcap_ratio(v) / (1.0 - tanh * tanh)
         return (
             torch.where(g != 0, g * factor, torch.zeros_like(factor)).to(g.dtype),
+            None,
             None,
             None,
             None,
@@ -238,16 +244,19 @@ def correct_softcap(
     v: Float[Tensor, "*shape"],
     tanh: Float[Tensor, "*shape"],
     where: str,
+    *,
+    before: bool,
 ) -> Float[Tensor, "*shape"]:
     """Identity rule for a soft-cap by correcting autograd's derivative 1 − tanh² to tanh(v)/v.
 
-    For hook lists only, which cannot reach the soft-cap itself.
+    For hook lists only, which cannot reach the soft-cap itself. ``before``: x goes into the cap
+    (else it comes out of it).
 
     Raises:
         ModelStateError: in the backward, where a gradient arrives in saturation.
     """
-    out: Tensor = _CorrectSoftcap.apply(x, v, tanh, where)
-    return out  # fmt: skip
+    out: Tensor = _CorrectSoftcap.apply(x, v, tanh, where, before)
+    return out
 
 
 # ---------------------------------------------------------------- softmax

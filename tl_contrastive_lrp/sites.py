@@ -222,6 +222,19 @@ def _sites_of(path: str, component: Any) -> Iterator[Site]:
         yield Site(path, "softcap", component, wrapped)
 
 
+def require_bridge(model: Any) -> None:
+    """Refuse what is no ``TransformerBridge``.
+
+    Raises:
+        TypeError: says how to make one.
+    """
+    if not hasattr(model, "hook_dict") or not hasattr(model, "original_model"):
+        raise TypeError(
+            f"model must be a TransformerBridge, got {type(model).__name__}; make one with "
+            "TransformerBridge.boot_transformers(name_or_directory)."
+        )
+
+
 def find_sites(model: Any) -> tuple[Site, ...]:
     """Every operation of ``model`` that needs a rule.
 
@@ -232,11 +245,7 @@ def find_sites(model: Any) -> tuple[Site, ...]:
         TypeError: ``model`` is not a TransformerBridge.
         UncoveredComponentError: a component, flag or weight that no rule covers, by name.
     """
-    if not hasattr(model, "hook_dict") or not hasattr(model, "original_model"):
-        raise TypeError(
-            f"model must be a TransformerBridge, got {type(model).__name__}; make one with "
-            "TransformerBridge.boot_transformers(name_or_directory)."
-        )
+    require_bridge(model)
     _check_flags(model)
     _check_whole_model(model)
     sites: list[Site] = []
