@@ -145,7 +145,12 @@ def run(
                 f"number; it returned {_kind(value)}. Use clrp.logit_diff(...), or a function "
                 "that sums over the batch and detaches nothing."
             )
-        torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        ends = [logits, *leaves.values()] if logits.requires_grad else []
+        if not ends or torch.autograd.grad(value, ends, allow_unused=True)[0] is None:
+            raise ModelStateError(
+                "The objective's value does not depend on the logits it was given (or they not on "
+                "the input), so there is nothing to explain. Compute it from its argument."
+            )
     return logits.detach(), value.detach().reshape(()), coverage
 
 

@@ -206,7 +206,8 @@ def question(
     """The objective itself, or ``logit_diff`` of both tokens.
 
     Raises:
-        TypeError: neither an objective nor both tokens, or both ways at once.
+        TypeError: neither an objective nor both tokens, or both ways at once, or ``pos`` beside
+            an objective.
     """
     given = objective is not None, target is not None, contrast is not None
     if given not in ((True, False, False), (False, True, True)):
@@ -214,6 +215,11 @@ def question(
             "Give either an objective, such as clrp.logit_diff(model, ...), as third argument, or "
             "both tokens, target=... and contrast=... (clrp.next_token_table(model, prompt) lists "
             "candidates for the contrast)."
+        )
+    if objective is not None and pos != -1:
+        raise TypeError(
+            "pos belongs to target and contrast; an objective has its own, as in "
+            "clrp.logit_diff(model, target, contrast, pos=...)."
         )
     return objective if objective is not None else logit_diff(model, target, contrast, pos)
 

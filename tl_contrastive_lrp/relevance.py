@@ -15,7 +15,7 @@ from .backward import Reading, relevance_of, run
 from .prompts import to_tokens
 from .rules import at_least_float32
 from .rulesets import RuleSet, get_rule_set
-from .sites import components
+from .sites import components, require_bridge
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -51,8 +51,14 @@ def _select(model: Any, names_filter: NamesFilter, rule_set: RuleSet) -> list[st
         wanted = [n for n in known if names_filter is None or names_filter(n)]
         if not wanted:
             raise ValueError("names_filter matches no HookPoint of this model.")
-        return [name for name in wanted if _why_not(model, name, rule_set) is None]
+        reasons = {name: _why_not(model, name, rule_set) for name in wanted}
+        if all(reasons.values()):
+            name, reason = next(iter(reasons.items()))
+            raise ValueError(f"names_filter matches only HookPoints like {name!r}: {reason}.")
+        return [name for name, reason in reasons.items() if reason is None]
     wanted = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+    if not wanted:
+        raise ValueError("names_filter is empty; None stands for every HookPoint.")
     for name in wanted:
         if name not in known:
             raise ValueError(f"{name!r} is no HookPoint of this model; see model.hook_dict.keys().")
@@ -93,6 +99,7 @@ def run_with_relevance(
         ValueError: a name that does not exist or where there is no relevance.
         PromptError, ModelStateError, UncoveredComponentError: see ``lrp``.
     """
+    require_bridge(model)
     rule_set = get_rule_set(rules)
     ids = to_tokens(model, tokens)
     names = _select(model, names_filter, rule_set)

@@ -6,6 +6,7 @@ Make your own from one of them: ``dataclasses.replace(RULE_SETS["attnlrp"], name
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -68,7 +69,8 @@ class RuleSet:
                 f"RuleSet {self.name!r}: softmax='constant' gives all relevance of pattern·value "
                 "to the values, so pattern_v must be 'gradient'; 'half' would lose half of it."
             )
-        if (self.temperature != 1.0) != (self.softmax == "temperature") or self.temperature <= 0:
+        number = isinstance(self.temperature, int | float) and 0 < self.temperature < math.inf
+        if not number or (self.temperature != 1.0) != (self.softmax == "temperature"):
             raise ValueError(
                 f"RuleSet {self.name!r}: temperature={self.temperature!r} with "
                 f"softmax={self.softmax!r}; give a positive temperature other than 1 together "
