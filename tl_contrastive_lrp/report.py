@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import TYPE_CHECKING, Any
 
+from .graph_view import view_of
 from .render.report import Report, report_html
 from .render.text import visible
 
@@ -13,19 +13,21 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from .attribution import Attribution
-
-# How an Objective ends its words; the result keeps those, not the position itself.
-_WHERE = re.compile(r" at position (-?\d+) \(positive relevance supports ")
+    from .graph import AttributionGraph
 
 
-def report_of(result: Attribution, candidates: pd.DataFrame | None = None, **fields: Any) -> str:
+def report_of(
+    result: Attribution,
+    candidates: pd.DataFrame | None = None,
+    graph: AttributionGraph | None = None,
+    **fields: Any,
+) -> str:
     """The report of one explained prediction as an HTML page that fetches nothing.
 
     Args:
         result: What to show; relevance in logits, positive for the target.
-        candidates: Rows of ``next_token_table`` at the explained position. They also decide
-            whether the page says that the model wrote the target; without them it only asks why
-            the target rather than the contrast.
+        candidates: Rows of ``next_token_table`` at the explained position.
+        graph: The attribution graph of the same prediction, pruned, for a section of its own.
         fields: Fields of ``render.report.Report`` to set otherwise, such as ``model_name`` or
             ``notes``.
 
@@ -46,15 +48,16 @@ def report_of(result: Attribution, candidates: pd.DataFrame | None = None, **fie
         contrast=(result.contrast,) if result.contrast else (),
         target_logit=result.target_logit,
         contrast_logit=result.contrast_logit,
-        target_is_top=_is_top(result, candidates),
+        target_is_top=result.target_is_top,
         greyed=result.greyed,
-        position=_position(result),
+        position=result.pos,
         resid=result.resid,
         site_labels=result.sites,
         heads=result.heads,
         candidates=None if candidates is None else _rows(candidates),
         ledger=_rows(result.ledger.to_frame()),
         coverage=[vars(row) for row in result.coverage.summary()],
+        graph=None if graph is None else view_of(graph),
     )
     return report_html(dataclasses.replace(report, **fields))
 
@@ -68,20 +71,3 @@ def _title(result: Attribution) -> str:
         return "Relevance of one prediction"
     contrast = f" and not «{visible(result.contrast)}»" if result.contrast else ""
     return f"Why «{visible(result.target)}»{contrast}?"
-
-
-def _is_top(result: Attribution, candidates: pd.DataFrame | None) -> bool:
-    if candidates is None or candidates.empty:
-        return False
-    # Two tokens can share a text (pieces of a character): their logits tell them apart.
-    top = candidates.iloc[0]
-    same_logit = abs(float(top["logit"]) - result.target_logit) <= 1e-4 * abs(float(top["logit"]))
-    return bool(top["token"] == result.target and same_logit)
-
-
-def _position(result: Attribution) -> int | None:
-    found = _WHERE.search(result.objective)
-    if found is None:
-        return None
-    position = int(found[1])
-    return position + len(result.str_tokens) if position < 0 else position

@@ -11,6 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from tl_contrastive_lrp.render import tables
+from tl_contrastive_lrp.render.graph import GraphView, graph_section, section_script
 from tl_contrastive_lrp.render.offline import script_hash, source, templates
 from tl_contrastive_lrp.render.scale import (
     GREY,
@@ -58,6 +59,7 @@ class Report:
         ledger: a row per site: ``site``, ``total``, ``share`` (of Δℓ), ``biases``, ``position``,
             ``other``.
         coverage: rows saying which component got which rule.
+        graph: the attribution graph, pruned, or ``None``.
         notes: sentences for the end of the page.
     """
 
@@ -82,6 +84,7 @@ class Report:
     candidates: Rows | None = None
     ledger: Rows = ()
     coverage: Rows = ()
+    graph: GraphView | None = None
     notes: Sequence[str] = field(default=())
 
 
@@ -107,7 +110,11 @@ def report_html(report: Report) -> str:
     greyed = as_mask(report.greyed, len(words))
     resid = _resid(report, len(words))
     rows = _token_rows(words, ids, relevance, greyed, delta)
-    script = inline_script(source("report.js"))
+    scripts = [inline_script(source("report.js"))]
+    if report.graph is not None:
+        if list(report.graph.str_tokens) != words:
+            raise ValueError("graph is of another prompt than the report: its tokens differ")
+        scripts.append(section_script())
     total = float(relevance.sum())
     spans = [float(span(relevance, mask)) for mask in (greyed, greyed & False)]
     data = {
@@ -148,8 +155,9 @@ def report_html(report: Report) -> str:
             coverage=tables.general(report.coverage),
             data=Markup(script_json(data)),
             style=Markup(source("report.css")),
-            script=Markup(script),
-            script_hash=Markup(script_hash(script)),
+            graph=None if report.graph is None else graph_section(report.graph),
+            scripts=[Markup(script) for script in scripts],
+            hashes=Markup(" ".join(script_hash(script) for script in scripts)),
         )
     )
 

@@ -1,0 +1,213 @@
+"""A first, static picture of an attribution graph: tokens across, sites up.
+
+Inline SVG with a little script of its own: it needs neither circuitsvis' bundle nor the network.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import numpy as np
+from circuitsvis.utils.render import RenderedHTML
+from markupsafe import Markup
+
+from tl_contrastive_lrp.render import graph_marks as marks
+from tl_contrastive_lrp.render.graph_data import GraphData, GraphView, checked
+from tl_contrastive_lrp.render.graph_layout import TOP, Layout, layout
+from tl_contrastive_lrp.render.graph_matrices import attention_matrices
+from tl_contrastive_lrp.render.offline import OfflineHTML, script_hash, source, templates
+from tl_contrastive_lrp.render.text import (
+    inline_script,
+    printable,
+    script_json,
+    signed,
+    visible,
+)
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = [
+    "MAX_EDGES",
+    "GraphPicture",
+    "GraphView",
+    "attention_matrices",
+    "graph_html",
+    "graph_picture",
+    "graph_section",
+    "section_script",
+]
+
+MAX_EDGES = 4000
+_SECTION = "graph"  # the element of the one picture in a page of ours
+
+
+class GraphPicture(OfflineHTML):
+    """A picture that displays like circuitsvis' own, without carrying circuitsvis' bundle.
+
+    Attributes:
+        body: the markup.
+        script: JavaScript that lights up what the pointer is on; the picture is whole without it.
+    """
+
+    def __init__(self, body: str, script: str) -> None:
+        self.body = body
+        self.script = script
+        html = f"{body}<script>{script}</script>"
+        RenderedHTML.__init__(self, local_src=html, cdn_src=html)
+
+
+def graph_picture(view: GraphView, *, max_edges: int = MAX_EDGES) -> GraphPicture:
+    """The graph as a layered picture: tokens across, sites up, the final node at the top.
+
+    Red is positive relevance and supports the target, blue negative and supports the contrast. A
+    node's area and an edge's width are linear in the size of its relevance, in logits; edges that
+    stay at their position are pale. Positions without an edge have no column; a mark says how
+    many are missing where. Every node and edge has a tooltip with its numbers.
+
+    Args:
+        view: what to draw, pruned already: an unpruned graph is a thicket.
+        max_edges: of more edges the strongest are drawn, and the picture says so.
+
+    Returns:
+        An object that a notebook displays; its HTML is complete and fetches nothing.
+
+    Raises:
+        ValueError: the view's shapes, indices or numbers do not fit, or ``max_edges`` is below 1.
+        TypeError: its ``str_tokens`` is not a list of strings.
+    """
+    uid = f"graph-{uuid4().hex[:13]}"
+    return GraphPicture(_body(view, max_edges, uid), _script(uid))
+
+
+def graph_html(view: GraphView, *, max_edges: int = MAX_EDGES) -> str:
+    """The same picture as one HTML page, complete in itself.
+
+    All text is escaped, and a content security policy in the page forbids every request and
+    every script but the page's own. Arguments and errors as :func:`graph_picture`.
+    """
+    script = section_script()
+    return (
+        templates()
+        .get_template("graph_page.html")
+        .render(
+            title=graph_title(view),
+            objective=printable(view.objective),
+            facts=[
+                printable(view.model_name),
+                f"rules: {printable(view.rules)}" if view.rules else "",
+                f"{len(view.str_tokens):,} tokens",
+            ],
+            delta=signed(float(view.delta)),
+            body=Markup(_body(view, max_edges, _SECTION)),
+            script=Markup(script),
+            hash=Markup(script_hash(script)),
+        )
+    )
+
+
+def graph_section(view: GraphView, *, max_edges: int = MAX_EDGES) -> Markup:
+    """The same picture as markup for a page, which runs :func:`section_script` after it, once."""
+    return Markup(_body(view, max_edges, _SECTION))
+
+
+def section_script() -> str:
+    """The script for a :func:`graph_section`: always the same text, for a page's policy."""
+    return _script(_SECTION)
+
+
+def graph_title(view: GraphView) -> str:
+    """What the picture answers: Why «target» and not «contrast»?"""
+    if not view.target:
+        return "Attribution graph of one prediction"
+    contrast = f" and not {_quoted(view.contrast)}" if view.contrast else ""
+    return f"Why {_quoted(view.target)}{contrast}?"
+
+
+def _script(uid: str) -> str:
+    return inline_script(f"({source('graph.js').strip()})({script_json(uid)});")
+
+
+def _body(view: GraphView, max_edges: int, uid: str) -> str:
+    data = checked(view)
+    plan = layout(data, max_edges)
+    names = [marks.short(printable(str(label)), 26) for label in view.site_labels]
+    tokens = [f"\u00ab{visible(token)}\u00bb" for token in data.tokens]
+    labels = marks.labels(data, plan)
+    gaps = marks.gaps(plan)
+    final, below = plan.column[data.final_pos], plan.below + 4
+    at_right = final > plan.width / 2
+    # Labels slant by 60 degrees, down and to the left: room for those that reach farthest.
+    reach = [(la["x"], marks.width(la["text"])) for la in labels]
+    reach += [
+        (gap.x, marks.width(words["words"])) for gap, words in zip(plan.gaps, gaps, strict=True)
+    ]
+    over = max(0.0, *(0.5 * length + 10 - x for x, length in reach))
+    deep = 0.87 * max(length for _, length in reach) + 14
+    side = 12 + max(marks.width(name) for name in names)
+    return (
+        templates()
+        .get_template("graph.html")
+        .render(
+            uid=uid,
+            up=marks.UP,
+            down=marks.DOWN,
+            target=_quoted(view.target) if view.target else "the target",
+            contrast=_quoted(view.contrast) if view.contrast else "its alternatives",
+            final_words=_final_words(view, data),
+            final={
+                "x": marks.rounded(final),
+                "y": marks.rounded(plan.row[-1]),
+                "r": marks.rounded(plan.radius[-1] + 3.5),
+                "anchor": "end" if at_right else "start",
+                "text_x": marks.rounded(final + (12 if at_right else -12)),
+            },
+            edges=marks.edges(data, plan, tokens, names),
+            nodes=marks.nodes(data, plan, tokens, names, view.sites),
+            labels=labels,
+            gaps=gaps,
+            rows=marks.rows(plan, names, view.sites),
+            side=marks.rounded(side),
+            side_end=marks.rounded(side - 4),
+            from_x=marks.rounded(-over),
+            box=marks.rounded(plan.width + over + 16),
+            height=marks.rounded(below + deep),
+            width=marks.rounded(plan.width),
+            top=TOP - 14,
+            below=marks.rounded(below),
+            widest=signed(plan.widest)[1:],
+            largest=signed(plan.largest)[1:],
+            any_grey=bool(data.greyed[plan.node_pos].any()),
+            count=_count(data, plan),
+            notes=[printable(str(note)) for note in view.notes],
+        )
+    )
+
+
+def _count(data: GraphData, plan: Layout) -> str:
+    """How many nodes and edges the picture shows, and what it leaves out."""
+    drawn, nodes = len(plan.edges), len(plan.node_pos)
+    words = f"{drawn:,} edge{'s' * (drawn != 1)} between {nodes:,} hidden state{'s' * (nodes != 1)}"
+    shown = int(np.isfinite(plan.column).sum())
+    where = f"at {shown:,} of {len(data.tokens):,} positions"
+    if not drawn:
+        return "No edges: nothing is left of this graph but the prediction itself."
+    if not plan.left_out:
+        return f"{words}, {where}."
+    return (
+        f"The {drawn:,} strongest of {len(data.edges):,} edges, which carry "
+        f"{100 * plan.mass:.1f} % of \u03a3|weight|; {plan.left_out:,} weaker ones are not drawn. "
+        f"{nodes:,} hidden states {where}. Prune the graph to see all of what is left."
+    )
+
+
+def _final_words(view: GraphView, data: GraphData) -> str:
+    words = _quoted(view.target) if view.target else "the prediction"
+    if view.target and view.contrast:
+        words += f" rather than {_quoted(view.contrast)}"
+    return f"{words}   \u0394\u2113 = {signed(data.delta)}"
+
+
+def _quoted(token: str) -> str:
+    return f"\u00ab{marks.short(visible(token), 40)}\u00bb"
