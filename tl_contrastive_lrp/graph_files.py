@@ -50,7 +50,10 @@ def load(path: str | os.PathLike[str]) -> AttributionGraph:
         data["transitions"] = tuple((int(s), int(t)) for s, t in data["transitions"])
         for name in ("sites", "str_tokens"):
             data[name] = tuple(data[name])
-        data |= {name: tensors.get(name) for name in _TENSORS}
+        data |= {"head": None, "path": None, **tensors}
+        missing = [name for name in _TENSORS if name not in data]
+        if missing:
+            raise KeyError(missing[0])
         return AttributionGraph(**data)
 
 
