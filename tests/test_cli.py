@@ -23,9 +23,14 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import cli, cli_demo, cli_exit, cli_options, cli_terminal
-from tl_contrastive_lrp.cli_command import again
-from tl_contrastive_lrp.cli_prompt import read_prompt, token_ids, token_word
+from tl_contrastive_lrp.cli import command as cli_command
+from tl_contrastive_lrp.cli import demo as cli_demo
+from tl_contrastive_lrp.cli import exit as cli_exit
+from tl_contrastive_lrp.cli import main as cli_main
+from tl_contrastive_lrp.cli import options as cli_options
+from tl_contrastive_lrp.cli import terminal as cli_terminal
+from tl_contrastive_lrp.cli.command import again
+from tl_contrastive_lrp.cli.prompt import read_prompt, token_ids, token_word
 from tl_contrastive_lrp.demo import KINDS, load_demo_cases, load_demo_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,11 +65,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.setenv("COLUMNS", "100")
 
     def call(*arguments: object, stdin: bytes = b"") -> Ran:
-        monkeypatch.setattr(sys, "argv", [cli.PROGRAM, *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [cli_command.PROGRAM, *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
-            cli.main()
+            cli_main()
         captured = capsys.readouterr()
         code = left.value.code
         return Ran(code if isinstance(code, int) else int(code is not None), *captured)
@@ -178,12 +183,12 @@ def test_signs_are_said_when_the_model_prefers_the_contrast(run: Run, folder: Pa
     assert "negative" not in run(*common, "--contrast", low).out.split("Positive")[0]
 
 
-def test_save_html_of_a_result_says_only_what_it_knows(bridge: Any, tmp_path: Path) -> None:
+def test_save_html_of_a_result_says_only_what_is_so(bridge: Any, tmp_path: Path) -> None:
     table = clrp.next_token_table(bridge, PROMPT, pos=2)
     first, second = (int(i) for i in table["id"][:2])
     result = clrp.attribute(bridge, PROMPT, target=first, contrast=second, pos=2)
     page = result.save_html(tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "The model wrote" not in page
+    assert "The model wrote" in page  # the result knows that its target is the model's top token
     assert "prediction at position 2" in words(page)
     page = result.save_html(tmp_path / "r.html", candidates=table).read_text(encoding="utf-8")
     assert "The model wrote" in page
@@ -239,7 +244,7 @@ def test_without_contrast_candidates_and_a_command_that_runs(
     assert not os.path.exists("my page.html")
 
     command = shlex.split(typed_next(done))
-    assert command[0] == cli.PROGRAM
+    assert command[0] == cli_command.PROGRAM
     again_done = run(*command[1:], "--json")
     assert again_done.code == 0
     told = again_done.json
@@ -263,7 +268,7 @@ def test_needs_contrast_as_json(run: Run, folder: Path) -> None:
 
 def test_the_command_runs_in_a_real_shell(run: Run, folder: Path, tmp_path: Path) -> None:
     """As a newcomer does it: run, copy what it says to type, run that."""
-    program = tmp_path / "bin" / cli.PROGRAM
+    program = tmp_path / "bin" / cli_command.PROGRAM
     program.parent.mkdir()
     program.write_text(
         f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m tl_contrastive_lrp "$@"\n'
@@ -299,7 +304,7 @@ def test_commands_keep_any_text(text: str) -> None:
     arguments = [a.decode() for a in done.stdout.split(b"\0")[:-1]]
     joined = "\0".join(arguments).replace("--prompt=", "--prompt\0").replace("=-", "\0-")
     assert joined.split("\0")[:7] == [
-        cli.PROGRAM, "explain", "--model", "m", "--prompt", text, "--target",
+        cli_command.PROGRAM, "explain", "--model", "m", "--prompt", text, "--target",
     ]  # fmt: skip
 
 
@@ -634,7 +639,7 @@ def test_help_and_version(run: Run) -> None:
     text = words(run("explain", "--help").out)
     for key in ("share_to_tokens", "needs_contrast", "minus_top", "is_top", "--strip-newline"):
         assert key in text
-    assert run("--version").out == f"{cli.PROGRAM} {clrp.__version__}\n"
+    assert run("--version").out == f"{cli_command.PROGRAM} {clrp.__version__}\n"
     assert run("demo", "--help").code == 0
     assert run().out.strip()
 

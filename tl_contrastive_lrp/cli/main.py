@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_demo
-from .cli_command import PROGRAM, again
-from .cli_exit import Code, exit_codes
-from .cli_explain import Output, explain
-from .cli_model import is_local, load_model
-from .cli_options import (
+from . import demo as demo_room
+from .command import PROGRAM, again
+from .exit import Code, exit_codes
+from .explain import Output, explain
+from .model import is_local, load_model
+from .options import (
     EXIT_CODES,
     DebugOption,
     Device,
@@ -29,15 +29,15 @@ from .cli_options import (
     SaveOption,
     TopOption,
 )
-from .cli_prompt import prompt_ids, read_prompt, token_ids, token_word
-from .cli_tell import (
+from .prompt import prompt_ids, read_prompt, token_ids, token_word
+from .tell import (
     as_json,
     candidate_rows,
     print_candidates,
     print_explained,
     print_json,
 )
-from .cli_terminal import progress, say, tell
+from .terminal import progress, say, tell
 
 CANDIDATES = 10
 
@@ -54,7 +54,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from . import __version__
+        from .. import __version__
 
         tell(f"{PROGRAM} {__version__}")
         raise typer.Exit
@@ -154,7 +154,7 @@ def explain_command(
 
 def _explain(bridge: Any, text: str, typed: dict[str, Any], output: Output) -> None:
     """The rest of ``explain``, with a model."""
-    from .objective import next_token_table
+    from ..objective import next_token_table
 
     tokens = prompt_ids(
         bridge, text, chat=typed["chat"], system=typed["system"], answer=typed["answer"]
@@ -222,7 +222,7 @@ def _notes(
 def _show_candidates(
     typed: dict[str, Any], candidates: Any, command: str, pos: int, notes: list[str]
 ) -> None:
-    from . import __version__
+    from .. import __version__
 
     if typed["json"]:
         print_json(
@@ -274,10 +274,10 @@ def demo_command(
     with exit_codes(debug):
         wanted = kind.value if kind else None
         if list_cases:
-            cli_demo.list_failures(wanted, json)
+            demo_room.list_failures(wanted, json)
             return
         output.check()
-        cli_demo.run(case, wanted, rules.value, output, CANDIDATES)
+        demo_room.run(case, wanted, rules.value, output, CANDIDATES)
 
 
 def main() -> None:

@@ -1,0 +1,44 @@
+"""Writing a command line that does again what was typed, with something filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
+from .terminal import shell_word
+
+PROGRAM = "tl-contrastive-lrp"
+_DEFAULTS = {"pos": -1, "rules": "attnlrp", "dtype": "float32", "top": 10}
+_INLINE = 4000  # characters of standard input that are written out; a shell line has its limits
+
+
+def again(
+    typed: dict[str, Any], text: str, *, target: Sequence[str], contrast: Sequence[str]
+) -> str:
+    """The ``explain`` command as typed, with target and contrast filled in, quoted for a shell.
+
+    Args:
+        typed: Its options by name.
+        text: The prompt. What came from standard input is written out, unless it is very long.
+        target: ``--target`` options.
+        contrast: ``--contrast`` options.
+    """
+    options = dict(typed, target=list(target), contrast=list(contrast))
+    if options["prompt_file"] == "-" and len(text) <= _INLINE:
+        options |= {"prompt": text, "prompt_file": None, "strip_newline": False}
+    words = [PROGRAM, "explain"]
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, Enum):
+            value = value.value
+        if value in (None, False, "") or _DEFAULTS.get(name) == value:
+            continue
+        if value is True:
+            words.append(option)
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            quoted = shell_word(str(one))
+            # A value that begins with a dash would look like an option.
+            words.append(f"{option}={quoted}" if str(one)[:1] == "-" else f"{option} {quoted}")
+    return " ".join(words)

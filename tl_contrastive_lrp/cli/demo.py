@@ -1,0 +1,169 @@
+"""The demo: a failure of the shipped model, explained, and held against what decides it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .exit import CliError, Code
+from .explain import Output, explain
+from .model import quiet_libraries
+from .tell import as_json, print_explained, print_json
+from .terminal import progress, say, shown, table, tell
+
+if TYPE_CHECKING:
+    from ..demo import DemoCase
+
+DECISIVE_TOP = 5
+_LONG = 300  # characters of a prompt shown in the terminal
+
+
+def _cases(kind: str | None) -> tuple[DemoCase, ...]:
+    from ..demo import load_demo_cases
+
+    try:
+        return load_demo_cases(kind)
+    except FileNotFoundError as error:
+        raise CliError(
+            Code.FILE, f"The demo cases are missing from this installation: {error}."
+        ) from error
+
+
+def list_failures(kind: str | None, json: bool) -> None:
+    """The failures, numbered as ``--case`` takes them."""
+    cases = _cases(kind)
+    if json:
+        rows = [
+            {
+                "number": i,
+                "id": c.id,
+                "kind": c.kind,
+                "tokens": c.n_tokens,
+                "target": c.target,
+                "contrast": c.contrast,
+                "delta": c.delta,
+            }
+            for i, c in enumerate(cases, 1)
+        ]
+        print_json({"cases": rows})
+        return
+    table(
+        [
+            ("number", True), ("id", False), ("wrote", False), ("right", False),
+            ("Δℓ", True), ("tokens", True),
+        ],
+        [
+            (str(i), c.id, shown(c.target), shown(c.contrast), f"{c.delta:+.2f}", str(c.n_tokens))
+            for i, c in enumerate(cases, 1)
+        ],
+    )  # fmt: skip
+    number = " --kind " + kind if kind else ""
+    tell(f"Explain one: tl-contrastive-lrp demo{number} --case NUMBER (or ID)")
+
+
+def choose(case: str | None, kind: str | None) -> DemoCase:
+    """The case of that id, or of that number in ``--list``; by default one that shows well.
+
+    Raises:
+        CliError: there is no such case.
+    """
+    cases = _cases(kind)
+    if case is None:
+        # Few tokens fit a screen, and a clear preference makes a clear picture.
+        kinds = [kind] if kind else ["format"]
+        short = [c for c in cases if c.kind in kinds and c.n_tokens <= 80] or list(cases)
+        if not short:
+            raise CliError(Code.FILE, "This installation has no demo cases of that kind.")
+        return max(short, key=lambda c: c.delta)
+    if case.isdecimal():
+        if 1 <= int(case) <= len(cases):
+            return cases[int(case) - 1]
+    else:
+        from ..demo import load_demo_cases
+
+        found = [c for c in load_demo_cases(kind, failed=None) if c.id == case]
+        if found:
+            return found[0]
+    among = f" among the {len(cases)} of kind {kind}" if kind else f" among the {len(cases)}"
+    raise CliError(
+        Code.PROMPT, f"There is no case {case}{among}. tl-contrastive-lrp demo --list shows them."
+    )
+
+
+def _short(text: str) -> str:
+    words = shown(text).strip()
+    if len(words) <= _LONG:
+        return words
+    half = _LONG // 2
+    return f"{words[:half]} […] {words[-half:]}"
+
+
+def run(case_name: str | None, kind: str | None, rules: str, output: Output, k: int) -> None:
+    """Explain one case and print it."""
+    case = choose(case_name, kind)
+    from ..demo import load_demo_model
+
+    with progress("Loading the demo model", output.spins), quiet_libraries():
+        from ..objective import next_token_table
+
+        try:
+            model: Any = load_demo_model(device="cpu")
+        except FileNotFoundError as error:
+            raise CliError(Code.MODEL, f"{str(error)[:1].upper()}{str(error)[1:]}") from error
+    tokens = model.to_tokens(case.prompt, truncate=False)
+    if tokens.shape[1] != case.n_tokens:
+        raise CliError(
+            Code.UNEXPECTED,
+            f"Demo case {case.id} is {tokens.shape[1]} tokens, but was recorded with "
+            f"{case.n_tokens}: model and cases of this installation do not belong together.",
+        )
+    candidates = next_token_table(model, tokens, k=k)
+    explained = explain(
+        model,
+        tokens,
+        candidates,
+        (case.target_id,),
+        (case.contrast_id,),
+        pos=-1,
+        rules=rules,
+        model_name="demo model",
+        output=output,
+    )
+    ranking = [int(pos) for pos in explained.result.top(case.n_tokens)["pos"]]
+    decisive = [
+        {
+            "pos": pos,
+            "token": token,
+            "rank": ranking.index(pos) + 1,
+            "in_top_5": pos in ranking[:DECISIVE_TOP],
+        }
+        for pos, token in zip(case.decisive_positions, case.decisive_text, strict=True)
+    ]
+    if output.as_json:
+        names = ("id", "kind", "family", "user", "answer", "model_answer")
+        told = {name: getattr(case, name) for name in names}
+        print_json(as_json(explained, output) | {"case": told | {"decisive": decisive}})
+        return
+    tell(f"Case {case.id}")
+    tell(f"Prompt:       {_short(case.user)}")
+    tell(f"Right answer: {_short(case.answer)}")
+    tell(f"Model wrote:  {_short(case.model_answer)}")
+    tell()
+    print_explained(explained, output, case.decisive_positions)
+    _print_decisive(decisive)
+    if not output.quiet:
+        say("Your own model: tl-contrastive-lrp explain --model NAME_OR_FOLDER --prompt TEXT")
+
+
+def _print_decisive(decisive: list[dict[str, Any]]) -> None:
+    """Which positions decide the answer, and where the ranking has them."""
+    some = sorted(decisive, key=lambda row: int(row["rank"]))
+    words = ", ".join(
+        f"{row['pos']} «{shown(row['token'])}» (rank {row['rank']})" for row in some[:8]
+    )
+    more = f" and {len(some) - 8} more" if len(some) > 8 else ""
+    hits = sum(bool(row["in_top_5"]) for row in some)
+    tell(f"What decides this case, by how it was made: position {words}{more}.")
+    if len(some) == 1:
+        tell(f"It is {'' if hits else 'not '}among the {DECISIVE_TOP} strongest tokens.")
+    else:
+        tell(f"{hits} of these {len(some)} among the {DECISIVE_TOP} strongest tokens.")

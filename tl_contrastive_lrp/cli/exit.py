@@ -1,0 +1,95 @@
+"""What the command's exit codes mean, and how an error becomes one of them."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+
+import typer
+
+from ..errors import (
+    FileFormatError,
+    ModelStateError,
+    PromptError,
+    TokenError,
+    UncoveredComponentError,
+)
+from .terminal import say
+
+
+class Code(IntEnum):
+    """Exit codes. 2 is the command line's own, for options that make no sense."""
+
+    DONE = 0
+    UNEXPECTED = 1
+    USAGE = 2
+    MODEL = 3
+    PROMPT = 4
+    FILE = 5
+    INTERRUPTED = 130
+
+
+class CliError(Exception):
+    """An expected error: one message for the user, and the exit code."""
+
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+_CODES: tuple[tuple[type[Exception], Code], ...] = (
+    (UncoveredComponentError, Code.MODEL),
+    (ModelStateError, Code.MODEL),
+    (TokenError, Code.PROMPT),
+    (PromptError, Code.PROMPT),
+    (FileFormatError, Code.FILE),
+    (OSError, Code.FILE),
+)
+
+
+def _code_of(error: Exception) -> Code | None:
+    if isinstance(error, CliError):
+        return error.code
+    return next((code for kind, code in _CODES if isinstance(error, kind)), None)
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) or type(error).__name__
+
+
+@contextmanager
+def exit_codes(debug: bool) -> Iterator[None]:
+    """Turn errors inside the block into a message on stderr and an exit code.
+
+    Args:
+        debug: Print the traceback too.
+    """
+    try:
+        yield
+    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+        raise
+    except KeyboardInterrupt:
+        say("Interrupted.")
+        raise typer.Exit(Code.INTERRUPTED) from None
+    except Exception as error:
+        if debug:
+            traceback.print_exc(file=sys.stderr)
+        code = _code_of(error)
+        if code is not None:
+            say(f"Error: {_words(error)}")
+            raise typer.Exit(code) from None
+        if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
+            say(
+                "Error: out of memory. Explain a shorter prompt, or try --dtype bfloat16 or "
+                "--device cpu."
+            )
+        else:
+            say(f"Unexpected error: {type(error).__name__}: {error}")
+        if not debug:
+            say("Run the same command with --debug to see where it happened.")
+        raise typer.Exit(Code.UNEXPECTED) from None

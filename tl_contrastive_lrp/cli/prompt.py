@@ -1,0 +1,168 @@
+"""From what was typed to token ids: the prompt, and the tokens of both sides."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .exit import CliError, Code
+from .terminal import plain, say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def read_prompt(prompt: str | None, file: str | None, strip_newline: bool) -> str:
+    """The prompt as typed, from a file, or from standard input (file ``-``).
+
+    Raises:
+        CliError: the file cannot be read or is not UTF-8.
+    """
+    if file is None:
+        text = prompt or ""
+    else:
+        text = _decoded(file)
+        if text.endswith("\n") and strip_newline:
+            text = text[:-2] if text.endswith("\r\n") else text[:-1]
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise CliError(Code.PROMPT, "The prompt holds bytes that are no UTF-8 text.") from None
+    return text
+
+
+def _decoded(file: str) -> str:
+    if file == "-":
+        if sys.stdin.isatty():
+            say("Type the prompt; Ctrl-D on an empty line ends it.")
+        data, what = sys.stdin.buffer.read(), "Standard input"
+    else:
+        try:
+            data, what = Path(file).expanduser().read_bytes(), file
+        except FileNotFoundError:
+            raise CliError(Code.FILE, f"There is no prompt file {file}.") from None
+        except OSError as error:
+            raise CliError(
+                Code.FILE, f"The prompt file {file} cannot be read: {error.strerror}."
+            ) from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CliError(
+            Code.FILE,
+            f"{what} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}. "
+            "Convert it first, for example with iconv.",
+        ) from None
+
+
+def prompt_ids(
+    model: Any, text: str, *, chat: bool = False, system: str | None = None, answer: str = ""
+) -> Tensor:
+    """Token ids [1, pos] of the prompt, whole.
+
+    Args:
+        model: The bridge.
+        text: The prompt; with ``chat``, the user's message.
+        chat: Put it into the tokenizer's chat template. The template's own ids are explained: no
+            BOS is added to them.
+        system: The system message, with ``chat``.
+        answer: What the assistant has written so far, with ``chat``.
+
+    Raises:
+        CliError: no chat template, or one that refuses; a prompt longer than the context.
+        PromptError: an empty prompt.
+    """
+    import torch
+
+    from ..prompts import model_device, to_single_prompt
+
+    if not text:
+        to_single_prompt(model, text)  # says what is wrong
+    if chat:
+        ids = _chat_ids(model.tokenizer, text, system, answer)
+        tokens = torch.tensor([ids], device=model_device(model))
+    else:
+        tokens = model.to_tokens(text, truncate=False)
+    limit = int(model.cfg.n_ctx)
+    if tokens.shape[1] > limit:
+        raise CliError(
+            Code.PROMPT,
+            f"The prompt is {tokens.shape[1]} tokens, but this model's context is {limit}. "
+            "Shorten it.",
+        )
+    return to_single_prompt(model, tokens)
+
+
+def _chat_ids(tokenizer: Any, text: str, system: str | None, answer: str) -> list[int]:
+    if not tokenizer.chat_template:
+        raise CliError(
+            Code.PROMPT,
+            "This model's tokenizer has no chat template. Leave out --chat and give the whole "
+            "prompt, in the format the model was trained on.",
+        )
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": text})
+    try:
+        if answer:
+            whole = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+            encoded: Any = tokenizer(whole + answer, add_special_tokens=False)
+        else:
+            encoded = tokenizer.apply_chat_template(
+                messages, tokenize=True, add_generation_prompt=True
+            )
+    except Exception as error:  # a template may raise anything
+        remedy = " Some templates know no system message: try without --system." if system else ""
+        raise CliError(Code.PROMPT, f"The chat template refuses: {error}.{remedy}") from error
+    ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
+    return list(ids[0] if ids and isinstance(ids[0], Sequence) else ids)
+
+
+def token_argument(text: str) -> str | int:
+    """``id:123`` is the id 123; all else is a token's text."""
+    found = re.fullmatch(r"id:(\d+)", text)
+    return int(found[1]) if found else text
+
+
+def token_ids(model: Any, texts: Sequence[str], role: str) -> tuple[int, ...]:
+    """The ids that ``--target`` or ``--contrast`` name.
+
+    Raises:
+        TokenError: a text that is not one token, or an id out of range.
+    """
+    from ..errors import TokenError
+    from ..prompts import to_token_ids
+
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise TokenError(f"The {role} holds bytes that are no UTF-8 text.") from None
+    try:
+        return to_token_ids(model, [token_argument(text) for text in texts], role)
+    except TokenError as error:
+        raise TokenError(f"{error} On the command line an id is written id:123.") from None
+
+
+def token_word(model: Any, token_id: int) -> str:
+    """How to name a token on the command line: its text where that is safe, else ``id:123``."""
+    from ..errors import TokenError
+    from ..prompts import str_tokens, to_token_ids
+
+    text = str_tokens(model, [token_id])[0]
+    try:
+        if (
+            plain(text) == text
+            and text.strip("\n\t")
+            and not {"\n", "\t"} & set(text)
+            and isinstance(token_argument(text), str)
+            and to_token_ids(model, text, "token") == (token_id,)
+        ):
+            return text
+    except TokenError:
+        pass
+    return f"id:{token_id}"
