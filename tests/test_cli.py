@@ -699,7 +699,7 @@ def test_libraries_are_quiet_while_loading_and_heard_afterwards(
 ) -> None:
     import logging
 
-    from tl_contrastive_lrp.cli_model import quiet_libraries
+    from tl_contrastive_lrp.cli.model import quiet_libraries
 
     disabled = logging.root.manager.disable
     with quiet_libraries():

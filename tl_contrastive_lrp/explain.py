@@ -18,7 +18,7 @@ from .ledger import Ledger
 from .objective import described, question
 from .prompts import str_tokens, to_single_prompt
 from .rulesets import RuleSet
-from .sites import components
+from .sites import components, require_bridge
 from .sums import Sums
 
 _SPLIT_BY_BLOCK = "blocks."
@@ -78,6 +78,7 @@ def attribute(
         TypeError: neither or both of an objective and a target with contrast.
         TokenError, PromptError, ModelStateError, UncoveredComponentError: see their messages.
     """
+    require_bridge(model)
     objective = question(model, objective, target, contrast, pos)
     tokens = to_single_prompt(model, prompt)
     n_layers = int(model.cfg.n_layers)
@@ -127,5 +128,7 @@ def attribute(
         coverage=coverage,
         ledger=ledger,
         model_name=str(model.cfg.model_name),
+        pos=(at := int(getattr(objective, "pos", -1)) % tokens.shape[1]),
+        target_is_top=int(logits[0, at].argmax()) in getattr(objective, "target", ()),
         **described(objective, logits, value),
     )

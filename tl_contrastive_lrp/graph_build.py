@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -177,7 +178,9 @@ def _plan(
     ends = residual_sites(model)
     if layers is None:
         return _adjacent(model, ends, granularity == "sublayer")
-    chosen = sorted({*layers, n})
+    if not all(isinstance(layer, Integral) for layer in layers):
+        raise ValueError(f"layers={list(layers)} must be whole numbers, indices of blocks.")
+    chosen = sorted({*map(int, layers), n})
     if granularity != "block" or chosen[0] < 0 or chosen[-1] > n or len(chosen) < 2:
         raise ValueError(
             f"layers={list(layers)} must name blocks from 0 to {n} ({n}: the final output) and go "

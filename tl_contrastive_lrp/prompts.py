@@ -38,9 +38,11 @@ def to_tokens(model: Any, prompt: str | list[str] | Tensor) -> Int[Tensor, "batc
     are taken as they are.
 
     Raises:
-        PromptError: empty, not integer, not of shape [pos] or [batch, pos], or out of range.
+        PromptError: empty, not integer, not of shape [pos] or [batch, pos], out of range, or
+            texts of different lengths, longer than the model's context.
     """
-    if isinstance(prompt, list) and any(not isinstance(text, str) for text in prompt):
+    many = isinstance(prompt, list)
+    if many and any(not isinstance(text, str) for text in prompt):
         raise PromptError(
             "The prompt is a list of something other than texts; give token ids as a tensor, "
             "torch.tensor(ids)."
@@ -50,7 +52,17 @@ def to_tokens(model: Any, prompt: str | list[str] | Tensor) -> Int[Tensor, "batc
             raise PromptError("The prompt is empty. Give the text (or ids) the model continued.")
         if model.tokenizer is None:
             raise PromptError("This model has no tokenizer; give the prompt as a tensor of ids.")
-        tokens = model.to_tokens(prompt)
+        tokens = model.to_tokens(prompt, truncate=False)  # by default it cuts without a word
+        lengths = (
+            {model.to_tokens(text, truncate=False).shape[-1] for text in prompt} if many else set()
+        )
+        if len(lengths) > 1:
+            # TransformerLens pads on the right by default, and the last position is then a pad.
+            raise PromptError(
+                f"The texts have different lengths ({min(lengths)} to {max(lengths)} tokens), and "
+                "padding would be explained. Pad on the left yourself and give "
+                "attention_mask=..., use texts of one length, or loop over them."
+            )
     elif isinstance(prompt, Tensor):
         if prompt.dtype.is_floating_point or prompt.dtype in (torch.bool, torch.complex64):
             raise PromptError(
@@ -75,13 +87,19 @@ def to_tokens(model: Any, prompt: str | list[str] | Tensor) -> Int[Tensor, "batc
             f"Token ids must lie in 0..{vocab_size(model) - 1}; found {low if low < 0 else high}. "
             "Was the prompt tokenised for another model?"
         )
+    limit = int(model.cfg.n_ctx)
+    if tokens.shape[1] > limit:
+        raise PromptError(
+            f"The prompt has {tokens.shape[1]} tokens, more than the model's context of {limit}. "
+            "Shorten it (model.to_tokens(text) shows what fits)."
+        )
     device = model_device(model)
     if isinstance(prompt, Tensor) and prompt.device != device:
         raise PromptError(
             f"The prompt is on {prompt.device}, the model on {device}; "
             f"use tokens.to({str(device)!r})."
         )
-    ids: Tensor = tokens.to(device)
+    ids: Tensor = tokens.to(device).long()
     return ids
 
 

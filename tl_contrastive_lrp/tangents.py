@@ -112,7 +112,8 @@ class _CapOperand:
 
     def __rtruediv__(self, x: Tensor) -> Tensor:
         self.x = x
-        return x / self.cap
+        scaled: Tensor = x / self.cap
+        return scaled
 
     def __rmul__(self, tanh: Tensor) -> Tensor:
         ratio = rules.softcap_ratio(_primal(self.x) / self.cap)
