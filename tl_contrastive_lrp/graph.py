@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from . import prune as pruning
 from .coverage_table import Coverage
-from .graph_columns import ORDER, EdgeColumns, check_columns, check_facts, in_order, merged
+from .graph_columns import EdgeColumns, check_columns, check_facts, in_order
+from .graph_tools import GraphTools
 from .prune import PruneStep
 
 if TYPE_CHECKING:
-    import networkx as nx  # type: ignore[import-untyped]
     import pandas as pd
-
-    from .paths import Paths
 
 __all__ = ["AttributionGraph", "EdgeColumns", "PruneStep"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AttributionGraph:
+class AttributionGraph(GraphTools):
     """How relevance flows from one prediction down to its input tokens.
 
     A node is a hidden state: a site of the residual stream at a position. An edge's weight is the
@@ -63,6 +58,9 @@ class AttributionGraph:
         node_threshold: Targets with |relevance| at or below it (logits) were not expanded when
             the graph was made; 0: all were.
         history: What each pruning step did; () for a full graph.
+        dimensions, neurons, head_relevance: Details of the nodes, if asked for: relevance of every
+            hidden dimension [site, pos, d_model], MLP neuron [layer, pos, d_mlp] and head output
+            [layer, head, pos].
     """
 
     sites: tuple[str, ...]
@@ -91,12 +89,34 @@ class AttributionGraph:
     granularity: str
     node_threshold: float = 0.0
     history: tuple[PruneStep, ...] = ()
+    dimensions: Float[Tensor, "site pos d_model"] | None = None
+    neurons: Float[Tensor, "layer pos d_mlp"] | None = None
+    head_relevance: Float[Tensor, "layer head pos"] | None = None
 
     def __post_init__(self) -> None:
         check_facts(self)
         check_columns(self)
+        self._check_details()
         if sum(part.stop - part.start for part in self.slices.values()) != len(self.weight):
             raise ValueError("Some edges belong to no transition in transitions.")
+
+    def _check_details(self) -> None:
+        pos = len(self.str_tokens)
+        found = (self.dimensions, self.neurons, self.head_relevance)
+        if all(detail is None for detail in found):
+            return
+        if any(detail is None or detail.ndim != 3 for detail in found):
+            raise ValueError("Give dimensions, neurons and head_relevance together, or none.")
+        dimensions, neurons, heads = found
+        assert dimensions is not None
+        assert neurons is not None
+        assert heads is not None
+        if (
+            dimensions.shape[:2] != (len(self.sites), pos)
+            or neurons.shape[1] != pos
+            or heads.shape[2] != pos
+        ):
+            raise ValueError("dimensions, neurons and head_relevance do not fit sites and prompt.")
 
     @classmethod
     def from_columns(
@@ -276,148 +296,6 @@ class AttributionGraph:
                 "were not expanded"
             )
         return "\n".join([*lines, *map(str, self.history)])
-
-    # ------------------------------------------------------------ smaller graphs
-
-    def prune(
-        self,
-        *,
-        mass: float | None = None,
-        threshold: float | None = None,
-        relative: float | None = None,
-        top_k: int | None = None,
-        node_threshold: float | None = None,
-    ) -> AttributionGraph:
-        """A graph of the edges that satisfy every rule given; see ``prune.py``.
-
-        Each rule is judged on this graph, so their order does not matter. Without any rule:
-        ``mass=0.85``.
-
-        Args:
-            mass: Per transition, the fewest largest edges with this share of Σ|weight|.
-            threshold: |weight| above this many logits.
-            relative: |weight| above this times |Δℓ|.
-            top_k: Per transition, so many largest edges.
-            node_threshold: |relevance| of the target node above this many logits.
-
-        Raises:
-            ValueError: a value out of range, or both threshold and relative.
-        """
-        if (threshold, relative, top_k, node_threshold) == (None,) * 4 and mass is None:
-            mass = pruning.DEFAULT_MASS
-        steps = []
-        if node_threshold is not None:
-            steps.append(pruning.by_node_threshold(self, node_threshold))
-        if threshold is not None or relative is not None:
-            steps.append(pruning.by_threshold(self, threshold, relative=relative))
-        if mass is not None:
-            steps.append(pruning.by_mass(self, mass))
-        if top_k is not None:
-            steps.append(pruning.by_top_k(self, top_k))
-        return self.where(*pruning.combined(self, steps))
-
-    def connected(self) -> AttributionGraph:
-        """Only edges on a path down from the final node (last site, position explained)."""
-        mask, step = pruning.connected(self)
-        return self.where(mask, [step])
-
-    def subgraph(
-        self,
-        *,
-        positions: Iterable[int] | None = None,
-        sites: Iterable[int | str] | None = None,
-        tokens: Iterable[str] | None = None,
-    ) -> AttributionGraph:
-        """Only edges both of whose ends are at these positions, sites, or texts of tokens.
-
-        Raises:
-            ValueError: a position, site or token that the graph does not have, or nothing given.
-        """
-        mask, step = pruning.within(self, positions=positions, sites=sites, tokens=tokens)
-        return self.where(mask, [step])
-
-    def where(
-        self, mask: Bool[Tensor, " edge"], steps: Iterable[PruneStep] = ()
-    ) -> AttributionGraph:
-        """A graph of the edges in ``mask``; without ``steps`` its history says "chosen edges"."""
-        steps = tuple(steps) or (pruning.step_of(self, "chosen edges", {}, mask),)
-        names = [name for name in (*ORDER, "weight") if getattr(self, name) is not None]
-        kept: dict[str, Any] = {name: getattr(self, name)[mask] for name in names}
-        return replace(self, **kept, history=(*self.history, *steps))
-
-    def merge_heads(self) -> AttributionGraph:
-        """The graph with each edge's heads and paths added up."""
-        if self.head is None:
-            return self
-        return replace(self, **merged(self), head=None, path=None)
-
-    def paths(self, k: int = 10) -> Paths:
-        """The ``k`` strongest paths from the input to the final node; see ``paths.py``."""
-        from .paths import strongest_paths
-
-        return strongest_paths(self, k)
-
-    # ------------------------------------------------------------ numbers
-
-    def metrics(self) -> pd.DataFrame:
-        """A site a row: counts, fan, sparsity, Gini, verticality, lookback; see ``metrics.py``."""
-        from .metrics import site_metrics
-
-        return site_metrics(self)
-
-    def hubs(self, k: int = 10) -> pd.DataFrame:
-        """Positions that exchange most relevance with others; see ``metrics.py``."""
-        from .metrics import hubs
-
-        return hubs(self, k)
-
-    def summary(self) -> pd.DataFrame:
-        """The whole graph in one row; see ``metrics.py``."""
-        from .metrics import graph_summary
-
-        return graph_summary(self)
-
-    # ------------------------------------------------------------ files and other libraries
-
-    def to_networkx(self) -> nx.DiGraph[Any]:
-        """A ``DiGraph`` from source to target; a ``MultiDiGraph`` where split by heads."""
-        from .graph_files import to_networkx
-
-        return to_networkx(self)
-
-    def to_json(self, path: str | os.PathLike[str]) -> Path:
-        """Write node-link JSON, as ``networkx.node_link_graph(data, edges="edges")`` reads."""
-        from .graph_files import write_json
-
-        return write_json(self, path)
-
-    def to_graphml(self, path: str | os.PathLike[str]) -> Path:
-        """Write GraphML."""
-        from .graph_files import write_graphml
-
-        return write_graphml(self, path)
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the graph to a safetensors file; ``load`` reads it back exactly.
-
-        Raises:
-            FileNotFoundError: the folder does not exist.
-        """
-        from .graph_files import save
-
-        return save(self, path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> AttributionGraph:
-        """Read a file written by ``save``.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            FileFormatError: it is damaged, foreign, or of another version.
-        """
-        from .graph_files import load
-
-        return load(path)
 
 
 def _starts(column: Tensor, values: Iterable[int]) -> list[int]:

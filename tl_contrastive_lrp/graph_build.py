@@ -46,6 +46,7 @@ def attribution_graph(
     layers: Sequence[int] | None = None,
     node_threshold: float = 0.0,
     heads: bool = False,
+    details: bool = False,
     progress: bool = True,
 ) -> AttributionGraph:
     """How the relevance of one prediction flows between tokens and layers.
@@ -68,6 +69,8 @@ def attribution_graph(
         node_threshold: Targets with |relevance| at or below it (in logits) are not expanded; the
             graph says so. 0 expands all, and is needed for column sums to be exact.
         heads: Split edges by head and by value and key path (adjacent sites only).
+        details: Also keep what ``graph.explain_node`` needs: relevance of every hidden dimension,
+            neuron and head at every position, (sites · d_model + layers · d_mlp) · pos numbers.
         progress: Show a bar where packed signals are needed.
 
     Raises:
@@ -81,9 +84,16 @@ def attribution_graph(
     sites, steps = _plan(model, granularity, layers, heads)
     covered = find_sites(model)
 
-    sums = Sums()
+    sums, n_layers = Sums(), int(model.cfg.n_layers)
     for site in sites:
-        sums.add(site, lambda r: r.sum(-1)[0], stream=site.endswith("resid_mid"))
+        whole = site.endswith("resid_mid")
+        sums.add(site, (lambda r: r[0]) if details else (lambda r: r.sum(-1)[0]), stream=whole)
+    written = [
+        f"blocks.{i}.{at}" for at in ("attn.hook_z", "mlp.hook_post") for i in range(n_layers)
+    ]
+    for name in written if details else ():
+        is_head = name.endswith("hook_z")
+        sums.add(name, (lambda r: r.sum(-1)[0].T) if is_head else (lambda r: r[0]))
     edges = {s.block: BlockEdges(s.block, heads) for s in steps if s.kind == "attention"}
     calls = {block: BlockCall() for block in edges}
     readings = [
@@ -96,6 +106,15 @@ def attribution_graph(
         model, tokens, objective, rule_set, [*sums.readings, *readings], scopes
     )
     relevance = torch.stack([sums.kept[site] for site in sites])
+    extra: dict[str, Tensor] = {}
+    if details:
+        by_writer = [sums.kept[name] for name in written]
+        extra = {
+            "dimensions": relevance,
+            "head_relevance": torch.stack(by_writer[:n_layers]),
+            "neurons": torch.stack(by_writer[n_layers:]),
+        }
+        relevance = relevance.sum(-1)
 
     far = [(sites[s.source], sites[s.target]) for s in steps if s.kind == "packed"]
     packed = packed_edges(
@@ -103,7 +122,7 @@ def attribution_graph(
     )
     columns = EdgeColumns(with_heads=heads)
     for step in steps:
-        # Where no relevance arrives, nothing is passed on; the subtraction below would leave rounding.
+        # Where no relevance arrives, nothing is passed on; subtraction would leave rounding there.
         live = relevance[step.target].abs() > node_threshold
         ends = step.source, step.target
         if step.kind == "packed":
@@ -126,6 +145,7 @@ def attribution_graph(
         coverage=coverage,
         model_name=str(model.cfg.model_name),
         final_pos=int(getattr(objective, "pos", -1)) % tokens.shape[1],
+        **extra,
         **described(objective, logits, value),
     )
 

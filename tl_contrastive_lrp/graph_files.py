@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import networkx as nx  # type: ignore[import-untyped]
 
 _FILE = FileKind("tl_contrastive_lrp.graph", 1, "the attribution graph")
-_TENSORS = ("relevance", "token_ids", "special", "weight", *ORDER)
+_DETAILS = ("dimensions", "neurons", "head_relevance")
+_TENSORS = ("relevance", "token_ids", "special", "weight", *ORDER, *_DETAILS)
 # What XML 1.0 cannot hold, and the carriage return, which its readers change.
 _NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
