@@ -139,9 +139,7 @@ def matrices_of(
         raise ValueError("There is no edge between two positions to show; prune less.")
     chosen &= np.isin(kind, kinds)
     if transition is None:
-        labels = [
-            f"{names[k // len(names)]} \u2192 {names[k % len(names)]}" for k in kinds.tolist()
-        ]
+        labels = [_between(graph.sites, names, *divmod(k, len(names))) for k in kinds.tolist()]
         missing = len(graph.transitions) - len(kinds)
         if missing:
             notes.append(f"{missing} transition(s) without an edge between positions left out.")
