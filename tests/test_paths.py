@@ -88,6 +88,28 @@ def test_the_k_best_of_all_paths(case: Any, k: int, seed: int) -> None:
         assert path.share == path.strength / 2.0
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_the_k_best_of_all_paths_of_a_full_graph(seed: int) -> None:
+    """Hundreds of paths or more, of very different strengths, some edges past a site."""
+    generator = torch.Generator().manual_seed(seed)
+    sites, pos = 6, 4
+    matrices = {
+        (t - 1, t): torch.randn(pos, pos, generator=generator, dtype=torch.float64).exp()
+        for t in range(1, sites)
+    }
+    matrices[0, 3] = torch.randn(pos, pos, generator=generator, dtype=torch.float64)
+    relevance = torch.randn(sites, pos, generator=generator, dtype=torch.float64)
+    graph = AttributionGraph.from_matrices(matrices, **facts(sites, pos, relevance))
+    every = {path: strength for strength, path in brute_force(graph)}
+    assert len(every) > 500
+    found = graph.paths(40)
+    strongest = sorted(map(abs, every.values()), reverse=True)[:40]
+    assert [abs(path.strength) for path in found] == pytest.approx(strongest, rel=1e-9)
+    assert [every[edges_of(graph, path)] for path in found] == pytest.approx(
+        [path.strength for path in found], rel=1e-9
+    )
+
+
 @given(edge_lists(), st.randoms(), st.integers(1, 8))
 def test_equally_strong_paths_come_in_one_order(case: Any, random: Any, k: int) -> None:
     edges, sites, pos, split = case
