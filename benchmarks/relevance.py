@@ -25,7 +25,7 @@ import tl_contrastive_lrp as clrp
 
 
 def plain(model, tokens, objective, names: list[str]) -> None:
-    """TransformerLens' forward and backward hooks at ``names``, no rules, no parameter gradients."""
+    """TransformerLens' forward and backward hooks at ``names``, no parameter gradients."""
     activations, gradients, leaf = {}, {}, {}
 
     def start(tensor, hook):

@@ -78,7 +78,7 @@ def test_what_was_not_kept_is_named(made: tuple[Any, Any, Any]) -> None:
         bare.explain_node(0, 0)
     with pytest.raises(ValueError, match="heads=True"):
         bare.explain_edge((0, 0), (1, 0))
-    with pytest.raises(ValueError, match="no edge from .* @5 to .* @2"):
+    with pytest.raises(ValueError, match=r"no edge from .* @5 to .* @2"):
         graph.explain_edge((0, 5), (1, 2))
     with pytest.raises(ValueError, match="Position 99"):
         graph.explain_node(0, 99)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .attach import HookFn
 from .backward import LEAVES, frozen_parameters
@@ -65,6 +64,8 @@ def packed_edges(
     """
     if not transitions:
         return {}
+    from tqdm.auto import tqdm  # here: in a notebook without widgets its import warns
+
     check_ready(model, "attribution_graph")
     check_single(model)
     attachments, _ = plan(model, rule_set)

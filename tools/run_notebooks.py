@@ -1,6 +1,6 @@
 """Execute every notebook below a folder and fail on the first error; nothing is written.
 
-    python tools/run_notebooks.py tutorials
+python tools/run_notebooks.py tutorials
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def main() -> None:
     for path in notebooks:
         start = time.perf_counter()
         notebook = nbformat.read(path, as_version=4)
-        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": path.parent}}).execute()
+        where = {"metadata": {"path": path.parent}}
+        NotebookClient(notebook, timeout=600, resources=where).execute()
         print(f"{path}: {len(notebook.cells)} cells in {time.perf_counter() - start:.0f} s")
 
 
