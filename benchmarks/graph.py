@@ -115,7 +115,7 @@ def main() -> None:
             packed_edges(model, tokens, objective, rules, [pair], progress=False)
             packed = time.perf_counter() - start
             print(f"       one transition at {pos}: packed {packed:.1f} s; edges of the closed form "
-                  f"{closed:.4f} s beyond attribute(); ratio {packed / max(closed, 1e-4):,.0f}; "
+                  f"{closed:.4f} s beyond attribute; ratio {packed / max(closed, 1e-4):,.0f}; "
                   f"packed peak {peak_mib(pos, 'packed'):.0f} MiB", flush=True)  # fmt: skip
 
 
