@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _WIDE, _NARROWEST, _WIDEST = 1040, 15, 56
 _GAP = 0.7  # width of a gap, in columns, but wide enough for its words
 _WORDS = 12.5
-_TALL, _LOWEST, _HIGHEST = 620, 15, 44
+_TALL, _LOWEST, _HIGHEST = 620, 15, 64
 TOP = 46  # for the final node's words
 THICKEST, THINNEST = 6.5, 0.6
 

@@ -30,7 +30,10 @@ def edges(
     x2, y2 = plan.column[edges.target_pos], plan.row[edges.target_site]
     bend = 0.5 * (y1 - y2)
     points = np.stack([x1, y1, x1, y1 - bend, x2, y2 + bend, x2, y2], axis=-1).round(1)
-    opacity = np.where(plan.stays, 0.25, 0.3 + 0.55 * np.sqrt(plan.strength)).round(2)
+    # Weak edges fade where there are many, or they would add up to a fog over the strong ones.
+    faintest = float(np.clip(60 / max(len(edges), 1), 0.05, 0.3))
+    strong = faintest + (0.85 - faintest) * np.sqrt(plan.strength)
+    opacity = np.where(plan.stays, 0.25, strong).round(2)
     parts: list[list[dict[str, Any]]] = [[], []]
     columns = zip(
         points.tolist(),
