@@ -254,6 +254,24 @@ def test_saved_and_loaded_is_the_same(tmp_path_factory: Any, case: Any, dtype: A
         assert str(loaded) == str(wanted)
 
 
+def test_details_of_nodes_travel_along(tmp_path: Path) -> None:
+    details = {
+        "dimensions": torch.randn(3, 2, 5),
+        "neurons": torch.randn(2, 2, 7),
+        "head_relevance": torch.randn(2, 4, 2),
+    }
+    graph = made(SPLIT, 3, 2, split=True, **details)
+    same(graph, AttributionGraph.load(graph.save(tmp_path / "graph")))
+    kept = graph.prune().connected()
+    same(kept, AttributionGraph.load(kept.save(tmp_path / "graph")))
+    assert torch.equal(kept.dimensions, details["dimensions"])
+    for name in details:
+        with pytest.raises(ValueError, match="together"):
+            dataclasses.replace(graph, **{name: None})
+        with pytest.raises(ValueError, match="do not fit"):
+            dataclasses.replace(graph, **{name: torch.zeros(5, 5, 5)})
+
+
 def _changed(source: Path, target: Path, change: Any) -> Path:
     with safe_open(source, framework="pt") as file:
         meta = dict(file.metadata())

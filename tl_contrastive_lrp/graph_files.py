@@ -51,7 +51,7 @@ def load(path: str | os.PathLike[str]) -> AttributionGraph:
         data["transitions"] = tuple((int(s), int(t)) for s, t in data["transitions"])
         for name in ("sites", "str_tokens"):
             data[name] = tuple(data[name])
-        data |= {"head": None, "path": None, **tensors}
+        data |= dict.fromkeys(("head", "path", *_DETAILS)) | tensors
         missing = [name for name in _TENSORS if name not in data]
         if missing:
             raise KeyError(missing[0])
