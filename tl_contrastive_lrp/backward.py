@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import rules
-from .attach import HookFn
+from .attachment import HookFn
 from .context import attached, check_ready, check_single, plan, public_name
 from .coverage_table import Coverage
 from .errors import ModelStateError

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .attach import Attachment, HookFn, attach
+from .attach import attach
+from .attachment import Attachment, HookFn
 from .coverage_table import Coverage, CoverageRow
 from .errors import ModelStateError
 from .rulesets import RuleSet, get_rule_set

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .attach import HookFn
+from .attachment import HookFn
 from .backward import LEAVES, frozen_parameters
 from .context import attached, check_ready, check_single, plan, public_name
 from .rules import at_least_float32

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from .attach import uses_native_norm
+from .attach_norm import uses_native_norm
 from .backward import Reading, relevance_of, run
 from .prompts import to_tokens
 from .rules import at_least_float32

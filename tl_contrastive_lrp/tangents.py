@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import rules
-from .attach import HookFn, norm_weight, uses_native_norm
+from .attach_norm import norm_weight, uses_native_norm
+from .attachment import HookFn
 from .context import public_name
 from .rulesets import RuleSet
 from .sites import Site
