@@ -16,7 +16,7 @@ from .attribution import Attribution, special_mask
 from .backward import LEAVES, run
 from .ledger import Ledger
 from .objective import described, question
-from .prompts import str_tokens, to_single_prompt
+from .prompts import model_name, str_tokens, to_single_prompt
 from .rulesets import RuleSet
 from .sites import components, require_bridge
 from .sums import Sums
@@ -127,7 +127,7 @@ def attribute(
         rules=coverage.rules,
         coverage=coverage,
         ledger=ledger,
-        model_name=str(model.cfg.model_name),
+        model_name=model_name(model),
         pos=(at := int(getattr(objective, "pos", -1)) % tokens.shape[1]),
         target_is_top=int(logits[0, at].argmax()) in getattr(objective, "target", ()),
         **described(objective, logits, value),

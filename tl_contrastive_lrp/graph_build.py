@@ -24,7 +24,7 @@ from .graph import AttributionGraph
 from .graph_columns import EdgeColumns
 from .objective import described, question
 from .packed import packed_edges
-from .prompts import str_tokens, to_single_prompt
+from .prompts import model_name, str_tokens, to_single_prompt
 from .rulesets import RuleSet, get_rule_set
 from .sites import find_sites
 from .sums import Sums
@@ -143,7 +143,7 @@ def attribution_graph(
         node_threshold=float(node_threshold),
         rules=coverage.rules,
         coverage=coverage,
-        model_name=str(model.cfg.model_name),
+        model_name=model_name(model),
         final_pos=int(getattr(objective, "pos", -1)) % tokens.shape[1],
         **extra,
         **described(objective, logits, value),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ def str_tokens(model: Any, ids: Iterable[int]) -> tuple[str, ...]:
     if model.tokenizer is None:
         return tuple(f"#{i}" for i in ids)
     return tuple(str(model.tokenizer.decode([i])) for i in ids)
+
+
+def model_name(model: Any) -> str:
+    """The model's name for results: as TransformerLens has it, of a local folder its last part."""
+    name = str(model.cfg.model_name)
+    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
 
 
 def model_device(model: Any) -> torch.device:

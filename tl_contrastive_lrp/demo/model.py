@@ -64,5 +64,6 @@ def load_demo_model(
         model = TransformerBridge.boot_transformers(
             str(folder), device=device, dtype=torch.float32 if dtype is None else dtype
         )
+    model.cfg.model_name = "demo model"  # not the folder it was loaded from
     model.eval()
     return model
