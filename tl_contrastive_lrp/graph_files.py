@@ -24,7 +24,7 @@ from .results_io import (
 )
 
 if TYPE_CHECKING:
-    import networkx as nx  # type: ignore[import-untyped]
+    import networkx as nx
 
 _FILE = FileKind("tl_contrastive_lrp.graph", 1, "the attribution graph")
 _DETAILS = ("dimensions", "neurons", "head_relevance")

@@ -19,7 +19,7 @@ from .graph_columns import ORDER, merged
 from .prune import PruneStep
 
 if TYPE_CHECKING:
-    import networkx as nx  # type: ignore[import-untyped]
+    import networkx as nx
     import pandas as pd
 
     from .graph import AttributionGraph
