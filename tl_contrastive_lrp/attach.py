@@ -79,7 +79,7 @@ def _activation(site: Site, rule_set: RuleSet) -> Attachment:
         return Attachment(site, "identity", f"at {post_name}", hooks, captures)
 
     def torch_hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:  # noqa: ARG001
-        return rules.identity(output, args[0], ratio)
+        return rules.identity(output.detach(), args[0], ratio)
 
     @contextmanager
     def scoped() -> Iterator[None]:

@@ -67,7 +67,8 @@ def attach_norm(site: Site, rule_set: RuleSet) -> Attachment:
         return rules.linear_norm(output, normalized, scale, norm_weight(component, normalized))
 
     def torch_hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:  # noqa: ARG001
-        return linear(output) if "normalized" in seen else None
+        # Detached: nothing else hangs on the norm's own graph here, and it need not be kept.
+        return linear(output.detach()) if "normalized" in seen else None
 
     def refuse_edits(output: Tensor, hook: Any) -> None:  # noqa: ARG001
         if seen:  # the wrapped norm was never called
