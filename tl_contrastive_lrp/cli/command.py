@@ -9,16 +9,25 @@ from typing import Any
 from .terminal import shell_word
 
 PROGRAM = "tl-contrastive-lrp"
-_DEFAULTS = {"pos": -1, "rules": "attnlrp", "dtype": "float32", "top": 10}
+_DEFAULTS = {
+    "pos": -1, "rules": "attnlrp", "dtype": "float32", "top": 10, "granularity": "block",
+    "node_threshold": 0.0,
+}  # fmt: skip
 _INLINE = 4000  # characters of standard input that are written out; a shell line has its limits
 
 
 def again(
-    typed: dict[str, Any], text: str, *, target: Sequence[str], contrast: Sequence[str]
+    command: str,
+    typed: dict[str, Any],
+    text: str,
+    *,
+    target: Sequence[str],
+    contrast: Sequence[str],
 ) -> str:
-    """The ``explain`` command as typed, with target and contrast filled in, quoted for a shell.
+    """A command as typed, with target and contrast filled in, quoted for a shell.
 
     Args:
+        command: "explain" or "graph".
         typed: Its options by name.
         text: The prompt. What came from standard input is written out, unless it is very long.
         target: ``--target`` options.
@@ -27,12 +36,13 @@ def again(
     options = dict(typed, target=list(target), contrast=list(contrast))
     if options["prompt_file"] == "-" and len(text) <= _INLINE:
         options |= {"prompt": text, "prompt_file": None, "strip_newline": False}
-    words = [PROGRAM, "explain"]
+    words = [PROGRAM, command]
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, Enum):
             value = value.value
-        if value in (None, False, "") or _DEFAULTS.get(name) == value:
+        # By identity: a 0 is a number that was typed, although it equals False.
+        if value is None or value is False or value == "" or _DEFAULTS.get(name) == value:
             continue
         if value is True:
             words.append(option)

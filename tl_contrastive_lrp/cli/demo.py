@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .exit import CliError, Code
-from .explain import Output, explain
+from .explain import explain
 from .model import quiet_libraries
+from .output import Output
+from .question import CANDIDATES, question_of
 from .tell import as_json, print_explained, print_json
 from .terminal import progress, say, shown, table, tell
 
@@ -97,7 +99,7 @@ def _short(text: str) -> str:
     return f"{words[:half]} […] {words[-half:]}"
 
 
-def run(case_name: str | None, kind: str | None, rules: str, output: Output, k: int) -> None:
+def run(case_name: str | None, kind: str | None, rules: str, output: Output, graph: bool) -> None:
     """Explain one case and print it."""
     case = choose(case_name, kind)
     from ..demo import load_demo_model
@@ -116,18 +118,17 @@ def run(case_name: str | None, kind: str | None, rules: str, output: Output, k: 
             f"Demo case {case.id} is {tokens.shape[1]} tokens, but was recorded with "
             f"{case.n_tokens}: model and cases of this installation do not belong together.",
         )
-    candidates = next_token_table(model, tokens, k=k)
-    explained = explain(
+    candidates = next_token_table(model, tokens, k=CANDIDATES)
+    question = question_of(
         model,
         tokens,
         candidates,
         (case.target_id,),
         (case.contrast_id,),
         pos=-1,
-        rules=rules,
         model_name="demo model",
-        output=output,
     )
+    explained = explain(model, question, rules=rules, output=output, graph=graph)
     ranking = [int(pos) for pos in explained.result.top(case.n_tokens)["pos"]]
     decisive = [
         {

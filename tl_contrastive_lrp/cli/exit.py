@@ -40,6 +40,14 @@ class CliError(Exception):
         self.code = code
 
 
+def not_finite(dtype: str) -> CliError:
+    """The error for relevance that is NaN or infinite."""
+    return CliError(
+        Code.UNEXPECTED,
+        f"The relevance is not finite in {dtype}: numbers overflowed. Use --dtype float32.",
+    )
+
+
 _CODES: tuple[tuple[type[Exception], Code], ...] = (
     (UncoveredComponentError, Code.MODEL),
     (ModelStateError, Code.MODEL),

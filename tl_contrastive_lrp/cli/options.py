@@ -54,6 +54,48 @@ class Kind(str, Enum):
     TOOL = "tool"
 
 
+class Granularity(str, Enum):
+    BLOCK = "block"
+    SUBLAYER = "sublayer"
+
+
+ModelOption = Annotated[
+    str, typer.Option(help="Folder of a Hugging Face model, or its name on the hub.")
+]
+PromptOption = Annotated[str | None, typer.Option(help="The text that the model continued.")]
+PromptFileOption = Annotated[
+    str | None,
+    typer.Option(help="Read it from a UTF-8 file, character by character; - is stdin."),
+]
+StripNewlineOption = Annotated[
+    bool, typer.Option("--strip-newline", help="Drop the file's last newline.")
+]
+ChatOption = Annotated[
+    bool,
+    typer.Option("--chat", help="The prompt is a user's message: apply the chat template."),
+]
+SystemOption = Annotated[str | None, typer.Option(help="System message, with --chat.")]
+AnswerOption = Annotated[
+    str, typer.Option(help="What the assistant had written so far, with --chat.")
+]
+TargetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="The token the model preferred, as text (a leading space counts) or as id:123. "
+        "Repeat for a set, which counts as its mean. Default: the model's top token."
+    ),
+]
+ContrastOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="The token it should have preferred, likewise. Without it, candidates are listed."
+    ),
+]
+PosOption = Annotated[
+    int, typer.Option(help="Explain the token after this position (-1: the last).")
+]
+DeviceOption = Annotated[Device | None, typer.Option(help="Default: cuda where there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Of weights and activations.")]
 RulesOption = Annotated[Rules, typer.Option(help="How relevance passes each operation.")]
 TopOption = Annotated[int, typer.Option(min=1, help="How many tokens the table shows.")]
 JsonOption = Annotated[
@@ -66,6 +108,13 @@ OutOption = Annotated[
 SaveOption = Annotated[
     Path | None,
     typer.Option(help="Write the whole result (safetensors); Attribution.load reads it."),
+]
+NoGraphOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-graph",
+        help="Leave the attribution graph out of the page; it has one up to 2,000 tokens.",
+    ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress and no notes on stderr.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

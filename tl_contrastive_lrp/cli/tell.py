@@ -7,11 +7,16 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .explain import Explained, Output
+from .output import Output
 from .terminal import shown, table, tell
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from ..attribution import Attribution
+    from ..graph import AttributionGraph
+    from .explain import Explained
+    from .question import Question
 
 
 def candidate_rows(candidates: pd.DataFrame) -> list[dict[str, Any]]:
@@ -53,25 +58,30 @@ def _percent(share: float) -> str:
     return f"{100 * share:+.1f} %" if math.isfinite(share) else "-"
 
 
-def print_explained(explained: Explained, output: Output, decisive: Sequence[int] = ()) -> None:
-    """Δℓ in words, the tokens of largest relevance, and where the report is, on stdout."""
-    result = explained.result
-    n = len(result.str_tokens)
-    target, contrast = explained.side(explained.target), explained.side(explained.contrast)
-    last = explained.pos == n - 1
-    where = "after the last token" if last else f"after position {explained.pos}"
+def print_question(question: Question, result: Attribution | AttributionGraph) -> None:
+    """Model, tokens and Δℓ in words, on stdout."""
+    target, contrast = question.side(question.target), question.side(question.contrast)
+    last = question.pos == question.n_tokens - 1
+    where = "after the last token" if last else f"after position {question.pos}"
     tell(
-        f"{explained.model_name}: {n} tokens, rules {result.rules}, {explained.dtype} on "
-        f"{explained.device}"
+        f"{question.model_name}: {question.n_tokens} tokens, rules {result.rules}, "
+        f"{question.dtype} on {question.device}"
     )
     tell(f"Why {target} and not {contrast}, {where}?")
     tell(
-        f"Δℓ = {explained.logit_of(explained.target)} − {explained.logit_of(explained.contrast)} "
+        f"Δℓ = {question.logit_of(question.target)} − {question.logit_of(question.contrast)} "
         f"= ({result.target_logit:.4f}) − ({result.contrast_logit:.4f}) = {_number(result.delta)}"
     )
     if result.delta < 0:
         tell(f"Δℓ is negative: the model prefers {contrast}.")
     tell(f"Positive relevance pushes towards {target}, negative towards {contrast}.")
+
+
+def print_explained(explained: Explained, output: Output, decisive: Sequence[int] = ()) -> None:
+    """Δℓ in words, the tokens of largest relevance, and where the report is, on stdout."""
+    result = explained.result
+    n = len(result.str_tokens)
+    print_question(explained.question, result)
     top = result.top(output.top).to_dict("records")
     greyed = result.greyed.tolist()
     columns = [("pos", True), ("token", False), ("relevance", True), ("share of Δℓ", True)]
@@ -103,47 +113,56 @@ def print_explained(explained: Explained, output: Output, decisive: Sequence[int
         tell("Add --out report.html for a page with every token, layer and head.")
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """A number that JSON can hold, or None."""
     return value if math.isfinite(value) else None
+
+
+def question_as_json(
+    question: Question, result: Attribution | AttributionGraph, status: str
+) -> dict[str, Any]:
+    """What the JSON objects of ``explain`` and ``graph`` have in common."""
+    from .. import __version__
+
+    def side(ids: Sequence[int], logit: float | None) -> dict[str, Any]:
+        return {"ids": list(ids), "tokens": [question.names[i] for i in ids], "logit": logit}
+
+    target = side(question.target, result.target_logit) | {"is_top": question.target_is_top}
+    return {
+        "status": status,
+        "version": __version__,
+        "model": question.model_name,
+        "rules": result.rules,
+        "dtype": question.dtype,
+        "device": question.device,
+        "objective": result.objective,
+        "pos": question.pos,
+        "target": target,
+        "contrast": side(question.contrast, result.contrast_logit),
+        "delta": result.delta,
+    }
 
 
 def as_json(explained: Explained, output: Output) -> dict[str, Any]:
     """The JSON object of ``--json``; the help text of ``explain`` documents it."""
-    from .. import __version__
-
     result = explained.result
     greyed = result.greyed.tolist()
-
-    def side(ids: Sequence[int], logit: float | None) -> dict[str, Any]:
-        return {"ids": list(ids), "tokens": [explained.names[i] for i in ids], "logit": logit}
-
-    return {
-        "status": "explained",
-        "version": __version__,
-        "model": explained.model_name,
-        "rules": result.rules,
-        "dtype": explained.dtype,
-        "device": explained.device,
-        "objective": result.objective,
-        "pos": explained.pos,
-        "target": side(explained.target, result.target_logit) | {"is_top": explained.target_is_top},
-        "contrast": side(explained.contrast, result.contrast_logit),
-        "delta": result.delta,
-        "share_to_tokens": _finite(result.ledger.share_to_tokens),
+    return question_as_json(explained.question, result, "explained") | {
+        "share_to_tokens": finite(result.ledger.share_to_tokens),
         "tokens": [
             {
                 "pos": row["pos"],
                 "id": row["id"],
                 "token": row["token"],
                 "relevance": row["relevance"],
-                "share": _finite(row["share"]),
+                "share": finite(row["share"]),
                 "greyed": greyed[row["pos"]],
             }
             for row in result.to_frame().to_dict("records")
         ],
         "top": [int(pos) for pos in result.top(output.top)["pos"]],
         "ledger": [vars(row) for row in result.ledger.rows],
-        "candidates": candidate_rows(explained.candidates),
+        "candidates": candidate_rows(explained.question.candidates),
         "report": None if output.out is None else str(output.out),
         "saved": None if output.save is None else str(output.save),
         "notes": list(explained.notes),

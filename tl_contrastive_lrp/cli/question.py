@@ -1,0 +1,203 @@
+"""What was asked: from typed options to a model, a prompt and two tokens, or to the candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .command import again
+from .exit import Code
+from .model import is_local, load_model
+from .output import Output
+from .prompt import prompt_ids, read_prompt, token_ids, token_word
+from .tell import candidate_rows, print_candidates, print_json
+from .terminal import progress, say, shown, tell
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+CANDIDATES = 10
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prediction to explain: ids of both sides, and the likeliest tokens.
+
+    at is the position as typed: -1 reads "the last position" in an objective's words.
+    """
+
+    tokens: Tensor
+    candidates: pd.DataFrame
+    target: tuple[int, ...]
+    contrast: tuple[int, ...]
+    names: dict[int, str]
+    at: int
+    model_name: str
+    dtype: str
+    device: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def target_is_top(self) -> bool:
+        return self.target == (int(self.candidates["id"].iloc[0]),)
+
+    @property
+    def pos(self) -> int:
+        return self.at % self.n_tokens
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.tokens.shape[1])
+
+    def side(self, ids: Sequence[int]) -> str:
+        """One side's tokens in words."""
+        return " or ".join(f"«{shown(self.names[i])}»" for i in ids)
+
+    def logit_of(self, ids: Sequence[int]) -> str:
+        """One side's term of Δℓ in words."""
+        names = ", ".join(f"«{shown(self.names[i])}»" for i in ids)
+        return f"logit of {names}" if len(ids) == 1 else f"mean logit of {{{names}}}"
+
+
+def question_of(
+    model: Any,
+    tokens: Tensor,
+    candidates: pd.DataFrame,
+    target: tuple[int, ...],
+    contrast: tuple[int, ...],
+    *,
+    pos: int,
+    model_name: str,
+    notes: Sequence[str] = (),
+) -> Question:
+    """The question with what telling its answer needs."""
+    from ..prompts import model_device, str_tokens
+
+    both = (*target, *contrast)
+    return Question(
+        tokens,
+        candidates,
+        target,
+        contrast,
+        dict(zip(both, str_tokens(model, both), strict=True)),
+        pos,
+        model_name,
+        str(next(iter(model.original_model.parameters())).dtype).removeprefix("torch."),
+        str(model_device(model)),
+        tuple(notes),
+    )
+
+
+def check_typed(typed: dict[str, Any]) -> None:
+    """Refuse options that contradict each other, before anything is read.
+
+    Raises:
+        typer.BadParameter: they do.
+    """
+    if (typed["prompt"] is None) == (typed["prompt_file"] is None):
+        raise typer.BadParameter("Give the prompt with either --prompt or --prompt-file.")
+    if not typed["chat"] and (typed["system"] is not None or typed["answer"]):
+        raise typer.BadParameter("--system and --answer go with --chat.")
+
+
+def ask(command: str, typed: dict[str, Any], output: Output) -> tuple[Any, Question]:
+    """The model and the question that the options of ``command`` name.
+
+    Raises:
+        typer.Exit: no contrast was given; the candidates and a command to type are printed.
+        CliError, TokenError, PromptError: see their messages.
+    """
+    text = read_prompt(typed["prompt"], typed["prompt_file"], typed["strip_newline"])
+    output.check()
+    name, device = typed["model"], typed["device"]
+    where = "" if is_local(name) else " (the first use downloads it)"
+    with progress(f"Loading {name}{where}", output.spins):
+        model = load_model(name, device.value if device else None, typed["dtype"].value)
+        from ..objective import next_token_table
+
+    tokens = prompt_ids(
+        model, text, chat=typed["chat"], system=typed["system"], answer=typed["answer"]
+    )
+    target = token_ids(model, typed["target"], "target") if typed["target"] else ()
+    contrast = token_ids(model, typed["contrast"], "contrast") if typed["contrast"] else ()
+    with progress("Asking the model for its next token", output.spins):
+        candidates = next_token_table(model, tokens, k=CANDIDATES, pos=typed["pos"])
+    ids = [int(i) for i in candidates["id"]]
+    notes = _notes(model, text, typed, tokens[0].tolist(), candidates)
+    if not output.quiet:
+        for note in notes:
+            say(f"Note: {note}")
+    if not contrast:
+        other = next(i for i in ids if i not in (target or ids[:1]))
+        line = again(
+            command,
+            typed,
+            text,
+            target=typed["target"] or [token_word(model, ids[0])],
+            contrast=[token_word(model, other)],
+        )
+        _show_candidates(typed, candidates, line, int(typed["pos"]) % tokens.shape[1], notes)
+        raise typer.Exit(Code.PROMPT)
+    return model, question_of(
+        model,
+        tokens,
+        candidates,
+        target or (ids[0],),
+        contrast,
+        pos=typed["pos"],
+        model_name=name,
+        notes=notes,
+    )
+
+
+def _notes(
+    model: Any, text: str, typed: dict[str, Any], ids: list[int], candidates: Any
+) -> list[str]:
+    """What the user may have meant otherwise."""
+    notes = []
+    if typed["prompt_file"] and text.endswith("\n") and not typed["strip_newline"]:
+        notes.append(
+            "The file's last newline is part of the prompt; --strip-newline leaves it out."
+        )
+    bos = model.tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        notes.append("The prompt begins with two BOS tokens: leave the BOS out of its text.")
+    likely = set(candidates["token"])
+    for role in ("target", "contrast"):
+        for word in typed[role] or ():
+            if word not in likely and f" {word}" in likely:
+                notes.append(
+                    f"The {role} is {word!r}; the model's likely token is {' ' + word!r}, with a "
+                    "leading space."
+                )
+    return notes
+
+
+def _show_candidates(
+    typed: dict[str, Any], candidates: Any, command: str, pos: int, notes: list[str]
+) -> None:
+    from .. import __version__
+
+    if typed["json"]:
+        print_json(
+            {
+                "status": "needs_contrast",
+                "version": __version__,
+                "model": typed["model"],
+                "pos": pos,
+                "candidates": candidate_rows(candidates),
+                "command": command,
+                "notes": notes,
+            }
+        )
+        return
+    tell("The model's likeliest next tokens:")
+    print_candidates(candidates)
+    tell("Which of them, or which other token, should it have written? Name it with --contrast.")
+    tell("For the likeliest alternative, type:")
+    tell()
+    tell(command)
