@@ -39,8 +39,11 @@ Whole answers that are right, word for word, by greedy decoding on held-out task
 difficulty. Chance is the mean probability that a uniform guess at every free piece of the answer
 is right, for somebody who knows the template and the prompt's candidates.
 
-| kind | part | tasks | accuracy | chance |
-| --- | --- | --- | --- | --- |
+The hardest piece is the one that depends on most of the prompt (the number looked up, a sum, a
+word); it is judged given the right answer before it.
+
+| kind | part | tasks | accuracy | chance | hardest piece | chance there |
+| --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
 ## cases.jsonl
@@ -81,9 +84,10 @@ def write_card(
     rows = []
     for kind, f in figures.items():
         rows.append(
-            f"| **{kind}** | all | {f['tasks']} | {f['accuracy']:.1%} | {f['chance']:.2%} |"
+            f"| **{kind}** | all | {f['tasks']} | {f['accuracy']:.1%} | {f['chance']:.2%} "
+            f"| {f['hardest']:.1%} | {f['hardest_chance']:.1%} |"
         )
-        rows += [f"| | {part} | {n} | {a:.1%} | |" for part, (n, a) in f["families"].items()]
+        rows += [f"| | {part} | {n} | {a:.1%} | | | |" for part, (n, a) in f["families"].items()]
     vocabulary = json.loads((out / "config.json").read_text())["vocab_size"]
     failed = sum(line["failed"] for line in lines)
     text = _CARD.format(
@@ -95,6 +99,6 @@ def write_card(
         rows="\n".join(rows),
         failed=failed,
         solved=len(lines) - failed,
-        minutes=f", {minutes:.0f} minutes on two CPU cores" if minutes else "",
+        minutes=f", {minutes:.0f} minutes on one CPU core" if minutes else "",
     )
     (out / "MODEL_CARD.md").write_text(text, encoding="utf-8")

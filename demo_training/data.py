@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from . import drill
 from .marked import Task, strip
 from .tasks import KINDS, make_task
 
@@ -17,6 +18,9 @@ PROMPT_WEIGHT = 0.3
 PROMPT_SHARE = 0.12
 
 # tasks of each kind in one pool of the stream
+_DRILLS = 600
+# logs are long; half as many leave room for the drills
+_TOOL_BESIDE_DRILLS = 40
 _POOL = {"format": 240, "arithmetic": 200, "code": 240, "tool": 80}
 
 
@@ -52,25 +56,40 @@ def encode(tokenizer: Tokenizer, task: Task, context: int) -> tuple[list[int], l
     return ids[:context], written[:context]
 
 
-def _pool(tokenizer: Tokenizer, seed: int, number: int, progress: float, context: int) -> list:
+def _encode_drill(tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], list[bool]]:
+    ids: list[int] = []
+    written: list[bool] = []
+    for text, write in drill.make(rng):
+        piece = tokenizer(text)["input_ids"]
+        ids += piece
+        written += [write] * len(piece)
+    return ids, written
+
+
+def _pool(
+    tokenizer: Tokenizer, seed: int, number: int, progress: float, context: int, drills: int
+) -> list:
     """All conversations of one pool; harder and longer as `progress` goes from 0 to 1."""
     rng = random.Random(f"train/{seed}/{number}")
     level = min(1.0, 0.3 + progress)
-    longest = 100 * (context * 0.9 / 100) ** min(1.0, progress)
+    longest = 60 * (context * 0.9 / 60) ** min(1.0, progress)
     made = []
     for kind in KINDS:
-        for _ in range(_POOL[kind]):
+        count = _TOOL_BESIDE_DRILLS if drills and kind == "tool" else _POOL[kind]
+        for _ in range(count):
             task = make_task(
                 kind,
                 rng,
                 level=rng.uniform(0.0, level),
                 max_length=round(longest),
                 turns=rng.randint(4, 10),
+                few=drills > 0,
                 held_out=False,
             )
             ids, written = encode(tokenizer, task, context)
             if ids:
                 made.append((ids, written))
+    made += [_encode_drill(tokenizer, rng) for _ in range(drills)]
     made.sort(key=lambda one: len(one[0]))
     return made
 
@@ -92,7 +111,7 @@ def _collate(part: list, rng: random.Random, pad: int) -> Batch:
 class Stream:
     """Batches of about `tokens_per_batch` tokens, all of similar length.
 
-    The state is two numbers and the progress at which the current pool was made, so that a
+    The state is two numbers and the knobs with which the current pool was made, so that a
     stream restored from `state()` yields the same batches as one that was never stopped.
     """
 
@@ -102,17 +121,31 @@ class Stream:
         self._tokenizer, self._seed = tokenizer, seed
         self._tokens, self._context = tokens_per_batch, context
         self._pool_number, self._next, self._progress = 0, 0, 0.0
+        self._drills = False
         self._batches: list | None = None
 
     def state(self) -> dict[str, float]:
-        return {"pool": self._pool_number, "next": self._next, "progress": self._progress}
+        return {
+            "pool": self._pool_number,
+            "next": self._next,
+            "progress": self._progress,
+            "drills": self._drills,
+        }
 
     def restore(self, state: dict[str, float]) -> None:
         self._pool_number, self._next = int(state["pool"]), int(state["next"])
-        self._progress, self._batches = state["progress"], None
+        self._progress, self._drills = state["progress"], bool(state.get("drills", False))
+        self._batches = None
 
     def _build(self) -> None:
-        made = _pool(self._tokenizer, self._seed, self._pool_number, self._progress, self._context)
+        made = _pool(
+            self._tokenizer,
+            self._seed,
+            self._pool_number,
+            self._progress,
+            self._context,
+            _DRILLS * self._drills,
+        )
         parts, part = [], []
         for one in made:
             if part and (len(part) + 1) * len(one[0]) > self._tokens:
@@ -123,13 +156,13 @@ class Stream:
         random.Random(f"order/{self._seed}/{self._pool_number}").shuffle(parts)
         self._batches = parts
 
-    def batch(self, progress: float) -> Batch:
-        """The next batch; `progress` in [0, 1] is used when a new pool begins."""
+    def batch(self, progress: float, drills: bool = False) -> Batch:
+        """The next batch; `progress` in [0, 1] and `drills` are used when a new pool begins."""
         if self._batches is not None and self._next == len(self._batches):
             self._pool_number, self._next, self._batches = self._pool_number + 1, 0, None
         if self._batches is None:
             if self._next == 0:
-                self._progress = progress
+                self._progress, self._drills = progress, drills
             self._build()
         assert self._batches is not None
         part = self._batches[self._next]

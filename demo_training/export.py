@@ -108,6 +108,13 @@ def _choice(tokenizer: Tokenizer, asked: Asked, failed: bool) -> int | None:
     return None
 
 
+def _hardest(asked: Asked) -> tuple[bool, float]:
+    """Is the piece that depends on most right (given the answer so far), and chance there."""
+    decisive = [asked.decisive(i) for i in range(asked.first, len(asked.ids))]
+    k = max(range(len(decisive)), key=lambda i: (decisive[i][1] > 1, len(decisive[i][0]), -i))
+    return int(asked.logits[k].argmax()) == asked.ids[asked.first + k], 1 / decisive[k][1]
+
+
 def pick(
     model: PreTrainedModel, tokenizer: Tokenizer, asked: Iterable[Asked], kind: str, each: int
 ) -> list[dict]:
@@ -152,6 +159,8 @@ def main() -> None:
             "tasks": len(asked),
             "accuracy": sum(right) / len(asked),
             "chance": sum(a.task.chance for a in asked) / len(asked),
+            "hardest": sum(_hardest(a)[0] for a in asked) / len(asked),
+            "hardest_chance": sum(_hardest(a)[1] for a in asked) / len(asked),
             "families": {f: (len(v), sum(v) / len(v)) for f, v in sorted(families.items())},
         }
         if kind == "tool":

@@ -24,12 +24,14 @@ def make_task(
     level: float = 1.0,
     max_length: int = 1100,
     turns: int = 1,
+    few: bool = True,
     held_out: bool = True,
 ) -> Task:
     """Draw one task of a kind from one part of the benchmark.
 
     level: difficulty in [0, 1]. max_length: longest log in tokens, about (kind "tool").
-    turns: questions per log (kind "tool"). held_out: which part to draw from.
+    turns: questions per log; few: few
+    fields in it (both kind "tool"). held_out: which part to draw from.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; the kinds are {', '.join(KINDS)}")
@@ -37,7 +39,7 @@ def make_task(
         if kind == "tool":
             # log-uniform: mostly short logs, all lengths
             length = round(math.exp(rng.uniform(math.log(30), math.log(max(31, max_length)))))
-            task = tool.make(rng, level, length, turns)
+            task = tool.make(rng, level, length, turns, few)
         else:
             task = _SHORT[kind](rng, level)
         if task.held_out == held_out:

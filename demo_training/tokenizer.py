@@ -54,7 +54,9 @@ def train_tokenizer(
     texts = [
         _text(task)
         for kind in KINDS
-        for task in itertools.islice(stream(kind, seed, held_out=False, max_length=150), per_kind)
+        for task in itertools.islice(
+            stream(kind, seed, held_out=False, few=False, max_length=150), per_kind
+        )
     ]
     texts += ["user\n", "assistant\n", "system\n"] * per_kind
     # every number up to 99 in every place it can stand

@@ -40,8 +40,9 @@ class Config:
     mlp: int = 320
     context: int = 1280
     rope_theta: float = 10000.0
-    steps: int = 10000
-    curriculum_steps: int = 4000
+    steps: int = 3400
+    curriculum_steps: int = 2000
+    drills_from: int = 1605
     warmup: int = 100
     decay: float = 0.25
     tokens_per_batch: int = 3072
@@ -129,7 +130,7 @@ class Run:
     def advance(self) -> float:
         """Do one optimiser step and return its loss."""
         progress = min(1.0, self.step / max(1, self.config.curriculum_steps))
-        batch = self.data.batch(progress)
+        batch = self.data.batch(progress, self.step >= self.config.drills_from)
         if self.device != "cpu":
             batch = Batch(*(t.to(self.device) for t in vars(batch).values()))
         factor = rate(self.step, self.config)

@@ -62,10 +62,10 @@ def solve_arithmetic(user: str) -> str:
         return f"So {boxes} * {held} = {result}. Answer: {result}"
     if hit := re.fullmatch(r"How many more \w+ does (\w+) have than (\w+)\?", question):
         a, b = own[hit[1]], own[hit[2]]
-        return f"So {a} - {b} = {a - b}. Answer: {a - b}"
+        return f"So {hit[1]} has {a}. {hit[2]} has {b}. {a} - {b} = {a - b}. Answer: {a - b}"
     if hit := re.fullmatch(r"How many \w+ do (\w+) and (\w+) have together\?", question):
         a, b = own[hit[1]], own[hit[2]]
-        return f"So {a} + {b} = {a + b}. Answer: {a + b}"
+        return f"So {hit[1]} has {a}. {hit[2]} has {b}. {a} + {b} = {a + b}. Answer: {a + b}"
     (who,) = _find(r"How many \w+ does (\w+) have now\?", question)
     now, steps = own[who], []
     for name, verb, amount in re.findall(r"(\w+) (\w+)(?: away)? (\d+)\.", facts):
@@ -75,9 +75,9 @@ def solve_arithmetic(user: str) -> str:
         if verb not in _GAINS | _LOSSES:
             raise NoAnswerError(verb)
         then = now + int(amount) if sign == "+" else now - int(amount)
-        steps.append(f"{now} {sign} {amount} = {then}")
+        steps.append(f"{now} {sign} {amount} = {then}.")
         now = then
-    return f"So {' and '.join(steps)}. Answer: {now}"
+    return f"So {who} has {own[who]}. {' '.join(steps)} Answer: {now}"
 
 
 def solve_code(user: str) -> str:
@@ -86,7 +86,7 @@ def solve_code(user: str) -> str:
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             exec(code, {})  # text made by the benchmark's generator in this very test
-        return f"It prints {out.getvalue().strip()}"
+        return out.getvalue().strip()
     if code.startswith("class "):
         (wanted,) = _find(r"def get_(\w+)\(self\)", code)
         scope: dict = {}
@@ -122,7 +122,7 @@ def solve_tool(user: str) -> str:
     if not values:
         raise NoAnswerError(question)
     value = values[-1 if age == "newest" else 0]
-    return f'{{"tool": "{_TOOLS[verb]}", "to": "{name}", "{field}": {value}}}'
+    return f'{{"tool": "{_TOOLS[verb]}", "args": "who: {name} {field} {value}"}}'
 
 
 SOLVERS = {

@@ -6,7 +6,7 @@ import random
 import re
 from dataclasses import replace
 
-from ..marked import Segment, Task, Turn, mark
+from ..marked import Segment, Task, Turn, mark, strip
 from ..words import NAMES, THINGS
 
 _GAIN = ("buys", "finds", "gets", "wins")
@@ -15,22 +15,30 @@ RESULTS = 41
 """Results lie in 0..40."""
 
 
-_ANY_NUMBER = 0
-"""Stands for "as many options as the question has numbers" until the question is complete."""
+_ANY_NUMBER, _ANY_NAME = 0, -1
+"""Stand for as many options as the question has numbers (names) until the question is complete."""
 
 
 def _equation(
-    x: int, op: str, y: int, tag: str, by_x: tuple[str, ...], by_op: str, by_y: tuple[str, ...]
+    x: int,
+    op: str,
+    y: int,
+    tag: str,
+    by_x: tuple[str, ...],
+    by_op: str,
+    by_y: tuple[str, ...],
+    first_options: int = 1,
 ) -> tuple[list[Segment], int]:
-    """Segments of ' x op y = z' and z."""
+    """Segments of ' x op y = z.' and z; x is a guess unless it stands in the answer already."""
     z = {"+": x + y, "-": x - y, "*": x * y}[op]
     own = (f"{tag}x", f"{tag}op", f"{tag}y")
     return [
-        Segment(" " + mark(own[0], x), by_x, _ANY_NUMBER),
+        Segment(" " + mark(own[0], x), by_x, first_options),
         Segment(" " + mark(own[1], op), (by_op,), 3),
         Segment(" " + mark(own[2], y), by_y, _ANY_NUMBER),
         Segment(" ="),
         Segment(" " + mark(f"{tag}z", z), (*own, *by_x, by_op, *by_y), RESULTS),
+        Segment("."),
     ], z
 
 
@@ -43,18 +51,26 @@ def _change(rng: random.Random, x: int) -> tuple[str, str, int]:
     return rng.choice(_GAIN if op == "+" else _LOSE), op, y
 
 
-def _finish(steps: list[list[Segment]], tag: str, z: int, family: str, user: str) -> Task:
-    answer = [Segment("So")]
-    for i, step in enumerate(steps):
-        answer += ([Segment(" and", ("steps",))] if i else []) + step
-    # the final number repeats the last result, so it is no guess of its own
-    answer += [Segment(". Answer:"), Segment(f" {z}", (f"{tag}z",))]
-    numbers = len(set(re.findall(r"\d+", user)))
-    answer = [
-        replace(segment, options=numbers) if segment.options == _ANY_NUMBER else segment
-        for segment in answer
+def _recall(name: str, by: str, value: int, by_value: tuple[str, ...], tag: str) -> list[Segment]:
+    """Segments of ' NAME has value.'; what the story says first."""
+    return [
+        Segment(" " + mark(f"{tag}who", name), (by,), _ANY_NAME),
+        Segment(" has"),
+        Segment(" " + mark(f"{tag}has", value), (*by_value, f"{tag}who"), _ANY_NUMBER),
+        Segment("."),
     ]
-    return Task("arithmetic", family, (Turn(user, tuple(answer)),))
+
+
+def _finish(answer: list[Segment], tag: str, z: int, family: str, user: str) -> Task:
+    # the final number repeats the last result, so it is no guess of its own
+    answer = [Segment("So"), *answer, Segment(" Answer:"), Segment(f" {z}", (f"{tag}z",))]
+    plain = strip(user)[0]
+    real = {
+        _ANY_NUMBER: len(set(re.findall(r"\d+", plain))),
+        _ANY_NAME: len(set(re.findall(r"\w+", plain)) & set(NAMES)),
+    }
+    done = tuple(replace(s, options=real.get(s.options, s.options)) for s in answer)
+    return Task("arithmetic", family, (Turn(user, done),))
 
 
 def _story(rng: random.Random, level: float) -> Task:
@@ -68,13 +84,14 @@ def _story(rng: random.Random, level: float) -> Task:
     verb, op, y = _change(rng, start)
     mine.append(f"{mark('who', who)} {mark('verb', verb)} {mark('y', y)}.")
     changes = 1
-    first, z = _equation(start, op, y, "a", ("x", "who", "asked"), "verb", ("y", "who", "asked"))
-    steps, tag = [first], "a"
+    recall = _recall(who, "asked", start, ("x", "who", "asked"), "r")
+    first, z = _equation(start, op, y, "a", ("rhas",), "verb", ("y", "who", "asked"))
+    steps, tag = recall + first, "a"
     if two:
         verb2, op2, y2 = _change(rng, z)
         mine.append(f"{mark('who', who)} {mark('verb2', verb2)} {mark('y2', y2)}.")
         second, z = _equation(z, op2, y2, "b", ("az",), "verb2", ("y2", "who", "asked"))
-        steps.append(second)
+        steps += second
         tag, changes = "b", 2
     lines = list(mine)
     if crowd:
@@ -112,8 +129,10 @@ def _compare(rng: random.Random, level: float) -> Task:
         question = f"How many {mark('verb', 'more')} {thing} does {qa} have than {qb}?"
     else:
         question = f"How many {thing} do {qa} and {qb} have {mark('verb', 'together')}?"
-    step, z = _equation(x, "-" if more else "+", y, "a", ("x", "a", "qa"), "verb", ("y", "b", "qb"))
-    return _finish([step], "a", z, "more" if more else "together", " ".join(facts) + " " + question)
+    steps = _recall(a, "qa", x, ("x", "a", "qa"), "r") + _recall(b, "qb", y, ("y", "b", "qb"), "s")
+    step, z = _equation(x, "-" if more else "+", y, "a", ("rhas",), "verb", ("shas",))
+    family = "more" if more else "together"
+    return _finish(steps + step, "a", z, family, " ".join(facts) + " " + question)
 
 
 def _boxes(rng: random.Random, level: float) -> Task:
@@ -129,8 +148,8 @@ def _boxes(rng: random.Random, level: float) -> Task:
     if rng.random() < 0.6 * level:
         facts.insert(rng.randrange(3), f"{other} has {rng.randint(2, 20)} {thing}.")
     question = f"How many {thing} are in the {mark('asked', 'boxes')}?"
-    step, z = _equation(x, "*", y, "a", ("x", "asked"), "verb", ("y", "asked"))
-    return _finish([step], "a", z, "boxes", " ".join(facts) + " " + question)
+    step, z = _equation(x, "*", y, "a", ("x", "asked"), "verb", ("y", "asked"), _ANY_NUMBER)
+    return _finish(step, "a", z, "boxes", " ".join(facts) + " " + question)
 
 
 def make(rng: random.Random, level: float) -> Task:

@@ -10,7 +10,7 @@ from ..words import BULLETS, CLOSERS, COUNTS, JOINERS, NAMES, NOUNS
 
 def _selection(rng: random.Random, n: int, level: float) -> tuple[str, list[int]]:
     """An instruction that picks some of n words, and the indices it picks."""
-    kind = rng.choices(("all", "first", "last"), (2.0, 2.0, 2.0 * level))[0]
+    kind = rng.choices(("all", "first", "last"), (2.0, 2.0, 1.0 * level))[0]
     if kind == "all" or n < 3:
         return f"Write {mark('n', 'all')} the words", list(range(n))
     k = rng.randint(2, n - 1)

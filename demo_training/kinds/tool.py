@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from ..marked import Segment, Task, Turn, mark
+from ..marked import Segment, Task, Turn, mark, strip
 from ..words import APPS, FIELDS, NAMES, NOUNS, TOOLS
 
 TOKENS_PER_LINE = 6
@@ -26,10 +26,13 @@ def _filler(rng: random.Random) -> str:
     )
 
 
-def make(rng: random.Random, level: float, length: int = 200, turns: int = 1) -> Task:
+def make(
+    rng: random.Random, level: float, length: int = 200, turns: int = 1, few: bool = True
+) -> Task:
     """One task over a log of about `length` tokens.
 
     level: in [0, 1]; adds updates of the same fact and questions for the oldest entry.
+    few: one to three fields (room, desk, ...) in the log instead of up to six, and fewer updates.
     turns: questions asked about the same log (more than one in training only).
     """
     n = max(3, length // TOKENS_PER_LINE)
@@ -37,8 +40,12 @@ def make(rng: random.Random, level: float, length: int = 200, turns: int = 1) ->
     keys = [(name, fld) for name in NAMES for fld in FIELDS[: 2 + round(4 * level)]]
     if rng.random() < 0.5:
         # few people, so that the same name and the same field recur with other partners
-        few = rng.sample(NAMES, min(len(NAMES), max(3, facts // 3)))
-        keys = [k for k in keys if k[0] in few]
+        some = rng.sample(NAMES, min(len(NAMES), max(3, facts // 3)))
+        keys = [k for k in keys if k[0] in some]
+    if few:
+        kinds = rng.choice((1, 1, 2, 3)) if level > 0.3 else 1
+        keys = [(name, fld) for fld in rng.sample(FIELDS, kinds) for name in NAMES]
+        facts = min(facts, round((1 + 0.4 * level) * len(keys)))
     rng.shuffle(keys)
     keys = keys[: max(2, round(facts * rng.uniform(1.0 - 0.5 * level, 1.0)))]
     written = keys + [rng.choice(keys) for _ in range(facts - len(keys))]
@@ -52,7 +59,8 @@ def make(rng: random.Random, level: float, length: int = 200, turns: int = 1) ->
             continue
         name, fld = written[k]
         k += 1
-        value = rng.randint(10, 99)
+        before = [v for _, v in entries.get((name, fld), [])]
+        value = rng.choice([v for v in range(10, 100) if v not in before])
         entries.setdefault((name, fld), []).append((i, value))
         tag = f"e{i}"
         lines.append(f"{rng.choice(APPS)}: {mark(tag, name)} {mark(tag, fld)} {mark(tag, value)}")
@@ -76,18 +84,16 @@ def make(rng: random.Random, level: float, length: int = 200, turns: int = 1) ->
         decided = (own[1], own[2], f"n{t}", f"f{t}", f"e{i}")
         if len(entries[(name, fld)]) > 1:
             decided += (own[3],)
+        # name, field and value stand in the call as they do in the log
         answer = (
             Segment('{"tool": "'),
             Segment(TOOLS[verb], (own[0],), len(TOOLS)),
-            Segment('", "to": "'),
-            Segment(mark(f"n{t}", name), (own[1],), people),
-            Segment('", "'),
-            Segment(mark(f"f{t}", fld), (own[2],), len(FIELDS)),
-            Segment('":'),
+            Segment('", "args": "who:'),
+            Segment(" " + mark(f"n{t}", name), (own[1],), people),
+            Segment(" " + mark(f"f{t}", fld), (own[2],), len(FIELDS)),
             Segment(f" {value}", decided, numbers),
-            Segment("}"),
+            Segment('"}'),
         )
         made.append(Turn(user, answer))
     age0 = "oldest" if "oldest" in made[0].user.rsplit("\n", 1)[1] else "newest"
-    # the log with its tags; they follow from its text, so equal logs have equal keys
-    return Task("tool", age0, tuple(made), split_key=log.replace("«", ""))
+    return Task("tool", age0, tuple(made), split_key=strip(log)[0])
