@@ -1,0 +1,160 @@
+"""Models in a state, or with a component, that the rules do not cover are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import boot, make_hf, random_tokens
+from hooking import Snapshot, delta, fresh
+from torch import Tensor, nn
+
+import tl_contrastive_lrp as clrp
+from tl_contrastive_lrp.errors import ModelStateError, UncoveredComponentError
+
+# ---------------------------------------------------------------- states
+
+
+def _calls(model: Any) -> list[Callable[[], object]]:
+    def context() -> None:
+        with clrp.lrp(model):
+            pass
+
+    return [
+        context,
+        lambda: clrp.lrp_hooks(model),
+        lambda: clrp.run_with_relevance(model, random_tokens(), delta),
+        lambda: clrp.attribute(model, random_tokens(), delta),
+    ]
+
+
+@pytest.mark.parametrize("part", ["whole", "one dropout", "wrapped model only"])
+def test_training_mode_is_refused(part: str) -> None:
+    model = fresh("gpt2")
+    if part == "whole":
+        model.train()
+    elif part == "one dropout":
+        next(m for m in model.original_model.modules() if isinstance(m, nn.Dropout)).train()
+    else:
+        model.original_model.train()
+    for call in _calls(model):
+        with pytest.raises(ModelStateError, match=r"model\.eval\(\)"):
+            call()
+    assert model.list_hooks() == {}
+    model.eval()
+    with clrp.lrp(model):
+        pass
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"]
+)
+def test_no_gradients_are_refused(mode: Callable[[], Any]) -> None:
+    model = boot("qwen3", torch.float32)
+    for call in _calls(model):
+        with mode(), pytest.raises(ModelStateError, match="gradients"):
+            call()
+    assert model.list_hooks() == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_a_quantised_weight_is_refused(dtype: torch.dtype) -> None:
+    model = fresh("qwen3")
+    linear = model.blocks[1].mlp.out.original_component
+    linear.weight = nn.Parameter(torch.zeros(linear.weight.shape).to(dtype), requires_grad=False)
+    for call in (*_calls(model), lambda: clrp.coverage(model)):
+        with pytest.raises(
+            UncoveredComponentError, match=r"(?s)layers\.1.*boot_transformers"
+        ) as info:
+            call()
+    assert str(dtype) in str(info.value)
+
+
+class Swish2(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(2 * x)
+
+
+class SneakyLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+def _unknown_activation(model: Any) -> str:
+    model.blocks[1].mlp.original_component.act_fn = Swish2().eval()
+    return "Swish2"
+
+
+def _unknown_linear(model: Any) -> str:
+    old = model.blocks[0].attn.o.original_component
+    new = SneakyLinear(old.in_features, old.out_features, bias=False).eval()
+    model.blocks[0].attn.o.set_original_component(new)
+    return "SneakyLinear"
+
+
+def _unknown_hanger_on(model: Any) -> str:
+    model.blocks[0].original_component.adapter = Swish2().eval()
+    return "Swish2"
+
+
+def _unknown_component(model: Any) -> str:
+    class OddMLPBridge(type(model.blocks[0].mlp)):  # type: ignore[misc]
+        pass
+
+    OddMLPBridge.__module__ = type(model.blocks[0].mlp).__module__
+    model.blocks[0].mlp.__class__ = OddMLPBridge
+    return "OddMLPBridge"
+
+
+@pytest.mark.parametrize(
+    "change", [_unknown_activation, _unknown_linear, _unknown_hanger_on, _unknown_component]
+)
+def test_an_unknown_component_is_refused_by_name(
+    change: Callable[[Any], str], snapshot: Snapshot
+) -> None:
+    model = fresh("qwen3")
+    class_name = change(model)
+    before = snapshot(model)
+    for call in (*_calls(model), lambda: clrp.coverage(model)):
+        with pytest.raises(UncoveredComponentError) as info:
+            call()
+        message = str(info.value)
+        assert class_name in message
+        assert ".0." in message or ".1." in message
+        assert all(family in message for family in ("Qwen3", "GPT-2", "Gemma 2"))
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("flag", ["use_split_qkv_input", "use_attn_in"])
+def test_per_head_inputs_are_refused(flag: str) -> None:
+    model = fresh("gpt2")
+    getattr(model, f"set_{flag}")(True)
+    for call in _calls(model):
+        with pytest.raises(UncoveredComponentError, match=flag):
+            call()
+    getattr(model, f"set_{flag}")(False)
+    with clrp.lrp(model):
+        pass
+
+
+@pytest.mark.parametrize("thing", [None, 3, nn.Linear(2, 2), "gpt2"], ids=repr)
+def test_something_that_is_no_bridge_is_refused(thing: object) -> None:
+    for call in (*_calls(thing), lambda: clrp.coverage(thing)):
+        with pytest.raises(TypeError, match="TransformerBridge"):
+            call()
+
+
+def test_a_hugging_face_model_is_refused() -> None:
+    for call in _calls(make_hf("qwen3", torch.float32)):
+        with pytest.raises(TypeError, match="boot_transformers"):
+            call()
+
+
+def test_unknown_rules_are_refused() -> None:
+    model = boot("qwen3", torch.float32)
+    with pytest.raises(ValueError, match="'attnlrp'"), clrp.lrp(model, "lrp-epsilon"):
+        pass
+    with pytest.raises(TypeError, match="RuleSet"), clrp.lrp(model, 3):  # type: ignore[arg-type]
+        pass
