@@ -179,6 +179,11 @@ def test_pruning_options_act(
     told = run(*asked(folder, *typed, "--no-connected", *save, "--json")).json
     assert same(AttributionGraph.load("p.safetensors"), pruned)
     assert told["kept"]["edges"] == len(pruned.weight)
+    left = keys(pruned)
+    out = max(abs(w) for ends, w in keys(full).items() if ends not in left)
+    assert told["kept"]["strongest_left_out"]["logits"] == pytest.approx(out)
+    if "top_k" in options:
+        assert out > min(map(abs, left.values())), "a strong edge of a transition with many"
 
 
 def test_nothing_left_is_said(run: Run, folder: Path) -> None:
