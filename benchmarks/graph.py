@@ -4,7 +4,8 @@
   backward of the same model at the same tokens, without hooks but the one at the embeddings;
 - packed / closed: the paper's batched backward signals for one transition (on a sample of target
   positions, scaled to all) over the closed form's share of the graph for that transition;
-- peak memory of both, above what the process held before (Linux: ru_maxrss in fresh processes).
+- peak memory of both, above what the process held before (Linux: the resident set's high-water
+  mark, in fresh processes).
 
     python benchmarks/graph.py
 """
@@ -13,10 +14,10 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from _models import random_bridge
@@ -59,9 +60,18 @@ def seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
+def _resident_mib(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 2**10
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
 def _peak(pos: int, what: str, queue) -> None:
     model, tokens, objective = ready(pos)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plain(model, tokens[:, :8], objective)  # what is loaded once and for all
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _resident_mib("VmRSS")
     if what == "plain":
         plain(model, tokens, objective)
     elif what == "graph":
@@ -69,7 +79,7 @@ def _peak(pos: int, what: str, queue) -> None:
     else:
         pair = ("blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre")
         packed_edges(model, tokens, objective, get_rule_set("attnlrp"), [pair], progress=False)
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+    queue.put(_resident_mib("VmHWM") - before)
 
 
 def peak_mib(pos: int, what: str) -> float:
@@ -114,7 +124,7 @@ def main() -> None:
             rules = get_rule_set("attnlrp")
             packed_edges(model, tokens, objective, rules, [pair], progress=False)
             packed = time.perf_counter() - start
-            print(f"       one transition at {pos}: packed {packed:.1f} s; edges of the closed form "
+            print(f"  one transition at {pos}: packed {packed:.1f} s; closed form "
                   f"{closed:.4f} s beyond attribute; ratio {packed / max(closed, 1e-4):,.0f}; "
                   f"packed peak {peak_mib(pos, 'packed'):.0f} MiB", flush=True)  # fmt: skip
 
