@@ -1,87 +1,42 @@
 """The attribution graph's edges against the published slow way (``oracle_edges.py``).
 
-Every family and variant, every rule set; by head and path; over several blocks; and what an edge
-says about interventions on the model. Errors are relative to the largest entry of what is
-compared, off the diagonal and on it separately: residual streams make diagonals large.
+Every family and variant, every rule set; by head and path; and what an edge says about
+interventions on the model.
 """
 
 from __future__ import annotations
 
 import functools
-import tempfile
 import warnings
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import families
 import pytest
 import torch
 from autograd_forms import draw, off
-from families import ALL, FAMILIES, boot, hf_model, make_tokenizer, random_tokens, true_float64
+from edge_truth import (
+    CONTRAST,
+    TARGET,
+    TOKENS,
+    VOCAB,
+    N,
+    assert_all_below,
+    between,
+    error,
+    errors_of,
+    graph,
+    graph_of,
+    matrix,
+    truth,
+)
+from families import ALL, FAMILIES, boot, hf_model, true_float64
 from oracle import RULE_SETS, contrast_seed
 from oracle_edges import PATHS, EdgeTruth, contributions, interventions, pairs
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
 
-TARGET, CONTRAST, VOCAB = 7, 12, 48
-TOKENS = random_tokens()
-N = TOKENS.shape[1]
 SLIDING = ("mistral", "gemma2", "gemma3", "qwen2-window")
-
-
-def graph_of(
-    model: Any, rules: str, objective: Any = None, tokens: Tensor = TOKENS, **how: Any
-) -> Any:
-    if objective is None:
-        objective = clrp.logit_diff(model, TARGET, CONTRAST)
-    double = next(model.parameters()).dtype == torch.float64
-    with true_float64(model) if double else nullcontext():
-        return clrp.attribution_graph(model, tokens, objective, rules=rules, **how)
-
-
-@functools.cache
-def graph(name: str, rules: str, granularity: str = "block", heads: bool = False) -> Any:
-    return graph_of(boot(name), rules, granularity=granularity, heads=heads)
-
-
-@functools.cache
-def truth(name: str, rules: str, pos: int = -1) -> EdgeTruth:
-    seed = contrast_seed(TOKENS, TARGET, CONTRAST, VOCAB, pos)
-    return EdgeTruth(hf_model(name), TOKENS, seed, rules)
-
-
-@functools.cache
-def matrix(name: str, rules: str, source: str, target: str) -> Tensor:
-    return truth(name, rules).matrix(source, target)
-
-
-def between(a: Tensor) -> Tensor:
-    """The edges between different positions: a without its diagonal."""
-    return a - a.diag().diag()
-
-
-def error(found: Tensor, wanted: Tensor, whole: Tensor | None = None) -> float:
-    """Largest error relative to the largest entry of ``whole`` (else ``wanted``), in two parts."""
-    whole = wanted if whole is None else whole
-    parts = [(found.diag(), wanted.diag(), whole.diag())]
-    parts += [(between(found), between(wanted), between(whole))]
-    errors = []
-    for f, w, scale in parts:
-        difference = (f.double() - w).abs().max()
-        largest = scale.abs().max()
-        errors.append(float(difference / largest if largest > 0 else difference))
-    return max(errors)
-
-
-def errors_of(g: Any, true: EdgeTruth, transitions: list[tuple[str, str]]) -> dict[Any, float]:
-    return {(s, t): error(g.matrix(s, t), true.matrix(s, t)) for s, t in transitions}
-
-
-def assert_all_below(errors: dict[Any, float], limit: float) -> None:
-    worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] <= limit, (worst, errors[worst])
 
 
 # every family, every rule set
@@ -313,88 +268,3 @@ def test_gradient_edges_are_small_interventions_on_the_model_itself(name: str) -
             model.run_with_hooks(copies, fwd_hooks=[(s, scale), (t, keep)])
         more, less = contributions(true.gradient(t), kept["h"]).split(N, dim=1)
         assert off((more - less) / (2 * e), g.matrix(s, t)) <= 1e-6, (s, t)
-
-
-# transitions over several blocks
-
-
-DEEP = {
-    "qwen3-bias": {"num_hidden_layers": 4},
-    "gpt2": {"n_layer": 4, "scale_attn_by_inverse_layer_idx": True},
-    "gemma2": {
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-    },
-}
-
-
-@functools.cache
-def deep(name: str) -> tuple[Any, Any]:
-    """(Hugging Face model, bridge), both float64, of a family with four layers."""
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoModelForCausalLM
-
-    base, settings = families._VARIANT.get(name, (name, {}))
-    made = []
-    for dtype in (torch.float64, torch.float32):
-        config = families._BASE[base](**{**settings, **DEEP[name]})
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
-        families._randomise(model, 3)
-        made.append(model.eval())
-    with tempfile.TemporaryDirectory() as directory:
-        made[1].save_pretrained(directory)
-        make_tokenizer().save_pretrained(directory)
-        bridge = TransformerBridge.boot_transformers(
-            str(Path(directory)), device="cpu", dtype=torch.float64
-        )
-    return made[0], bridge
-
-
-class TestOverSeveralBlocks:
-    """``layers=[...]``: packed backward signals."""
-
-    @staticmethod
-    def truth(name: str, rules: str) -> EdgeTruth:
-        seed = contrast_seed(TOKENS, TARGET, CONTRAST, VOCAB)
-        return EdgeTruth(deep(name)[0], TOKENS, seed, rules)
-
-    @pytest.mark.parametrize("layers", [[0, 2], [0, 1, 3], [0], [0, 3, 4]])
-    @pytest.mark.parametrize("rules", RULE_SETS)
-    @pytest.mark.parametrize("name", DEEP)
-    def test_four_layers(self, name: str, rules: str, layers: list[int]) -> None:
-        true, g = self.truth(name, rules), graph_of(deep(name)[1], rules, layers=layers)
-        chosen = tuple(f"blocks.{i}.hook_resid_pre" for i in layers if i < 4)
-        assert g.sites == (*chosen, "blocks.3.hook_resid_post")
-        assert_all_below(errors_of(g, true, pairs(g.sites)), 1e-9)
-        for row, (s, t) in enumerate(pairs(g.sites)):
-            assert off(g.relevance[row], true.node(s)) <= 1e-10
-            assert off(g.matrix(s, t).sum(0), g.relevance[row]) <= 1e-10
-            assert not g.matrix(s, t)[~true.window(s, t)].any()
-
-    @pytest.mark.parametrize("rules", RULE_SETS)
-    def test_three_layers_with_windows(self, rules: str) -> None:
-        g, true = graph_of(boot("gemma3"), rules, layers=[0, 2]), truth("gemma3", rules)
-        assert_all_below(errors_of(g, true, pairs(g.sites)), 1e-9)
-
-    @pytest.mark.parametrize("name", FAMILIES)
-    def test_float32(self, name: str) -> None:
-        g, true = graph_of(boot(name, torch.float32), "attnlrp", layers=[0]), truth(name, "attnlrp")
-        (pair,) = pairs(g.sites)
-        assert off(g.matrix(*pair).double(), true.matrix(*pair)) <= 1e-5
-
-    @pytest.mark.parametrize("name", DEEP)
-    def test_all_layers_are_the_adjacent_graph(self, name: str) -> None:
-        bridge = deep(name)[1]
-        g, plain = graph_of(bridge, "attnlrp", layers=[0, 1, 2, 3]), graph_of(bridge, "attnlrp")
-        assert g.sites == plain.sites
-        for pair in pairs(g.sites):
-            assert error(g.matrix(*pair), plain.matrix(*pair)) <= 1e-9
-
-    @pytest.mark.parametrize("name", DEEP)
-    def test_node_threshold(self, name: str) -> None:
-        whole = graph_of(deep(name)[1], "attnlrp", layers=[0, 2])
-        threshold = float(whole.relevance[1].abs().median())
-        g = graph_of(deep(name)[1], "attnlrp", layers=[0, 2], node_threshold=threshold)
-        for row, (s, t) in enumerate(pairs(g.sites), start=1):
-            live = whole.relevance[row].abs() > threshold
-            assert error(g.matrix(s, t), whole.matrix(s, t) * live[:, None]) <= 1e-12
