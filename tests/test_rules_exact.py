@@ -12,6 +12,7 @@ from drawn import DTYPES, F64, backward, draw
 from torch import Tensor
 
 from tl_contrastive_lrp import rules
+from tl_contrastive_lrp.rules_softcap import softcap, softcap_ratio
 
 # ---------------------------------------------------------------- activation ratios
 
@@ -49,7 +50,7 @@ RATIOS: dict[str, tuple[rules.Ratio, Exact, Callable[[Tensor], Tensor]]] = {
         lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     ),
     "relu": (rules.relu_ratio, _relu, torch.relu),
-    "softcap": (rules.softcap_ratio, _cap, torch.tanh),
+    "softcap": (softcap_ratio, _cap, torch.tanh),
 }
 POINTS = [0.0, 1e-10, -1e-10, 1e-30, -1e-30, 9.99e-4, 1.001e-3, -1e-3, 0.1, -0.1, 0.7, -0.7, 1.3,
           -1.3, 3.0, -3.0, 5.0, -5.0, 8.0, -8.0, 20.0, -20.0, 88.0, -88.0, 1e4, -1e4]  # fmt: skip
@@ -134,7 +135,7 @@ def test_softcap_equals_exact_arithmetic_also_saturated(cap: float) -> None:
     values = [0.0, 1e-10, -1e-10, 1e-3, 0.3, -2.0, 7.0, -40.0, 300.0, 1e6]
     x = torch.tensor(values, dtype=F64, requires_grad=True)
     y = cap * torch.tanh(x / cap)
-    out = rules.softcap(y, x, cap)
+    out = softcap(y, x, cap)
     assert torch.equal(out, y)
     (got,) = backward(out, torch.ones_like(y), x)
     for i, value in enumerate(values):
@@ -145,7 +146,7 @@ def test_softcap_equals_exact_arithmetic_also_saturated(cap: float) -> None:
 def test_softcap_of_a_masked_score_sends_nothing_wrong() -> None:
     lowest = torch.finfo(torch.float32).min
     x = torch.tensor([lowest, 1.0], requires_grad=True)
-    out = rules.softcap(50.0 * torch.tanh(x / 50.0), x, 50.0)
+    out = softcap(50.0 * torch.tanh(x / 50.0), x, 50.0)
     (got,) = backward(out, torch.tensor([0.0, 1.0]), x)
     assert got[0] == 0.0
     assert got.isfinite().all()

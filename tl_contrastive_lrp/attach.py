@@ -25,6 +25,7 @@ from . import rules
 from .attach_norm import attach_norm
 from .attachment import Attachment, HookFn, edit, gradient, is_same
 from .errors import ModelStateError
+from .rules_softcap import correct_softcap, softcap
 from .rulesets import RuleSet
 from .sites import Operation, Site
 
@@ -149,7 +150,7 @@ class _CapOperand:
     def __rmul__(self, tanh: Tensor) -> Tensor:
         x, self.x = self.x, None
         y = tanh * self.cap
-        return y if x is None or not x.requires_grad else rules.softcap(y, x, self.cap)
+        return y if x is None or not x.requires_grad else softcap(y, x, self.cap)
 
 
 def _softcap(site: Site, rule_set: RuleSet) -> Attachment:
@@ -163,10 +164,10 @@ def _softcap(site: Site, rule_set: RuleSet) -> Attachment:
     def correct(tensor: Tensor) -> Tensor:
         value = rules.at_least_float32(tensor.detach()) / cap
         if final:
-            return rules.correct_softcap(tensor, value, torch.tanh(value), name, before=True)
+            return correct_softcap(tensor, value, torch.tanh(value), name, before=True)
         tanh = torch.where(value > -1.5, value, torch.zeros_like(value))  # masked: far below −cap
         v = torch.atanh(tanh.clamp(-1.0, 1.0))
-        return rules.correct_softcap(tensor, v, tanh, name, before=False)
+        return correct_softcap(tensor, v, tanh, name, before=False)
 
     @contextmanager
     def scoped() -> Iterator[None]:

@@ -19,10 +19,10 @@ import torch.autograd.forward_ad as forward_ad
 from jaxtyping import Float
 from torch import Tensor
 
-from . import rules
 from .attach_norm import norm_weight, uses_native_norm
 from .attachment import HookFn
 from .context import public_name
+from .rules_softcap import softcap_ratio
 from .rulesets import RuleSet
 from .sites import Site
 
@@ -117,7 +117,7 @@ class _CapOperand:
         return scaled
 
     def __rmul__(self, tanh: Tensor) -> Tensor:
-        ratio = rules.softcap_ratio(_primal(self.x) / self.cap)
+        ratio = softcap_ratio(_primal(self.x) / self.cap)
         return _dual(_primal(tanh * self.cap), _tangent(self.x) * ratio)
 
 
