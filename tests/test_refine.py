@@ -61,6 +61,20 @@ def test_parts_of_an_edge_add_up_to_it(made: tuple[Any, Any, Any]) -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.parametrize("rules", ["attnlrp", "cplrp"])
+def test_dimensions_of_an_edge_add_up_to_it(made: tuple[Any, Any, Any], rules: str) -> None:
+    model, objective, _ = made
+    graph = clrp.attribution_graph(model, TOKENS, objective, rules=rules, granularity="sublayer")
+    for source, target, i, j in ((0, 1, 2, 5), (0, 1, 5, 5), (1, 2, 4, 4)):
+        edge = float(graph.matrix(source, target)[j, i])
+        frame = graph.explain_edge(
+            (source, i), (target, j), k=10_000, model=model, objective=objective
+        )
+        assert set(frame["part"]) == {"dimension"}
+        assert len(frame) == model.cfg.d_model
+        assert frame["relevance"].sum() == pytest.approx(edge, rel=1e-4, abs=1e-6)
+
+
 def test_details_survive_saving_and_pruning(made: tuple[Any, Any, Any], tmp_path: Any) -> None:
     _, _, graph = made
     pruned = graph.prune(mass=0.5).connected()
@@ -78,6 +92,8 @@ def test_what_was_not_kept_is_named(made: tuple[Any, Any, Any]) -> None:
         bare.explain_node(0, 0)
     with pytest.raises(ValueError, match="heads=True"):
         bare.explain_edge((0, 0), (1, 0))
+    with pytest.raises(ValueError, match="together"):
+        bare.explain_edge((0, 5), (1, 5), model=model)
     with pytest.raises(ValueError, match=r"no edge from .* @5 to .* @2"):
         graph.explain_edge((0, 5), (1, 2))
     with pytest.raises(ValueError, match="Position 99"):

@@ -152,11 +152,13 @@ class GraphTools:
 
         return explain_node(self._graph, site, pos, k)
 
-    def explain_edge(self, source: Node, target: Node, k: int = 10) -> pd.DataFrame:
-        """Heads, by value and by key, that carry an edge; see ``refine.py``."""
+    def explain_edge(
+        self, source: Node, target: Node, k: int = 10, **model_and_objective: Any
+    ) -> pd.DataFrame:
+        """Heads, by value and by key, and dimensions that carry an edge; see ``refine.py``."""
         from .refine import explain_edge
 
-        return explain_edge(self._graph, source, target, k)
+        return explain_edge(self._graph, source, target, k, **model_and_objective)
 
     # ------------------------------------------------------------ pictures
 

@@ -10,7 +10,8 @@ but over one recorded forward, and many pieces in one vectorised backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +45,64 @@ def chunk_size(model: Any, pos: int, device: torch.device) -> int:
     return max(1, min(_MOST_SIGNALS, int(_SHARE_OF_FREE_MEMORY * _free_bytes(device)) // a_signal))
 
 
+@contextmanager
+def _recorded(
+    model: Any,
+    tokens: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    rule_set: RuleSet,
+    names: Sequence[str],
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """One forward under the rules whose graph is kept: tensors and gradients at the named sites."""
+    check_ready(model, "attribution_graph")
+    check_single(model)
+    attachments, _ = plan(model, rule_set)
+    seen: dict[str, Tensor] = {}
+    hook_dict = model.hook_dict
+
+    def start(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return tensor.detach().requires_grad_(True)
+
+    def keep(name: str) -> HookFn:
+        def hook_fn(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
+            seen[name] = tensor
+
+        return hook_fn
+
+    starts = [(public_name(hook_dict, n), start) for n in LEAVES if n in hook_dict]
+    keeps = [(public_name(hook_dict, name), keep(name)) for name in names]
+    with frozen_parameters(model):
+        with model.hooks(fwd_hooks=[*starts, *keeps]), attached(model, attachments):
+            value = objective(model(tokens))
+        gradients = torch.autograd.grad(value, [seen[n] for n in names], retain_graph=True)
+        yield seen, dict(zip(names, gradients, strict=True))
+
+
+def edge_by_dimension(
+    model: Any,
+    tokens: Int[Tensor, "1 pos"],
+    objective: Callable[[Tensor], Tensor],
+    rule_set: RuleSet,
+    source: tuple[str, int],
+    target: tuple[str, int],
+) -> Float[Tensor, " d_model"]:
+    """One edge as a sum over the hidden dimensions of its source: one backward signal.
+
+    Args:
+        source, target: (residual-stream HookPoint, position).
+
+    Raises:
+        ModelStateError, UncoveredComponentError: as ``lrp``.
+    """
+    names = [source[0], target[0]]
+    with _recorded(model, tokens, objective, rule_set, names) as (seen, at):
+        signal = torch.zeros_like(at[target[0]])
+        signal[0, target[1]] = at[target[0]][0, target[1]]
+        (back,) = torch.autograd.grad(seen[target[0]], seen[source[0]], signal)
+        h, g = seen[source[0]].detach()[0, source[1]], back[0, source[1]]
+    return (at_least_float32(h) * at_least_float32(g)).cpu()
+
+
 def packed_edges(
     model: Any,
     tokens: Int[Tensor, "1 pos"],
@@ -68,29 +127,8 @@ def packed_edges(
         return {}
     from tqdm.auto import tqdm  # here: in a notebook without widgets its import warns
 
-    check_ready(model, "attribution_graph")
-    check_single(model)
-    attachments, _ = plan(model, rule_set)
     names = list(dict.fromkeys(name for pair in transitions for name in pair))
-    seen: dict[str, Tensor] = {}
-    hook_dict = model.hook_dict
-
-    def start(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return tensor.detach().requires_grad_(True)
-
-    def keep(name: str) -> HookFn:
-        def hook_fn(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
-            seen[name] = tensor
-
-        return hook_fn
-
-    starts = [(public_name(hook_dict, n), start) for n in LEAVES if n in hook_dict]
-    keeps = [(public_name(hook_dict, name), keep(name)) for name in names]
-    with frozen_parameters(model):
-        with model.hooks(fwd_hooks=[*starts, *keeps]), attached(model, attachments):
-            value = objective(model(tokens))
-        gradients = torch.autograd.grad(value, [seen[n] for n in names], retain_graph=True)
-        at = dict(zip(names, gradients, strict=True))
+    with _recorded(model, tokens, objective, rule_set, names) as (seen, at):
         result = {}
         rows = {pair: _expanded(seen[pair[1]], at[pair[1]], node_threshold) for pair in transitions}
         bar = tqdm(

@@ -8,10 +8,14 @@ are kept on request when the graph is made (``attribution_graph(..., details=Tru
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .prompts import model_device
+from .rulesets import RuleSet, get_rule_set
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,26 +90,41 @@ def explain_node(graph: AttributionGraph, site: int | str, pos: int, k: int = 10
     return _frame(rows, float(graph.relevance[index, pos]), len(rows))
 
 
-def explain_edge(graph: AttributionGraph, source: Node, target: Node, k: int = 10) -> pd.DataFrame:
-    """Which heads carry one edge, by value and by key.
+def explain_edge(
+    graph: AttributionGraph,
+    source: Node,
+    target: Node,
+    k: int = 10,
+    *,
+    model: Any = None,
+    objective: Callable[[Tensor], Tensor] | None = None,
+    rules: str | RuleSet | None = None,
+) -> pd.DataFrame:
+    """Which heads carry one edge, by value and by key, and which hidden dimensions.
 
     Args:
-        graph: Made with ``heads=True``.
+        graph: Made with ``heads=True``, for heads.
         source, target: (site name or index, position).
-        k: Rows to return, largest |weight| first.
+        k: Rows of each part to return; all rows come by |relevance|, largest first.
+        model, objective: What the graph was made from. With them, the hidden dimensions of the
+            source that carry the edge are given too, from one more forward and backward.
+        rules: The graph's own, by name, unless given (needed for a ``RuleSet`` of your own).
 
     Returns:
-        Columns part ("head by value", "head by key", or "position-wise": residual stream, queries
-        and MLP, on edges that stay at their position), name ("2.3"), relevance (the weight, in
-        logits), share (of the edge). All rows together add up to the edge.
+        Columns part ("head by value", "head by key", "position-wise": residual stream, queries
+        and MLP, on edges that stay at their position; "dimension"), name ("2.3"; "17"), relevance
+        (logits), share (of the edge). Heads and the position-wise part add up to the edge, and so
+        do the dimensions.
 
     Raises:
-        ValueError: the graph is not split by heads, or has no such edge.
+        ValueError: the graph is not split by heads and no model is given, or it has no such edge.
     """
-    if graph.head is None or graph.path is None:
+    if (model is None) != (objective is None):
+        raise ValueError("Give model and objective together, or neither.")
+    if graph.head is None and model is None:
         raise ValueError(
             "This graph's edges are not split by heads; make it with "
-            "attribution_graph(..., heads=True)."
+            "attribution_graph(..., heads=True), or give model= and objective= for dimensions."
         )
     s, t = graph.site_index(source[0]), graph.site_index(target[0])
     i, j = _position(graph, source[1]), _position(graph, target[1])
@@ -117,7 +136,25 @@ def explain_edge(graph: AttributionGraph, source: Node, target: Node, k: int = 1
         raise ValueError(
             f"There is no edge from {graph.sites[s]} @{i} to {graph.sites[t]} @{j} in this graph."
         )
-    block, _ = writer_block(graph.sites[t])
+    edge = float(graph.weight[here].double().sum())
+    rows = [] if graph.head is None else _heads(graph, here, t, k)
+    if model is not None and objective is not None:
+        from .packed import edge_by_dimension
+
+        rule_set = get_rule_set(graph.rules if rules is None else rules)
+        ends = (graph.sites[s], i), (graph.sites[t], j)
+        tokens = graph.token_ids[None].to(model_device(model))
+        by_dimension = edge_by_dimension(model, tokens, objective, rule_set, *ends)
+        rows += _largest("dimension", "{}", by_dimension, k)
+    return _frame(rows, edge, len(rows))
+
+
+def _heads(
+    graph: AttributionGraph, here: Tensor, target: int, k: int
+) -> list[tuple[str, str, float]]:
+    assert graph.head is not None
+    assert graph.path is not None
+    block, _ = writer_block(graph.sites[target])
     parts = {0: "position-wise", 1: "head by value", 2: "head by key"}
     rows = [
         (parts[path], f"{block}.{head}" if head >= 0 else "", weight)
@@ -126,4 +163,4 @@ def explain_edge(graph: AttributionGraph, source: Node, target: Node, k: int = 1
             strict=True,
         )
     ]  # fmt: skip
-    return _frame(rows, float(graph.weight[here].double().sum()), k)
+    return sorted(rows, key=lambda row: -abs(row[2]))[:k]
