@@ -74,19 +74,25 @@ def _product(a: Tensor, b: Tensor, share: float) -> Tensor:
     return (share * a * b).masked_fill(b == 0, 0.0)
 
 
-def needs_tangents(model: Any, layer: int, sites: tuple[Site, ...], rule_set: RuleSet) -> bool:
+def biased_blocks(model: Any) -> frozenset[int]:
+    """Blocks in which a bias reaches queries, keys or values: a norm's before them or their own."""
+    return frozenset(
+        int(path.split(".")[1])
+        for path, component in components(model).items()
+        if path.startswith("blocks.") and ".mlp" not in path and not path.endswith(".o")
+        if getattr(component.original_component, "bias", None) is not None
+    )
+
+
+def needs_tangents(
+    layer: int, sites: tuple[Site, ...], rule_set: RuleSet, biased: frozenset[int]
+) -> bool:
     """Whether v and S differ from their derivatives along the residual vector in this block."""
     prefix = f"blocks.{layer}."
     inside = [site for site in sites if site.path.startswith(prefix)]
     if any(site.operation == "softcap" for site in inside) and rule_set.softcap == "gradient":
         return True
-    if rule_set.norm == "gradient":
-        return True
-    return any(
-        getattr(component.original_component, "bias", None) is not None
-        for path, component in components(model).items()
-        if path.startswith(prefix) and ".mlp" not in path and not path.endswith(".o")
-    )
+    return rule_set.norm == "gradient" or layer in biased
 
 
 def edge_readings(
@@ -95,6 +101,7 @@ def edge_readings(
     sites: tuple[Site, ...],
     rule_set: RuleSet,
     call: BlockCall,
+    biased: frozenset[int],
 ) -> list[Reading]:
     """What to read in the backward so that ``edges`` is filled.
 
@@ -104,10 +111,11 @@ def edge_readings(
         sites: ``find_sites(model)``.
         rule_set: The rules of that backward.
         call: Recorded in the forward; used where tangents are needed.
+        biased: ``biased_blocks(model)``.
     """
     prefix = f"blocks.{edges.layer}.attn."
     constant_pattern = rule_set.softmax == "constant"
-    tangents = needs_tangents(model, edges.layer, sites, rule_set)
+    tangents = needs_tangents(edges.layer, sites, rule_set, biased)
     key_share = 0.5 if rule_set.qk == "half" else 1.0
     value_share = 0.5 if rule_set.pattern_v == "half" else 1.0
     kept = edges._kept

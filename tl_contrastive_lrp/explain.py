@@ -21,8 +21,6 @@ from .rulesets import RuleSet
 from .sites import components, require_bridge
 from .sums import Sums
 
-_SPLIT_BY_BLOCK = "blocks."
-
 
 def residual_sites(model: Any) -> tuple[str, ...]:
     """HookPoints of the residual stream: every block's input, and the last block's output."""
@@ -43,7 +41,7 @@ def _biases(model: Any) -> dict[str, Tensor]:
 
 def _step_of(name: str, n_layers: int) -> int:
     """Index of the ledger row a bias belongs to: 0 embedding, 1 + block, last: after the blocks."""
-    if name.startswith(_SPLIT_BY_BLOCK):
+    if name.startswith("blocks."):
         return 1 + int(name.split(".")[1])
     return n_layers + 1
 

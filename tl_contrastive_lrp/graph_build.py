@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .attribution import special_mask
 from .backward import run
-from .edges import BlockEdges, edge_readings
+from .edges import BlockEdges, biased_blocks, edge_readings
 from .explain import residual_sites
 from .graph import AttributionGraph
 from .graph_columns import EdgeColumns
@@ -95,11 +95,12 @@ def attribution_graph(
         is_head = name.endswith("hook_z")
         sums.add(name, (lambda r: r.sum(-1)[0].T) if is_head else (lambda r: r[0]))
     edges = {s.block: BlockEdges(s.block, heads) for s in steps if s.kind == "attention"}
+    biased = biased_blocks(model)
     calls = {block: BlockCall() for block in edges}
     readings = [
         reading
         for block, found in edges.items()
-        for reading in edge_readings(model, found, covered, rule_set, calls[block])
+        for reading in edge_readings(model, found, covered, rule_set, calls[block], biased)
     ]
     scopes = [call.recorded(model.blocks[block]) for block, call in calls.items()]
     logits, value, coverage = run(
