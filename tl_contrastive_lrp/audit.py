@@ -1,0 +1,51 @@
+"""``audit``: did a rule miss anything? Answered on the graph that relevance itself flows through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import context
+from .audit_report import Audit, Finding, refusal
+from .audit_run import audited
+from .backward import LEAVES
+
+__all__ = ["Audit", "Finding", "audit", "require_clean"]
+
+
+def audit(model: Any) -> Audit:
+    """Account for every operation between the logits of ``model`` and its embeddings.
+
+    The model runs once on four tokens with the rules of "attnlrp" on. Each node of the autograd
+    graph, the one that relevance flows through, must then be linear in what is computed, one of the
+    rules, or a softmax (or a sigmoid that weighs something), whose ordinary gradient is its rule;
+    and each product of two computed tensors must be halved exactly once. What is not, or is not
+    known, is a finding. The answer is kept until the model's components or flags change.
+
+    What it cannot see: operations that another prompt would take another way (a branch on the
+    prompt's length), values the model itself detaches, and whether a rule's closed form is that of
+    its activation: ``verify`` measures these.
+
+    Args:
+        model: A ``TransformerBridge`` in evaluation mode.
+
+    Raises:
+        ModelStateError: training mode, or rules already on.
+        UncoveredComponentError: a component that is refused before anything runs.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        context.check_ready(model, "audit")
+        context.check_single(model)
+    return audited(model, lambda: context.attached(model, context.plan(model, "attnlrp")[0]), LEAVES)
+
+
+def require_clean(model: Any) -> None:
+    """Refuse a model in which a rule misses something.
+
+    Raises:
+        UncoveredComponentError: names every operation that is not accounted for.
+    """
+    report = audit(model)
+    if not report.clean:
+        raise refusal(report)

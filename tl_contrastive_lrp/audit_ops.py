@@ -1,0 +1,119 @@
+"""What each node of an autograd graph does to relevance, as tables.
+
+Names are those of autograd's nodes without "Backward" and the trailing number (``MulBackward0`` is
+``Mul``); where overloads differ in kind, the number stays (``Div2`` rounds). A name in no table is
+unknown, and so a finding: the tables may only grow by operations that somebody has looked at.
+
+Which inputs of a node are *computed* is read off the graph (a gradient flows there); with the
+parameters frozen, everything else is a constant of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+# Linear in all computed inputs together: moves, copies, sums and masks with constant conditions.
+LINEAR: frozenset[str] = frozenset(
+    """
+    Add Sub Rsub Neg Sum Mean Cumsum Nansum Trace
+    Alias View UnsafeView ReshapeAlias ReshapeCopy Squeeze Unsqueeze Expand ExpandCopy Transpose T
+    Permute Movedim Select Slice Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes Unbind Stack
+    Cat Unfold AsStrided Diagonal Diag DiagEmbed Narrow
+    Index IndexSelect IndexAdd IndexCopy IndexPut IndexPutImpl IndexFill Gather Take TakeAlongDim
+    Scatter ScatterAdd SelectScatter SliceScatter DiagonalScatter AsStridedScatter MaskedScatter
+    MaskedSelect MaskedFill Where Tril Triu Roll Flip Rot90 Repeat RepeatInterleave ConstantPadNd
+    Clone Copy ToCopy Contiguous Fill Zero Conj ResolveConj Real Imag ViewAsReal ViewAsComplex
+    Complex
+    """.split()
+)
+# The largest, the k largest, a sorting: which elements is a constant, their values are linear.
+SELECTING: frozenset[str] = frozenset("Topk Sort Max Min Amax Amin Kthvalue".split())
+
+# Products: positions of the factors. Other positions are added. With one computed factor the
+# operation is linear.
+PRODUCTS: dict[str, tuple[int, ...]] = {
+    "Mul": (0, 1),
+    "Mm": (0, 1),
+    "Bmm": (0, 1),
+    "Mv": (0, 1),
+    "Dot": (0, 1),
+    "Addmm": (1, 2),
+    "Addmv": (1, 2),
+    "Addbmm": (1, 2),
+    "Baddbmm": (1, 2),
+    "Addcmul": (1, 2),
+    "Linear": (0, 1),
+    "Convolution": (0, 1),
+    "GroupedMm": (0, 1),
+}
+# Those that mix the elements of their computed factor: here a halving meant for a product in
+# front has missed it.
+MIXING: frozenset[str] = frozenset(PRODUCTS) - {"Mul", "Addcmul"}
+# query·key, softmax and pattern·value in one node, inputs (query, key, value).
+FUSED_ATTENTION = "ScaledDotProduct"
+
+# Their ordinary gradient is the rule.
+SOFTMAXES: frozenset[str] = frozenset({"Softmax", "SafeSoftmax"})
+# Their ordinary gradient is the rule where the result is the weight of something else.
+GATES: frozenset[str] = frozenset({"Sigmoid"})
+
+_NORM = (
+    "it normalises where no rule holds the denominator constant (the LN-rule belongs to "
+    "TransformerLens' norm components)"
+)
+_ACTIVATION = "it is an activation function without the identity rule"
+_ELEMENTWISE = "it is not linear and has no rule"
+_FLAT = "its gradient is zero almost everywhere, so relevance would vanish here"
+
+# Known to be nonlinear, and why that matters.
+NONLINEAR: dict[str, str] = {
+    **dict.fromkeys(
+        "NativeLayerNorm NativeGroupNorm NativeBatchNorm CudnnBatchNorm RmsNorm FusedRmsNorm Norm "
+        "LinalgVectorNorm Rsqrt Sqrt Var Std VarMean StdMean Reciprocal".split(),
+        _NORM,
+    ),
+    **dict.fromkeys(
+        "Silu Gelu Relu Tanh Sigmoid Softplus Elu Celu Selu LeakyRelu PreluKernel Hardswish "
+        "Hardsigmoid Hardtanh Mish LogSigmoid Threshold Glu Softshrink Hardshrink".split(),
+        _ACTIVATION,
+    ),
+    **dict.fromkeys(
+        "Pow Exp Exp2 Expm1 Log Log1P Log2 Logsumexp LogSoftmax Abs Clamp ClampMin ClampMax "
+        "Maximum Minimum Erf Erfc Sin Cos Atan Prod Cumprod Hypot Sgn Lerp".split(),
+        _ELEMENTWISE,
+    ),
+    "Div": "it divides by a computed value",
+    **dict.fromkeys("Div2 Div3 Round Floor Ceil Trunc Sign Fmod Remainder".split(), _FLAT),
+    "NativeDropout": "dropout is on; call model.eval() first",
+}
+
+
+@dataclass(frozen=True)
+class RuleNode:
+    """What one of this package's autograd Functions means for the walk.
+
+    Attributes:
+        follow: Positions of the inputs that its backward sends a gradient to.
+        effect: "pass" hands everything on; "halve" announces a product below (or settles one
+            above); "product" is a product that has its rule inside; "norm" is a norm that has its
+            rule inside; "ordinary" says that the next nonlinear node below keeps its ordinary
+            gradient by decision.
+    """
+
+    follow: tuple[int, ...]
+    effect: Literal["pass", "halve", "product", "norm", "ordinary"] = "pass"
+
+
+# By "room.class" of the Function.
+RULES: dict[str, RuleNode] = {
+    "rules._ScaleGradient": RuleNode((0,), "halve"),
+    "rules._LinearNorm": RuleNode((1, 2), "norm"),
+    "rules._Normalized": RuleNode((1,), "norm"),
+    "rules._Weighted": RuleNode((1,)),
+    "rules._Ratio": RuleNode((1,)),
+    "rules._GatedProduct": RuleNode((1, 2), "product"),
+    "rules._SoftmaxTemperature": RuleNode((0,)),
+    "rules._Tap": RuleNode((0,)),
+    "rules._Ordinary": RuleNode((0,), "ordinary"),
+}

@@ -1,0 +1,231 @@
+"""Running a model once, on four tokens, for the sake of its autograd graph.
+
+Nothing is left behind: hooks that a user has on the model are set aside meanwhile, random numbers,
+gradients and ``requires_grad`` stay as they are. ``audited`` keeps the answer until something about
+the model changes, so asking again costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .audit_report import Audit, Finding
+from .audit_walk import Found, walk_graph
+from .sites import components
+
+_TOKENS = 4
+
+_known: WeakKeyDictionary[Any, tuple[object, Audit]] = WeakKeyDictionary()
+
+
+def audited(
+    model: Any, attach: Callable[[], AbstractContextManager[None]], leaves: tuple[str, ...]
+) -> Audit:
+    """The audit of ``model`` under the rules that ``attach`` puts on.
+
+    Args:
+        model: A ``TransformerBridge`` in evaluation mode, with no rules on it.
+        attach: Makes the context in which every rule of "attnlrp" is on; called only if the model
+            changed since it was last audited.
+        leaves: HookPoints where the input enters.
+    """
+    state = _signature(model)
+    known = _known.get(model)
+    if known is None or known[0] != state:
+        known = _known[model] = (state, _audit(model, attach, leaves))
+    return known[1]
+
+
+def _signature(model: Any) -> object:
+    """What an audit depends on, as far as it can change on a living model."""
+    flags = tuple(
+        (name, value)
+        for name, value in sorted(vars(model.cfg).items())
+        if name.startswith("use_") and isinstance(value, bool)
+    )
+    modules = tuple(
+        (id(type(module)), getattr(module, "_use_processed_weights", None))
+        for module in model.original_model.modules()
+    )
+    config = getattr(model.original_model, "config", None)
+    attention = getattr(config, "_attn_implementation", None)
+    return flags, getattr(model, "compatibility_mode", None), attention, modules
+
+
+def _audit(
+    model: Any, attach: Callable[[], AbstractContextManager[None]], leaves: tuple[str, ...]
+) -> Audit:
+    names = module_names(model)
+    owners = _Owners(names)
+    inputs: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_same_random_numbers(model))
+        stack.enter_context(_constant_parameters(model))
+        stack.enter_context(_hooks_aside(model))
+        stack.enter_context(_leaves_at(model, leaves, inputs))
+        stack.enter_context(attach())
+        stack.enter_context(owners.watch())
+        logits = model(_some_tokens(model))
+    walk = walk_graph(logits, inputs.values())
+    findings = [owners.finding(found) for found in walk.found]
+    if not inputs or walk.leaves == 0:
+        why = "no gradient reaches the embeddings from the logits, so there is nothing to explain"
+        findings.insert(0, Finding("model", type(model.original_model).__name__, "none", why))
+    return Audit(tuple(dict.fromkeys(findings)), walk.counts)
+
+
+def _some_tokens(model: Any) -> Tensor:
+    device = next(iter(model.original_model.parameters())).device
+    return (torch.arange(1, _TOKENS + 1, device=device) % int(model.cfg.d_vocab))[None]
+
+
+# ---------------------------------------------------------------- leaving no trace
+
+
+@contextmanager
+def _same_random_numbers(model: Any) -> Iterator[None]:
+    devices = {p.device for p in model.original_model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
+        yield
+
+
+@contextmanager
+def _constant_parameters(model: Any) -> Iterator[None]:
+    roots = (model.original_model.parameters(), nn.Module.parameters(model))
+    wanted = {id(p): p for root in roots for p in root if p.requires_grad}
+    try:
+        for p in wanted.values():
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in wanted.values():
+            p.requires_grad_(True)
+
+
+def _is_own(handle: Any) -> bool:
+    """A hook that TransformerLens itself put there for good; part of the model."""
+    module = getattr(handle.user_hook, "__module__", None) or ""
+    return bool(handle.is_permanent) and module.startswith("transformer_lens.")
+
+
+@contextmanager
+def _hooks_aside(model: Any) -> Iterator[None]:
+    """No hook of a user on any HookPoint inside the block; afterwards all in their old order."""
+    points = {id(point): point for point in model.hook_dict.values()}.values()
+    aside: list[tuple[Any, list[Any], list[Any], list[tuple[dict[int, Any], dict[int, Any]]]]] = []
+    try:
+        for point in points:
+            if not point.fwd_hooks and not point.bwd_hooks and not point._forward_hooks:
+                continue
+            own = {handle.hook.id for handle in point.fwd_hooks if _is_own(handle)}
+            tables = []
+            for table in (point._forward_hooks, point._backward_hooks):
+                tables.append((table, dict(table)))
+            aside.append((point, point.fwd_hooks, point.bwd_hooks, tables))
+            # The dictionaries stay themselves: handles refer to them.
+            for table, kept in tables:
+                table.clear()
+                table.update({key: hook for key, hook in kept.items() if key in own})
+            point.fwd_hooks = [h for h in point.fwd_hooks if h.hook.id in own]
+            point.bwd_hooks = []
+        yield
+    finally:
+        for point, fwd_hooks, bwd_hooks, tables in aside:
+            point.fwd_hooks, point.bwd_hooks = fwd_hooks, bwd_hooks
+            for table, kept in tables:
+                table.clear()
+                table.update(kept)
+
+
+@contextmanager
+def _leaves_at(model: Any, names: tuple[str, ...], found: dict[str, Tensor]) -> Iterator[None]:
+    def leaf(tensor: Tensor, hook: Any) -> Tensor:
+        found[hook.name] = tensor.detach().requires_grad_(True)
+        return found[hook.name]
+
+    there = [name for name in names if name in model.hook_dict]
+    with model.hooks(fwd_hooks=[(name, leaf) for name in there]):
+        yield
+
+
+# ---------------------------------------------------------------- which module made a node
+
+
+def module_names(model: Any) -> dict[nn.Module, str]:
+    """Every module of the wrapped model by its path as TransformerLens names it.
+
+    "blocks.0.mlp" for a component, "blocks.0.mlp.act_fn" for what one wraps.
+    """
+    paths = {id(component): path for path, component in components(model).items()}
+    names: dict[nn.Module, str] = {}
+    translated: dict[str, str] = {"": ""}
+    for raw, module in model.original_model.named_modules():
+        head, _, last = raw.rpartition(".")
+        above = translated.get(head, head)
+        if id(module) in paths:
+            name = paths[id(module)]
+        elif last == "_original_component":
+            name = above
+        else:
+            name = f"{above}.{last}" if above else last
+        translated[raw] = name
+        names[module] = name or "model"
+    return names
+
+
+class _Owners:
+    """Which module's forward created a node, from autograd's sequence numbers.
+
+    The numbers grow in order of creation, so noting the current one whenever a module is entered or
+    left tells for every node the innermost module at work.
+    """
+
+    def __init__(self, names: dict[nn.Module, str]) -> None:
+        self.names = names
+        self.starts: list[int] = []
+        self.at: list[nn.Module | None] = []
+        self.inside: list[nn.Module] = []
+
+    def _note(self) -> None:
+        self.starts.append(torch.autograd._get_sequence_nr())
+        self.at.append(self.inside[-1] if self.inside else None)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
+        self.inside.append(module)
+        self._note()
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        while self.inside and self.inside.pop() is not module:
+            pass
+        self._note()
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Notes entries and exits while the block runs."""
+        with ExitStack() as stack:
+            for module in self.names:
+                if type(module).__name__ == "HookPoint":
+                    continue
+                before = module.register_forward_pre_hook(self._enter, prepend=True)
+                stack.callback(before.remove)
+                stack.callback(module.register_forward_hook(self._leave).remove)
+            yield
+
+    def finding(self, found: Found) -> Finding:
+        """The finding with its module's name and class."""
+        at = bisect_right(self.starts, found.node._sequence_nr()) - 1
+        module = self.at[at] if at >= 0 else None
+        if module is None:
+            return Finding("model", "", found.operation, found.why)
+        wrapped = getattr(module, "original_component", None)
+        kind = type(module if wrapped is None else wrapped).__name__
+        return Finding(self.names[module], kind, found.operation, found.why)
