@@ -25,9 +25,10 @@ from . import rules
 from .attach_norm import attach_norm
 from .attachment import Attachment, HookFn, edit, gradient, is_same
 from .errors import ModelStateError
+from .inside import attach_inside
 from .rules_softcap import correct_softcap, softcap
 from .rulesets import RuleSet
-from .sites import Operation, Site
+from .sites import Operation, Site, is_kind
 
 # ---------------------------------------------------------------- activations and gates
 
@@ -51,7 +52,21 @@ def _activation(site: Site, rule_set: RuleSet) -> Attachment:
         return gradient(site, rule_set)
     ratio, mlp, path = site.ratio, site.component, site.path
     assert ratio is not None
-    gated = type(mlp).__name__ == "GatedMLPBridge"
+
+    def torch_hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:  # noqa: ARG001
+        return rules.identity(output.detach(), args[0], ratio)
+
+    @contextmanager
+    def scoped() -> Iterator[None]:
+        handle = site.module.register_forward_hook(torch_hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    if mlp is None:
+        return Attachment(site, "identity", "at the activation module", scoped=scoped)
+    gated = is_kind(mlp, "GatedMLPBridge")
     pre_name = f"{path}.{'gate' if gated else 'in'}.hook_out"
     up_name, post_name = f"{path}.in.hook_out", f"{path}.out.hook_in"
     seen: dict[str, Tensor] = {}
@@ -78,17 +93,6 @@ def _activation(site: Site, rule_set: RuleSet) -> Attachment:
     hooks = (*((name, capture(name)) for name in captures), (post_name, at_post))
     if site.module is None:
         return Attachment(site, "identity", f"at {post_name}", hooks, captures)
-
-    def torch_hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:  # noqa: ARG001
-        return rules.identity(output.detach(), args[0], ratio)
-
-    @contextmanager
-    def scoped() -> Iterator[None]:
-        handle = site.module.register_forward_hook(torch_hook)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     return Attachment(site, "identity", "at the wrapped activation", hooks, captures, scoped)
 
@@ -190,6 +194,8 @@ _ATTACH: dict[Operation, Callable[[Site, RuleSet], Attachment]] = {
     "softmax": _softmax,
     "pattern_v": _pattern_v,
     "softcap": _softcap,
+    "attention": attach_inside,
+    "experts": attach_inside,
 }
 
 

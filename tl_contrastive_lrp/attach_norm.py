@@ -2,24 +2,25 @@
 
 TransformerLens computes a norm in one of two ways. On its own path the denominator is an editable
 value at ``hook_scale``, and detaching it there is the whole rule. On its native path the wrapped
-module computes, ``hook_scale`` and ``hook_normalized`` only observe, and the linear form is put in
-at the module's output from what they saw.
+module computes, ``hook_scale`` and ``hook_normalized`` only observe, and the rule is put in at the
+module's output, from its input. So it is where attention calls the wrapped norm itself, on one
+copy of the stream a head (``use_split_qkv_input``, ``use_attn_in``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import rules
-from .attachment import Attachment, edit, gradient, is_same
+from .attachment import Attachment, HookFn, edit, gradient, is_same
 from .errors import ModelStateError
 from .rulesets import RuleSet
-from .sites import Site
+from .sites import Site, refusal
 
 
 def uses_native_norm(component: Any) -> bool:
@@ -37,15 +38,128 @@ def norm_weight(norm: Any, normalized: Tensor) -> Tensor:
     return 1.0 + factor if norm.uses_weight_offset else factor
 
 
+def norm_eps(component: Any) -> float:
+    """What the wrapped norm adds under the root."""
+    for name in ("eps", "variance_epsilon"):
+        eps = getattr(component.original_component, name, None)
+        if eps is not None:
+            return float(eps)
+    return float(getattr(component.config, "eps", 1e-5))
+
+
 def attach_norm(site: Site, rule_set: RuleSet) -> Attachment:
     """The attachment of a norm's rule."""
     if rule_set.norm == "gradient":
         return gradient(site, rule_set)
     component, path = site.component, site.path
+    live: list[HookFn] = []
+
+    def scoped() -> AbstractContextManager[None]:
+        return _at_wrapped_norm(component, path, live)
+
     if not uses_native_norm(component):
         hook = (f"{path}.hook_scale", edit(rules.constant))
-        return Attachment(site, "LN", "scale detached at hook_scale", (hook,))
+        how = "scale detached at hook_scale"
+        return Attachment(site, "LN", how, (hook,), scoped=scoped, beside=(hook,))
+    hooks = _native_hooks(component, path)
+    return Attachment(
+        site,
+        "LN",
+        "linear form at the wrapped norm",
+        hooks,
+        scoped=scoped,
+        live={f"{path}.hook_normalized": live},
+    )
 
+
+# ---------------------------------------------------------------- at the wrapped module
+
+
+@contextmanager
+def _at_wrapped_norm(component: Any, path: str, live: list[HookFn]) -> Iterator[None]:
+    """The LN-rule at the module itself, wherever it is called from.
+
+    Torch hooks only: hook functions on hook_scale and hook_normalized would make TransformerLens
+    compute a norm's statistics with a graph, for nothing.
+    """
+    wrapped, seen = component.original_component, dict[str, Tensor]()
+    native = uses_native_norm(component)
+
+    def clear(*_: Any) -> None:
+        seen.clear()
+
+    def at_scale(module: Any, args: tuple[Any, ...], scale: Tensor) -> Tensor | None:  # noqa: ARG001
+        if component.hook_scale.bwd_hooks or component.hook_normalized.bwd_hooks:
+            seen["done"] = scale
+            return rules.constant(scale)  # TransformerLens computes the norm itself then
+        return None
+
+    def at_normalized(module: Any, args: tuple[Any, ...], normalized: Tensor) -> None:  # noqa: ARG001
+        seen["normalized"] = normalized
+
+    def at_output(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:  # noqa: ARG001
+        seen["done"] = output
+        return _linear(component, path, output, args[0], seen.get("normalized"), live)
+
+    def at_end(*_: Any) -> None:
+        if "done" not in seen:  # somebody edited the statistics: the wrapped norm was never called
+            raise _norm_edited(path)
+        seen.clear()
+
+    with ExitStack() as stack:
+        handles = [wrapped.register_forward_hook(at_output)]
+        if native:
+            handles += [
+                component.register_forward_pre_hook(clear),
+                component.hook_scale.register_forward_hook(at_scale),
+                component.hook_normalized.register_forward_hook(at_normalized),
+                component.register_forward_hook(at_end),
+            ]
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+def _linear(
+    component: Any,
+    path: str,
+    y: Tensor,
+    x: Tensor,
+    normalized: Tensor | None,
+    live: list[HookFn],
+) -> Tensor | None:
+    """The rule from the module's own input, once one row shows that its formula is what it says."""
+    if not x.requires_grad:
+        return None
+    wrapped, centred = component.original_component, not component.uses_rms_norm
+    eps, y = norm_eps(component), y.detach()  # nothing else hangs on the norm's own graph
+    weight = norm_weight(component, rules.at_least_float32(x.detach()))
+    with torch.no_grad():
+        row = rules.at_least_float32(x.flatten(0, -2)[:1])
+        expected = (row - row.mean(-1, keepdim=True) if centred else row) * weight
+        expected = expected / rules.norm_scale(row, eps, centred)
+        bias = getattr(wrapped, "bias", None)
+        expected = expected if bias is None else expected + bias
+        same = is_same(expected.to(y.dtype), y.flatten(0, -2)[:1])
+    if not same:
+        formula = f"weight · x/√(mean x² + {eps:g}){' with x centred' if centred else ''}"
+        raise refusal(
+            path, wrapped, f"it does not compute {formula}, as its component says it does."
+        )
+    # Where nobody reads the normalised value, only its place on the graph matters.
+    value = rules.at_least_float32(x.detach()) if normalized is None else normalized.detach()
+    value = rules.normalized_of(value, x, eps, centred=centred)
+    for hook_fn in live:
+        returned = hook_fn(value, None)
+        value = value if returned is None else returned
+    return rules.weighted(y, value, weight)
+
+
+# ---------------------------------------------------------------- as a list of hooks
+
+
+def _native_hooks(component: Any, path: str) -> tuple[tuple[str, HookFn], ...]:
+    """The rule from what the four HookPoints of a native norm see, with a check between them."""
     seen: dict[str, Tensor] = {}
 
     def observe_scale(scale: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
@@ -60,29 +174,6 @@ def attach_norm(site: Site, rule_set: RuleSet) -> Attachment:
         if "scale" in seen:
             seen["normalized"] = normalized
 
-    def linear(output: Tensor) -> Tensor | None:
-        normalized, scale = seen.pop("normalized"), seen.pop("scale")
-        if not normalized.requires_grad:
-            return None
-        return rules.linear_norm(output, normalized, scale, norm_weight(component, normalized))
-
-    def torch_hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:  # noqa: ARG001
-        # Detached: nothing else hangs on the norm's own graph here, and it need not be kept.
-        return linear(output.detach()) if "normalized" in seen else None
-
-    def refuse_edits(output: Tensor, hook: Any) -> None:  # noqa: ARG001
-        if seen:  # the wrapped norm was never called
-            seen.clear()
-            raise _norm_edited(path)
-
-    @contextmanager
-    def scoped() -> Iterator[None]:
-        handle = component.original_component.register_forward_hook(torch_hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-
     def observe_input(x: Tensor, hook: Any) -> None:  # noqa: ARG001
         seen["x"] = x.detach()
 
@@ -90,31 +181,26 @@ def attach_norm(site: Site, rule_set: RuleSet) -> Attachment:
         x = seen.pop("x", None)
         if x is None or "normalized" not in seen:
             return None
+        normalized, scale = seen.pop("normalized"), seen.pop("scale")
+        factor = norm_weight(component, normalized)
         with torch.no_grad():
-            normalized, scale = seen["normalized"], seen["scale"]
             centred = x.to(normalized.dtype)
             if not component.uses_rms_norm:
                 centred = centred - centred.mean(-1, keepdim=True)
-            expected = normalized * norm_weight(component, normalized)
+            expected = normalized * factor
             bias = getattr(component.original_component, "bias", None)
             expected = expected if bias is None or component.uses_rms_norm else expected + bias
-            same = is_same(centred / scale, normalized) and is_same(expected, output)
-        if not same:
-            seen.clear()
-            raise _norm_edited(path)
-        return linear(output)
+            if not (is_same(centred / scale, normalized) and is_same(expected, output)):
+                raise _norm_edited(path)
+        if not normalized.requires_grad:
+            return None
+        return rules.linear_norm(output, normalized, scale, factor)
 
-    observers = (
+    return (
+        (f"{path}.hook_in", observe_input),
         (f"{path}.hook_scale", observe_scale),
         (f"{path}.hook_normalized", observe_normalized),
-    )
-    return Attachment(
-        site,
-        "LN",
-        "linear form at the wrapped norm",
-        ((f"{path}.hook_in", observe_input), *observers, (f"{path}.hook_out", at_output)),
-        scoped=scoped,
-        beside=(*observers, (f"{path}.hook_out", refuse_edits)),
+        (f"{path}.hook_out", at_output),
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class Attachment:
             there, or cut the gradient off.
         scoped: The same rule as a context manager, where it has that form.
         beside: Hooks that ``scoped`` needs beside it, in place of ``hooks``.
+        live: Lists of hook functions, by HookPoint, that the attachment calls at the value itself
+            where TransformerLens' own HookPoint fires too late to be read or changed.
     """
 
     site: Site
@@ -39,6 +41,12 @@ class Attachment:
     captures: tuple[str, ...] = ()
     scoped: Scoped | None = None
     beside: tuple[tuple[str, HookFn], ...] = ()
+    live: Mapping[str, list[HookFn]] = field(default_factory=dict)
+
+    @property
+    def needs_scope(self) -> bool:
+        """Whether no list of hooks can carry the rule."""
+        return self.scoped is not None and not self.hooks
 
 
 def edit(function: Callable[[Tensor], Tensor]) -> HookFn:

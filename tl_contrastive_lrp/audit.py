@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from . import context
+from . import placement
 from .audit_report import Audit, Finding, refusal
 from .audit_run import audited
-from .backward import LEAVES
+from .sites import LEAVES
 
 __all__ = ["Audit", "Finding", "audit", "require_clean"]
 
@@ -35,9 +36,13 @@ def audit(model: Any) -> Audit:
         UncoveredComponentError: a component that is refused before anything runs.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        context.check_ready(model, "audit")
-        context.check_single(model)
-    return audited(model, lambda: context.attached(model, context.plan(model, "attnlrp")[0]), LEAVES)
+        placement.check_ready(model, "audit")
+        placement.check_single(model)
+
+    def attach() -> AbstractContextManager[None]:
+        return placement.attached(model, placement.place(model, "attnlrp")[0])
+
+    return audited(model, attach, LEAVES)
 
 
 def require_clean(model: Any) -> None:

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from . import rules
 from .attachment import HookFn
-from .context import attached, check_ready, check_single, plan, public_name
+from .context import plan
 from .coverage_table import Coverage
 from .errors import ModelStateError
+from .placement import attached, check_ready, check_single, public_name
+from .precision import first_gradient, plain
 from .rulesets import RuleSet
+from .sites import LEAVES
 
 Sink = Callable[[Tensor, Tensor], None]
-
-# Where the input enters: everything upstream of these is token ids.
-LEAVES = ("embed.hook_out", "pos_embed.hook_out")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +80,8 @@ def _read_hook(reading: Reading) -> HookFn:
         if reading.fired is not None:
             reading.fired(value)
         if reading.how == "branch":
-            return rules.tap(tensor, reading.sink)
-        tensor.register_hook(lambda g: reading.sink(value, g.detach()))
+            return rules.tap(tensor, lambda x, g: reading.sink(x, plain(g)))
+        tensor.register_hook(lambda g: reading.sink(value, plain(g.detach())))
         return None
 
     return hook_fn
@@ -123,7 +123,11 @@ def run(
     captured = {id(hook_dict[name]) for name in captures}
     before: list[tuple[str, HookFn]] = []
     after: list[tuple[str, HookFn]] = []
+    live = {name: fns for a in attachments for name, fns in a.live.items()}
     for reading in sorted(readings, key=lambda r: r.how != "tensor"):
+        if reading.name in live:
+            live[reading.name].append(_read_hook(reading))
+            continue
         first = id(hook_dict[reading.name]) in captured
         pair = (public_name(hook_dict, reading.name), _read_hook(reading))
         (before if first else after).append(pair)
@@ -146,7 +150,8 @@ def run(
                 "that sums over the batch and detaches nothing."
             )
         ends = [logits, *leaves.values()] if logits.requires_grad else []
-        if not ends or torch.autograd.grad(value, ends, allow_unused=True)[0] is None:
+        first = first_gradient(model, value)
+        if not ends or torch.autograd.grad(value, ends, first, allow_unused=True)[0] is None:
             raise ModelStateError(
                 "The objective's value does not depend on the logits it was given (or they not on "
                 "the input), so there is nothing to explain. Compute it from its argument."

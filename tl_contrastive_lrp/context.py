@@ -1,91 +1,31 @@
-"""Putting a rule set on a model and taking it off again.
+"""Rules on a model: ``lrp`` is the context manager, ``lrp_hooks`` the same rules as a hook list.
 
-``lrp`` is the context manager, ``lrp_hooks`` the same rules as a plain hook list. Both leave the
-forward bit-identical; on exit, also after an exception, every hook and operand is as it was.
+Both come only where the audit finds that every operation is linear or has its rule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-
-from .attach import attach
 from .attachment import Attachment, HookFn
-from .coverage_table import Coverage, CoverageRow
+from .audit import require_clean
+from .coverage_table import Coverage
 from .errors import ModelStateError
-from .rulesets import RuleSet, get_rule_set
-from .sites import find_sites, require_bridge
-
-_MARK = "_tl_contrastive_lrp_rule"
-
-
-def check_ready(model: Any, what: str) -> None:
-    """Refuse a model or a torch state in which relevance would be wrong.
-
-    Raises:
-        TypeError: ``model`` is not a TransformerBridge.
-        ModelStateError: a module is in training mode, gradients are off, or rules are already on.
-    """
-    require_bridge(model)
-    for root in (model, model.original_model):
-        for name, module in root.named_modules():
-            if module.training:
-                where = name.replace("._original_component", "") or type(module).__name__
-                raise ModelStateError(
-                    f"{what} needs the model in evaluation mode, but {where} is in training mode "
-                    "(dropout would be explained too). Call model.eval() first."
-                )
-    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
-        raise ModelStateError(
-            f"{what} needs gradients, which are switched off here. Leave torch.no_grad() or "
-            "torch.inference_mode(), or call torch.set_grad_enabled(True) "
-            "(torch.enable_grad() also works as a block)."
-        )
-
-
-def check_single(model: Any) -> None:
-    for name, hook_point in model.hook_dict.items():
-        for handle in hook_point.fwd_hooks:
-            if getattr(handle.user_hook, _MARK, False):
-                raise ModelStateError(
-                    f"Rules are already on this model (at {name}); a second set on top would "
-                    "apply them twice. Leave the other clrp.lrp(...) block first, or reset "
-                    "leftover hooks with model.reset_hooks()."
-                )
-
-
-def public_name(hook_dict: Mapping[str, Any], name: str) -> str:
-    """The one name under which TransformerLens calls a hook once at this HookPoint.
-
-    In compatibility mode a HookPoint is renamed, and a hook added under its other name is called
-    once per name: a rule would apply twice.
-    """
-    hook_point = hook_dict[name]
-    own: str | None = hook_point.name
-    return own if own and hook_dict.get(own) is hook_point else name
-
-
-def _mark_only(tensor: Any, hook: Any) -> None:
-    """Shows that rules are on, where none of them is a hook."""
-
-
-def _marked(fn: HookFn) -> HookFn:
-    setattr(fn, _MARK, True)
-    return fn
+from .placement import attached, check_ready, check_single, marked, place, public_name
+from .rulesets import RuleSet
 
 
 def plan(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Coverage]:
-    """Where each rule of ``rules`` goes on ``model``; attaches nothing."""
-    rule_set = get_rule_set(rules)
-    attachments = tuple(attach(site, rule_set) for site in find_sites(model))
-    rows = tuple(
-        CoverageRow(a.site.path, a.site.class_name, a.site.operation, a.rule, a.how)
-        for a in attachments
-    )
-    return attachments, Coverage(rule_set.name, rows)
+    """Where each rule of ``rules`` goes on ``model``; attaches nothing.
+
+    Raises:
+        UncoveredComponentError: an operation that no rule covers.
+    """
+    placed = place(model, rules)
+    require_clean(model)
+    return placed
 
 
 def coverage(model: Any, rules: str | RuleSet = "attnlrp") -> Coverage:
@@ -113,29 +53,25 @@ def lrp_hooks(model: Any, rules: str | RuleSet = "attnlrp") -> list[tuple[str, H
     check_ready(model, "lrp_hooks")
     check_single(model)
     attachments, _ = plan(model, rules)
+    for a in attachments:
+        if a.needs_scope:
+            raise ModelStateError(
+                f"The rule at {a.site.path} ({a.site.class_name}) is put on {a.how}, which no list "
+                "of hooks can do. Use `with clrp.lrp(model):` around your run instead."
+            )
+
+    def refuse_forks(tensor: Any, hook: Any) -> None:  # noqa: ARG001
+        for flag in ("use_split_qkv_input", "use_attn_in"):
+            if getattr(model.cfg, flag, False):
+                raise ModelStateError(
+                    f"cfg.{flag} is on: attention then normalises once per head, where no hook of "
+                    "clrp.lrp_hooks reaches. Use `with clrp.lrp(model):`, or call "
+                    f"model.set_{flag}(False) first."
+                )
+
     hook_dict = model.hook_dict
-    return [
-        (public_name(hook_dict, name), _marked(fn)) for a in attachments for name, fn in a.hooks
-    ]
-
-
-@contextmanager
-def attached(model: Any, attachments: tuple[Attachment, ...]) -> Iterator[None]:
-    """The given attachments on the model, for the block."""
-    hook_dict = model.hook_dict  # TransformerLens builds it anew at every access
-    with ExitStack() as stack:
-        hooks = [
-            (public_name(hook_dict, name), _marked(fn))
-            for a in attachments
-            for name, fn in (a.hooks if a.scoped is None else a.beside)
-        ]
-        if not hooks and any(a.scoped is not None for a in attachments):
-            hooks = [(public_name(hook_dict, "embed.hook_out"), _marked(_mark_only))]
-        stack.enter_context(model.hooks(fwd_hooks=hooks))
-        for a in attachments:
-            if a.scoped is not None:
-                stack.enter_context(a.scoped())
-        yield
+    hooks = [("embed.hook_out", refuse_forks), *(pair for a in attachments for pair in a.hooks)]
+    return [(public_name(hook_dict, name), marked(fn)) for name, fn in hooks]
 
 
 @contextmanager

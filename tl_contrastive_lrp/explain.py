@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .attribution import Attribution, special_mask
-from .backward import LEAVES, run
+from .backward import run
 from .ledger import Ledger
 from .objective import described, question
 from .prompts import model_name, str_tokens, to_single_prompt
 from .rulesets import RuleSet
-from .sites import components, require_bridge
+from .sites import LEAVES, components, require_bridge
 from .sums import Sums
 
 
@@ -94,6 +94,7 @@ def attribute(
         sums.add_bias(name, bias)
 
     logits, value, coverage = run(model, tokens, objective, rules, sums.readings)
+    sums.warn_of_underflow()
 
     kept = sums.kept
     resid = torch.stack([kept[name] for name in sites])

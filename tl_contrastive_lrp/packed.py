@@ -19,10 +19,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .attachment import HookFn
-from .backward import LEAVES, frozen_parameters
-from .context import attached, check_ready, check_single, plan, public_name
+from .backward import frozen_parameters
+from .context import plan
+from .placement import attached, check_ready, check_single, public_name
+from .precision import first_gradient, plain
 from .rules import at_least_float32
 from .rulesets import RuleSet
+from .sites import LEAVES
 
 _SHARE_OF_FREE_MEMORY = 0.5
 # On a CPU more signals at once are no faster (measured: 1 to 64), and cost memory.
@@ -74,7 +77,8 @@ def _recorded(
     with frozen_parameters(model):
         with model.hooks(fwd_hooks=[*starts, *keeps]), attached(model, attachments):
             value = objective(model(tokens))
-        gradients = torch.autograd.grad(value, [seen[n] for n in names], retain_graph=True)
+        first, ends = first_gradient(model, value), [seen[n] for n in names]
+        gradients = torch.autograd.grad(value, ends, first, retain_graph=True)
         yield seen, dict(zip(names, gradients, strict=True))
 
 
@@ -99,7 +103,7 @@ def edge_by_dimension(
         signal = torch.zeros_like(at[target[0]])
         signal[0, target[1]] = at[target[0]][0, target[1]]
         (back,) = torch.autograd.grad(seen[target[0]], seen[source[0]], signal)
-        h, g = seen[source[0]].detach()[0, source[1]], back[0, source[1]]
+        h, g = seen[source[0]].detach()[0, source[1]], plain(back)[0, source[1]]
     return (at_least_float32(h) * at_least_float32(g)).cpu()
 
 
@@ -147,7 +151,7 @@ def packed_edges(
 
 
 def _expanded(h: Tensor, g: Tensor, threshold: float) -> Int[Tensor, " row"]:
-    relevance = (at_least_float32(h.detach()) * at_least_float32(g)).sum(-1)[0]
+    relevance = (at_least_float32(h.detach()) * at_least_float32(plain(g))).sum(-1)[0]
     return (relevance.abs() > threshold).nonzero()[:, 0] if threshold else torch.arange(
         relevance.shape[0], device=h.device
     )  # fmt: skip
@@ -173,7 +177,7 @@ def _transition(
                 raise
             chunk = max(1, chunk // 2)
             continue
-        edges[part] = (at_least_float32(back[:, 0]) * h).sum(-1)
+        edges[part] = (at_least_float32(plain(back)[:, 0]) * h).sum(-1)
         done += len(part)
         bar.update(len(part))
     return edges.cpu()

@@ -20,6 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .precision import WideGradient
+
 Ratio = Callable[[Tensor], Tensor]
 
 
@@ -101,6 +103,75 @@ def linear_norm(
     # y's own graph is kept, so that backward hooks on it fire, but is sent no gradient: the norm's
     # ordinary backward must not run as well.
     out: Tensor = _LinearNorm.apply(y, normalized, scale, weight)
+    return out
+
+
+class _Normalized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, n: Tensor, x: Tensor, eps: float, centred: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.eps, ctx.centred = eps, centred
+        return n.view_as(n)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, u: Tensor) -> tuple[None, Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        u = u - u.mean(-1, keepdim=True) if ctx.centred else u
+        return None, (u / norm_scale(x, ctx.eps, ctx.centred)).to(x.dtype), None, None
+
+
+class _Weighted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, n: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG004
+        ctx.save_for_backward(weight)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return None, at_least_float32(g) * weight, None
+
+
+def norm_scale(x: Tensor, eps: float, centred: bool) -> Tensor:
+    """A norm's denominator: √(mean C(x)² + eps), in float32 at least."""
+    x = at_least_float32(x.detach())
+    x = x - x.mean(-1, keepdim=True) if centred else x
+    return (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def normalized_of(
+    n: Float[Tensor, "*batch d"], x: Float[Tensor, "*batch d"], eps: float, *, centred: bool
+) -> Float[Tensor, "*batch d"]:
+    """LN-rule where the norm's input is at hand: C(u)/s goes to ``x``.
+
+    ``n`` = C(x)/s, in float32 at least, with s² = mean C(x)² + ``eps``; ``centred`` for LayerNorm.
+    """
+    out: Tensor = _Normalized.apply(n, x, eps, centred)
+    return out
+
+
+def weighted(
+    y: Float[Tensor, "*batch d"], n: Float[Tensor, "*batch d"], weight: Float[Tensor, "*d"]
+) -> Float[Tensor, "*batch d"]:
+    """A norm's ``y`` = ``weight`` ⊙ ``n`` + bias, with ordinary gradient to ``n`` alone."""
+    out: Tensor = _Weighted.apply(y, n, weight)
+    return out
+
+
+class _Ordinary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:  # noqa: ARG004
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # noqa: ARG004
+        return g
+
+
+def ordinary(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """``y`` unchanged: a mark that the operation which made it keeps its ordinary gradient."""
+    out: Tensor = _Ordinary.apply(y)
     return out
 
 
@@ -190,23 +261,38 @@ def gated_product(
 
 class _SoftmaxTemperature(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pattern: Tensor, temperature: float) -> Tensor:
-        ctx.save_for_backward(pattern)
+    def forward(ctx: Any, pattern: Tensor, unrounded: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(pattern, unrounded)
         ctx.temperature = temperature
         return pattern.view_as(pattern)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        (pattern,) = ctx.saved_tensors
-        p, g32 = at_least_float32(pattern), at_least_float32(g)
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        pattern, unrounded = ctx.saved_tensors
+        # g' may leave float16's range where p does.
+        p = at_least_float32(unrounded if isinstance(g, WideGradient) else pattern)
+        g32 = at_least_float32(g)
         # softmax(s/T) from softmax(s): pᵀ ∝ p^(1/T). Masked keys have p = 0 and stay 0.
         tempered = p.pow(1.0 / ctx.temperature)
         tempered = tempered / tempered.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
         wanted = tempered * (g32 - (tempered * g32).sum(-1, keepdim=True))
         # The softmax's own backward p ⊙ (g' − Σ p g') turns g' = wanted/p into `wanted`, because
         # Σ wanted = 0. Where p underflowed to 0 the tempered weight is below 1e-19: nothing lost.
-        return torch.where(p > 0, wanted / p, torch.zeros_like(p)).to(g.dtype), None
+        return torch.where(p > 0, wanted / p, torch.zeros_like(p)).to(g.dtype), None, None
+
+
+def _before_rounding(pattern: Tensor) -> Tensor:
+    """The float32 softmax that ``pattern`` was rounded from, which autograd holds; else itself.
+
+    A float16 pattern is 0 below 6e-8, where its square root, at temperature 2, still counts.
+    """
+    cast: Any = pattern.grad_fn
+    softmax: Any = cast.next_functions[0][0] if type(cast).__name__ == "ToCopyBackward0" else None
+    if type(softmax).__name__ != "SoftmaxBackward0":
+        return pattern
+    unrounded: Tensor = softmax._saved_result
+    return unrounded.detach()
 
 
 def softmax_temperature(
@@ -217,7 +303,7 @@ def softmax_temperature(
     The scores receive pᵀ ⊙ (g − Σ pᵀ g) with pᵀ = softmax(scores/``temperature``), without the
     factor 1/``temperature``, in place of the same expression in the pattern itself.
     """
-    out: Tensor = _SoftmaxTemperature.apply(pattern, temperature)
+    out: Tensor = _SoftmaxTemperature.apply(pattern, _before_rounding(pattern), temperature)
     return out
 
 

@@ -1,16 +1,17 @@
 """Where in a model each kind of operation is: the data behind every rule's attachment.
 
-``find_sites`` walks the whole model, TransformerLens' components and the Hugging Face modules they
-wrap, and knows three tables:
+``find_sites`` walks the model's components and reads two tables:
 
-- ``COMPONENTS``: what each TransformerLens component computes beyond linear maps;
-- ``ACTIVATIONS``: activation modules and their f(x)/x in closed form;
-- ``FAMILIES``: the Hugging Face classes whose forward has been read and tested to compute nothing
-  but what their components expose.
+- ``COMPONENTS``: what each kind of TransformerLens component computes beyond linear maps. A
+  component's row is that of the nearest class in its inheritance that has one, so a family with a
+  variant of its own needs none;
+- ``ACTIVATIONS``: activation modules and their f(x)/x in closed form.
 
-What is in none of them is refused by name: a module without a row is never silently given the
-ordinary gradient. A new family is a row of ``FAMILIES``; a new kind of component a row of
-``COMPONENTS`` and, if its operation is new, an attachment in ``attach.py``.
+What no HookPoint reaches, the "inside" of a wrapped Hugging Face module that computes attention or
+experts itself, is left to ``inside.py``. Nothing here vouches that the list is complete: that is
+the audit's part (``audit.py``), which follows the graph that relevance flows through and refuses
+every operation that no rule accounts for. A new kind of component is a row of ``COMPONENTS`` and,
+if its operation is new, an attachment in ``attach.py``.
 """
 
 from __future__ import annotations
@@ -24,26 +25,24 @@ from torch import nn
 from . import rules
 from .errors import UncoveredComponentError
 
-Operation = Literal["norm", "activation", "gate", "qk", "softmax", "pattern_v", "softcap"]
+Operation = Literal[
+    "norm", "activation", "gate", "qk", "softmax", "pattern_v", "softcap", "attention", "experts"
+]
 
 _ATTENTION: tuple[Operation, ...] = ("qk", "softmax", "pattern_v")
 
-# TransformerLens component class -> its operations that are not linear.
+# TransformerLens component class -> its operations that are not linear. "attention" and "experts"
+# stand for all that the wrapped module computes itself.
 COMPONENTS: dict[str, tuple[Operation, ...]] = {
-    "RMSNormalizationBridge": ("norm",),
     "NormalizationBridge": ("norm",),
-    "LayerNormPreBridge": ("norm",),
-    "RMSNormPreBridge": ("norm",),
+    "AttentionBridge": ("attention",),
     "PositionEmbeddingsAttentionBridge": _ATTENTION,
     "JointQKVAttentionBridge": _ATTENTION,
+    "MLAAttentionBridge": _ATTENTION,
     "GatedMLPBridge": ("activation", "gate"),
     "MLPBridge": ("activation",),
-    "BlockBridge": (),
-    "EmbeddingBridge": (),
-    "PosEmbedBridge": (),
-    "RotaryEmbeddingBridge": (),
-    "LinearBridge": (),
-    "UnembeddingBridge": (),
+    "MoEBridge": ("experts",),
+    "MoERouterBridge": ("experts",),
 }
 
 # Hugging Face activation module class, or name of the function that TransformerLens calls when it
@@ -64,30 +63,9 @@ ACTIVATIONS: dict[str, rules.Ratio] = {
     "relu": rules.relu_ratio,
 }
 
-# Modules whose forward is linear in its floating-point input, or the identity in eval mode.
-LINEAR: frozenset[str] = frozenset(
-    {"Linear", "Conv1D", "Embedding", "Dropout", "Identity", "ModuleList", "HookPoint"}
-    | {"Gemma2TextScaledWordEmbedding", "Gemma3TextScaledWordEmbedding", "LayerNorm"}
-)
+# Where the input enters: everything upstream of these HookPoints is token ids.
+LEAVES = ("embed.hook_out", "pos_embed.hook_out")
 
-
-def _llama_like(prefix: str, *, model: str | None = None) -> frozenset[str]:
-    parts = ("ForCausalLM", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
-    return frozenset({f"{prefix}{part}" for part in parts} | {model or f"{prefix}Model"})
-
-
-# Family name -> wrapped classes that compute only what their TransformerLens components expose.
-FAMILIES: dict[str, frozenset[str]] = {
-    "Qwen3": _llama_like("Qwen3"),
-    "Qwen2": _llama_like("Qwen2"),
-    "Llama": _llama_like("Llama"),
-    "Mistral": _llama_like("Mistral"),
-    "Gemma 2": _llama_like("Gemma2"),
-    "Gemma 3": _llama_like("Gemma3", model="Gemma3TextModel"),
-    "GPT-2": frozenset({"GPT2LMHeadModel", "GPT2Model", "GPT2Block", "GPT2Attention", "GPT2MLP"}),
-}
-
-_WRAPPED = LINEAR.union(*FAMILIES.values())
 _BRIDGES = "transformer_lens."
 
 
@@ -98,7 +76,8 @@ class Site:
     Attributes:
         path: The component's path, as in its HookPoints' names ("blocks.0.attn").
         operation: Which kind of operation.
-        component: The TransformerLens component (for the final soft-cap: the wrapped model).
+        component: The TransformerLens component (for the final soft-cap: the wrapped model; None
+            for an activation module outside of any).
         module: The wrapped module that carries the operation, where it is one of its own
             (an activation), or that holds its constant (a soft-cap's config).
         ratio: f(x)/x, for activations.
@@ -114,12 +93,16 @@ class Site:
     def class_name(self) -> str:
         """The component's class, and the wrapped module's where the site is one."""
         own = type(self.component).__name__
-        return own if self.operation != "activation" or self.module is None else (
-            f"{own}/{type(self.module).__name__}"
-        )  # fmt: skip
+        if self.operation in ("attention", "experts"):
+            return f"{own}/{type(self.component.original_component).__name__}"
+        if self.operation != "activation" or self.module is None:
+            return own
+        inner = type(self.module).__name__
+        return inner if self.component is None else f"{own}/{inner}"
 
 
-def _is_component(module: object) -> bool:
+def is_component(module: object) -> bool:
+    """Whether a module is one of TransformerLens' components around a Hugging Face module."""
     return type(module).__module__.startswith(_BRIDGES) and hasattr(module, "original_component")
 
 
@@ -133,16 +116,17 @@ def components(model: Any) -> dict[str, Any]:
         component: Any = model
         for part in path.split("."):
             component = component[int(part)] if part.isdigit() else getattr(component, part)
-        if _is_component(component):
+        if is_component(component):
             found[path] = component
     return found
 
 
-def _refuse(path: str, module: object, why: str) -> UncoveredComponentError:
+def refusal(path: str, module: object, why: str) -> UncoveredComponentError:
+    """The error for a component that no rule covers."""
     return UncoveredComponentError(
-        f"No rule covers {path!r} ({type(module).__name__}): {why} "
-        f"Covered families: {', '.join(sorted(FAMILIES))}. Relevance through it would be made up; "
-        "leave this model to activation patching, or add a row to tl_contrastive_lrp.sites."
+        f"No rule covers {path!r} ({type(module).__name__}): {why} Relevance through it would be "
+        "made up. `tl-contrastive-lrp check MODEL` lists what is covered; leave this model to "
+        "activation patching, or add a row to tl_contrastive_lrp.sites."
     )
 
 
@@ -156,63 +140,56 @@ def _refuse_quantised(path: str, module: nn.Module) -> None:
             )
 
 
-def _check_whole_model(model: Any) -> None:
-    """Refuse any module that no table knows, wherever it hides."""
-    for path, module in model.original_model.named_modules():
-        path = path.replace("._original_component", "") or "model"
-        name = type(module).__name__
-        _refuse_quantised(path, module)
-        if _is_component(module):
-            if name not in COMPONENTS:
-                raise _refuse(path, module, "its component class is unknown.")
-        elif name not in _WRAPPED and name not in ACTIVATIONS:
-            raise _refuse(path, module, "its class is unknown.")
-        elif name == "LayerNorm" and not path.rpartition(".")[2].startswith(("ln_", "norm")):
-            raise _refuse(path, module, "it normalises outside a TransformerLens norm component.")
-
-
 def _check_flags(model: Any) -> None:
-    for flag in ("use_split_qkv_input", "use_attn_in"):
-        if getattr(model.cfg, flag, False):
-            raise UncoveredComponentError(
-                f"cfg.{flag} is on: TransformerLens then normalises once per head where no "
-                f"HookPoint reaches. Call model.set_{flag}(False) first."
-            )
     if getattr(model, "is_encoder_decoder", False) or getattr(
         model.original_model.config, "add_cross_attention", False
     ):
-        raise _refuse("model", model.original_model, "it has cross-attention.")
+        raise refusal("model", model.original_model, "it has cross-attention.")
 
 
-def _mlp_activation(path: str, mlp: Any) -> Site:
-    if getattr(mlp, "_use_processed_weights", False) and type(mlp).__name__ == "GatedMLPBridge":
-        # TransformerLens computes this MLP itself and calls a function, not the wrapped module.
-        from transformer_lens.model_bridge.generalized_components.gated_mlp import (
-            resolve_activation_fn,
-        )
+def operations_of(component: Any) -> tuple[Operation, ...]:
+    """What a TransformerLens component computes beyond linear maps, by its class's row."""
+    for base in type(component).__mro__:
+        if base.__name__ in COMPONENTS:
+            return COMPONENTS[base.__name__]
+    return ()
 
-        function = resolve_activation_fn(mlp.config)
-        ratio = ACTIVATIONS.get(function.__name__)
-        if ratio is None:
-            raise _refuse(path, function, f"activation {function.__name__!r} is unknown.")
-        return Site(path, "activation", mlp, None, ratio)
-    wrapped = mlp.original_component
+
+def is_kind(component: Any, class_name: str) -> bool:
+    """Whether the component is of that TransformerLens class or of one derived from it."""
+    return any(base.__name__ == class_name for base in type(component).__mro__)
+
+
+def _processed_activation(path: str, mlp: Any) -> Site:
+    # TransformerLens computes this MLP itself and calls a function, not the wrapped module.
+    from transformer_lens.model_bridge.generalized_components.gated_mlp import (
+        resolve_activation_fn,
+    )
+
+    function = resolve_activation_fn(mlp.config)
+    ratio = ACTIVATIONS.get(function.__name__)
+    if ratio is None:
+        raise refusal(path, function, f"activation {function.__name__!r} is unknown.")
+    return Site(path, "activation", mlp, None, ratio)
+
+
+def _mlp_activation(path: str, mlp: Any) -> Iterator[Site]:
+    if getattr(mlp, "_use_processed_weights", False) and is_kind(mlp, "GatedMLPBridge"):
+        yield _processed_activation(path, mlp)
+        return
     found = [
         module
-        for module in wrapped.modules()
-        if type(module).__name__ in ACTIVATIONS and not _is_component(module)
+        for module in mlp.original_component.modules()
+        if type(module).__name__ in ACTIVATIONS and not is_component(module)
     ]
-    if len(found) != 1:
-        raise _refuse(
-            path, wrapped, f"it holds {len(found)} activation modules that have a rule, not one."
-        )
-    return Site(path, "activation", mlp, found[0], ACTIVATIONS[type(found[0]).__name__])
+    if len(found) == 1:  # else it is not at this MLP's HookPoints; see _other_activations
+        yield Site(path, "activation", mlp, found[0], ACTIVATIONS[type(found[0]).__name__])
 
 
 def _sites_of(path: str, component: Any) -> Iterator[Site]:
-    for operation in COMPONENTS[type(component).__name__]:
+    for operation in operations_of(component):
         if operation == "activation":
-            yield _mlp_activation(path, component)
+            yield from _mlp_activation(path, component)
         elif operation == "norm" and isinstance(component.original_component, nn.Identity):
             continue
         else:
@@ -220,6 +197,19 @@ def _sites_of(path: str, component: Any) -> Iterator[Site]:
     wrapped = component.original_component
     if getattr(wrapped, "attn_logit_softcapping", None) is not None:
         yield Site(path, "softcap", component, wrapped)
+
+
+def _other_activations(model: Any, sites: list[Site]) -> Iterator[Site]:
+    """Activation modules outside TransformerLens' MLP components: experts, heads of encoders."""
+    known = {id(site.module) for site in sites}
+    for site in sites:
+        if site.operation == "activation" and site.module is None:  # a function in its place
+            known.update(map(id, site.component.original_component.modules()))
+    for path, module in model.original_model.named_modules():
+        ratio = ACTIVATIONS.get(type(module).__name__)
+        if ratio is not None and not is_component(module) and id(module) not in known:
+            known.add(id(module))
+            yield Site(path.replace("._original_component", ""), "activation", None, module, ratio)
 
 
 def require_bridge(model: Any) -> None:
@@ -236,7 +226,7 @@ def require_bridge(model: Any) -> None:
 
 
 def find_sites(model: Any) -> tuple[Site, ...]:
-    """Every operation of ``model`` that needs a rule.
+    """Every operation of ``model`` that needs a rule, as far as the tables know.
 
     Args:
         model: A ``TransformerBridge``.
@@ -247,12 +237,12 @@ def find_sites(model: Any) -> tuple[Site, ...]:
     """
     require_bridge(model)
     _check_flags(model)
-    _check_whole_model(model)
+    for path, module in model.original_model.named_modules():
+        _refuse_quantised(path.replace("._original_component", "") or "model", module)
     sites: list[Site] = []
     for path, component in components(model).items():
-        if type(component).__name__ not in COMPONENTS:
-            raise _refuse(path, component, "its component class is unknown.")
         sites.extend(_sites_of(path, component))
+    sites.extend(_other_activations(model, sites))
     config = model.original_model.config
     if getattr(config, "final_logit_softcapping", None) is not None:
         sites.append(Site("unembed", "softcap", model.original_model, config))

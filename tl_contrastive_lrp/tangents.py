@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .attach_norm import norm_weight, uses_native_norm
 from .attachment import HookFn
-from .context import public_name
+from .placement import public_name
+from .precision import plain, wide
 from .rules_softcap import softcap_ratio
 from .rulesets import RuleSet
 from .sites import Site
@@ -151,13 +152,13 @@ def block_tangents(
     read: dict[str, Tensor] = {}
 
     def start(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return _dual(_primal(tensor), _primal(tensor).clone())
+        return _dual(_primal(tensor), wide(_primal(tensor).clone()))
 
     def read_value(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
-        read["v"] = _tangent(tensor)[0]
+        read["v"] = plain(_tangent(tensor))[0]
 
     def read_scores(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
-        read["scores"] = _tangent(tensor)[0]
+        read["scores"] = plain(_tangent(tensor))[0]
         raise _Stop
 
     hooks: list[tuple[str, HookFn]] = [

@@ -1,0 +1,256 @@
+"""Rules inside a wrapped module that computes attention or experts itself.
+
+Some TransformerLens components only delegate: between their input and output runs Hugging Face's
+code, and HookPoints there come too late or not at all. Their rules are put on operation by
+operation, by a ``TorchFunctionMode`` that is active while the wrapped module runs, and only in its
+own code: it pauses in every TransformerLens component and activation module called from there,
+which have rules of their own, so no user's hook function ever runs under it.
+
+- matrix product of two computed tensors: query·key before the softmax, pattern·value after it;
+- elementwise product of two computed tensors: the gate rule (act(gate) ⊙ up, and a router's or
+  gate's weight times what it weighs);
+- softmax in attention: the pattern, with the softmax rule; elsewhere, and sigmoid everywhere (a
+  softmax of two): weights, constant where the rule set takes patterns for constants, else with
+  their ordinary gradient, normalisation over the chosen included. Choosing is a constant;
+- square roots of statistics, LayerNorm and RMSNorm functions: the LN-rule;
+- activation functions: the identity rule.
+
+Values are never touched: an operation runs as it is and only its gradient is replaced. Everything
+else is left alone, for the audit to refuse if it is not linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from . import rules
+from .attachment import Attachment, HookFn, gradient
+from .rulesets import RuleSet
+from .sites import ACTIVATIONS, Site, is_component
+
+_Call = Callable[..., Any]
+
+
+def _computed(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+class OperationRules(TorchFunctionMode):
+    """Gives each operation its rule while ``running`` is on top of ``states``.
+
+    Attributes:
+        live: Hook functions by "hook_attn_scores" and "hook_pattern", called where the wrapped
+            module really uses these values; they may return another tensor.
+    """
+
+    def __init__(self, rule_set: RuleSet, *, attention: bool) -> None:
+        super().__init__()
+        self.rule_set = rule_set
+        self.attention = attention
+        self.live: dict[str, list[HookFn]] = {"hook_attn_scores": [], "hook_pattern": []}
+        self.states: list[bool] = []
+        self.after_softmax = False
+
+    def __torch_function__(
+        self, func: _Call, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self.states or not self.states[-1]:
+            return func(*args, **kwargs)
+        handler = _HANDLERS.get(getattr(func, "__name__", ""))
+        out = func(*args, **kwargs) if handler is None else handler(self, func, args, kwargs)
+        return self._pass_on(args, out)
+
+    # ------------------------------------------------------------ weights of routers and gates
+
+    def _pass_on(self, args: Any, out: Any) -> Any:
+        """What is computed from weights alone is a weight."""
+        computed = [a for a in _tensors(args) if a.requires_grad]
+        if computed and all(_is_weight(a) for a in computed):
+            for tensor in _tensors((out,)):
+                _mark_weight(tensor)
+        return out
+
+    def weights(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        if not _computed(out):
+            return out
+        if self.rule_set.softmax == "constant":
+            return out.detach()
+        return _mark_weight(rules.ordinary(out))
+
+    def division(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        ours = len(args) > 1 and _computed(args[1]) and all(_is_weight(a) for a in args[:2])
+        return rules.ordinary(out) if ours else out
+
+    # ------------------------------------------------------------ attention
+
+    def softmax(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        if not self.attention:
+            return self.weights(func, args, kwargs)
+        scores = self._fire("hook_attn_scores", args[0])
+        self.after_softmax = True
+        pattern = self._fire("hook_pattern", func(scores, *args[1:], **kwargs))
+        if self.rule_set.softmax == "constant":
+            return pattern.detach()
+        if self.rule_set.softmax == "temperature":
+            return rules.softmax_temperature(pattern, self.rule_set.temperature)
+        return pattern
+
+    def _fire(self, name: str, tensor: Tensor) -> Tensor:
+        for hook_fn in self.live[name]:
+            returned = hook_fn(tensor, None)
+            tensor = tensor if returned is None else returned
+        return tensor
+
+    # ------------------------------------------------------------ products and functions
+
+    def product(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        rule = self.rule_set.pattern_v if self.after_softmax else self.rule_set.qk
+        return self._shared(out, args, rule if self.attention else self.rule_set.gate)
+
+    def elementwise(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        return self._shared(func(*args, **kwargs), args, self.rule_set.gate)
+
+    def _shared(self, out: Tensor, args: Any, rule: str) -> Tensor:
+        two = sum(_computed(a) for a in _tensors(args)) > 1
+        return rules.uniform(out) if two and rule == "half" else out
+
+    def root(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        return out.detach() if self.rule_set.norm == "ln" else out
+
+    def norm(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        names = ("input", "normalized_shape", "weight", "bias", "eps")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, centred = given["input"], func.__name__ == "layer_norm"
+        if not _computed(out) or self.rule_set.norm != "ln":
+            return out
+        if not centred:
+            given["eps"] = given.get("bias", given.get("eps"))  # rms_norm has no bias before eps
+        eps = given.get("eps")
+        eps = (1e-5 if centred else torch.finfo(x.dtype).eps) if eps is None else eps
+        weight = given.get("weight")
+        weight = torch.ones_like(x[..., 0, :]) if weight is None else weight.detach()
+        normalized = rules.at_least_float32(x.detach())  # only its place on the graph matters
+        normalized = rules.normalized_of(normalized, x, eps, centred=centred)
+        return rules.weighted(out.detach(), normalized, weight)
+
+    def activation(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        if not _computed(out) or self.rule_set.activation != "identity":
+            return out
+        ratio = _FUNCTIONS[func.__name__]
+        approximate = kwargs.get("approximate", args[1] if len(args) > 1 else "none")
+        if func.__name__ == "gelu" and approximate == "tanh":
+            ratio = rules.gelu_tanh_ratio
+        return rules.identity(out.detach(), args[0], ratio)
+
+    # ------------------------------------------------------------ where it is active
+
+    @contextmanager
+    def around(self, wrapped: torch.nn.Module) -> Iterator[None]:
+        """Active in the code of ``wrapped``, paused in components and activations it calls."""
+
+        def enter(module: Any, args: Any) -> None:  # noqa: ARG001
+            self.after_softmax = False
+            self.states.append(True)
+            self.__enter__()  # type: ignore[no-untyped-call]
+
+        def leave(module: Any, args: Any, output: Any) -> None:  # noqa: ARG001
+            if self.states:
+                self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+                self.states.pop()
+
+        def pause(module: Any, args: Any) -> None:  # noqa: ARG001
+            self.states.append(False)
+
+        def resume(module: Any, args: Any, output: Any) -> None:  # noqa: ARG001
+            self.states.pop()
+
+        with ExitStack() as stack:
+
+            def on(module: torch.nn.Module, before: _Call, after: _Call) -> None:
+                stack.callback(module.register_forward_pre_hook(before).remove)
+                handle = module.register_forward_hook(after, always_call=True)
+                stack.callback(handle.remove)
+
+            on(wrapped, enter, leave)
+            for module in wrapped.modules():
+                if is_component(module) or type(module).__name__ in ACTIVATIONS:
+                    on(module, pause, resume)
+            yield
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    flat: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            flat.append(value)
+        elif isinstance(value, tuple | list):
+            flat.extend(_tensors(value))
+    return flat
+
+
+def _mark_weight(tensor: Tensor) -> Tensor:
+    tensor._tl_contrastive_lrp_weight = True  # type: ignore[attr-defined]
+    return tensor
+
+
+def _is_weight(value: Any) -> bool:
+    return not _computed(value) or hasattr(value, "_tl_contrastive_lrp_weight")
+
+
+_FUNCTIONS: dict[str, rules.Ratio] = {
+    "silu": rules.silu_ratio,
+    "gelu": rules.gelu_ratio,
+    "relu": rules.relu_ratio,
+}
+
+_HANDLERS: dict[str, Callable[[OperationRules, _Call, Any, dict[str, Any]], Any]] = {
+    **dict.fromkeys(("softmax",), OperationRules.softmax),
+    **dict.fromkeys(("sigmoid",), OperationRules.weights),
+    **dict.fromkeys(("matmul", "__matmul__", "bmm", "baddbmm", "einsum"), OperationRules.product),
+    **dict.fromkeys(
+        ("mul", "__mul__", "__rmul__", "multiply", "mul_", "__imul__"), OperationRules.elementwise
+    ),
+    **dict.fromkeys(
+        ("div", "__truediv__", "true_divide", "div_", "__itruediv__"), OperationRules.division
+    ),
+    **dict.fromkeys(("sqrt", "rsqrt"), OperationRules.root),
+    **dict.fromkeys(("layer_norm", "rms_norm"), OperationRules.norm),
+    **dict.fromkeys(_FUNCTIONS, OperationRules.activation),
+}
+
+
+def _summary(rule_set: RuleSet, attention: bool) -> str:
+    if not attention:
+        weights = "constant" if rule_set.softmax == "constant" else "gradient"
+        return f"products {rule_set.gate}, router weights {weights}"
+    return f"q·k {rule_set.qk}, softmax {rule_set.softmax}, pattern·v {rule_set.pattern_v}"
+
+
+def attach_inside(site: Site, rule_set: RuleSet) -> Attachment:
+    """The attachment of all rules inside a component that delegates."""
+    attention = site.operation == "attention"
+    plain = {rule_set.norm, rule_set.gate, rule_set.qk, rule_set.pattern_v, rule_set.softmax}
+    if not attention and plain == {"gradient"}:
+        return gradient(site, rule_set)
+    mode = OperationRules(rule_set, attention=attention)
+    live = {f"{site.path}.{name}": fns for name, fns in mode.live.items()} if attention else {}
+    return Attachment(
+        site,
+        _summary(rule_set, attention),
+        "by operation inside the wrapped module",
+        scoped=lambda: mode.around(site.component.original_component),
+        live=live,
+    )
