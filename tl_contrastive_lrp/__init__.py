@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .attribution import Attribution
+    from .circuit_results import CircuitCurve, CircuitFaithfulness
+    from .circuits import circuit_curve, circuit_faithfulness
     from .context import coverage, lrp, lrp_hooks
     from .coverage_table import Coverage
     from .demo import DemoCase, load_demo_cases, load_demo_model
     from .explain import attribute
+    from .faithfulness import FaithfulnessCurves, baseline_scores, faithfulness_curves
     from .graph import AttributionGraph
     from .graph_build import attribution_graph
     from .objective import (
@@ -33,13 +36,20 @@ __all__ = [
     "RULE_SETS",
     "Attribution",
     "AttributionGraph",
+    "CircuitCurve",
+    "CircuitFaithfulness",
     "Coverage",
     "DemoCase",
+    "FaithfulnessCurves",
     "Objective",
     "RuleSet",
     "attribute",
     "attribution_graph",
+    "baseline_scores",
+    "circuit_curve",
+    "circuit_faithfulness",
     "coverage",
+    "faithfulness_curves",
     "load_demo_cases",
     "load_demo_model",
     "logit_diff",
@@ -56,10 +66,13 @@ __all__ = [
 # Loaded at first use (PEP 562): the command line answers --help without importing torch.
 _ROOMS = {
     "attribution": ("Attribution",),
+    "circuit_results": ("CircuitCurve", "CircuitFaithfulness"),
+    "circuits": ("circuit_curve", "circuit_faithfulness"),
     "context": ("coverage", "lrp", "lrp_hooks"),
     "coverage_table": ("Coverage",),
     "demo": ("DemoCase", "load_demo_cases", "load_demo_model"),
     "explain": ("attribute",),
+    "faithfulness": ("FaithfulnessCurves", "baseline_scores", "faithfulness_curves"),
     "graph": ("AttributionGraph",),
     "graph_build": ("attribution_graph",),
     "objective": (
@@ -75,7 +88,7 @@ _ROOMS = {
     "rulesets": ("RULE_SETS", "RuleSet"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
-_SUBMODULES = ("demo", "errors", "rules")
+_SUBMODULES = ("demo", "errors", "faithfulness", "patching", "rules")
 
 
 def __getattr__(name: str) -> object:

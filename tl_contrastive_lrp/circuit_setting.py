@@ -1,0 +1,101 @@
+"""A model, prompt, objective and reference states, checked against a graph, to run circuits in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .circuit_edges import EdgeSpace
+from .circuit_results import CircuitFaithfulness
+from .circuit_runs import chunks, reference_states, run_circuits, visible_positions
+from .errors import PromptError
+from .prompts import model_device, to_tokens
+from .sites import find_sites
+
+if TYPE_CHECKING:
+    from .graph import AttributionGraph
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitSetting:
+    """A model, prompt, objective and reference, checked against a graph."""
+
+    model: Any
+    objective: Callable[[Tensor], Tensor]
+    tokens: Int[Tensor, "1 pos"]
+    references: dict[str, Float[Tensor, "pos d_model"]]
+    space: EdgeSpace
+    ablation: str
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        graph: AttributionGraph,
+        objective: Callable[[Tensor], Tensor],
+        corrupted: str | Tensor | None,
+        mean_over: Tensor | None,
+        batch_size: int,
+    ) -> CircuitSetting:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be 1 or more.")
+        if (corrupted is None) == (mean_over is None):
+            raise ValueError(
+                "Say what ablated states become: corrupted=, a prompt of the same length in which "
+                "the cause is changed, or mean_over=, token ids [prompt, pos] to average over."
+            )
+        find_sites(model)
+        tokens = to_tokens(model, graph.token_ids.to(model_device(model)))
+        given = corrupted if mean_over is None else mean_over
+        assert given is not None
+        prompts = to_tokens(model, given)
+        if prompts.shape[1] != tokens.shape[1] or (mean_over is None and len(prompts) != 1):
+            raise PromptError(
+                f"The reference has shape {list(prompts.shape)} and the graph's prompt "
+                f"{tokens.shape[1]} tokens. States are exchanged position by position: give "
+                + ("one prompt" if mean_over is None else "prompts")
+                + " of the same number of tokens."
+            )
+        visible, logits = visible_positions(model, tokens)
+        space = EdgeSpace.of(graph, visible, int(model.cfg.n_heads))
+        delta = float(objective(logits))
+        if not math.isclose(delta, graph.delta, rel_tol=1e-2, abs_tol=1e-2):
+            raise ValueError(
+                f"The graph explains Δℓ = {graph.delta:+.4f}, but this model and objective give "
+                f"{delta:+.4f} at its prompt. Give the model and the objective it was made with."
+            )
+        states = reference_states(model, prompts, batch_size)
+        ablation = "corrupted" if mean_over is None else "mean"
+        return cls(model, objective, tokens, states, space, ablation)
+
+    def measured(
+        self, keep: Bool[Tensor, "circuit possible"], batch_size: int, progress: bool
+    ) -> list[CircuitFaithfulness]:
+        """Each circuit, run."""
+        from tqdm.auto import tqdm
+
+        ends = torch.stack([torch.zeros_like(keep[0]), torch.ones_like(keep[0])])
+        whole = torch.cat([ends, keep])
+        deltas: list[float] = []
+        pieces = list(chunks(len(whole), batch_size))
+        for piece in tqdm(pieces, desc="circuits", leave=False, disable=not progress):
+            masks = self.space.masks(whole[piece.start : piece.stop])
+            logits = run_circuits(self.model, self.tokens, self.references, masks)
+            deltas += [float(self.objective(row[None])) for row in logits]
+        empty, full = deltas[:2]
+        size = max(abs(empty), abs(full))
+        if abs(full - empty) <= 1e-5 * max(size, 1e-3):
+            raise ValueError(
+                f"Δℓ is {full:+.4f} with every edge and {empty:+.4f} with none: the reference "
+                "changes nothing, so nothing can be recovered. Corrupt what the answer depends on."
+            )
+        return [
+            CircuitFaithfulness(kept, self.space.size, delta, full, empty, self.ablation)
+            for kept, delta in zip(keep.sum(1).tolist(), deltas[2:], strict=True)
+        ]

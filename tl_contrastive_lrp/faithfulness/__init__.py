@@ -1,0 +1,22 @@
+"""Input attributions held against the model: remove tokens and see what becomes of Δℓ.
+
+``curves.py`` removes tokens in the order of their scores (MoRF, LeRF, comprehensiveness,
+sufficiency), ``baselines.py`` has the scores any attribution must beat, ``measures.py`` compares
+scores with a known truth (AUROC, average precision) and gives bootstrap intervals.
+"""
+
+from __future__ import annotations
+
+from .baselines import BASELINES, baseline_scores
+from .curves import FaithfulnessCurves, faithfulness_curves
+from .measures import auroc, average_precision, bootstrap_interval
+
+__all__ = [
+    "BASELINES",
+    "FaithfulnessCurves",
+    "auroc",
+    "average_precision",
+    "baseline_scores",
+    "bootstrap_interval",
+    "faithfulness_curves",
+]
