@@ -34,7 +34,7 @@ from torch import Tensor
 from .backward import Reading
 from .rules import at_least_float32
 from .rulesets import RuleSet
-from .sites import Site, components
+from .sites import Site, components, scores_are_biased
 from .tangents import BlockCall, block_tangents
 
 
@@ -92,6 +92,11 @@ def needs_tangents(
     inside = [site for site in sites if site.path.startswith(prefix)]
     if any(site.operation == "softcap" for site in inside) and rule_set.softcap == "gradient":
         return True
+    for site in inside:
+        if site.operation == "attention" or (
+            site.operation == "qk" and scores_are_biased(site.component)
+        ):
+            return True
     return rule_set.norm == "gradient" or layer in biased
 
 
@@ -129,13 +134,18 @@ def edge_readings(
     def ignore(x: Tensor, g: Tensor) -> None:
         """The activation was all that was wanted."""
 
+    by_operation = any(
+        site.operation == "attention" and f"{site.path}." == prefix for site in sites
+    )
+
     def at_z(_: Tensor, g: Tensor) -> None:
         if tangents:
             v, kept["scores"] = block_tangents(model, edges.layer, call, sites, rule_set)
         else:
             v = kept.pop("v")
         pattern = kept.pop("pattern")
-        g_z = at_least_float32(g[0]).transpose(0, 1)
+        g_z = at_least_float32(g[0])
+        g_z = g_z if by_operation else g_z.transpose(0, 1)
         v = at_least_float32(v).transpose(0, 1).repeat_interleave(len(g_z) // v.shape[1], dim=0)
         edges.add("value", pattern, g_z @ v.transpose(-1, -2), value_share)
 
@@ -149,7 +159,7 @@ def edge_readings(
     if tangents or constant_pattern:
         readings += [
             Reading(f"{prefix}hook_pattern", ignore, fired=keep("pattern")),
-            Reading(f"{prefix}o.hook_in", at_z),
+            Reading(f"{prefix}z" if by_operation else f"{prefix}o.hook_in", at_z),
         ]
         if not tangents:
             readings.append(Reading(f"{prefix}v.hook_out", ignore, fired=keep("v")))

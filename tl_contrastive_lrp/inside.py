@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from . import rules
 from .attachment import Attachment, HookFn, gradient
 from .rulesets import RuleSet
-from .sites import ACTIVATIONS, Site, is_component
+from .sites import ACTIVATIONS, Site, delegates_attention, is_component, operations_of
 
 _Call = Callable[..., Any]
 
@@ -45,15 +45,16 @@ class OperationRules(TorchFunctionMode):
     """Gives each operation its rule while ``running`` is on top of ``states``.
 
     Attributes:
-        live: Hook functions by "hook_attn_scores" and "hook_pattern", called where the wrapped
-            module really uses these values; they may return another tensor.
+        live: Hook functions by "hook_attn_scores", "hook_pattern" and "z", called where the wrapped
+            module really uses or makes these values; they may return another tensor. "z" is
+            pattern·v itself, [batch, head, pos, d_head], before anything is done to it.
     """
 
     def __init__(self, rule_set: RuleSet, *, attention: bool) -> None:
         super().__init__()
         self.rule_set = rule_set
         self.attention = attention
-        self.live: dict[str, list[HookFn]] = {"hook_attn_scores": [], "hook_pattern": []}
+        self.live: dict[str, list[HookFn]] = {"hook_attn_scores": [], "hook_pattern": [], "z": []}
         self.states: list[bool] = []
         self.after_softmax = False
 
@@ -114,8 +115,11 @@ class OperationRules(TorchFunctionMode):
 
     def product(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        rule = self.rule_set.pattern_v if self.after_softmax else self.rule_set.qk
-        return self._shared(out, args, rule if self.attention else self.rule_set.gate)
+        if not self.attention:
+            return self._shared(out, args, self.rule_set.gate)
+        if not self.after_softmax:
+            return self._shared(out, args, self.rule_set.qk)
+        return self._fire("z", self._shared(out, args, self.rule_set.pattern_v))
 
     def elementwise(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
         return self._shared(func(*args, **kwargs), args, self.rule_set.gate)
@@ -186,9 +190,15 @@ class OperationRules(TorchFunctionMode):
 
             on(wrapped, enter, leave)
             for module in wrapped.modules():
-                if is_component(module) or type(module).__name__ in ACTIVATIONS:
+                if module is not wrapped and _has_rules_of_its_own(module):
                     on(module, pause, resume)
             yield
+
+
+def _has_rules_of_its_own(module: torch.nn.Module) -> bool:
+    # A HookPoint runs its user's functions.
+    name = type(module).__name__
+    return is_component(module) or name in ACTIVATIONS or name == "HookPoint"
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -216,10 +226,12 @@ _FUNCTIONS: dict[str, rules.Ratio] = {
     "relu": rules.relu_ratio,
 }
 
+MATRIX_PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm", "einsum")
+
 _HANDLERS: dict[str, Callable[[OperationRules, _Call, Any, dict[str, Any]], Any]] = {
     **dict.fromkeys(("softmax",), OperationRules.softmax),
     **dict.fromkeys(("sigmoid",), OperationRules.weights),
-    **dict.fromkeys(("matmul", "__matmul__", "bmm", "baddbmm", "einsum"), OperationRules.product),
+    **dict.fromkeys(MATRIX_PRODUCTS, OperationRules.product),
     **dict.fromkeys(
         ("mul", "__mul__", "__rmul__", "multiply", "mul_", "__imul__"), OperationRules.elementwise
     ),
@@ -247,10 +259,19 @@ def attach_inside(site: Site, rule_set: RuleSet) -> Attachment:
         return gradient(site, rule_set)
     mode = OperationRules(rule_set, attention=attention)
     live = {f"{site.path}.{name}": fns for name, fns in mode.live.items()} if attention else {}
+    code = where_computed(site.component)
+    own = code is site.component
     return Attachment(
         site,
         _summary(rule_set, attention),
-        "by operation inside the wrapped module",
-        scoped=lambda: mode.around(site.component.original_component),
+        f"by operation inside {'it' if own else 'the wrapped module'}",
+        scoped=lambda: mode.around(code),
         live=live,
     )
+
+
+def where_computed(component: Any) -> torch.nn.Module:
+    """The module whose code computes: the component itself, or what it delegates to."""
+    delegates = operations_of(component) != ("attention",) or delegates_attention(component)
+    code: torch.nn.Module = component.original_component if delegates else component
+    return code

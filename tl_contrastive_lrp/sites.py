@@ -32,13 +32,13 @@ Operation = Literal[
 _ATTENTION: tuple[Operation, ...] = ("qk", "softmax", "pattern_v")
 
 # TransformerLens component class -> its operations that are not linear. "attention" and "experts"
-# stand for all that the wrapped module computes itself.
+# stand for all that is computed where HookPoints do not reach everything.
 COMPONENTS: dict[str, tuple[Operation, ...]] = {
     "NormalizationBridge": ("norm",),
     "AttentionBridge": ("attention",),
     "PositionEmbeddingsAttentionBridge": _ATTENTION,
     "JointQKVAttentionBridge": _ATTENTION,
-    "MLAAttentionBridge": _ATTENTION,
+    "MLAAttentionBridge": ("attention",),
     "GatedMLPBridge": ("activation", "gate"),
     "MLPBridge": ("activation",),
     "MoEBridge": ("experts",),
@@ -151,8 +151,41 @@ def operations_of(component: Any) -> tuple[Operation, ...]:
     """What a TransformerLens component computes beyond linear maps, by its class's row."""
     for base in type(component).__mro__:
         if base.__name__ in COMPONENTS:
-            return COMPONENTS[base.__name__]
+            operations = COMPONENTS[base.__name__]
+            by_operation = operations == _ATTENTION and _alters_z(component)
+            return ("attention",) if by_operation else operations
     return ()
+
+
+def _alters_z(attention: Any) -> bool:
+    """Whether something happens to pattern·v before ``hook_z``: a gate's product, a norm."""
+    from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import (
+        PositionEmbeddingsAttentionBridge as Plain,
+    )
+
+    last = getattr(type(attention), "_pre_output_projection", Plain._pre_output_projection)
+    gate = attention._modules.get("gate")
+    return (
+        last is not Plain._pre_output_projection
+        or bool(getattr(attention.config, "gated_q_proj", False))
+        or (gate is not None and gate.original_component is not None)
+    )
+
+
+# Attention that adds a bias of its own to query·key, so that the scores are not linear in the keys.
+_BIASED_SCORES = ("ALiBiJointQKVAttentionBridge", "BloomAttentionBridge")
+
+
+def scores_are_biased(attention: Any) -> bool:
+    """Whether something that depends on no key is added to query·key."""
+    return any(is_kind(attention, name) for name in _BIASED_SCORES)
+
+
+def delegates_attention(component: Any) -> bool:
+    """Whether an attention component leaves all computing to the wrapped module."""
+    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+
+    return bool(type(component).forward is AttentionBridge.forward)
 
 
 def is_kind(component: Any, class_name: str) -> bool:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from .attach_norm import norm_weight, uses_native_norm
 from .attachment import HookFn
+from .errors import UncoveredComponentError
+from .inside import MATRIX_PRODUCTS, OperationRules, where_computed
 from .placement import public_name
 from .precision import plain, wide
 from .rules_softcap import softcap_ratio
@@ -133,6 +135,38 @@ def _linear_softcap(site: Site) -> Iterator[None]:
         holder["attn_logit_softcapping"] = cap
 
 
+class _Seam(OperationRules):
+    """Reads S̃ and ṽ where a module computes attention itself, queries held fixed."""
+
+    def __init__(self, rule_set: RuleSet, read: dict[str, Tensor]) -> None:
+        super().__init__(rule_set, attention=True)
+        self.read = read
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if not self.states or not self.states[-1]:
+            return func(*args, **kwargs)
+        if name == "softmax":
+            self.read["scores"] = _tangent(args[0])[0]
+            self.after_softmax = True
+            return _primal(func(*args, **kwargs))
+        if name in ("sqrt", "rsqrt") and self.rule_set.norm == "ln":
+            return _primal(func(*args, **kwargs))
+        if name in ("layer_norm", "rms_norm") and self.rule_set.norm == "ln":
+            raise UncoveredComponentError(
+                f"Edges are not known through {name} inside attention; only relevance is."
+            )
+        if name not in MATRIX_PRODUCTS:
+            return func(*args, **kwargs)
+        if self.after_softmax:
+            self.read["v"] = _tangent(args[-1])[0].transpose(0, 1)
+            raise _Stop
+        *first, query, key = args
+        return func(*first, _primal(query), key, **kwargs)
+
+
 def block_tangents(
     model: Any, layer: int, call: BlockCall, sites: tuple[Site, ...], rule_set: RuleSet
 ) -> tuple[Float[Tensor, "pos kv_head d_head"], Float[Tensor, "head query key"]]:
@@ -146,7 +180,9 @@ def block_tangents(
         rule_set: Which of the block's norms and soft-caps are linearised.
 
     Returns:
-        ṽ before any repetition for grouped queries, and S̃ as it stands at ``hook_attn_scores``.
+        ṽ [pos, kv_head, d_head] before any repetition for grouped queries, and S̃ as it stands at
+        ``hook_attn_scores``. Where attention's rules are put on by operation, ṽ is as it enters
+        pattern·v, [pos, head, d_head].
     """
     prefix = f"blocks.{layer}."
     read: dict[str, Tensor] = {}
@@ -161,16 +197,20 @@ def block_tangents(
         read["scores"] = plain(_tangent(tensor))[0]
         raise _Stop
 
-    hooks: list[tuple[str, HookFn]] = [
-        (f"{prefix}hook_in", start),
-        (f"{prefix}attn.q.hook_out", _only_value),
-        (f"{prefix}attn.v.hook_out", read_value),
-        (f"{prefix}attn.hook_attn_scores", read_scores),
-    ]
+    hooks: list[tuple[str, HookFn]] = [(f"{prefix}hook_in", start)]
     with ExitStack() as stack:
-        for site in sites:
-            if not site.path.startswith(prefix):
-                continue
+        inside = [site for site in sites if site.path.startswith(prefix)]
+        if any(site.operation == "attention" for site in inside):
+            component = model.blocks[layer].attn
+            seam = _Seam(rule_set, read)
+            stack.enter_context(seam.around(where_computed(component)))
+        else:
+            hooks += [
+                (f"{prefix}attn.q.hook_out", _only_value),
+                (f"{prefix}attn.v.hook_out", read_value),
+                (f"{prefix}attn.hook_attn_scores", read_scores),
+            ]
+        for site in inside:
             if site.operation == "norm" and rule_set.norm == "ln":
                 hooks += _norm_hooks(site)
             if site.operation == "softcap" and rule_set.softcap == "identity":
