@@ -1,4 +1,4 @@
-"""``audit``: did a rule miss anything? Answered on the graph that relevance itself flows through."""
+"""``audit``: did a rule miss anything? Answered on the graph that relevance flows through."""
 
 from __future__ import annotations
 

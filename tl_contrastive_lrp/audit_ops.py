@@ -13,9 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Linear in all computed inputs together: moves, copies, sums and masks with constant conditions.
-LINEAR: frozenset[str] = frozenset(
-    """
+LINEAR: frozenset[str] = _words("""
     Add Sub Rsub Neg Sum Mean Cumsum Nansum Trace
     Alias View UnsafeView ReshapeAlias ReshapeCopy Squeeze Unsqueeze Expand ExpandCopy Transpose T
     Permute Movedim Select Slice Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes Unbind Stack
@@ -25,10 +29,9 @@ LINEAR: frozenset[str] = frozenset(
     MaskedSelect MaskedFill Where Tril Triu Roll Flip Rot90 Repeat RepeatInterleave ConstantPadNd
     Clone Copy ToCopy Contiguous Fill Zero Conj ResolveConj Real Imag ViewAsReal ViewAsComplex
     Complex
-    """.split()
-)
+    """)
 # The largest, the k largest, a sorting: which elements is a constant, their values are linear.
-SELECTING: frozenset[str] = frozenset("Topk Sort Max Min Amax Amin Kthvalue".split())
+SELECTING: frozenset[str] = _words("Topk Sort Max Min Amax Amin Kthvalue")
 
 # Products: positions of the factors. Other positions are added. With one computed factor the
 # operation is linear.
@@ -69,51 +72,60 @@ _FLAT = "its gradient is zero almost everywhere, so relevance would vanish here"
 # Known to be nonlinear, and why that matters.
 NONLINEAR: dict[str, str] = {
     **dict.fromkeys(
-        "NativeLayerNorm NativeGroupNorm NativeBatchNorm CudnnBatchNorm RmsNorm FusedRmsNorm Norm "
-        "LinalgVectorNorm Rsqrt Sqrt Var Std VarMean StdMean Reciprocal".split(),
+        _words(
+            "NativeLayerNorm NativeGroupNorm NativeBatchNorm CudnnBatchNorm RmsNorm FusedRmsNorm "
+            "Norm LinalgVectorNorm Rsqrt Sqrt Var Std VarMean StdMean Reciprocal"
+        ),
         _NORM,
     ),
     **dict.fromkeys(
-        "Silu Gelu Relu Tanh Sigmoid Softplus Elu Celu Selu LeakyRelu PreluKernel Hardswish "
-        "Hardsigmoid Hardtanh Mish LogSigmoid Threshold Glu Softshrink Hardshrink".split(),
+        _words(
+            "Silu Gelu Relu Tanh Sigmoid Softplus Elu Celu Selu LeakyRelu PreluKernel Hardswish "
+            "Hardsigmoid Hardtanh Mish LogSigmoid Threshold Glu Softshrink Hardshrink"
+        ),
         _ACTIVATION,
     ),
     **dict.fromkeys(
-        "Pow Exp Exp2 Expm1 Log Log1P Log2 Logsumexp LogSoftmax Abs Clamp ClampMin ClampMax "
-        "Maximum Minimum Erf Erfc Sin Cos Atan Prod Cumprod Hypot Sgn Lerp".split(),
+        _words(
+            "Pow Exp Exp2 Expm1 Log Log1P Log2 Logsumexp LogSoftmax Abs Clamp ClampMin ClampMax "
+            "Maximum Minimum Erf Erfc Sin Cos Atan Prod Cumprod Hypot Sgn Lerp"
+        ),
         _ELEMENTWISE,
     ),
     "Div": "it divides by a computed value",
-    **dict.fromkeys("Div2 Div3 Round Floor Ceil Trunc Sign Fmod Remainder".split(), _FLAT),
+    **dict.fromkeys(_words("Div2 Div3 Round Floor Ceil Trunc Sign Fmod Remainder"), _FLAT),
     "NativeDropout": "dropout is on; call model.eval() first",
 }
 
 
 @dataclass(frozen=True)
 class RuleNode:
-    """What one of this package's autograd Functions means for the walk.
+    """What a custom autograd Function means for the walk.
 
     Attributes:
         follow: Positions of the inputs that its backward sends a gradient to.
-        effect: "pass" hands everything on; "halve" announces a product below (or settles one
-            above); "product" is a product that has its rule inside; "norm" is a norm that has its
-            rule inside; "ordinary" says that the next nonlinear node below keeps its ordinary
-            gradient by decision.
+        effect: "pass" hands everything on; "halve" announces a product below; "product" is one that
+            has its rule inside; "norm" is a norm that has its rule inside; "ordinary" says
+            that the next nonlinear node below keeps its ordinary gradient by decision.
     """
 
     follow: tuple[int, ...]
     effect: Literal["pass", "halve", "product", "norm", "ordinary"] = "pass"
 
 
-# By "room.class" of the Function.
+_HOME = __package__
+
+# Custom autograd Functions, by where they are defined.
 RULES: dict[str, RuleNode] = {
-    "rules._ScaleGradient": RuleNode((0,), "halve"),
-    "rules._LinearNorm": RuleNode((1, 2), "norm"),
-    "rules._Normalized": RuleNode((1,), "norm"),
-    "rules._Weighted": RuleNode((1,)),
-    "rules._Ratio": RuleNode((1,)),
-    "rules._GatedProduct": RuleNode((1, 2), "product"),
-    "rules._SoftmaxTemperature": RuleNode((0,)),
-    "rules._Tap": RuleNode((0,)),
-    "rules._Ordinary": RuleNode((0,), "ordinary"),
+    f"{_HOME}.rules._ScaleGradient": RuleNode((0,), "halve"),
+    f"{_HOME}.rules._LinearNorm": RuleNode((1, 2), "norm"),
+    f"{_HOME}.rules._Normalized": RuleNode((1,), "norm"),
+    f"{_HOME}.rules._Weighted": RuleNode((1,)),
+    f"{_HOME}.rules._Ratio": RuleNode((1,)),
+    f"{_HOME}.rules._GatedProduct": RuleNode((1, 2), "product"),
+    f"{_HOME}.rules._SoftmaxTemperature": RuleNode((0,)),
+    f"{_HOME}.rules._Tap": RuleNode((0,)),
+    f"{_HOME}.rules._Ordinary": RuleNode((0,), "ordinary"),
+    # TransformerLens': the scale that some models put on a residual contribution, taken off again.
+    "transformer_lens.model_bridge.generalized_components.base._ScaledHookGradient": RuleNode((0,)),
 }

@@ -41,10 +41,13 @@ class Audit:
     Attributes:
         findings: Those that are neither, from the logits down; none if all is accounted for.
         counts: How many operations of each kind were looked at, by autograd's name.
+        ordinary: (component, operation) of what is not linear and keeps its ordinary gradient
+            because that is its rule: softmaxes, and sigmoids and quotients that weigh something.
     """
 
     findings: tuple[Finding, ...]
     counts: dict[str, int]
+    ordinary: tuple[tuple[str, str], ...] = ()
 
     @property
     def clean(self) -> bool:

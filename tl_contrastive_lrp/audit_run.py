@@ -21,6 +21,11 @@ from .audit_walk import Found, walk_graph
 from .sites import components
 
 _TOKENS = 4
+_NO_INPUT = "no gradient reaches the embeddings from the logits, so there is nothing to explain"
+_SECOND_INPUT = (
+    "the prompt's tokens enter the model here as well, and the relevance that ends here would be "
+    "lost"
+)
 
 _known: WeakKeyDictionary[Any, tuple[object, Audit]] = WeakKeyDictionary()
 
@@ -39,7 +44,7 @@ def audited(
     state = _signature(model)
     known = _known.get(model)
     if known is None or known[0] != state:
-        known = _known[model] = (state, _audit(model, attach, leaves))
+        known = _known[model] = (state, examine(model, attach, leaves))
     return known[1]
 
 
@@ -51,7 +56,11 @@ def _signature(model: Any) -> object:
         if name.startswith("use_") and isinstance(value, bool)
     )
     modules = tuple(
-        (id(type(module)), getattr(module, "_use_processed_weights", None))
+        (
+            id(type(module)),
+            getattr(module, "_use_processed_weights", None),
+            "forward" in vars(module),
+        )
         for module in model.original_model.modules()
     )
     config = getattr(model.original_model, "config", None)
@@ -59,33 +68,55 @@ def _signature(model: Any) -> object:
     return flags, getattr(model, "compatibility_mode", None), attention, modules
 
 
-def _audit(
+def examine(
     model: Any, attach: Callable[[], AbstractContextManager[None]], leaves: tuple[str, ...]
 ) -> Audit:
+    """``audited`` without a memory."""
     names = module_names(model)
     owners = _Owners(names)
     inputs: dict[str, Tensor] = {}
+    tokens = _some_tokens(model)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_same_random_numbers(model))
         stack.enter_context(_constant_parameters(model))
         stack.enter_context(_hooks_aside(model))
+        others = stack.enter_context(_other_lookups(names, tokens))
         stack.enter_context(_leaves_at(model, leaves, inputs))
         stack.enter_context(attach())
         stack.enter_context(owners.watch())
-        logits = model(_some_tokens(model))
+        logits = model(tokens)
     walk = walk_graph(logits, inputs.values())
-    findings = [owners.finding(found) for found in walk.found]
-    if not inputs or walk.leaves == 0:
-        why = "no gradient reaches the embeddings from the logits, so there is nothing to explain"
-        findings.insert(0, Finding("model", type(model.original_model).__name__, "none", why))
-    return Audit(tuple(dict.fromkeys(findings)), walk.counts)
+    findings = [_finding(found, owners, others) for found in walk.found]
+    if walk.leaves == 0:
+        kind = type(model.original_model).__name__
+        findings.insert(0, Finding("model", kind, "no gradient", _NO_INPUT))
+    ordinary = [_finding(found, owners, others) for found in walk.ordinary]
+    return Audit(
+        tuple(dict.fromkeys(findings)),
+        walk.counts,
+        tuple(dict.fromkeys((f.component, f.operation) for f in ordinary)),
+    )
+
+
+def _finding(found: Found, owners: _Owners, others: dict[int, nn.Module]) -> Finding:
+    module = owners.of(found.node)
+    operation, why = found.operation, found.why
+    if hasattr(found.node, "variable"):
+        module, operation = others.get(id(found.node.variable)), "input"
+        why = why if module is None else _SECOND_INPUT
+    if module is None:
+        return Finding("model", "", operation, why)
+    wrapped = getattr(module, "original_component", None)
+    kind = type(module if wrapped is None else wrapped).__name__
+    return Finding(owners.names[module], kind, operation, why)
 
 
 def _some_tokens(model: Any) -> Tensor:
+    """Different from each other and from any positions, so that their lookups can be told."""
     device = next(iter(model.original_model.parameters())).device
-    return (torch.arange(1, _TOKENS + 1, device=device) % int(model.cfg.d_vocab))[None]
+    return ((torch.arange(_TOKENS, device=device) * 4 + 9) % int(model.cfg.d_vocab))[None]
 
 
 # ---------------------------------------------------------------- leaving no trace
@@ -147,6 +178,31 @@ def _hooks_aside(model: Any) -> Iterator[None]:
 
 
 @contextmanager
+def _other_lookups(names: dict[nn.Module, str], tokens: Tensor) -> Iterator[dict[int, nn.Module]]:
+    """Embeddings of the prompt's tokens, to see whether one reaches the logits past the leaves.
+
+    Those that do not are cut off at the leaves, which come later.
+    """
+    found: dict[int, nn.Module] = {}
+    kept: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        ids = args[0] if args else None
+        if not isinstance(ids, Tensor) or int(torch.isin(ids, tokens).sum()) < 2:
+            return None  # positions, types, layers
+        kept.append(output.detach().requires_grad_(True))
+        found[id(kept[-1])] = module
+        return kept[-1]
+
+    with ExitStack() as stack:
+        for module in names:
+            if isinstance(module, nn.Embedding):
+                stack.callback(module.register_forward_hook(note).remove)
+        yield found
+    kept.clear()
+
+
+@contextmanager
 def _leaves_at(model: Any, names: tuple[str, ...], found: dict[str, Tensor]) -> Iterator[None]:
     def leaf(tensor: Tensor, hook: Any) -> Tensor:
         found[hook.name] = tensor.detach().requires_grad_(True)
@@ -196,7 +252,7 @@ class _Owners:
         self.inside: list[nn.Module] = []
 
     def _note(self) -> None:
-        self.starts.append(torch.autograd._get_sequence_nr())
+        self.starts.append(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
         self.at.append(self.inside[-1] if self.inside else None)
 
     def _enter(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
@@ -220,12 +276,7 @@ class _Owners:
                 stack.callback(module.register_forward_hook(self._leave).remove)
             yield
 
-    def finding(self, found: Found) -> Finding:
-        """The finding with its module's name and class."""
-        at = bisect_right(self.starts, found.node._sequence_nr()) - 1
-        module = self.at[at] if at >= 0 else None
-        if module is None:
-            return Finding("model", "", found.operation, found.why)
-        wrapped = getattr(module, "original_component", None)
-        kind = type(module if wrapped is None else wrapped).__name__
-        return Finding(self.names[module], kind, found.operation, found.why)
+    def of(self, node: Any) -> nn.Module | None:
+        """The innermost module that was at work when ``node`` was made."""
+        at = bisect_right(self.starts, node._sequence_nr()) - 1
+        return self.at[at] if at >= 0 else None

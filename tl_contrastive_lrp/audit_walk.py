@@ -32,9 +32,17 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Walk:
-    """What a walk met: findings, in the order from the logits down, and nodes by operation."""
+    """What a walk met.
+
+    Attributes:
+        found: Findings, in the order from the logits down.
+        ordinary: Nonlinear nodes that keep their ordinary gradient because that is their rule.
+        counts: Nodes by operation.
+        leaves: How many of the leaves were reached.
+    """
 
     found: tuple[Found, ...]
+    ordinary: tuple[Found, ...]
     counts: dict[str, int]
     leaves: int
 
@@ -67,7 +75,7 @@ _FUSED = (
     'with attn_implementation="eager"'
 )
 _OVERWRITTEN = "part of a tensor is changed in place by an operation that autograd does not show"
-_OTHER_LEAF = "a tensor beside the input requires a gradient, so constants look computed"
+_OTHER_LEAF = "a tensor beside the embeddings requires a gradient, so relevance would be lost in it"
 _SCALED = "its gradient is scaled by something other than a half"
 
 
@@ -96,9 +104,7 @@ def _info(node: Node) -> _Info:
     below = tuple((i, n) for i, (n, _) in enumerate(node.next_functions) if n is not None)
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         function = node._forward_cls  # type: ignore[attr-defined]
-        ours = function.__module__.rpartition(".")
-        name = f"{ours[2]}.{function.__qualname__}"
-        rule = ops.RULES.get(name) if ours[0] == __package__ else None
+        rule = ops.RULES.get(f"{function.__module__}.{function.__qualname__}")
         return _Info(function.__qualname__.lstrip("_"), "", rule, below)
     stem, full = _parsed(node.name())
     exact = full if full in ops.NONLINEAR else stem
@@ -115,7 +121,8 @@ def walk_graph(logits: Tensor, leaves: Iterable[Tensor]) -> Walk:
     walker = _Walker({id(leaf) for leaf in leaves})
     walker.run(logits.grad_fn)
     counts = Counter(info.operation for info in walker.infos.values())
-    return Walk(tuple(walker.found.values()), dict(counts), len(walker.reached))
+    ordinary = tuple(Found(node, walker.infos[node].operation, "") for node in walker.ordinary)
+    return Walk(tuple(walker.found.values()), ordinary, dict(counts), len(walker.reached))
 
 
 class _Walker:
@@ -124,6 +131,7 @@ class _Walker:
         self.reached: set[int] = set()
         self.infos: dict[Node, _Info] = {}  # holds the nodes, so that they stay themselves
         self.found: dict[tuple[Node, str], Found] = {}
+        self.ordinary: dict[Node, None] = {}
         self.todo: list[tuple[Node, _State]] = []
 
     def run(self, root: Node | None) -> None:
@@ -164,6 +172,7 @@ class _Walker:
             self._product(node, info, state)
         elif key in ops.SOFTMAXES:
             self._settle(state)
+            self.ordinary[node] = None
             self._go(info.below, _FRESH)
         elif key == "AccumulateGrad":
             self._leaf(node, state)
@@ -183,7 +192,9 @@ class _Walker:
             self._find(node, _FUSED)
         elif info.key not in ops.NONLINEAR:
             self._find(node, _UNKNOWN)
-        elif not by_decision:
+        elif by_decision:
+            self.ordinary[node] = None
+        else:
             self._find(node, ops.NONLINEAR[info.key])
         self._go(info.below, _State(weight=state.weight))
 
@@ -232,7 +243,7 @@ def _only_copies(node: Node) -> bool:
     """Whether an in-place change of a slice wrote copies there and did nothing else.
 
     Autograd hides the operation, but not what its backward does: of a copy, the rest of the tensor
-    gets its gradient as it is and what was written gets the slice's.
+    gets its gradient as it is, and what was written or added gets the slice's.
     """
     try:
         (meta,) = node._input_metadata
@@ -248,9 +259,12 @@ def _only_copies(node: Node) -> bool:
     written = [s.double() for s in rest if s is not None]
     if not written:
         return False
+    copies = all(bool(torch.isin(s.abs(), g).all()) for s in written)
     if base is None:  # written into a constant
-        return all(bool(torch.isin(s, g).all()) for s in written)
+        return copies
     base = base.double()
     kept = base == g
+    if bool(kept.all()):  # added
+        return copies
     copied = bool(sum(s.sum() for s in written) == g[~kept].sum())
     return copied and bool((kept | (base == 0)).all())

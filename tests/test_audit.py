@@ -1,0 +1,327 @@
+"""The audit of a model's graph: clean where every rule is on, and it names what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import ALL, FAMILIES, boot, random_tokens
+from hooking import Snapshot, UserError, delta, fail, fresh
+from torch import Tensor
+
+import tl_contrastive_lrp as clrp
+from tl_contrastive_lrp import rules
+from tl_contrastive_lrp.attachment import Attachment, edit
+from tl_contrastive_lrp.audit import audit, require_clean
+from tl_contrastive_lrp.audit_report import Audit, Finding
+from tl_contrastive_lrp.audit_run import examine
+from tl_contrastive_lrp.errors import ModelStateError, UncoveredComponentError
+from tl_contrastive_lrp.placement import attached, place
+from tl_contrastive_lrp.sites import LEAVES
+
+
+def with_attachments(model: Any, attachments: tuple[Attachment, ...]) -> Audit:
+    return examine(model, lambda: attached(model, attachments), LEAVES)
+
+
+def placed(model: Any) -> tuple[Attachment, ...]:
+    return place(model, "attnlrp")[0]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_family_is_clean(name: str) -> None:
+    model = boot(name, torch.float32)
+    report = audit(model)
+    assert report.clean, str(report)
+    n = model.cfg.n_layers
+    # Two products in attention a layer, and its softmax: they were looked at.
+    assert report.counts["Bmm"] == 2 * n
+    assert report.counts["Softmax"] == n
+    assert set(report.ordinary) == {(f"blocks.{i}.attn", "Softmax") for i in range(n)}
+    require_clean(model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_rule_that_is_missing_is_found_and_named(name: str) -> None:
+    model = boot(name, torch.float32)
+    all_of_them = placed(model)
+    assert len(all_of_them) > 5 * model.cfg.n_layers
+    for i, gone in enumerate(all_of_them):
+        report = with_attachments(model, all_of_them[:i] + all_of_them[i + 1 :])
+        if gone.site.operation == "softmax":  # its ordinary gradient is AttnLRP's rule
+            assert report.clean
+            continue
+        # The final soft-cap runs in the wrapped model's own forward.
+        where = "model" if gone.site.path == "unembed" else gone.site.path
+        assert not report.clean, gone.site
+        for f in report.findings:
+            assert f.component == where or f.component.startswith(where + "."), (gone.site, f)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2"])
+def test_with_no_rules_every_site_is_found(name: str) -> None:
+    model = boot(name, torch.float32)
+    report = examine(model, nullcontext, LEAVES)
+    found = {f.component for f in report.findings}
+    for a in placed(model):
+        where = "model" if a.site.path == "unembed" else a.site.path
+        assert any(c == where or c.startswith(where + ".") for c in found), a.site
+    n = model.cfg.n_layers
+    products = [f for f in report.findings if f.operation == "Bmm"]
+    # Equal findings are one: query·key and pattern·value of a layer.
+    assert {f.component for f in products} == {f"blocks.{i}.attn" for i in range(n)}
+
+
+@pytest.mark.parametrize(
+    ("point", "where"),
+    [
+        ("blocks.0.hook_out", "blocks.0"),
+        ("blocks.1.mlp.hook_out", "blocks.1.mlp"),
+        ("blocks.0.attn.q.hook_out", "blocks.0.attn.q"),
+        ("blocks.1.attn.hook_attn_scores", "blocks.1.attn"),
+        ("blocks.0.attn.o.hook_in", "blocks.0.attn.o"),
+        ("blocks.0.ln2.hook_in", "blocks.0.ln2"),
+        ("embed.hook_out", "embed"),
+        ("unembed.hook_out", "unembed"),
+    ],
+)
+def test_a_stray_halving_is_found(point: str, where: str) -> None:
+    model = boot("qwen3", torch.float32)
+    some = placed(model)
+    more = Attachment(some[0].site, "half", "", ((point, edit(rules.uniform)),))
+    report = with_attachments(model, (*some, more))
+    assert {(f.component, f.operation) for f in report.findings} == {(where, "halving")}
+
+
+class _Secret(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]  # noqa: ARG004
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]  # noqa: ARG004
+        return g
+
+
+def _relu_in_a_slice(x: Tensor) -> Tensor:
+    x = x * 1.0
+    x[..., :4].relu_()
+    return x
+
+
+INJECTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "Exp": torch.exp,
+    "Mul": lambda x: x * x,
+    "Pow": lambda x: x.pow(2),
+    "Tanh": torch.tanh,
+    "Silu": F.silu,
+    "Softplus": F.softplus,
+    "Relu": F.relu,
+    "Clamp": lambda x: x.clamp(-1, 1),
+    "Abs": torch.abs,
+    "Div": lambda x: x / x.abs().amax(),
+    "Bmm": lambda x: (x @ x.mT).softmax(-1) @ x,
+    "NativeLayerNorm": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "Round": torch.round,
+    "CopySlices": _relu_in_a_slice,
+    "Secret": _Secret.apply,
+}
+
+
+def test_a_sigmoid_is_a_gate_only_where_it_weighs_something() -> None:
+    model = fresh("llama")
+    for path, clean in (("attn.o", False), ("mlp.in", True)):
+        parent, _, name = path.rpartition(".")
+        wrapped = getattr(getattr(model.blocks[1], parent), name).original_component
+        handle = wrapped.register_forward_hook(lambda *args: torch.sigmoid(args[-1]))
+        report = examine(model, lambda: attached(model, placed(model)), LEAVES)
+        handle.remove()
+        where = (f"blocks.1.{path}", "Sigmoid")
+        assert (where in report.ordinary) == clean
+        assert (where in {(f.component, f.operation) for f in report.findings}) != clean
+
+
+@pytest.mark.parametrize("inside", ["mlp.in", "attn.o", "attn.q"])
+@pytest.mark.parametrize("operation", INJECTED)
+def test_an_operation_hidden_in_a_wrapped_module_is_found(operation: str, inside: str) -> None:
+    model = boot("llama", torch.float32)
+    path = f"blocks.1.{inside}"
+    module = model.blocks[1]
+    for part in inside.split("."):
+        module = getattr(module, part)
+    wrapped = module.original_component
+    clean, honest = audit(model), type(wrapped).forward
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return INJECTED[operation](honest(self, x))
+
+    wrapped.forward = MethodType(forward, wrapped)
+    try:
+        report = audit(model)  # the cached answer no longer holds
+        with pytest.raises(UncoveredComponentError, match=rf"{path} \(Linear\): {operation}: "):
+            require_clean(model)
+        with pytest.raises(UncoveredComponentError), clrp.lrp(model):
+            pass
+    finally:
+        del wrapped.forward
+    assert operation in {f.operation for f in report.findings}
+    assert {f.component for f in report.findings} == {path}
+    assert {f.module_class for f in report.findings} == {"Linear"}
+    assert audit(model) == clean
+
+
+def test_tokens_that_enter_a_second_time_are_found() -> None:
+    model = fresh("llama")
+    table = torch.nn.Embedding(model.cfg.d_vocab, model.cfg.d_model)
+    wrapped = model.blocks[0].mlp.original_component
+    wrapped.second = table.eval()
+    ids: list[Tensor] = []
+    handle = model.register_forward_pre_hook(lambda _, args: ids.append(args[0]))
+    honest = wrapped.down_proj.original_component.forward
+    wrapped.down_proj.original_component.forward = lambda x: honest(x) + table(ids[-1])
+    report = audit(model)
+    handle.remove()
+    (found,) = report.findings
+    assert (found.component, found.operation) == ("blocks.0.mlp.second", "input")
+    assert "enter" in found.why
+
+
+def test_a_mixture_of_experts_without_rules_is_found_at_its_experts_and_router() -> None:
+    import zoo
+
+    model = zoo.boot("qwen3_moe")
+    found = {f.component for f in examine(model, nullcontext, LEAVES).findings}
+    for part in ("mlp.experts", "mlp.gate", "attn", "ln1", "ln2", "attn.q_norm"):
+        assert {f"blocks.{i}.{part}" for i in range(2)} & found, part
+
+
+# ---------------------------------------------------------------- leaving no trace
+
+
+def test_it_runs_once_until_the_model_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh("qwen3")
+    runs: list[int] = []
+    honest = type(model).forward
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, *a, **k: (runs.append(1), honest(self, *a, **k))[1]
+    )
+    first = audit(model)
+    assert len(runs) == 1
+    for _ in range(3):
+        assert audit(model) is first
+        with clrp.lrp(model):
+            pass
+    assert len(runs) == 1
+    model.cfg.use_attn_result = True
+    assert audit(model).clean
+    assert len(runs) == 2
+    model.cfg.use_attn_result = False
+    model.enable_compatibility_mode(disable_warnings=True)
+    assert audit(model).clean
+    assert len(runs) == 3
+
+
+def test_nothing_is_left_behind(snapshot: Snapshot) -> None:
+    model = fresh("gemma2")
+    model(random_tokens())  # transformers hooks itself in at the first forward
+    for p in model.original_model.parameters():
+        p.grad = torch.ones_like(p)
+    before, numbers = snapshot(model), torch.get_rng_state()
+    assert audit(model).clean
+    assert snapshot(model) == before
+    assert torch.equal(torch.get_rng_state(), numbers)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_it_works_in_any_gradient_mode(mode: Callable[[], Any]) -> None:
+    model = fresh("gpt2")
+    with mode():
+        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        report = audit(model)
+        assert (grad, inference) == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    assert report.clean
+
+
+def test_users_hooks_neither_run_nor_count_and_are_back_in_order() -> None:
+    model, ids = fresh("llama"), random_tokens()
+    called: list[str] = []
+
+    def user(name: str) -> Callable[..., Tensor]:
+        def hook_fn(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+            called.append(name)
+            return tensor + tensor.tanh()
+
+        return hook_fn
+
+    def backward(gradient: Tensor, hook: Any) -> None:  # noqa: ARG001
+        called.append("backward")
+
+    model.add_perma_hook("blocks.0.hook_out", user("permanent"))
+    with model.hooks(
+        fwd_hooks=[("blocks.0.hook_out", user("first")), ("blocks.0.mlp.hook_out", user("mlp"))],
+        bwd_hooks=[("blocks.0.hook_out", backward)],
+    ):
+        before = delta(model(ids))
+        order, called[:] = list(called), []
+        assert audit(model).clean
+        assert called == []
+        after = delta(model(ids))
+        assert torch.equal(before, after)
+        assert called == order == ["mlp", "permanent", "first"]
+        after.backward()
+        assert called[-1] == "backward"
+    called.clear()
+    model(ids)
+    assert called == ["permanent"]
+    model.reset_hooks(including_permanent=True)
+    model(ids)
+    assert called == ["permanent"]
+
+
+def test_an_exception_leaves_nothing_behind(snapshot: Snapshot) -> None:
+    model = fresh("qwen3")
+    model(random_tokens())
+    model.add_hook("blocks.0.hook_out", fail)
+    wrapped = model.blocks[1].mlp.original_component
+    before = snapshot(model)
+    wrapped.forward = lambda *_: fail(None, wrapped)
+    wrapped.name = "deep inside"
+    with pytest.raises(UserError, match="deep inside"):
+        audit(model)
+    del wrapped.forward
+    assert snapshot(model) == before
+    model.reset_hooks()
+    assert audit(model).clean
+
+
+def test_it_refuses_what_would_mislead_it() -> None:
+    model = fresh("llama")
+    with clrp.lrp(model), pytest.raises(ModelStateError, match="already on"):
+        audit(model)
+    model.train()
+    with pytest.raises(ModelStateError, match="training mode"):
+        audit(model)
+    with pytest.raises(TypeError, match="TransformerBridge"):
+        audit(model.original_model)
+
+
+# ---------------------------------------------------------------- in words
+
+
+def test_findings_read_well() -> None:
+    findings = tuple(Finding(f"blocks.{i}.mlp", "AMLP", "Exp", "it is bad") for i in (0, 1, 2, 5))
+    report = Audit((*findings, Finding("model", "", "Mul", "two")), {"Exp": 4, "Mul": 7})
+    assert str(report) == (
+        "audit: 2 findings among 11 operations\n"
+        "  blocks.0-2,5.mlp (AMLP): Exp: it is bad.\n"
+        "  model: Mul: two."
+    )
+    assert list(report.to_frame().columns) == ["component", "module_class", "operation", "why"]
+    assert len(report.to_frame()) == 5
+    assert str(Audit((), {"Mul": 3})).startswith("audit: clean; each of 3 operations")
+    assert list(Audit((), {}).to_frame().columns) == list(report.to_frame().columns)
