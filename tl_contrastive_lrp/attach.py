@@ -196,6 +196,7 @@ _ATTACH: dict[Operation, Callable[[Site, RuleSet], Attachment]] = {
     "softcap": _softcap,
     "attention": attach_inside,
     "experts": attach_inside,
+    "wrapped": attach_inside,
 }
 
 

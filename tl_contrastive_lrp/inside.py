@@ -31,10 +31,12 @@ from torch.overrides import TorchFunctionMode
 
 from . import rules
 from .attachment import Attachment, HookFn, gradient
+from .inside_experts import clamp_bounds, clamp_ratio, is_sigmoid_of
 from .rulesets import RuleSet
 from .sites import ACTIVATIONS, Site, delegates_attention, is_component, operations_of
 
 _Call = Callable[..., Any]
+_MADE = "_tl_contrastive_lrp_made"  # on a weight: itself, with its ordinary gradient
 
 
 def _computed(value: Any) -> bool:
@@ -82,9 +84,10 @@ class OperationRules(TorchFunctionMode):
         out = func(*args, **kwargs)
         if not _computed(out):
             return out
-        if self.rule_set.softmax == "constant":
-            return out.detach()
-        return _mark_weight(rules.ordinary(out))
+        constant = self.rule_set.softmax == "constant"
+        weight = out.detach() if constant else _mark_weight(rules.ordinary(out))
+        setattr(weight, _MADE, out)
+        return weight
 
     def division(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
@@ -122,7 +125,23 @@ class OperationRules(TorchFunctionMode):
         return self._fire("z", self._shared(out, args, self.rule_set.pattern_v))
 
     def elementwise(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
-        return self._shared(func(*args, **kwargs), args, self.rule_set.gate)
+        swish = _swish(args)
+        if swish is None:
+            return self._shared(func(*args, **kwargs), args, self.rule_set.gate)
+        i, weight = swish  # x ⊙ σ(c·x): its f(x)/x is the other factor
+        weight = weight.detach() if self.rule_set.activation == "identity" else weight
+        return func(*(weight if j == i else a for j, a in enumerate(args)), **kwargs)
+
+    def clamp(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        bounds = clamp_bounds(func.__name__, args, kwargs)
+        if not _computed(out):
+            return out
+        if _is_weight(args[0]):  # no weight, nor a sum of them, is let below a bound
+            return rules.ordinary(out)
+        if self.rule_set.activation != "identity" or bounds is None:
+            return out
+        return rules.identity(out.detach(), args[0], clamp_ratio(*bounds))
 
     def _shared(self, out: Tensor, args: Any, rule: str) -> Tensor:
         two = sum(_computed(a) for a in _tensors(args)) > 1
@@ -130,7 +149,10 @@ class OperationRules(TorchFunctionMode):
 
     def root(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        return out.detach() if self.rule_set.norm == "ln" else out
+        if func.__name__ in ("pow", "__pow__") and args[1] not in (0.5, -0.5):
+            return out
+        statistic = out.shape[-1:] == (1,)  # else it is no denominator, and the audit will say so
+        return out.detach() if self.rule_set.norm == "ln" and statistic else out
 
     def norm(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
@@ -211,6 +233,16 @@ def _tensors(values: Any) -> list[Tensor]:
     return flat
 
 
+def _swish(factors: Any) -> tuple[int, Tensor] | None:
+    """The factor that is the sigmoid of the other: its position, and itself with its gradient."""
+    pairs = (factors[:2], factors[1::-1]) if len(factors) > 1 else ()
+    for i, (s, x) in enumerate(pairs):
+        made = getattr(s, _MADE, None)
+        if made is not None and _computed(x) and is_sigmoid_of(made, x):
+            return i, made
+    return None
+
+
 def _mark_weight(tensor: Tensor) -> Tensor:
     tensor._tl_contrastive_lrp_weight = True  # type: ignore[attr-defined]
     return tensor
@@ -230,7 +262,8 @@ MATRIX_PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm", "einsum")
 
 _HANDLERS: dict[str, Callable[[OperationRules, _Call, Any, dict[str, Any]], Any]] = {
     **dict.fromkeys(("softmax",), OperationRules.softmax),
-    **dict.fromkeys(("sigmoid",), OperationRules.weights),
+    **dict.fromkeys(("sigmoid", "softplus"), OperationRules.weights),
+    **dict.fromkeys(("clamp", "clip", "clamp_min", "clamp_max"), OperationRules.clamp),
     **dict.fromkeys(MATRIX_PRODUCTS, OperationRules.product),
     **dict.fromkeys(
         ("mul", "__mul__", "__rmul__", "multiply", "mul_", "__imul__"), OperationRules.elementwise
@@ -238,7 +271,7 @@ _HANDLERS: dict[str, Callable[[OperationRules, _Call, Any, dict[str, Any]], Any]
     **dict.fromkeys(
         ("div", "__truediv__", "true_divide", "div_", "__itruediv__"), OperationRules.division
     ),
-    **dict.fromkeys(("sqrt", "rsqrt"), OperationRules.root),
+    **dict.fromkeys(("sqrt", "rsqrt", "pow", "__pow__"), OperationRules.root),
     **dict.fromkeys(("layer_norm", "rms_norm"), OperationRules.norm),
     **dict.fromkeys(_FUNCTIONS, OperationRules.activation),
 }

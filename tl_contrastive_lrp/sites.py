@@ -26,8 +26,9 @@ from . import rules
 from .errors import UncoveredComponentError
 
 Operation = Literal[
-    "norm", "activation", "gate", "qk", "softmax", "pattern_v", "softcap", "attention", "experts"
-]
+    "norm", "activation", "gate", "qk", "softmax", "pattern_v", "softcap", "attention", "experts",
+    "wrapped",
+]  # fmt: skip
 
 _ATTENTION: tuple[Operation, ...] = ("qk", "softmax", "pattern_v")
 
@@ -93,7 +94,7 @@ class Site:
     def class_name(self) -> str:
         """The component's class, and the wrapped module's where the site is one."""
         own = type(self.component).__name__
-        if self.operation in ("attention", "experts"):
+        if self.operation in ("attention", "experts", "wrapped"):
             return f"{own}/{type(self.component.original_component).__name__}"
         if self.operation != "activation" or self.module is None:
             return own
@@ -149,6 +150,9 @@ def _check_flags(model: Any) -> None:
 
 def operations_of(component: Any) -> tuple[Operation, ...]:
     """What a TransformerLens component computes beyond linear maps, by its class's row."""
+    if type(component).__name__ == "GeneralizedComponent":  # all others are derived from it
+        inner = type(component.original_component)
+        return () if inner.__module__.startswith("torch.nn") else ("wrapped",)
     for base in type(component).__mro__:
         if base.__name__ in COMPONENTS:
             operations = COMPONENTS[base.__name__]
