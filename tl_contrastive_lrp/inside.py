@@ -184,7 +184,7 @@ class OperationRules(TorchFunctionMode):
     # ------------------------------------------------------------ where it is active
 
     @contextmanager
-    def around(self, wrapped: torch.nn.Module) -> Iterator[None]:
+    def around(self, wrapped: Any) -> Iterator[None]:
         """Active in the code of ``wrapped``, paused in components and activations it calls."""
 
         def enter(module: Any, args: Any) -> None:  # noqa: ARG001
@@ -200,6 +200,9 @@ class OperationRules(TorchFunctionMode):
         def pause(module: Any, args: Any) -> None:  # noqa: ARG001
             self.states.append(False)
 
+        def go_on(module: Any, args: Any) -> None:  # noqa: ARG001
+            self.states.append(True)
+
         def resume(module: Any, args: Any, output: Any) -> None:  # noqa: ARG001
             self.states.pop()
 
@@ -212,8 +215,11 @@ class OperationRules(TorchFunctionMode):
 
             on(wrapped, enter, leave)
             for module in wrapped.modules():
-                if module is not wrapped and _has_rules_of_its_own(module):
-                    on(module, pause, resume)
+                if module is wrapped or not _has_rules_of_its_own(module):
+                    continue
+                on(module, pause, resume)
+                if is_component(module) and not operations_of(module):  # it only names a module
+                    on(module.original_component, go_on, resume)
             yield
 
 
