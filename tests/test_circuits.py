@@ -264,6 +264,7 @@ def test_compatibility_mode() -> None:
 
 def test_what_cannot_be_right_is_refused(snapshot: Any) -> None:
     model, graph = graph_of("qwen3")
+    clrp.circuit_faithfulness(model, graph, **ASKED, corrupted=CORRUPTED)
     before = snapshot(model)
     good = {**ASKED, "corrupted": CORRUPTED}
 

@@ -8,7 +8,7 @@ it, and in the last transitions all targets but it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -118,9 +118,16 @@ class EdgeSpace:
                 parts.append(alive)
         return parts
 
-    def _slots(self, graph: AttributionGraph) -> Int[Tensor, " edge"]:
-        """Dense slot of every edge of the graph."""
-        n = len(graph.str_tokens)
+    def _slots(
+        self,
+        source_site: Tensor,
+        source_pos: Tensor,
+        target_pos: Tensor,
+        head: Tensor | None = None,
+        path: Tensor | None = None,
+    ) -> Int[Tensor, " edge"]:
+        """Dense slot of every edge."""
+        n = len(self.allowed[0])
         per_block = 2 * self.heads * n * n + n if self.heads else n * n
         starts, first_site, block_of = [], 0, {}
         start = 0
@@ -133,28 +140,37 @@ class EdgeSpace:
             start += per_block + (n if between else 0)
         base = torch.tensor([starts[block_of[s][0]] for s in range(first_site)])
         late = torch.tensor([block_of[s][1] for s in range(first_site)])
-        site, j, i = graph.source_site.long(), graph.target_pos.long(), graph.source_pos.long()
+        site, j, i = source_site.long(), target_pos.long(), source_pos.long()
         inside = j * n + i
         if self.heads:
-            assert graph.head is not None
-            assert graph.path is not None
-            head, path = graph.head.long(), graph.path.long()
-            split = (2 * head + (path == KEY).long()) * n * n + inside
+            assert head is not None
+            assert path is not None
+            split = (2 * head.long() + (path == KEY).long()) * n * n + inside
             inside = torch.where(path == POSITION, 2 * self.heads * n * n + j, split)
         return base[site] + torch.where(late[site], per_block + j, inside)
 
     def scores(self, graph: AttributionGraph) -> Float[Tensor, " possible"]:
         """|weight| of every possible edge; 0 for those the graph does not hold."""
-        return self._spread(graph, graph.weight.abs().double())
+        return self.spread(graph, graph.weight.abs())
 
     def held(self, graph: AttributionGraph) -> Bool[Tensor, " possible"]:
         """Which possible edges the graph holds."""
-        return self._spread(graph, torch.ones_like(graph.weight, dtype=torch.float64)) > 0
+        return self.spread(graph, torch.ones_like(graph.weight)) > 0
 
-    def _spread(self, graph: AttributionGraph, values: Tensor) -> Tensor:
+    def spread(self, graph: AttributionGraph, values: Float[Tensor, " edge"]) -> Tensor:
+        """A value for every edge of the graph, as one for every possible edge (else 0)."""
+        columns = (graph.source_site, graph.source_pos, graph.target_pos, graph.head, graph.path)
+        return self._dense(self._slots(*columns), values.double())
+
+    def among(self, edges: Iterable[tuple[int, int, int]]) -> Bool[Tensor, " possible"]:
+        """Which possible edges are these (source site, source pos, target pos), not split."""
+        site, i, j = torch.tensor(sorted(edges)).T
+        return self._dense(self._slots(site, i, j), torch.ones(len(site)).double()) > 0
+
+    def _dense(self, slots: Tensor, values: Tensor) -> Tensor:
         whole = torch.cat(self._whole(self.allowed))
         dense = torch.zeros(len(whole), dtype=torch.float64)
-        dense[self._slots(graph)] = values
+        dense[slots] = values
         return dense[whole]
 
     def masks(self, keep: Bool[Tensor, "circuit possible"]) -> list[BlockMasks]:

@@ -140,7 +140,7 @@ def _scores(space: EdgeSpace, graph: AttributionGraph, by: str | Tensor) -> Tens
                 f"graph's {len(graph.weight)} edges."
             )
         ranks = torch.unique(by.detach().cpu(), return_inverse=True)[1]
-        return space._spread(graph, ranks.double() + 1.0)
+        return space.spread(graph, ranks + 1.0)
     if by == "random":
         return torch.zeros(space.size)
     if by != "weight":

@@ -1,0 +1,53 @@
+"""The induction model that was trained (``planted_training.py``), and prompts that need it.
+
+Prompts are a BOS, distinct letters and one of them again. Only three tokens can tell what comes
+next: that letter, its earlier occurrence, and the letter after it.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import BOS, make_tokenizer
+from planted import Case
+from planted_training import FIRST, LENGTH, LETTERS, model
+from safetensors.torch import load_file
+
+WEIGHTS = Path(__file__).with_suffix(".safetensors")
+
+
+@functools.cache
+def bridge() -> Any:
+    """The trained model as a TransformerBridge, float32; one per session."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    trained = model()
+    weights = {name: p.float() for name, p in load_file(WEIGHTS).items()}
+    trained.load_state_dict(weights, strict=True)
+    with tempfile.TemporaryDirectory() as directory:
+        make_tokenizer().save_pretrained(directory)
+        trained.config.save_pretrained(directory)
+        bridged = TransformerBridge.boot_transformers(
+            directory, hf_model=trained.eval(), device="cpu"
+        )
+    bridged.cfg.model_name = "trained induction"
+    return bridged.eval()
+
+
+def case(seed: int) -> Case:
+    """One prompt; the contrast is a letter that it does not hold."""
+    generator = torch.Generator().manual_seed(2000 + seed)
+    order = torch.randperm(LETTERS, generator=generator) + FIRST
+    where = int(torch.randint(1, LENGTH, (1,), generator=generator))  # not the last of them
+    letters = order[:LENGTH]
+    tokens = torch.cat([torch.tensor([BOS]), letters, letters[where - 1 : where]])
+    target, contrast = int(letters[where]), int(order[LENGTH])
+    free = order[LENGTH + 1 :]
+    other = free[torch.randint(len(free), (len(tokens),), generator=generator)]
+    other[0] = BOS
+    truth = frozenset({where, where + 1, LENGTH + 1})
+    return Case(tokens[None], other[None], target, contrast, truth, frozenset(), frozenset())
