@@ -301,8 +301,12 @@ def test_an_exception_leaves_nothing_behind(snapshot: Snapshot) -> None:
 
 def test_it_refuses_what_would_mislead_it() -> None:
     model = fresh("llama")
-    with clrp.lrp(model), pytest.raises(ModelStateError, match="already on"):
+    with attached(model, placed(model)), pytest.raises(ModelStateError, match="already on"):
         audit(model)
+    known = audit(model)
+    with clrp.lrp(model):
+        assert audit(model) is known
+    model = fresh("llama")
     model.train()
     with pytest.raises(ModelStateError, match="training mode"):
         audit(model)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from . import placement
 from .audit_report import Audit, Finding, refusal
-from .audit_run import audited
-from .sites import LEAVES
+from .audit_run import examine, remember, remembered
+from .sites import LEAVES, require_bridge
 
 __all__ = ["Audit", "Finding", "audit", "require_clean"]
 
@@ -32,17 +31,18 @@ def audit(model: Any) -> Audit:
         model: A ``TransformerBridge`` in evaluation mode.
 
     Raises:
-        ModelStateError: training mode, or rules already on.
+        ModelStateError: training mode, or rules already on, if the model has to run.
         UncoveredComponentError: a component that is refused before anything runs.
     """
+    require_bridge(model)
+    known = remembered(model)
+    if known is not None:
+        return known
     with torch.inference_mode(False), torch.enable_grad():
         placement.check_ready(model, "audit")
         placement.check_single(model)
-
-    def attach() -> AbstractContextManager[None]:
-        return placement.attached(model, placement.place(model, "attnlrp")[0])
-
-    return audited(model, attach, LEAVES)
+    attachments, _ = placement.place(model, "attnlrp")
+    return remember(model, examine(model, lambda: placement.attached(model, attachments), LEAVES))
 
 
 def require_clean(model: Any) -> None:

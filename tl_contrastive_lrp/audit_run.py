@@ -1,8 +1,8 @@
 """Running a model once, on four tokens, for the sake of its autograd graph.
 
 Nothing is left behind: hooks that a user has on the model are set aside meanwhile, random numbers,
-gradients and ``requires_grad`` stay as they are. ``audited`` keeps the answer until something about
-the model changes, so asking again costs next to nothing.
+gradients and ``requires_grad`` stay as they are. The answer is kept until something about the model
+changes, so asking again costs next to nothing.
 """
 
 from __future__ import annotations
@@ -30,22 +30,16 @@ _SECOND_INPUT = (
 _known: WeakKeyDictionary[Any, tuple[object, Audit]] = WeakKeyDictionary()
 
 
-def audited(
-    model: Any, attach: Callable[[], AbstractContextManager[None]], leaves: tuple[str, ...]
-) -> Audit:
-    """The audit of ``model`` under the rules that ``attach`` puts on.
-
-    Args:
-        model: A ``TransformerBridge`` in evaluation mode, with no rules on it.
-        attach: Makes the context in which every rule of "attnlrp" is on; called only if the model
-            changed since it was last audited.
-        leaves: HookPoints where the input enters.
-    """
-    state = _signature(model)
+def remembered(model: Any) -> Audit | None:
+    """The last audit of ``model``, if nothing it depends on has changed since."""
     known = _known.get(model)
-    if known is None or known[0] != state:
-        known = _known[model] = (state, examine(model, attach, leaves))
-    return known[1]
+    return known[1] if known is not None and known[0] == _signature(model) else None
+
+
+def remember(model: Any, report: Audit) -> Audit:
+    """Keep ``report`` for ``remembered``, as long as the model lives."""
+    _known[model] = (_signature(model), report)
+    return report
 
 
 def _signature(model: Any) -> object:
@@ -55,13 +49,10 @@ def _signature(model: Any) -> object:
         for name, value in sorted(vars(model.cfg).items())
         if name.startswith("use_") and isinstance(value, bool)
     )
+    own = [(type(module), vars(module)) for module in model.original_model.modules()]
     modules = tuple(
-        (
-            id(type(module)),
-            getattr(module, "_use_processed_weights", None),
-            "forward" in vars(module),
-        )
-        for module in model.original_model.modules()
+        (id(kind), values.get("_use_processed_weights"), "forward" in values)
+        for kind, values in own
     )
     config = getattr(model.original_model, "config", None)
     attention = getattr(config, "_attn_implementation", None)
@@ -71,7 +62,13 @@ def _signature(model: Any) -> object:
 def examine(
     model: Any, attach: Callable[[], AbstractContextManager[None]], leaves: tuple[str, ...]
 ) -> Audit:
-    """``audited`` without a memory."""
+    """The audit of ``model`` under the rules that ``attach`` puts on.
+
+    Args:
+        model: A ``TransformerBridge`` in evaluation mode, with no rules on it.
+        attach: Makes the context in which every rule of "attnlrp" is on.
+        leaves: HookPoints where the input enters.
+    """
     names = module_names(model)
     owners = _Owners(names)
     inputs: dict[str, Tensor] = {}
