@@ -26,6 +26,7 @@ from .attach_norm import attach_norm
 from .attachment import Attachment, HookFn, edit, gradient, is_same
 from .errors import ModelStateError
 from .inside import attach_inside
+from .rules_sinks import sink_temperature
 from .rules_softcap import correct_softcap, softcap
 from .rulesets import RuleSet
 from .sites import Operation, Site, is_kind
@@ -123,7 +124,11 @@ def _softmax(site: Site, rule_set: RuleSet) -> Attachment:
         return Attachment(site, "constant", "pattern detached at hook_pattern", (hook,), (name,))
     temperature = rule_set.temperature
 
+    sinks = getattr(site.component.original_component, "sinks", None) is not None
+
     def at_pattern(pattern: Tensor) -> Tensor:
+        if sinks:
+            return sink_temperature(pattern, temperature, name)
         return rules.softmax_temperature(pattern, temperature)
 
     rule = f"temperature {temperature:g}"
