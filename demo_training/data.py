@@ -17,11 +17,14 @@ PROMPT_WEIGHT = 0.3
 """Loss weight of a question's token; only a share of them is predicted at all, see `_rows`."""
 PROMPT_SHARE = 0.12
 
-# tasks of each kind in one pool of the stream
-_DRILLS = 600
-# logs are long; half as many leave room for the drills
-_TOOL_BESIDE_DRILLS = 40
-_POOL = {"format": 240, "arithmetic": 200, "code": 240, "tool": 80}
+_POOL = {"format": 240, "arithmetic": 200, "code": 240, "tool": 60}
+"""Tasks of each kind in one pool of the stream."""
+
+PHASES = {"twice": (600, 0, False), "drills": (120, 300, True), "tasks": (20, 40, True)}
+"""By phase of the training: sequences said twice and lists of facts in one pool; tasks or none."""
+
+_TWICE_FIRST, _TWICE_LAST = 24, 200
+"""Longest sequence said twice, in words, at the beginning and at the end of the curriculum."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,10 @@ def encode(tokenizer: Tokenizer, task: Task, context: int) -> tuple[list[int], l
     return ids[:context], written[:context]
 
 
-def _encode_drill(tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], list[bool]]:
+def _encode_drill(tokenizer: Tokenizer, pieces: drill.Pieces) -> tuple[list[int], list[bool]]:
     ids: list[int] = []
     written: list[bool] = []
-    for text, write in drill.make(rng):
+    for text, write in pieces:
         piece = tokenizer(text)["input_ids"]
         ids += piece
         written += [write] * len(piece)
@@ -67,29 +70,33 @@ def _encode_drill(tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], 
 
 
 def _pool(
-    tokenizer: Tokenizer, seed: int, number: int, progress: float, context: int, drills: int
+    tokenizer: Tokenizer, seed: int, number: int, progress: float, context: int, phase: str
 ) -> list:
     """All conversations of one pool; harder and longer as `progress` goes from 0 to 1."""
     rng = random.Random(f"train/{seed}/{number}")
-    level = min(1.0, 0.3 + progress)
-    longest = 60 * (context * 0.9 / 60) ** min(1.0, progress)
+    twice, facts, tasks = PHASES[phase]
+    drills = [
+        drill.twice(rng, round(_TWICE_FIRST + progress * (_TWICE_LAST - _TWICE_FIRST)))
+        for _ in range(twice)
+    ]
+    drills += [drill.facts(rng) for _ in range(facts)]
     made = []
-    for kind in KINDS:
-        count = _TOOL_BESIDE_DRILLS if drills and kind == "tool" else _POOL[kind]
-        for _ in range(count):
-            task = make_task(
-                kind,
-                rng,
-                level=rng.uniform(0.0, level),
-                max_length=round(longest),
-                turns=rng.randint(4, 10),
-                few=drills > 0,
-                held_out=False,
-            )
-            ids, written = encode(tokenizer, task, context)
-            if ids:
-                made.append((ids, written))
-    made += [_encode_drill(tokenizer, rng) for _ in range(drills)]
+    if tasks:
+        level = min(1.0, 0.3 + progress)
+        longest = 60 * (context * 0.9 / 60) ** min(1.0, progress)
+        for kind in KINDS:
+            for _ in range(_POOL[kind]):
+                task = make_task(
+                    kind,
+                    rng,
+                    level=rng.uniform(0.0, level),
+                    max_length=round(longest),
+                    turns=rng.randint(5, 12),
+                    held_out=False,
+                )
+                made.append(encode(tokenizer, task, context))
+    made += [_encode_drill(tokenizer, pieces) for pieces in drills]
+    made = [one for one in made if 0 < len(one[0]) <= context]
     made.sort(key=lambda one: len(one[0]))
     return made
 
@@ -121,20 +128,20 @@ class Stream:
         self._tokenizer, self._seed = tokenizer, seed
         self._tokens, self._context = tokens_per_batch, context
         self._pool_number, self._next, self._progress = 0, 0, 0.0
-        self._drills = False
+        self._phase = "tasks"
         self._batches: list | None = None
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, float | str]:
         return {
             "pool": self._pool_number,
             "next": self._next,
             "progress": self._progress,
-            "drills": self._drills,
+            "phase": self._phase,
         }
 
-    def restore(self, state: dict[str, float]) -> None:
+    def restore(self, state: dict[str, float | str]) -> None:
         self._pool_number, self._next = int(state["pool"]), int(state["next"])
-        self._progress, self._drills = state["progress"], bool(state.get("drills", False))
+        self._progress, self._phase = float(state["progress"]), str(state["phase"])
         self._batches = None
 
     def _build(self) -> None:
@@ -144,7 +151,7 @@ class Stream:
             self._pool_number,
             self._progress,
             self._context,
-            _DRILLS * self._drills,
+            self._phase,
         )
         parts, part = [], []
         for one in made:
@@ -156,13 +163,16 @@ class Stream:
         random.Random(f"order/{self._seed}/{self._pool_number}").shuffle(parts)
         self._batches = parts
 
-    def batch(self, progress: float, drills: bool = False) -> Batch:
-        """The next batch; `progress` in [0, 1] and `drills` are used when a new pool begins."""
+    def batch(self, progress: float, phase: str = "tasks") -> Batch:
+        """The next batch; the knobs are used when a new pool begins.
+
+        progress: of the curriculum, in [0, 1]. phase: one of `PHASES`.
+        """
         if self._batches is not None and self._next == len(self._batches):
             self._pool_number, self._next, self._batches = self._pool_number + 1, 0, None
         if self._batches is None:
             if self._next == 0:
-                self._progress, self._drills = progress, drills
+                self._progress, self._phase = progress, phase
             self._build()
         assert self._batches is not None
         part = self._batches[self._next]

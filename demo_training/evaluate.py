@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +77,7 @@ class Asked:
 
 
 @torch.no_grad()
-def ask(model: PreTrainedModel, tokenizer: Tokenizer, tasks: Sequence[Task]) -> Iterator[Asked]:
+def ask(model: PreTrainedModel, tokenizer: Tokenizer, tasks: Iterable[Task]) -> Iterator[Asked]:
     """Run every task that fits into the model's context."""
     for task in tasks:
         turn = task.turns[0]

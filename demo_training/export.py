@@ -6,6 +6,7 @@ python -m demo_training.export --run RUN --out tl_contrastive_lrp/demo/data
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 from collections.abc import Iterable
@@ -19,12 +20,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from .card import write_card
 from .evaluate import Asked, ask, held_out, write_greedily
+from .marked import Task
 from .tasks import KINDS
 from .tokenizer import chat_prompt
 from .train import Config, build_model, load_tokenizer
 
 MIN_DELTA = 1.0
 LONG = 900
+_MOST = 10
+"""Tasks drawn, as a multiple of those judged, where failures are rare."""
 
 
 def load_run(run: Path) -> tuple[PreTrainedModel, Tokenizer, dict]:
@@ -115,11 +119,31 @@ def _hardest(asked: Asked) -> tuple[bool, float]:
     return int(asked.logits[k].argmax()) == asked.ids[asked.first + k], 1 / decisive[k][1]
 
 
+def with_failures(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    asked: Iterable[Asked],
+    further: Iterable[Task],
+    each: int,
+) -> list[Asked]:
+    """`asked`, and further tasks until `each` failed cases can be picked from them all."""
+    asked = list(asked)
+    found = {a.text for a in asked if _choice(tokenizer, a, True) is not None}
+    if len(found) < each:
+        for one in ask(model, tokenizer, further):
+            asked.append(one)
+            if _choice(tokenizer, one, True) is not None:
+                found.add(one.text)
+            if len(found) == each:
+                break
+    return asked
+
+
 def pick(
     model: PreTrainedModel, tokenizer: Tokenizer, asked: Iterable[Asked], kind: str, each: int
 ) -> list[dict]:
     """`each` failed and `each` solved cases; a third of the tool cases are long where possible."""
-    asked, lines = list(asked), []
+    asked, lines = list({a.text: a for a in asked}.values()), []  # a short task may come twice
     for failed in (True, False):
         good = [(a, i) for a in asked if (i := _choice(tokenizer, a, failed)) is not None]
         random.Random(f"pick/{kind}/{failed}").shuffle(good)
@@ -149,8 +173,9 @@ def main() -> None:
     lines: list[dict] = []
     figures: dict[str, dict] = {}
     for kind in KINDS:
-        tasks = list(held_out(kind, args.seed, args.held_out, longest, args.level))
-        asked = list(ask(model, tokenizer, tqdm(tasks, desc=kind)))
+        tasks = held_out(kind, args.seed, _MOST * args.held_out, longest, args.level)
+        judged = list(itertools.islice(tasks, args.held_out))
+        asked = list(ask(model, tokenizer, tqdm(judged, desc=kind)))
         right = [a.departure is None for a in asked]
         families: dict[str, list[bool]] = {}
         for a, ok in zip(asked, right, strict=True):
@@ -171,6 +196,7 @@ def main() -> None:
                         f"{low} to {high - 1} tokens" if high < 10**9 else f"{low} tokens or more"
                     )
                     figures[kind]["families"][span] = (len(some), sum(some) / len(some))
+        asked = with_failures(model, tokenizer, asked, tasks, args.each)
         lines += pick(model, tokenizer, asked, kind, args.each)
         print(kind, figures[kind])
 

@@ -13,9 +13,9 @@ from .marked import Task, strip
 from .tasks import KINDS, stream
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# A word or a number takes the space before it; a newline stands alone, so that a prefix that ends
-# at a token border is always tokenised as it is inside the longer text.
-_PIECES = r" ?[A-Za-z]+| ?[0-9]+|\n| ?[^\sA-Za-z0-9]+| +(?= )|\s"
+# A word or a number takes the space before it, a number also a `=`; a newline stands alone, so that
+# a prefix that ends at a token border is always tokenised as it is inside the longer text.
+_PIECES = r" ?[A-Za-z]+|[ =]?[0-9]+|\n| ?[^\sA-Za-z0-9]+| +(?= )|\s"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -40,9 +40,10 @@ class Config:
     mlp: int = 320
     context: int = 1280
     rope_theta: float = 10000.0
-    steps: int = 3400
-    curriculum_steps: int = 2000
-    drills_from: int = 1605
+    steps: int = 5000
+    curriculum_steps: int = 1500
+    twice_until: int = 200
+    drills_until: int = 1500
     warmup: int = 100
     decay: float = 0.25
     tokens_per_batch: int = 3072
@@ -127,10 +128,17 @@ class Run:
         self.optimizers = make_optimizers(self.model, config)
         self.data = Stream(self.tokenizer, config.seed, config.tokens_per_batch, config.context)
 
+    @property
+    def _phase(self) -> str:
+        """What the next pool of data holds, see `data.PHASES`."""
+        if self.step < self.config.twice_until:
+            return "twice"
+        return "drills" if self.step < self.config.drills_until else "tasks"
+
     def advance(self) -> float:
         """Do one optimiser step and return its loss."""
         progress = min(1.0, self.step / max(1, self.config.curriculum_steps))
-        batch = self.data.batch(progress, self.step >= self.config.drills_from)
+        batch = self.data.batch(progress, self._phase)
         if self.device != "cpu":
             batch = Batch(*(t.to(self.device) for t in vars(batch).values()))
         factor = rate(self.step, self.config)

@@ -117,12 +117,12 @@ def solve_tool(user: str) -> str:
     values = [
         line.rsplit(" ", 1)[1]
         for line in log
-        if re.fullmatch(rf"\w+: {name} {field} \d+", line) is not None
+        if re.fullmatch(rf"\w+: {field} {name} \d+", line) is not None
     ]
     if not values:
         raise NoAnswerError(question)
     value = values[-1 if age == "newest" else 0]
-    return f'{{"tool": "{_TOOLS[verb]}", "args": "who: {name} {field} {value}"}}'
+    return f'{{"tool": "{_TOOLS[verb]}", "args": "entry: {field} {name} {value}"}}'
 
 
 SOLVERS = {

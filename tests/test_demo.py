@@ -1,4 +1,4 @@
-"""The shipped demo model, its cases, and the scripts that made them."""
+"""The shipped demo model, its cases, and the generator of its benchmark."""
 
 from __future__ import annotations
 
@@ -20,18 +20,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # demo_training is not part of the wheel
 
 from demo_training import tokenizer as chat  # noqa: E402
-from demo_training import train, words  # noqa: E402
-from demo_training.data import Stream  # noqa: E402
+from demo_training import words  # noqa: E402
 from demo_training.marked import Task, Turn, strip  # noqa: E402
 from demo_training.tasks import KINDS, make_task, stream  # noqa: E402
 from tl_contrastive_lrp import demo  # noqa: E402
 
 PACKAGE = Path(demo.__file__).parents[1]
 CASES = demo.load_demo_cases(failed=None)
-TINY = train.Config(
-    d_model=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=16, context=128,
-    steps=6, curriculum_steps=4, warmup=2, tokens_per_batch=600,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -258,69 +253,6 @@ def test_vocabulary_is_plain():
     for group in (words.NAMES, words.NOUNS, words.VARIABLES, words.FIELDS, words.CLOSERS):
         assert len(set(group)) == len(group)
         assert all(unicodedata.normalize("NFKC", w) == w and w.isalpha() for w in group)
-
-
-# the training script ----------------------------------------------------------------------------
-
-
-def _states_equal(a: train.Run, b: train.Run) -> bool:
-    one, two = a.model.state_dict(), b.model.state_dict()
-    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    whole = train.Run(TINY, demo.demo_dir())
-    losses = [whole.advance() for _ in range(6)]
-    first = train.Run(TINY, demo.demo_dir())
-    early = [first.advance() for _ in range(3)]
-    first.save(tmp_path / "state.pt")
-    second = train.Run(TINY, demo.demo_dir())
-    assert not _states_equal(first, second)
-    second.load(tmp_path / "state.pt")
-    late = [second.advance() for _ in range(3)]
-    assert early + late == losses
-    assert _states_equal(whole, second)
-
-
-def test_resuming_with_another_size_or_after_the_decay_is_refused(tmp_path):
-    run = train.Run(TINY, demo.demo_dir())
-    run.step = 5
-    run.save(tmp_path / "state.pt")
-    other = train.Run(dataclasses.replace(TINY, seed=1), demo.demo_dir())
-    with pytest.raises(ValueError, match=r"seed=0, not 1; resume with --seed 0"):
-        other.load(tmp_path / "state.pt")
-    longer = train.Run(dataclasses.replace(TINY, steps=60), demo.demo_dir())
-    with pytest.raises(ValueError, match="resume with --steps 6"):
-        longer.load(tmp_path / "state.pt")
-
-
-def test_the_data_stream_can_be_taken_up_across_pools(model):
-    def new() -> Stream:
-        return Stream(model.tokenizer, 5, 40_000, 256)
-
-    whole, batches, states = new(), [], []
-    while len({s["pool"] for s in states}) < 2 or len(batches) < 4:
-        states.append(whole.state())
-        batches.append(whole.batch(len(batches) / 10))
-    states.append(whole.state())
-    for k in (1, len(batches) - 1):
-        again = new()
-        again.restore(states[k])
-        for n in range(k, len(batches)):
-            batch = again.batch(n / 10)
-            assert torch.equal(batch.ids, batches[n].ids)
-            assert torch.equal(batch.columns, batches[n].columns)
-
-
-def test_snapshots_are_hugging_face_models(tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    run = train.Run(dataclasses.replace(TINY, steps=2), demo.demo_dir())
-    train.train(run, tmp_path, snapshots=[1])
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "step-000001")
-    assert loaded.config.num_hidden_layers == 1
-    assert (tmp_path / "state.pt").is_file()
-    assert not (tmp_path / "state.partial").exists()
 
 
 def test_no_socket_is_needed(monkeypatch):

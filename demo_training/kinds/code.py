@@ -83,20 +83,20 @@ def _state(rng: random.Random, level: float) -> Task:
         known = [u for u in values if u != v and values[u][0] != old]
         if known and k >= 2 and rng.random() < 0.35 * level:
             u = rng.choice(known)
-            lines.append(f"{mark(f's{k}', v)} = {mark(f's{k}', u)}")
+            lines.append(f"{mark(f's{k}', v)}={mark(f's{k}', u)}")
             values[v] = (values[u][0], values[u][1] + (f"s{k}",))
         else:
             number = rng.choice([x for x in range(10, 100) if x != old])
-            lines.append(f"{mark(f's{k}', v)} = {mark(f's{k}', number)}")
+            lines.append(f"{mark(f's{k}', v)}={mark(f's{k}', number)}")
             values[v] = (number, (f"s{k}",))
     wanted = rng.choice(names)
     value, by = values[wanted]
-    lines.append('print(f"{' + mark("want", wanted) + ' = }")')
+    lines.append('print(f"{' + mark("want", wanted) + '=}")')
     user = rng.choice(("What does this print?", "Run this code.")) + "\n" + "\n".join(lines)
     answer = (
         Segment(mark("name", wanted), ("want",), n),
-        Segment(" ="),
-        Segment(f" {value}", ("want", "name", *by), len(plan)),
+        # one token, so that in the program, too, a value stands right after its variable
+        Segment(f"={value}", ("want", "name", *by), len(plan)),
     )
     copies = len(by) - 1
     return Task("code", f"state{copies}", (Turn(user, answer),))

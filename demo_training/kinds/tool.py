@@ -63,7 +63,7 @@ def make(
         value = rng.choice([v for v in range(10, 100) if v not in before])
         entries.setdefault((name, fld), []).append((i, value))
         tag = f"e{i}"
-        lines.append(f"{rng.choice(APPS)}: {mark(tag, name)} {mark(tag, fld)} {mark(tag, value)}")
+        lines.append(f"{rng.choice(APPS)}: {mark(tag, fld)} {mark(tag, name)} {mark(tag, value)}")
     log = "\n".join(lines)
 
     known = list(entries)
@@ -81,16 +81,16 @@ def make(
             f"the {mark(own[3], age)} {mark(own[2], fld)}."
         )
         user = f"Log:\n{log}\n{question}" if t == 0 else question
-        decided = (own[1], own[2], f"n{t}", f"f{t}", f"e{i}")
+        decided = (own[1], own[2], f"f{t}", f"n{t}", f"e{i}")
         if len(entries[(name, fld)]) > 1:
             decided += (own[3],)
-        # name, field and value stand in the call as they do in the log
+        # field, name and value stand in the call as they do in the log
         answer = (
             Segment('{"tool": "'),
             Segment(TOOLS[verb], (own[0],), len(TOOLS)),
-            Segment('", "args": "who:'),
-            Segment(" " + mark(f"n{t}", name), (own[1],), people),
+            Segment('", "args": "entry:'),
             Segment(" " + mark(f"f{t}", fld), (own[2],), len(FIELDS)),
+            Segment(" " + mark(f"n{t}", name), (own[1],), people),
             Segment(f" {value}", decided, numbers),
             Segment('"}'),
         )
