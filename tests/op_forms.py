@@ -63,7 +63,8 @@ def _names(text: str) -> frozenset[str]:
 LINEAR = _names(
     """
     view reshape transpose permute contiguous clone expand expand_as unsqueeze squeeze flatten
-    unflatten cat concat stack split chunk unbind narrow select __getitem__ index_select gather
+    unflatten cat concat concatenate stack split chunk unbind narrow select __getitem__ gather
+    index_select
     repeat repeat_interleave roll flip pad movedim swapaxes t masked_fill masked_fill_ where tril
     triu to type type_as float double dropout __setitem__ copy_ scatter index_add index_add_
     scatter_add_ sum mean neg __neg__ add __add__ __radd__ __iadd__ add_ sub __sub__ __rsub__ rsub

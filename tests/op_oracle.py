@@ -65,7 +65,7 @@ class OpOracle:
         logits: [batch, pos, vocab].
         activation, gradient, relevance: by TransformerLens name, [batch, pos, d_model]:
             "hook_embed" (what the token embedding returns), "blocks.{l}.hook_resid_pre" and the
-            last block's "hook_resid_post".
+            last block's "hook_resid_post"; the embedding alone where there is no one stack.
         seen: how often each form was used.
     """
 
@@ -135,7 +135,8 @@ class OpOracle:
         handles = [model.get_input_embeddings().register_forward_hook(embed)]
         for i, layer in enumerate(layers):
             handles.append(layer.register_forward_pre_hook(enter(i), with_kwargs=True))
-        handles.append(layers[-1].register_forward_hook(leave))
+        if layers:
+            handles.append(layers[-1].register_forward_hook(leave))
         try:
             yield
         finally:
@@ -149,15 +150,14 @@ def has_softcap(config: Any) -> bool:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers whose inputs are the residual stream: the outermost list of modules."""
+    """The layers whose inputs are the residual stream: the outermost list of modules.
+
+    Empty where there is no such list, or more than one (stacks that run in turns).
+    """
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
-        raise UnknownOperationError(f"{type(model).__name__} has no list of layers")
-    depth = min(name.count(".") for name, _ in lists)
+    depth = min((name.count(".") for name, _ in lists), default=0)
     outermost = [m for name, m in lists if name.count(".") == depth and len(m) > 1]
-    if len(outermost) != 1:
-        raise UnknownOperationError(f"{type(model).__name__} has no single list of layers")
-    return list(outermost[0])
+    return list(outermost[0]) if len(outermost) == 1 else []
 
 
 @contextmanager

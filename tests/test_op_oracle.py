@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
 import op_oracle
 import pytest
 import torch
+import zoo
 from autograd_forms import draw, off
 from families import ALL, FAMILIES, hf_model, random_tokens, true_float64
 from op_forms import RULES, RuleMode, UnknownOperationError
@@ -82,6 +84,36 @@ def test_model_is_left_as_it_was(name: str) -> None:
     assert hooks == {key: len(m._forward_hooks) + len(m._forward_pre_hooks) for key, m in
                      model.named_modules()}  # fmt: skip
     assert torch.get_default_dtype() == torch.float32
+
+
+# many families, by an account that needs no oracle: relevance is neither made nor lost
+
+CONSTANTS = re.compile(
+    r"bias$|_bias|wpe|positions_embed|embed_positions|position_embeddings|token_type|sinks"
+)
+# What no parameter can switch off takes relevance there.
+NOT_KEPT = {
+    "xglm": "a table of positions that is no parameter",
+    "gemma4_text": "token embeddings of each layer's own, beside the one at the bottom",
+    "hrm_text": "the stacks start from a learned state",
+    "gpt_oss": "the + 1 in (up + 1) * gate",
+    "deepseek_v4": "constants that mix its streams",
+}
+KINDS = ("decoder", "encoder")
+
+
+@pytest.mark.parametrize("name", [row.name for row in zoo.ROWS.values() if row.kind in KINDS])
+def test_without_constants_cplrp_keeps_the_logit_difference(name: str) -> None:
+    """Attention, routers and gates are constants then, and every other form passes all on."""
+    model, tokens = zoo.make_hf(name), zoo.random_tokens()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if CONSTANTS.search(key):
+                parameter.zero_()
+    oracle = OpOracle(model, tokens, seed_of(tokens), "cplrp")
+    wanted = (seed_of(tokens) * oracle.logits).sum()
+    kept = abs(oracle.relevance["hook_embed"].sum() / wanted - 1) < 1e-9
+    assert bool(kept) == (name not in NOT_KEPT)
 
 
 # it is not blind
