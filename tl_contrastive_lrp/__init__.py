@@ -92,10 +92,13 @@ _SUBMODULES = ("demo", "errors", "faithfulness", "patching", "rules")
 
 
 def __getattr__(name: str) -> object:
+    if name not in _SUBMODULES and name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .versions import require_transformer_lens
+
+    require_transformer_lens()
     if name in _SUBMODULES:
         return import_module(f".{name}", __name__)
-    if name not in _ROOM_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_ROOM_OF[name]}", __name__), name)
     globals()[name] = value
     return value

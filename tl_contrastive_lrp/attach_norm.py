@@ -35,7 +35,10 @@ def norm_weight(norm: Any, normalized: Tensor) -> Tensor:
     if weight is None:
         return torch.ones_like(normalized[..., 0, :])
     factor: Tensor = weight.detach().to(normalized.dtype)
-    return 1.0 + factor if norm.uses_weight_offset else factor
+    offset = getattr(norm, "uses_weight_offset", None)
+    if offset is None:  # TransformerLens before 4.3
+        offset = norm.uses_rms_norm and getattr(norm.config, "rmsnorm_uses_offset", False)
+    return 1.0 + factor if offset else factor
 
 
 def norm_eps(component: Any) -> float:

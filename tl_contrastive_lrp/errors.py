@@ -22,5 +22,9 @@ class PromptError(ValueError):
     """A prompt cannot be explained: empty, of the wrong shape or type, or out of range."""
 
 
+class VersionError(ImportError):
+    """TransformerLens is missing or older than this package needs."""
+
+
 class FileFormatError(ValueError):
     """A file is damaged or was not written by this package."""

@@ -16,7 +16,9 @@ from ..errors import (
     PromptError,
     TokenError,
     UncoveredComponentError,
+    VersionError,
 )
+from ..versions import require_transformer_lens
 from .terminal import say
 
 
@@ -51,6 +53,7 @@ def not_finite(dtype: str) -> CliError:
 _CODES: tuple[tuple[type[Exception], Code], ...] = (
     (UncoveredComponentError, Code.MODEL),
     (ModelStateError, Code.MODEL),
+    (VersionError, Code.MODEL),
     (TokenError, Code.PROMPT),
     (PromptError, Code.PROMPT),
     (FileFormatError, Code.FILE),
@@ -78,6 +81,7 @@ def exit_codes(debug: bool) -> Iterator[None]:
         debug: Print the traceback too.
     """
     try:
+        require_transformer_lens()
         yield
     except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
