@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from . import rules
 from .attachment import Attachment, HookFn, gradient
 from .inside_experts import clamp_bounds, clamp_ratio, is_sigmoid_of
+from .inside_norms import NORMS, ROOTS, NormCall, is_root
 from .rulesets import RuleSet
 from .sites import ACTIVATIONS, Site, delegates_attention, is_component, operations_of
 
@@ -149,24 +150,14 @@ class OperationRules(TorchFunctionMode):
 
     def root(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        if func.__name__ in ("pow", "__pow__") and args[1] not in (0.5, -0.5):
-            return out
-        statistic = out.shape[-1:] == (1,)  # else it is no denominator, and the audit will say so
-        return out.detach() if self.rule_set.norm == "ln" and statistic else out
+        denominator = is_root(func.__name__, args, out)  # else the audit will refuse it
+        return out.detach() if self.rule_set.norm == "ln" and denominator else out
 
     def norm(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        names = ("input", "normalized_shape", "weight", "bias", "eps")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        x, centred = given["input"], func.__name__ == "layer_norm"
         if not _computed(out) or self.rule_set.norm != "ln":
             return out
-        if not centred:
-            given["eps"] = given.get("bias", given.get("eps"))  # rms_norm has no bias before eps
-        eps = given.get("eps")
-        eps = (1e-5 if centred else torch.finfo(x.dtype).eps) if eps is None else eps
-        weight = given.get("weight")
-        weight = torch.ones_like(x[..., 0, :]) if weight is None else weight.detach()
+        x, weight, eps, centred = NormCall.of(func.__name__, args, kwargs)
         normalized = rules.at_least_float32(x.detach())  # only its place on the graph matters
         normalized = rules.normalized_of(normalized, x, eps, centred=centred)
         return rules.weighted(out.detach(), normalized, weight)
@@ -277,8 +268,8 @@ _HANDLERS: dict[str, Callable[[OperationRules, _Call, Any, dict[str, Any]], Any]
     **dict.fromkeys(
         ("div", "__truediv__", "true_divide", "div_", "__itruediv__"), OperationRules.division
     ),
-    **dict.fromkeys(("sqrt", "rsqrt", "pow", "__pow__"), OperationRules.root),
-    **dict.fromkeys(("layer_norm", "rms_norm"), OperationRules.norm),
+    **dict.fromkeys(ROOTS, OperationRules.root),
+    **dict.fromkeys(NORMS, OperationRules.norm),
     **dict.fromkeys(_FUNCTIONS, OperationRules.activation),
 }
 

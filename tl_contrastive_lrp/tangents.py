@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .attach_norm import norm_weight, uses_native_norm
 from .attachment import HookFn
-from .errors import UncoveredComponentError
 from .inside import MATRIX_PRODUCTS, OperationRules, where_computed
+from .inside_norms import NORMS, NormCall, is_root
 from .placement import public_name
 from .precision import plain, wide
 from .rules_softcap import softcap_ratio
@@ -135,7 +135,24 @@ def _linear_softcap(site: Site) -> Iterator[None]:
         holder["attn_logit_softcapping"] = cap
 
 
-class _Seam(OperationRules):
+class _Linear(OperationRules):
+    """Norms inside a wrapped module, their denominators held fixed, in forward mode."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        out = func(*args, **kwargs)
+        if not self.states or not self.states[-1] or self.rule_set.norm != "ln":
+            return out
+        if name in NORMS:
+            call = NormCall.of(name, args, kwargs)
+            moved = call.moved(_tangent(call.x))
+            return _dual(_primal(out), moved.to(out.dtype))
+        return _primal(out) if is_root(name, args, out) else out
+
+
+class _Seam(_Linear):
     """Reads S̃ and ṽ where a module computes attention itself, queries held fixed."""
 
     def __init__(self, rule_set: RuleSet, read: dict[str, Tensor]) -> None:
@@ -152,14 +169,8 @@ class _Seam(OperationRules):
             self.read["scores"] = _tangent(args[0])[0]
             self.after_softmax = True
             return _primal(func(*args, **kwargs))
-        if name in ("sqrt", "rsqrt") and self.rule_set.norm == "ln":
-            return _primal(func(*args, **kwargs))
-        if name in ("layer_norm", "rms_norm") and self.rule_set.norm == "ln":
-            raise UncoveredComponentError(
-                f"Edges are not known through {name} inside attention; only relevance is."
-            )
         if name not in MATRIX_PRODUCTS:
-            return func(*args, **kwargs)
+            return super().__torch_function__(func, types, args, kwargs)
         if self.after_softmax:
             self.read["v"] = _tangent(args[-1])[0].transpose(0, 1)
             raise _Stop
@@ -213,6 +224,9 @@ def block_tangents(
         for site in inside:
             if site.operation == "norm" and rule_set.norm == "ln":
                 hooks += _norm_hooks(site)
+            if site.operation == "wrapped":
+                linear = _Linear(rule_set, attention=False)
+                stack.enter_context(linear.around(site.component.original_component))
             if site.operation == "softcap" and rule_set.softcap == "identity":
                 stack.enter_context(_linear_softcap(site))
         hook_dict = model.hook_dict
