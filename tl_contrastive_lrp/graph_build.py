@@ -106,6 +106,7 @@ def attribution_graph(
     logits, value, coverage = run(
         model, tokens, objective, rule_set, [*sums.readings, *readings], scopes
     )
+    sums.warn_of_underflow()
     relevance = torch.stack([sums.kept[site] for site in sites])
     extra: dict[str, Tensor] = {}
     if details:

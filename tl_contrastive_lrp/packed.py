@@ -22,7 +22,7 @@ from .attachment import HookFn
 from .backward import frozen_parameters
 from .context import plan
 from .placement import attached, check_ready, check_single, public_name
-from .precision import first_gradient, plain
+from .precision import first_gradient, is_low, plain
 from .rules import at_least_float32
 from .rulesets import RuleSet
 from .sites import LEAVES
@@ -42,6 +42,8 @@ def _free_bytes(device: torch.device) -> int:
 
 def chunk_size(model: Any, pos: int, device: torch.device) -> int:
     """How many backward signals fit at once: each needs about what one backward allocates."""
+    if is_low(model):
+        return 1  # a vectorised backward rounds where it slices (RoPE): torch fills plain zeros
     cfg = model.cfg
     width = max(int(cfg.d_mlp or 4 * cfg.d_model), int(cfg.d_model)) * 4
     a_signal = 4 * pos * (width + 3 * int(cfg.n_heads) * pos)
@@ -169,15 +171,19 @@ def _transition(
         signals = g.new_zeros(len(part), *g.shape)
         signals[torch.arange(len(part)), 0, part] = g[0, part]
         try:
-            (back,) = torch.autograd.grad(
-                target, source, signals, retain_graph=True, is_grads_batched=True
-            )
+            if len(part) == 1:
+                (back,) = torch.autograd.grad(target, source, signals[0], retain_graph=True)
+                back = plain(back)[None]
+            else:
+                (back,) = torch.autograd.grad(
+                    target, source, signals, retain_graph=True, is_grads_batched=True
+                )
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain one on the CPU
             if chunk == 1 or "memory" not in str(error).lower():
                 raise
             chunk = max(1, chunk // 2)
             continue
-        edges[part] = (at_least_float32(plain(back)[:, 0]) * h).sum(-1)
+        edges[part] = (at_least_float32(back[:, 0]) * h).sum(-1)
         done += len(part)
         bar.update(len(part))
     return edges.cpu()

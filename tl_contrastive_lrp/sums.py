@@ -1,13 +1,21 @@
-"""Readings that reduce relevance inside the backward and keep only the sums."""
+"""Readings that reduce relevance inside the backward and keep only the sums.
+
+They also see when float16 is too coarse for a model's activations: see ``warn_of_underflow``.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .backward import Reading, relevance_of
+from .precision import underflow
+
+# Share of the relevance that underflow may have touched, above which a result says so.
+_NOTABLE = 0.01
 
 
 class Sums:
@@ -16,12 +24,17 @@ class Sums:
     def __init__(self) -> None:
         self.readings: list[Reading] = []
         self.kept: dict[str, Tensor] = {}
+        self._lost: dict[str, Tensor] = {}
+        self._mass: dict[str, Tensor] = {}
 
     def add(self, name: str, reduce: Callable[[Tensor], Tensor], *, stream: bool = False) -> None:
         """Keep ``reduce(relevance)`` of a HookPoint; ``stream``: of the whole stream there."""
 
         def sink(x: Tensor, g: Tensor) -> None:
-            self.kept[name] = reduce(relevance_of(x, g)).cpu()
+            relevance = relevance_of(x, g)
+            self.kept[name] = reduce(relevance).cpu()
+            if x.dtype == torch.float16:
+                self._lost[name], self._mass[name] = underflow(x, g), relevance.abs().sum().cpu()
 
         def fired(x: Tensor) -> None:
             zero = torch.zeros((), dtype=torch.float32).expand(x.shape)
@@ -37,3 +50,22 @@ class Sums:
             self.kept[name] = (total.flatten() * bias.detach().to(total)).sum().cpu()
 
         self.readings.append(Reading(name, sink))
+
+    def warn_of_underflow(self) -> None:
+        """Warn once where float16 activations are so small that relevance may have been lost.
+
+        The gradient is float32, so only the activation can have underflowed. What that may have
+        cost at a HookPoint is compared with the relevance at the one that holds most.
+        """
+        if not self._lost:
+            return
+        worst = max(self._lost, key=lambda name: float(self._lost[name]))
+        lost, mass = float(self._lost[worst]), max(map(float, self._mass.values()))
+        if lost > _NOTABLE * mass:
+            share = f"up to {lost / mass:.0%} of the relevance" if mass else "all relevance"
+            warnings.warn(
+                f"Activations at {worst} are too small for float16: {share} may have been lost to "
+                "underflow there. Load the model in bfloat16 or float32, or explain it inside "
+                "`with clrp.in_float32(model):`.",
+                stacklevel=3,
+            )

@@ -1,0 +1,181 @@
+"""Relevance of bfloat16 and float16 models: a float32 backward over the model's own forward.
+
+Autograd gives every gradient the type of its activation, so in a bfloat16 model each step back
+rounds to eight bits, and in a float16 model what falls below 6e-8 becomes 0. The forward must not
+change; the gradient may. ``first_gradient`` starts the backward with a ``WideGradient``: to
+autograd a tensor of the low type, inside a float32 one. Whatever consumes it (autograd's own
+formulas, the rules) reads the stored activations and weights as they are and computes in float32,
+so no step back rounds or underflows. What remains is the rounding of the model's own forward;
+``in_float32`` is the way out of that, at the price of explaining another forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+LOW = (torch.bfloat16, torch.float16)
+
+# Weights are widened for the one product they take part in; larger ones in parts of this many
+# numbers, so that a big vocabulary costs 256 MiB for the moment and not its size in float32.
+_PART = 2**26
+
+
+def plain(x: Any) -> Any:
+    """The float32 tensor inside a ``WideGradient``; anything else as it is."""
+    return x._value if isinstance(x, WideGradient) else x
+
+
+class WideGradient(Tensor):
+    """A gradient of a bfloat16 or float16 tensor, held in float32.
+
+    ``dtype`` is the type autograd asked for; all arithmetic is done in float32. ``plain`` takes
+    the float32 tensor out.
+    """
+
+    _value: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, value: Tensor, dtype: torch.dtype) -> WideGradient:
+        made: WideGradient = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            value.shape,
+            strides=value.stride(),
+            storage_offset=value.storage_offset(),
+            dtype=dtype,
+            device=value.device,
+        )
+        made._value = value
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"WideGradient({self._value!r}, dtype={self.dtype})"
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The float32 numbers, as of an ordinary tensor."""
+        return self._value.numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The float32 numbers, as of an ordinary tensor."""
+        return self._value.tolist()
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._has_same_storage_numel.default:
+            return True  # a question about views in forward mode; widening makes copies of them
+        if func._schema.is_mutable and not isinstance(args[0], WideGradient):
+            # Written into an ordinary tensor, which keeps its type.
+            return func(*tree_map(_rounded, args), **tree_map(_rounded, kwargs))
+        nominal: list[torch.dtype] = []
+
+        def widened(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                if x.is_floating_point():
+                    nominal.append(x.dtype)
+                x = plain(x)
+                return x.float() if x.dtype in LOW else x
+            return torch.float32 if isinstance(x, torch.dtype) and x in LOW else x
+
+        if func is torch.ops.aten.mm.default and _large(args[1]):
+            return cls(_product_in_parts(plain(args[0]), args[1]), args[0].dtype)
+        out = func(*tree_map(widened, args), **tree_map(widened, kwargs))
+        if func._schema.is_mutable:
+            return args[0]
+        dtype = kwargs.get("dtype") or _promoted(nominal)
+
+        def wrapped(y: Any) -> Any:
+            if not isinstance(y, Tensor) or not y.is_floating_point():
+                return y
+            return cls(y, dtype if dtype.is_floating_point else y.dtype)
+
+        return tree_map(wrapped, out)
+
+
+def _rounded(x: Any) -> Any:
+    return x._value.to(x.dtype) if isinstance(x, WideGradient) else x
+
+
+def _promoted(dtypes: list[torch.dtype]) -> torch.dtype:
+    first, *rest = dtypes
+    for dtype in rest:
+        first = torch.promote_types(first, dtype)
+    return first
+
+
+def _large(weight: Tensor) -> bool:
+    return not isinstance(weight, WideGradient) and weight.dtype in LOW and weight.numel() > _PART
+
+
+def _product_in_parts(g: Tensor, weight: Tensor) -> Tensor:
+    """g @ weight for a weight [in, out] of a low type, a part of its rows at a time."""
+    rows = max(1, _PART // weight.shape[1])
+    total = g.new_zeros(g.shape[0], weight.shape[1], dtype=torch.float32)
+    for some, part in zip(g.split(rows, dim=1), weight.split(rows), strict=True):
+        total.addmm_(some.float(), part.float())
+    return total
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` as a ``WideGradient`` if its type is a low one."""
+    return WideGradient(x.float(), x.dtype) if x.dtype in LOW else x
+
+
+def is_low(model: Any) -> bool:
+    """Whether any parameter of the model is bfloat16 or float16."""
+    return any(p.dtype in LOW for p in model.original_model.parameters())
+
+
+def first_gradient(model: Any, value: Tensor) -> Tensor | None:
+    """The gradient with which to start the backward of a scalar: None is autograd's own 1."""
+    if not is_low(model):
+        return None
+    return WideGradient(torch.ones_like(value, dtype=torch.float32), value.dtype)
+
+
+def underflow(x: Tensor, g: Tensor) -> Tensor:
+    """How much relevance rounding near 0 may have changed, at most, beyond ordinary rounding.
+
+    Below its smallest normal number t a type rounds to multiples of t·eps, in the end to 0, so the
+    error of an entry of ``x`` there is up to ½·t·eps, and that of its relevance |g| times as much.
+
+    Returns:
+        The sum of these bounds, [], on the CPU.
+    """
+    limits = torch.finfo(x.dtype)
+    at_risk = plain(g).abs().float().masked_fill(x.abs() >= limits.tiny, 0.0)
+    return (at_risk.sum() * (0.5 * limits.tiny * limits.eps)).cpu()
+
+
+@contextmanager
+def in_float32(model: Any) -> Iterator[None]:
+    """A bfloat16 or float16 model computes in float32 on its own (rounded) weights, for the block.
+
+    What is explained inside is the float32 forward, whose logits are not bit for bit those of the
+    model outside. Weights and buffers are copied (4 bytes a number on top of the 2 they take) and
+    put back afterwards, the same tensors, also after an exception.
+
+    Args:
+        model: A ``TransformerBridge``.
+    """
+    held: dict[int, tuple[Tensor, Tensor]] = {}
+    for root in (model, model.original_model):
+        for tensor in (*torch.nn.Module.parameters(root), *torch.nn.Module.buffers(root)):
+            if tensor.dtype in LOW:
+                held.setdefault(id(tensor), (tensor, tensor.data))
+    try:
+        for tensor, data in held.values():
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in held.values():
+            tensor.data = data
