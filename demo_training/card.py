@@ -31,6 +31,9 @@ Sentences from a seeded generator, no text by anyone: {n_kinds} kinds of task.
 
 {what}
 
+The training data also hold drills that no task asks: sequences of words said twice, and lists of
+facts asked again in another order.
+
 Training and held-out tasks differ by a hash of the task's text, so that no task is in both.
 
 ## How good it is
