@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tl_contrastive_lrp import rules
+from tl_contrastive_lrp import activations, rules
 from tl_contrastive_lrp.audit_walk import Walk, walk_graph
 
 SHAPE = (4, 6)
@@ -193,7 +193,7 @@ def half(x: Tensor) -> Tensor:
     return rules.uniform(x)
 
 
-RATIO = rules.silu_ratio
+RATIO = activations.silu_ratio
 COVERED: dict[str, Callable[[Tensor], Tensor]] = {
     "product": lambda x: half(x @ SQUARE @ x.mT),
     "attention": lambda x: half(half(x @ x.mT * 0.3 + MASKED).softmax(-1) @ x) @ SQUARE,

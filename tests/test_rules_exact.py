@@ -11,7 +11,7 @@ import torch
 from drawn import DTYPES, F64, backward, draw
 from torch import Tensor
 
-from tl_contrastive_lrp import rules
+from tl_contrastive_lrp import activations, rules
 from tl_contrastive_lrp.rules_softcap import softcap, softcap_ratio
 
 # ---------------------------------------------------------------- activation ratios
@@ -42,14 +42,14 @@ def _cap(v: mpmath.mpf) -> mpmath.mpf:
 
 Exact = Callable[[mpmath.mpf], mpmath.mpf]
 RATIOS: dict[str, tuple[rules.Ratio, Exact, Callable[[Tensor], Tensor]]] = {
-    "silu": (rules.silu_ratio, _silu, torch.nn.functional.silu),
-    "gelu": (rules.gelu_ratio, _gelu, torch.nn.functional.gelu),
+    "silu": (activations.silu_ratio, _silu, torch.nn.functional.silu),
+    "gelu": (activations.gelu_ratio, _gelu, torch.nn.functional.gelu),
     "gelu_tanh": (
-        rules.gelu_tanh_ratio,
+        activations.gelu_tanh_ratio,
         _gelu_tanh,
         lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     ),
-    "relu": (rules.relu_ratio, _relu, torch.relu),
+    "relu": (activations.relu_ratio, _relu, torch.relu),
     "softcap": (softcap_ratio, _cap, torch.tanh),
 }
 POINTS = [0.0, 1e-10, -1e-10, 1e-30, -1e-30, 9.99e-4, 1.001e-3, -1e-3, 0.1, -0.1, 0.7, -0.7, 1.3,

@@ -11,7 +11,8 @@ from families import ALL, boot, make_config
 from torch import nn
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.sites import ACTIVATIONS, COMPONENTS, find_sites
+from tl_contrastive_lrp.activations import ACTIVATIONS
+from tl_contrastive_lrp.sites import COMPONENTS, find_sites
 
 
 def _expected(name: str) -> dict[tuple[str, str], int]:

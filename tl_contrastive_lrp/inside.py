@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from . import rules
+from . import activations, rules
 from .attachment import Attachment, HookFn, gradient
 from .inside_experts import clamp_bounds, clamp_ratio, is_sigmoid_of
 from .inside_norms import NORMS, ROOTS, NormCall, is_root
 from .rulesets import RuleSet
-from .sites import ACTIVATIONS, Site, delegates_attention, is_component, operations_of
+from .sites import Site, delegates_attention, is_component, operations_of
 
 _Call = Callable[..., Any]
 _MADE = "_tl_contrastive_lrp_made"  # on a weight: itself, with its ordinary gradient
@@ -169,7 +169,7 @@ class OperationRules(TorchFunctionMode):
         ratio = _FUNCTIONS[func.__name__]
         approximate = kwargs.get("approximate", args[1] if len(args) > 1 else "none")
         if func.__name__ == "gelu" and approximate == "tanh":
-            ratio = rules.gelu_tanh_ratio
+            ratio = activations.gelu_tanh_ratio
         return rules.identity(out.detach(), args[0], ratio)
 
     # ------------------------------------------------------------ where it is active
@@ -216,8 +216,8 @@ class OperationRules(TorchFunctionMode):
 
 def _has_rules_of_its_own(module: torch.nn.Module) -> bool:
     # A HookPoint runs its user's functions.
-    name = type(module).__name__
-    return is_component(module) or name in ACTIVATIONS or name == "HookPoint"
+    known = is_component(module) or activations.ratio_of(module) is not None
+    return known or type(module).__name__ == "HookPoint"
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -250,9 +250,9 @@ def _is_weight(value: Any) -> bool:
 
 
 _FUNCTIONS: dict[str, rules.Ratio] = {
-    "silu": rules.silu_ratio,
-    "gelu": rules.gelu_ratio,
-    "relu": rules.relu_ratio,
+    "silu": activations.silu_ratio,
+    "gelu": activations.gelu_ratio,
+    "relu": activations.relu_ratio,
 }
 
 MATRIX_PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm", "einsum")

@@ -11,7 +11,6 @@ Arithmetic inside a backward runs in float32 at least, also for bfloat16 and flo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -176,27 +175,6 @@ def ordinary(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 # ---------------------------------------------------------------- activations
-
-
-def silu_ratio(x: Tensor) -> Tensor:
-    """SiLU(x)/x = σ(x)."""
-    return torch.sigmoid(x)
-
-
-def gelu_ratio(x: Tensor) -> Tensor:
-    """GELU(x)/x = Φ(x), the normal distribution function (erfc keeps the left tail exact)."""
-    tail: Tensor = torch.special.erfc(x * -math.sqrt(0.5))
-    return 0.5 * tail
-
-
-def gelu_tanh_ratio(x: Tensor) -> Tensor:
-    """GELU's tanh approximation over x, written as a logistic: ½(1 + tanh a) = σ(2a)."""
-    return torch.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x.pow(3)))
-
-
-def relu_ratio(x: Tensor) -> Tensor:
-    """ReLU(x)/x = 1[x > 0]."""
-    return (x > 0).to(x.dtype)
 
 
 class _Ratio(torch.autograd.Function):

@@ -1,11 +1,9 @@
 """Where in a model each kind of operation is: the data behind every rule's attachment.
 
-``find_sites`` walks the model's components and reads two tables:
-
-- ``COMPONENTS``: what each kind of TransformerLens component computes beyond linear maps. A
-  component's row is that of the nearest class in its inheritance that has one, so a family with a
-  variant of its own needs none;
-- ``ACTIVATIONS``: activation modules and their f(x)/x in closed form.
+``find_sites`` walks the model's components and reads ``COMPONENTS``: what each kind of
+TransformerLens component computes beyond linear maps. A component's row is that of the nearest
+class in its inheritance that has one, so a family with a variant of its own needs none. Activation
+functions are in ``activations.py``.
 
 What no HookPoint reaches, the "inside" of a wrapped Hugging Face module that computes attention or
 experts itself, is left to ``inside.py``. Nothing here vouches that the list is complete: that is
@@ -23,6 +21,7 @@ from typing import Any, Literal
 from torch import nn
 
 from . import rules
+from .activations import ACTIVATIONS, ratio_of
 from .errors import UncoveredComponentError
 
 Operation = Literal[
@@ -44,24 +43,6 @@ COMPONENTS: dict[str, tuple[Operation, ...]] = {
     "MLPBridge": ("activation",),
     "MoEBridge": ("experts",),
     "MoERouterBridge": ("experts",),
-}
-
-# Hugging Face activation module class, or name of the function that TransformerLens calls when it
-# computes a gated MLP itself (processed weights) -> f(x)/x.
-ACTIVATIONS: dict[str, rules.Ratio] = {
-    "SiLUActivation": rules.silu_ratio,
-    "SiLU": rules.silu_ratio,
-    "silu": rules.silu_ratio,
-    "GELUActivation": rules.gelu_ratio,
-    "GELU": rules.gelu_ratio,
-    "gelu": rules.gelu_ratio,
-    "NewGELUActivation": rules.gelu_tanh_ratio,
-    "GELUTanh": rules.gelu_tanh_ratio,
-    "PytorchGELUTanh": rules.gelu_tanh_ratio,
-    "FastGELUActivation": rules.gelu_tanh_ratio,
-    "gelu_tanh": rules.gelu_tanh_ratio,
-    "ReLU": rules.relu_ratio,
-    "relu": rules.relu_ratio,
 }
 
 # Where the input enters: everything upstream of these HookPoints is token ids.
@@ -217,10 +198,10 @@ def _mlp_activation(path: str, mlp: Any) -> Iterator[Site]:
     found = [
         module
         for module in mlp.original_component.modules()
-        if type(module).__name__ in ACTIVATIONS and not is_component(module)
+        if ratio_of(module) is not None and not is_component(module)
     ]
     if len(found) == 1:  # else it is not at this MLP's HookPoints; see _other_activations
-        yield Site(path, "activation", mlp, found[0], ACTIVATIONS[type(found[0]).__name__])
+        yield Site(path, "activation", mlp, found[0], ratio_of(found[0]))
 
 
 def _sites_of(path: str, component: Any) -> Iterator[Site]:
@@ -243,7 +224,7 @@ def _other_activations(model: Any, sites: list[Site]) -> Iterator[Site]:
         if site.operation == "activation" and site.module is None:  # a function in its place
             known.update(map(id, site.component.original_component.modules()))
     for path, module in model.original_model.named_modules():
-        ratio = ACTIVATIONS.get(type(module).__name__)
+        ratio = ratio_of(module)
         if ratio is not None and not is_component(module) and id(module) not in known:
             known.add(id(module))
             yield Site(path.replace("._original_component", ""), "activation", None, module, ratio)
