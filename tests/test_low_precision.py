@@ -25,6 +25,8 @@ import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp import precision, rules
 from tl_contrastive_lrp.packed import chunk_size
 from tl_contrastive_lrp.precision import WideGradient, first_gradient, in_float32, plain
+from tl_contrastive_lrp.sites import find_sites
+from tl_contrastive_lrp.tangents import BlockCall, block_tangents
 
 LOW = (torch.bfloat16, torch.float16)
 TOKENS = random_tokens()
@@ -279,6 +281,21 @@ def test_edges_are_near_float64_on_the_same_weights(name: str) -> None:
     assert max(between) < 0.06
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen2-tied"])
+def test_tangents_round_nothing(name: str) -> None:
+    """ṽ, written out: the values' weights times the norm at a constant denominator."""
+    model, call = boot(name, torch.bfloat16), BlockCall()
+    _, cache = model.run_with_cache(TOKENS, names_filter="blocks.0.hook_in")
+    with call.recorded(model.blocks[0]), torch.no_grad():
+        model(TOKENS)
+    found, _ = block_tangents(model, 0, call, find_sites(model), clrp.RULE_SETS["attnlrp"])
+    h = cache["blocks.0.hook_in"][0].double()
+    block = rounded(name, torch.bfloat16).model.layers[0]
+    denominator = (h.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt()
+    wanted = (h / denominator * block.input_layernorm.weight) @ block.self_attn.v_proj.weight.T
+    assert off(found.flatten(1), wanted.detach()) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2"])
 def test_packed_signals_are_wide_too(name: str) -> None:
     """Transitions over both blocks; their column sums are the relevance of the one backward."""
@@ -382,6 +399,24 @@ def test_no_warning_on_ordinary_models(name: str, rules: str) -> None:
         clrp.attribute(
             boot(name, torch.float16), TOKENS, target=7, contrast=12, rules=rules, neurons=True
         )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_taken_inside_lrp_are_watched(name: str) -> None:
+    """There they are torch's own, in the model's type."""
+    model = boot(name, torch.float16)
+    objective = clrp.logit_diff(model, *extremes(name, torch.float16))
+    with warnings.catch_warnings(), clrp.lrp(model):
+        warnings.simplefilter("error")
+        value = objective(model(TOKENS))
+        torch.autograd.grad(value, [model.embed.weight])
+    with clrp.lrp(model):
+        value = 1e-7 * objective(model(TOKENS))
+        with pytest.warns(UserWarning, match="underflow in this float16 model.*multiply"):
+            torch.autograd.grad(value, [model.embed.weight])
+        value = 1e-12 * objective(model(TOKENS))  # every gradient is 0
+        with pytest.warns(UserWarning, match="underflow in this float16 model"):
+            torch.autograd.grad(value, [model.embed.weight])
 
 
 # ---------------------------------------------------------------- the way out

@@ -150,8 +150,8 @@ def run(
                 "that sums over the batch and detaches nothing."
             )
         ends = [logits, *leaves.values()] if logits.requires_grad else []
-        first = first_gradient(model, value)
-        if not ends or torch.autograd.grad(value, ends, first, allow_unused=True)[0] is None:
+        begin = first_gradient(model, value)
+        if not ends or torch.autograd.grad(value, ends, begin, allow_unused=True)[0] is None:
             raise ModelStateError(
                 "The objective's value does not depend on the logits it was given (or they not on "
                 "the input), so there is nothing to explain. Compute it from its argument."

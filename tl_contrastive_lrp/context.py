@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .attachment import Attachment, HookFn
+import torch
+
+from .attachment import Attachment, HookFn, edit
 from .audit import require_clean
 from .coverage_table import Coverage
 from .errors import ModelStateError
 from .placement import attached, check_ready, check_single, marked, place, public_name
+from .precision import is_low, watch
 from .rulesets import RuleSet
+from .sites import LEAVES
 
 
 def plan(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Coverage]:
@@ -97,5 +101,8 @@ def lrp(model: Any, rules: str | RuleSet = "attnlrp") -> Iterator[Coverage]:
     check_ready(model, "lrp")
     check_single(model)
     attachments, report = plan(model, rules)
-    with attached(model, attachments):
+    hook_dict = model.hook_dict
+    inputs = LEAVES if is_low(model, (torch.float16,)) else ()
+    watched = [(public_name(hook_dict, n), edit(watch)) for n in inputs if n in hook_dict]
+    with attached(model, attachments), model.hooks(fwd_hooks=watched):
         yield report

@@ -11,6 +11,7 @@ so no step back rounds or underflows. What remains is the rounding of the model'
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 LOW = (torch.bfloat16, torch.float16)
+
+# Share of the relevance that underflow may have touched, above which a warning says so.
+NOTABLE = 0.01
 
 # Weights are widened for the one product they take part in; larger ones in parts of this many
 # numbers, so that a big vocabulary costs 256 MiB for the moment and not its size in float32.
@@ -39,11 +43,11 @@ class WideGradient(Tensor):
     """
 
     _value: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, value: Tensor, dtype: torch.dtype) -> WideGradient:
-        made: WideGradient = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: WideGradient = Tensor._make_wrapper_subclass(
             cls,
             value.shape,
             strides=value.stride(),
@@ -66,7 +70,7 @@ class WideGradient(Tensor):
         return self._value.tolist()
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         del types
@@ -120,8 +124,8 @@ def _product_in_parts(g: Tensor, weight: Tensor) -> Tensor:
     """g @ weight for a weight [in, out] of a low type, a part of its rows at a time."""
     rows = max(1, _PART // weight.shape[1])
     total = g.new_zeros(g.shape[0], weight.shape[1], dtype=torch.float32)
-    for some, part in zip(g.split(rows, dim=1), weight.split(rows), strict=True):
-        total.addmm_(some.float(), part.float())
+    for start in range(0, len(weight), rows):
+        total.addmm_(g[:, start : start + rows].float(), weight[start : start + rows].float())
     return total
 
 
@@ -130,9 +134,9 @@ def wide(x: Tensor) -> Tensor:
     return WideGradient(x.float(), x.dtype) if x.dtype in LOW else x
 
 
-def is_low(model: Any) -> bool:
-    """Whether any parameter of the model is bfloat16 or float16."""
-    return any(p.dtype in LOW for p in model.original_model.parameters())
+def is_low(model: Any, dtypes: tuple[torch.dtype, ...] = LOW) -> bool:
+    """Whether any parameter of the model is bfloat16 or float16 (or one of ``dtypes``)."""
+    return any(p.dtype in dtypes for p in model.original_model.parameters())
 
 
 def first_gradient(model: Any, value: Tensor) -> Tensor | None:
@@ -152,8 +156,36 @@ def underflow(x: Tensor, g: Tensor) -> Tensor:
         The sum of these bounds, [], on the CPU.
     """
     limits = torch.finfo(x.dtype)
-    at_risk = plain(g).abs().float().masked_fill(x.abs() >= limits.tiny, 0.0)
-    return (at_risk.sum() * (0.5 * limits.tiny * limits.eps)).cpu()
+    at_risk: Tensor = plain(g).abs().float().masked_fill(x.abs() >= limits.tiny, 0.0)
+    return at_risk.sum().cpu() * (0.5 * limits.tiny * limits.eps)
+
+
+class _Watch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        if not isinstance(g, WideGradient):
+            lost, mass = underflow(g, x), (x.float() * g.float()).abs().sum().cpu()
+            if bool(lost > NOTABLE * mass):
+                warnings.warn(
+                    "Gradients underflow in this float16 model: relevance at its input may be "
+                    "lost. clrp.run_with_relevance and clrp.attribute keep gradients in float32; "
+                    "inside clrp.lrp, multiply the objective by 2**10 and divide the relevance by "
+                    "as much, or load the model in bfloat16.",
+                    stacklevel=2,
+                )
+        return g
+
+
+def watch(x: Tensor) -> Tensor:
+    """``x``, with a warning in the backward if its float16 gradient has underflowed."""
+    out: Tensor = _Watch.apply(x) if x.requires_grad and x.dtype == torch.float16 else x
+    return out
 
 
 @contextmanager

@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 
 from .backward import Reading, relevance_of
-from .precision import underflow
-
-# Share of the relevance that underflow may have touched, above which a result says so.
-_NOTABLE = 0.01
+from .precision import NOTABLE, underflow
 
 
 class Sums:
@@ -61,7 +58,7 @@ class Sums:
             return
         worst = max(self._lost, key=lambda name: float(self._lost[name]))
         lost, mass = float(self._lost[worst]), max(map(float, self._mass.values()))
-        if lost > _NOTABLE * mass:
+        if lost > NOTABLE * mass:
             share = f"up to {lost / mass:.0%} of the relevance" if mass else "all relevance"
             warnings.warn(
                 f"Activations at {worst} are too small for float16: {share} may have been lost to "
