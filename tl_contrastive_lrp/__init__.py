@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .attribution import Attribution
     from .circuit_results import CircuitCurve, CircuitFaithfulness
     from .circuits import circuit_curve, circuit_faithfulness
+    from .comparison import Comparison, compare
     from .context import coverage, lrp, lrp_hooks
     from .coverage_table import Coverage
     from .demo import DemoCase, load_demo_cases, load_demo_model
@@ -38,6 +39,7 @@ __all__ = [
     "AttributionGraph",
     "CircuitCurve",
     "CircuitFaithfulness",
+    "Comparison",
     "Coverage",
     "DemoCase",
     "FaithfulnessCurves",
@@ -48,6 +50,7 @@ __all__ = [
     "baseline_scores",
     "circuit_curve",
     "circuit_faithfulness",
+    "compare",
     "coverage",
     "faithfulness_curves",
     "load_demo_cases",
@@ -68,6 +71,7 @@ _ROOMS = {
     "attribution": ("Attribution",),
     "circuit_results": ("CircuitCurve", "CircuitFaithfulness"),
     "circuits": ("circuit_curve", "circuit_faithfulness"),
+    "comparison": ("Comparison", "compare"),
     "context": ("coverage", "lrp", "lrp_hooks"),
     "coverage_table": ("Coverage",),
     "demo": ("DemoCase", "load_demo_cases", "load_demo_model"),

@@ -25,7 +25,7 @@ from ..rules import at_least_float32
 from ..rulesets import RuleSet, get_rule_set
 from .checks import Watched, check_pair
 from .edges import EdgeReader, check_additive
-from .sweeps import DEFAULT_RULES
+from .estimates import DEFAULT_RULES
 
 
 def writer_names(n_layers: int) -> list[str]:

@@ -7,28 +7,18 @@ the rules see the model, estimate and measurement agree; elsewhere the estimate 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, overload
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
-from transformer_lens.patching import PatchingResult, make_df_from_ranges
+from transformer_lens.patching import make_df_from_ranges
 
-from ..placement import check_ready
-from ..prompts import to_tokens
-from ..rulesets import RuleSet, get_rule_set
-from .checks import Watched, check_cache
-from .effects import Sweep, heads_of, sweep_effects
-
-Metric = Callable[[Tensor], Tensor]
-Reduce = Literal["scalar", "mean", "none"]
-_REDUCE = ("scalar", "mean", "none")
-
-# Rules for estimating what a patch does, where nothing is to be shared out: RelP leaves attention's
-# products their gradient, and halves the gate's alone. See the table in docs or compare yourself.
-DEFAULT_RULES = "relp"
+from ..rulesets import RuleSet
+from .effects import Sweep, heads_of
+from .estimates import DEFAULT_RULES, Metric, Reduce, as_result, estimates, select
 
 
 class RelevancePatch(Protocol):
@@ -80,101 +70,6 @@ class RelevancePatchEvery(Protocol):
     ) -> Any: ...
 
 
-def _estimates(
-    model: Any,
-    tokens: object,
-    clean_cache: Any,
-    objective: Metric | Mapping[str, Metric],
-    sweeps: Sequence[Sweep],
-    rules: str | RuleSet,
-    reduce: str,
-) -> tuple[list[Float[Tensor, "metric layer *axes row"]], Float[Tensor, "metric row"], list[str]]:
-    """Estimated values of each sweep, values on the corrupted run, and the metrics' names.
-
-    The last axis holds the examples, or one entry where the metric gives one value for all.
-    """
-    check_ready(model, "Relevance patching")
-    rule_set = get_rule_set(rules)
-    if reduce not in _REDUCE:
-        raise ValueError(f"reduce={reduce!r}: use one of {', '.join(map(repr, _REDUCE))}.")
-    metrics = dict(objective) if isinstance(objective, Mapping) else {"metric": objective}
-    if not metrics:
-        raise ValueError("The mapping of objectives is empty; give at least one.")
-    ids = to_tokens(model, tokens)  # type: ignore[arg-type]
-    batch, pos = ids.shape
-    per_example = reduce != "scalar"
-    watched = {
-        name: Watched(
-            fn, batch, per_example, "objective" if name == "metric" else f"objective {name!r}"
-        )
-        for name, fn in metrics.items()
-    }
-    check_cache(model, clean_cache, sweeps, batch, pos)
-
-    by_metric, bases = [], []
-    for metric in watched.values():
-        effects = sweep_effects(model, ids, clean_cache, metric, sweeps, rule_set)
-        base = metric.value.reshape(-1)
-        if not per_example:
-            effects = [effect.sum(-1, keepdim=True) for effect in effects]
-        by_metric.append([effect + base.to(effect) for effect in effects])
-        bases.append(base)
-    return (
-        [torch.stack(list(same)) for same in zip(*by_metric, strict=True)],
-        torch.stack(bases),
-        list(metrics),
-    )
-
-
-def _result(
-    values: Float[Tensor, "metric *cells row"],
-    base: Float[Tensor, "metric row"],
-    metric_names: list[str],
-    axis_names: list[str],
-    index_df: pd.DataFrame,
-    *,
-    mapping: bool,
-    reduce: str,
-    baseline: bool,
-    patch_type_names: list[str] | None = None,
-) -> Tensor | PatchingResult:
-    """A tensor or a ``PatchingResult``, by the same conditions as in TransformerLens."""
-    if reduce != "none":
-        values, base = values.mean(-1), base.mean(-1)
-    if not (mapping or baseline or reduce == "none"):
-        return values[0]
-    return PatchingResult(
-        values=values if mapping else values[0],
-        axis_names=axis_names,
-        index_df=index_df,
-        metric_names=metric_names,
-        reduced=reduce != "none",
-        baseline=(base if mapping else base[0]) if baseline else None,
-        has_metric_axis=mapping,
-        patch_type_names=patch_type_names,
-    )
-
-
-def _select(
-    values: Float[Tensor, "metric *cells row"], index_df: pd.DataFrame, axes: list[str]
-) -> Float[Tensor, "metric cell row"]:
-    """The cells that a frame of indices names, in its order.
-
-    Raises:
-        ValueError: the frame's columns are not the sweep's axes, or an index is out of range.
-    """
-    if list(index_df.columns) != axes:
-        raise ValueError(
-            f"index_df has columns {list(index_df.columns)}; it needs {axes}, in that order."
-        )
-    for axis, size in zip(axes, values.shape[1:-1], strict=True):
-        if not index_df[axis].between(0, size - 1).all():
-            raise ValueError(f"index_df[{axis!r}] has entries outside 0..{size - 1}.")
-    at = [torch.tensor(index_df[axis].tolist(), device=values.device) for axis in axes]
-    cells: tuple[slice | Tensor, ...] = (slice(None), *at)
-    return values[cells]
-
-
 def _sweep(name: str, sweep: Sweep, what: str) -> RelevancePatch:
     """Make one ``get_relevance_patch_*`` function."""
     axis_names = ["layer", *sweep.axes]
@@ -196,15 +91,15 @@ def _sweep(name: str, sweep: Sweep, what: str) -> RelevancePatch:
             raise ValueError(
                 "return_index_df goes with a tensor; a PatchingResult carries its index_df."
             )
-        (values,), base, names = _estimates(
+        (values,), base, names = estimates(
             model, corrupted_tokens, clean_cache, objective, [sweep], rules, reduce
         )
         frame = index_df
         if frame is None:
             frame = make_df_from_ranges(list(values.shape[1:-1]), axis_names)
         else:
-            values = _select(values, frame, axis_names)
-        result = _result(
+            values = select(values, frame, axis_names)
+        result = as_result(
             values,
             base,
             names,
@@ -266,7 +161,7 @@ def _every(
         reduce: Reduce = "scalar",
         baseline: bool = False,
     ) -> Any:
-        found, base, names = _estimates(
+        found, base, names = estimates(
             model, corrupted_tokens, clean_cache, objective, list(sweeps.values()), rules, reduce
         )
         for i, sweep in enumerate(sweeps.values()):
@@ -276,7 +171,7 @@ def _every(
             if lacking and axes[-1] == "head":  # as TransformerLens: zero, not the baseline
                 found[i] = torch.nn.functional.pad(found[i], (0, 0, 0, lacking))
         values = torch.stack(found, 1)
-        return _result(
+        return as_result(
             values,
             base,
             names,

@@ -1,0 +1,207 @@
+"""From what patching returns to effects of named cells: the reading side of ``compare``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens.patching import PatchingResult
+from transformer_lens.tools.analysis.attribution_patching import AttributionResult, Node
+
+Cell = tuple[int | str, ...]
+# What float32 leaves of a number: values that differ by less are the same.
+_ROUNDING = 8 * torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """Effects of the same cells, [cell, example], one example where there is a single figure.
+
+    Attributes:
+        measured, estimated: In float64, effects within ``floor`` of 0 set to 0.
+        axes, cells: What names a cell; see ``Comparison``.
+        floor: Effects up to this size are rounding of the values they came from.
+    """
+
+    measured: Float[Tensor, "cell example"]
+    estimated: Float[Tensor, "cell example"]
+    axes: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    floor: float
+
+    @property
+    def _layers(self) -> list[str]:
+        at = self.axes.index("layer")
+        return [str(cell[at]) for cell in self.cells]
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The layers, in the order of the cells."""
+        return tuple(dict.fromkeys(self._layers))
+
+    def rows(self, layer: str | None) -> Bool[Tensor, " cell"]:
+        """The cells of a layer, or all of them."""
+        return torch.tensor([layer is None or name == layer for name in self._layers])
+
+    def rounded(self, effects: Tensor) -> Tensor:
+        """Effects with those that are rounding set to 0."""
+        return torch.where(effects.abs() <= self.floor, 0.0, effects)
+
+
+def read_effects(
+    patching: Any, relevance: Any, baseline: float | Tensor | None, axes: Sequence[str] | None
+) -> Effects:
+    """Effects from either kind of result; see ``compare`` for arguments and errors."""
+    patching, relevance = _plain(patching), _plain(relevance)
+    if isinstance(patching, Mapping) and isinstance(relevance, Mapping):
+        if baseline is not None or axes is not None:
+            raise ValueError(
+                "Scores of nodes or edges are effects already; leave baseline and axes out."
+            )
+        return _from_scores(patching, relevance)
+    if isinstance(patching, Tensor) and isinstance(relevance, Tensor):
+        if baseline is None:
+            raise ValueError(
+                "These tensors hold values of the objective, of which only the change by a patch "
+                "can agree or not: give baseline=objective(model(corrupted_tokens)), the objective "
+                "on the corrupted run, or baseline=0.0 if they hold changes already."
+            )
+        return _from_tensors(patching, relevance, baseline, axes)
+    if isinstance(patching, PatchingResult) and isinstance(relevance, PatchingResult):
+        if axes is not None:
+            raise ValueError("A PatchingResult names its axes itself; leave axes out.")
+        return _from_results(patching, relevance, baseline)
+    raise TypeError(
+        f"Cannot compare a {type(patching).__name__} with a {type(relevance).__name__}. Give two "
+        "tensors or PatchingResults of one sweep (get_act_patch_x, get_relevance_patch_x), or two "
+        "AttributionResults or mappings of nodes or edges to effects."
+    )
+
+
+def _plain(result: Any) -> Any:
+    return result.node_scores if isinstance(result, AttributionResult) else result
+
+
+def _finite(name: str, values: Tensor) -> Tensor:
+    values = values.detach().cpu().double()
+    if not values.isfinite().all():
+        raise ValueError(f"The {name} result holds values that are not finite.")
+    return values
+
+
+def _effects(
+    x: Float[Tensor, "cell example"],
+    y: Float[Tensor, "cell example"],
+    base: tuple[Tensor, Tensor],
+    axes: tuple[str, ...],
+    cells: list[Cell],
+) -> Effects:
+    x, y = _finite("patching", x), _finite("relevance", y)
+    real = ((x != 0) | (y != 0)).any(1)  # both 0 to the last bit: padding, not a value
+    base_x, base_y = (_finite("baseline", b) for b in base)
+    if not (base_x.any() or base_y.any()):
+        real = torch.ones_like(real)
+    size = max(float(values.abs().max()) for values in (x, y, base_x, base_y))
+    found = Effects(x - base_x, y - base_y, axes, tuple(cells), size * _ROUNDING)
+    return Effects(
+        found.rounded(found.measured[real]),
+        found.rounded(found.estimated[real]),
+        axes,
+        tuple(itertools.compress(cells, real.tolist())),
+        found.floor,
+    )
+
+
+def _grid(shape: Sequence[int]) -> list[Cell]:
+    return list(itertools.product(*map(range, shape)))
+
+
+def _from_tensors(
+    x: Tensor, y: Tensor, baseline: float | Tensor, axes: Sequence[str] | None
+) -> Effects:
+    if x.shape != y.shape:
+        raise ValueError(
+            f"The patching result has shape {list(x.shape)}, the relevance result {list(y.shape)}; "
+            "compare the same sweep of the same prompt."
+        )
+    default = ("layer", *(f"axis_{i}" for i in range(1, x.ndim)))
+    names = default if axes is None else tuple(axes)
+    if len(names) != x.ndim or "layer" not in names or len(set(names)) != len(names):
+        raise ValueError(
+            f"axes={list(names)} must name the {x.ndim} axes of a tensor of shape "
+            f"{list(x.shape)}, each once, one of them 'layer'."
+        )
+    base = torch.as_tensor(baseline).detach().double().cpu()
+    if base.numel() != 1:
+        raise ValueError(f"baseline must be one number; it has shape {list(base.shape)}.")
+    return _effects(
+        x.detach().reshape(-1, 1), y.detach().reshape(-1, 1), (base, base), names, _grid(x.shape)
+    )
+
+
+def _from_results(x: PatchingResult, y: PatchingResult, baseline: float | Tensor | None) -> Effects:
+    for name, result in (("patching", x), ("relevance", y)):
+        if result.has_metric_axis:
+            raise ValueError(
+                f"The {name} result holds several metrics; choose one: "
+                f"result[{result.metric_names[0]!r}]."
+            )
+    if x.values.shape != y.values.shape or not x.index_df.equals(y.index_df):
+        raise ValueError(
+            f"The results are of different cells: values {list(x.values.shape)} and "
+            f"{list(y.values.shape)} over {list(x.index_df.columns)} and "
+            f"{list(y.index_df.columns)}. Compare the same sweep of the same prompts."
+        )
+    bases = []
+    for result in (x, y):
+        own = result.baseline if result.baseline is not None else baseline
+        own = own if own is not None else (y if result is x else x).baseline
+        if own is None:
+            raise ValueError(
+                "These results hold values of the objective, of which only the change by a patch "
+                "can agree or not: make one of them with baseline=True, or give baseline=."
+            )
+        bases.append(torch.as_tensor(own).detach().double().cpu().reshape(-1))
+    n = len(x.index_df)
+    axes = tuple(str(column) for column in x.index_df.columns)
+    if "layer" not in axes:
+        raise ValueError(f"The results' axes {list(axes)} lack 'layer'.")
+    cells = [tuple(row) for row in x.index_df.to_numpy().tolist()]
+    return _effects(
+        x.values.reshape(n, -1), y.values.reshape(n, -1), (bases[0], bases[1]), axes, cells
+    )
+
+
+def _from_scores(x: Mapping[Any, float], y: Mapping[Any, float]) -> Effects:
+    if x.keys() != y.keys():
+        odd = list(x.keys() ^ y.keys())
+        raise ValueError(
+            f"The results score different nodes or edges: {len(odd)} are in one of them only, such "
+            f"as {odd[0]}. Compare the same model and prompt."
+        )
+    keys = list(x)
+    edges = bool(keys) and isinstance(keys[0], tuple)
+    named = [_edge_cell(*key) if edges else _node_cell(key) for key in keys]
+    axes = ("layer", "reader", "writer", "pos") if edges else ("layer", "node", "pos")
+    values = [torch.tensor([float(m[key]) for key in keys])[:, None].double() for m in (x, y)]
+    zero = torch.zeros(1, dtype=torch.float64)
+    return _effects(values[0], values[1], (zero, zero), axes, named)
+
+
+def _name(node: Node) -> str:
+    at = [str(part) for part in (node.layer, node.head) if part is not None]
+    return ".".join([*at[:1], node.kind, *at[1:]])
+
+
+def _node_cell(node: Node) -> Cell:
+    return ("embed" if node.layer is None else node.layer, _name(node), node.position)
+
+
+def _edge_cell(writer: Node, reader: Node) -> Cell:
+    layer = "embed" if reader.layer is None else reader.layer
+    return (layer, _name(reader), _name(writer), writer.position)
