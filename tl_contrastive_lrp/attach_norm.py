@@ -33,7 +33,7 @@ def norm_weight(norm: Any, normalized: Tensor) -> Tensor:
     """The factor on ``normalized``, as TransformerLens applies it."""
     weight = getattr(norm, "weight", None)
     if weight is None:
-        return torch.ones_like(normalized[..., 0, :])
+        return normalized.new_ones(1)
     factor: Tensor = weight.detach().to(normalized.dtype)
     offset = getattr(norm, "uses_weight_offset", None)
     if offset is None:  # TransformerLens before 4.3
