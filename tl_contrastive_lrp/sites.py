@@ -132,8 +132,8 @@ def _check_flags(model: Any) -> None:
 def operations_of(component: Any) -> tuple[Operation, ...]:
     """What a TransformerLens component computes beyond linear maps, by its class's row."""
     if type(component).__name__ == "GeneralizedComponent":  # all others are derived from it
-        inner = type(component.original_component)
-        return () if inner.__module__.startswith("torch.nn") else ("wrapped",)
+        linear = isinstance(component.original_component, nn.Linear | nn.Embedding | nn.Identity)
+        return () if linear else ("wrapped",)
     for base in type(component).__mro__:
         if base.__name__ in COMPONENTS:
             operations = COMPONENTS[base.__name__]
