@@ -317,3 +317,11 @@ def test_what_is_said() -> None:
     assert str(CircuitCurve("gim", (replace(point, edges_kept=0, delta=2.0), point))) == (
         "gim: CPR 0.062, CMD 0.188 (2 circuits)"
     )
+
+
+def test_plot_holds_the_curve() -> None:
+    pytest.importorskip("plotly")
+    point = CircuitFaithfulness(0, 100, 2.0, delta_full=4.0, delta_empty=2.0, ablation="mean")
+    points = (point, replace(point, edges_kept=25, delta=3.0), replace(point, edges_kept=100))
+    (line,) = CircuitCurve("gim", points).plot().data
+    assert (line.name, list(line.x), list(line.y)) == ("gim", [0.25, 1.0], [0.5, 0.0])

@@ -323,7 +323,7 @@ def _counts(pairs: list[tuple[float, bool]]) -> tuple[list[float], list[float]]:
     return [s for s, t in pairs if t], [s for s, t in pairs if not t]
 
 
-@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.settings(deadline=None, max_examples=25)
 @hypothesis.given(SOME)
 def test_auroc_and_average_precision_by_definition(pairs: list[tuple[float, bool]]) -> None:
     true, false = _counts(pairs)

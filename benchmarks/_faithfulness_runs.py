@@ -1,0 +1,155 @@
+"""The measurements behind ``faithfulness.py``: frames with a row a prompt and method."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+import numpy as np
+import pandas as pd
+import planted
+import planted_induction
+import torch
+from planted_scores import measured
+from tqdm.auto import tqdm
+
+import tl_contrastive_lrp as clrp
+from tl_contrastive_lrp.faithfulness import auroc, average_precision
+
+RULES = tuple(clrp.RULE_SETS)
+GRID = np.linspace(0.0, 1.0, 21)
+
+
+def asked(case: Any) -> dict[str, Any]:
+    ids = isinstance(case, clrp.DemoCase)
+    return {
+        "target": case.target_id if ids else case.target,
+        "contrast": case.contrast_id if ids else case.contrast,
+    }
+
+
+def on_planted(seeds: Iterable[int], quiet: bool) -> pd.DataFrame:
+    """model, prompt, method, what, auroc, precision."""
+    rows = []
+    for name, plan in tqdm(planted.PLANS.items(), desc="planted", disable=quiet):
+        for seed in seeds:
+            for rules in RULES:
+                found = measured(planted.bridge(name), planted.case(plan, seed), rules)
+                rows += [(name, seed, rules, what, *two) for what, two in found.items()]
+    return pd.DataFrame(rows, columns=["model", "prompt", "method", "what", "auroc", "precision"])
+
+
+def on_trained(seeds: Iterable[int], quiet: bool) -> pd.DataFrame:
+    """The same for the tokens of the trained induction model."""
+    rows, model = [], planted_induction.bridge()
+    for seed in tqdm(seeds, desc="trained", disable=quiet):
+        case = planted_induction.case(seed)
+        with torch.no_grad():
+            if int(model(case.tokens)[0, -1].argmax()) != case.target:
+                continue  # what it does not know it cannot have found anywhere
+        found = [(rules, measured(model, case, rules)["tokens"]) for rules in RULES]
+        rows += [("trained", seed, rules, "tokens", *two) for rules, two in found]
+    return pd.DataFrame(rows, columns=["model", "prompt", "method", "what", "auroc", "precision"])
+
+
+def on_decisive(model: Any, cases: Iterable[clrp.DemoCase], quiet: bool) -> pd.DataFrame:
+    """Decisive positions among the demo prompt's tokens; special and first tokens left out."""
+    rows = []
+    for number, case in enumerate(tqdm(list(cases), desc="decisive", disable=quiet)):
+        results = {r: clrp.attribute(model, case.prompt, **asked(case), rules=r) for r in RULES}
+        one = results[RULES[0]]
+        seen, n = ~one.greyed, len(one.str_tokens)
+        scores = {name: result.tokens.abs() for name, result in results.items()}
+        scores["random"] = torch.randn(n, generator=torch.Generator().manual_seed(number))
+        scores["recency"] = torch.arange(n)
+        truth = torch.zeros(n, dtype=torch.bool)
+        truth[list(case.decisive_positions)] = True
+        if not bool(truth[seen].any()):
+            continue
+        rows += [
+            (case.kind, case.id, name, auroc(s[seen], truth[seen]),
+             average_precision(s[seen], truth[seen]))
+            for name, s in scores.items()
+        ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["kind", "prompt", "method", "auroc", "precision"])
+
+
+def on_removal(
+    model: Any, cases: Iterable[Any], replace: str, quiet: bool
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """Area, comprehensiveness and sufficiency by prompt and method; mean curves on ``GRID``."""
+    rows, curves = [], {}
+    for number, case in enumerate(tqdm(list(cases), desc=f"removal, {replace}", disable=quiet)):
+        prompt = case.prompt if isinstance(case, clrp.DemoCase) else case.tokens
+        how = {**asked(case), "progress": False, "replace": replace, "draws": 2}
+        scores: dict[str, Any] = {
+            r: clrp.attribute(model, prompt, **asked(case), rules=r) for r in RULES
+        }
+        scores |= clrp.baseline_scores(model, prompt, seed=number, **how)
+        del scores["gradient_x_input"]  # the rule set "gradient"
+        found = clrp.faithfulness_curves(model, prompt, scores, steps=10, **how)
+        for row, name in enumerate(found.names):
+            rows.append(
+                (number, name, found.area[name], found.comprehensiveness[name],
+                 found.sufficiency[name])
+            )  # fmt: skip
+            for order, values in (("MoRF", found.morf), ("LeRF", found.lerf)):
+                fallen = (values[row] - found.delta) / found.scale
+                curves.setdefault((name, order), []).append(
+                    np.interp(GRID, found.share.numpy(), fallen.numpy())
+                )
+    columns = ["prompt", "method", "area", "comprehensiveness", "sufficiency"]
+    return pd.DataFrame(rows, columns=columns), {
+        key: np.mean(each, axis=0) for key, each in curves.items()
+    }
+
+
+def on_circuits(
+    model: Any, cases: Iterable[tuple[Any, torch.Tensor, torch.Tensor]], quiet: bool
+) -> pd.DataFrame:
+    """CPR and CMD by prompt and method, of (case, tokens, corrupted tokens)."""
+    rows = []
+    for number, (case, tokens, corrupted) in enumerate(tqdm(cases, desc="circuits", disable=quiet)):
+        how = {**asked(case), "corrupted": corrupted, "progress": False}
+        for rules in RULES:
+            graph = clrp.attribution_graph(model, tokens, **asked(case), rules=rules)
+            curve = clrp.circuit_curve(model, graph, **how)
+            rows.append((number, rules, curve.cpr, curve.cmd))
+        curve = clrp.circuit_curve(model, graph, by="random", seed=number, **how)
+        rows.append((number, "random", curve.cpr, curve.cmd))
+    return pd.DataFrame(rows, columns=["prompt", "method", "cpr", "cmd"])
+
+
+def corrupted_demo(
+    model: Any, cases: Iterable[clrp.DemoCase], least: float = 0.5, draws: int = 8
+) -> list[tuple[clrp.DemoCase, torch.Tensor, torch.Tensor]]:
+    """Demo prompts with their decisive tokens exchanged for those of others of their kind.
+
+    Of ``draws`` exchanges the one that lowers Δℓ most; prompts whose Δℓ none lowers by ``least``
+    logits are left out: what should decide does not decide there.
+    """
+    cases, found = list(cases), []
+    pools = {
+        kind: torch.cat(
+            [model.to_tokens(c.prompt)[0, list(c.decisive_positions)]
+             for c in clrp.load_demo_cases(kind, failed=None)]
+        )
+        for kind in {c.kind for c in cases}
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for case in cases:
+        tokens = model.to_tokens(case.prompt)
+        rows, at = tokens.repeat(draws, 1), list(case.decisive_positions)
+        pool = pools[case.kind]
+        rows[:, at] = pool[torch.randint(len(pool), (draws, len(at)), generator=generator)]
+        with torch.no_grad():
+            logits = model(torch.cat([tokens, rows]))[:, -1]
+        delta = logits[:, case.target_id] - logits[:, case.contrast_id]
+        best = int(delta[1:].argmin())
+        if delta[0] - delta[1 + best] >= least:
+            found.append((case, tokens, rows[best : best + 1]))
+    return found

@@ -1,0 +1,93 @@
+"""How faithful is each rule set? Writes docs/faithfulness.md: figures, seeds, intervals.
+
+Measures every rule set and simple baselines on truths that were planted, on a trained model, and
+on the demo model: AUROC and average precision of what is known, curves of removed tokens, circuits.
+
+    python benchmarks/faithfulness.py
+    python benchmarks/faithfulness.py --quick --out /tmp/faithfulness.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import _faithfulness_runs as runs
+import pandas as pd
+import planted_induction
+import torch
+from _faithfulness_page import Found, written
+
+import tl_contrastive_lrp as clrp
+
+DOCS = Path(__file__).parent.parent / "docs" / "faithfulness.md"
+
+
+def of_length(cases: Any, most: int) -> list[clrp.DemoCase]:
+    return [case for case in cases if case.n_tokens <= most]
+
+
+def measure(prompts: int, most: int, demo: int | None, quiet: bool) -> Found:
+    """Everything the page shows."""
+    model = clrp.load_demo_model()
+    failures, solved = clrp.load_demo_cases(), clrp.load_demo_cases(failed=False)
+    if demo is not None:
+        failures, solved = failures[:: 60 // demo], solved[:: 60 // demo]
+    trained = [planted_induction.case(seed) for seed in range(3 * prompts)]
+    short = of_length(failures, most)
+    removal = {
+        (what, replace): runs.on_removal(who, cases, replace, quiet)
+        for what, who, cases in (
+            ("demo", model, short),
+            ("trained", planted_induction.bridge(), trained),
+        )
+        for replace in ("zero", "random")
+    }
+    planted = [
+        (name, plan, [runs.planted.case(plan, seed) for seed in range(prompts)])
+        for name, plan in runs.planted.PLANS.items()
+    ]
+    circuits = {
+        "planted": pd.concat(
+            runs.on_circuits(
+                runs.planted.bridge(name), [(c, c.tokens, c.corrupted) for c in cases], quiet
+            ).assign(prompt=lambda frame, name=name: name + frame["prompt"].astype(str))
+            for name, plan, cases in planted
+        ),
+        "trained": runs.on_circuits(
+            planted_induction.bridge(), [(c, c.tokens, c.corrupted) for c in trained], quiet
+        ),
+        "demo": runs.on_circuits(model, (pairs := runs.corrupted_demo(model, short)), quiet),
+    }
+    return Found(
+        planted=runs.on_planted(range(prompts), quiet),
+        trained=runs.on_trained(range(3 * prompts), quiet),
+        failures=runs.on_decisive(model, failures, quiet),
+        solved=runs.on_decisive(model, solved, quiet),
+        removal={key: frame for key, (frame, _) in removal.items()},
+        curves={key: curves for key, (_, curves) in removal.items()},
+        circuits=circuits,
+        counts={"prompts": prompts, "most": most, "short": len(short), "gap": len(pairs)},
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=DOCS, help="the page; its figure goes beside")
+    parser.add_argument("--prompts", type=int, default=10, help="for each planted model")
+    parser.add_argument("--max-tokens", type=int, default=160, help="demo prompts for removal")
+    parser.add_argument("--quick", action="store_true", help="two prompts of everything")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    prompts, demo = (2, 4) if options.quick else (options.prompts, None)
+    found = measure(prompts, options.max_tokens, demo, options.quiet)
+    page, picture = written(found, options.out.stem)
+    options.out.write_text(page, encoding="utf-8")
+    options.out.with_name(f"{options.out.stem}_curves.svg").write_text(picture, encoding="utf-8")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
