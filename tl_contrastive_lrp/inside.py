@@ -38,10 +38,14 @@ from .sites import Site, delegates_attention, is_component, operations_of
 
 _Call = Callable[..., Any]
 _MADE = "_tl_contrastive_lrp_made"  # on a weight: itself, with its ordinary gradient
+_GIVEN = "_tl_contrastive_lrp_given"  # on what is made of parameters alone
 
 
 def _computed(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
+    """Whether a tensor depends on the prompt: parameters may require gradients too."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return False
+    return not isinstance(value, torch.nn.Parameter) and not hasattr(value, _GIVEN)
 
 
 class OperationRules(TorchFunctionMode):
@@ -53,10 +57,11 @@ class OperationRules(TorchFunctionMode):
             pattern·v itself, [batch, head, pos, d_head], before anything is done to it.
     """
 
-    def __init__(self, rule_set: RuleSet, *, attention: bool) -> None:
+    def __init__(self, rule_set: RuleSet, *, attention: bool, heads: int = 1) -> None:
         super().__init__()
         self.rule_set = rule_set
         self.attention = attention
+        self.heads = heads  # where a wrapped module keeps heads and batch in one dimension
         self.live: dict[str, list[HookFn]] = {"hook_attn_scores": [], "hook_pattern": [], "z": []}
         self.states: list[bool] = []
         self.after_softmax = False
@@ -69,16 +74,20 @@ class OperationRules(TorchFunctionMode):
             return func(*args, **kwargs)
         handler = _HANDLERS.get(getattr(func, "__name__", ""))
         out = func(*args, **kwargs) if handler is None else handler(self, func, args, kwargs)
-        return self._pass_on(args, out)
+        return self._pass_on((*args, *kwargs.values()), out)
 
     # ------------------------------------------------------------ weights of routers and gates
 
     def _pass_on(self, args: Any, out: Any) -> Any:
-        """What is computed from weights alone is a weight."""
-        computed = [a for a in _tensors(args) if a.requires_grad]
+        """What is computed from weights alone is a weight, from parameters alone a parameter."""
+        graded = [a for a in _tensors(args) if a.requires_grad]
+        computed = [a for a in graded if _computed(a)]
         if computed and all(_is_weight(a) for a in computed):
             for tensor in _tensors((out,)):
                 _mark_weight(tensor)
+        elif graded and not computed:
+            for tensor in _tensors((out,)):
+                setattr(tensor, _GIVEN, True)
         return out
 
     def weights(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -110,10 +119,15 @@ class OperationRules(TorchFunctionMode):
         return pattern
 
     def _fire(self, name: str, tensor: Tensor) -> Tensor:
+        shape = tensor.shape
         for hook_fn in self.live[name]:
-            returned = hook_fn(tensor, None)
-            tensor = tensor if returned is None else returned
+            returned = hook_fn(self.by_head(tensor), None)
+            tensor = tensor if returned is None else returned.reshape(shape)
         return tensor
+
+    def by_head(self, tensor: Tensor) -> Tensor:
+        """[batch, head, ...] of what may be [batch · head, ...]."""
+        return tensor.unflatten(0, (-1, self.heads)) if tensor.dim() == 3 else tensor
 
     # ------------------------------------------------------------ products and functions
 
@@ -134,15 +148,18 @@ class OperationRules(TorchFunctionMode):
         return func(*(weight if j == i else a for j, a in enumerate(args)), **kwargs)
 
     def clamp(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        if _computed(args[0]) and _is_weight(args[0]):
+            # no weight, nor a sum of them, is let below a bound
+            return rules.ordinary(func(*args, **kwargs))
+        return self.activation(func, args, kwargs)
+
+    def largest(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        bounds = clamp_bounds(func.__name__, args, kwargs)
-        if not _computed(out):
-            return out
-        if _is_weight(args[0]):  # no weight, nor a sum of them, is let below a bound
-            return rules.ordinary(out)
-        if self.rule_set.activation != "identity" or bounds is None:
-            return out
-        return rules.identity(out.detach(), args[0], clamp_ratio(*bounds))
+        floor = args[1] if len(args) > 1 else kwargs.get("other")
+        mask = isinstance(floor, Tensor) and floor.numel() == 1 and _computed(out)
+        if mask and float(floor.detach()) <= torch.finfo(out.dtype).min:
+            return rules.ordinary(out)  # of what is hidden already: nothing else is that low
+        return out
 
     def _shared(self, out: Tensor, args: Any, rule: str) -> Tensor:
         two = sum(_computed(a) for a in _tensors(args)) > 1
@@ -164,13 +181,22 @@ class OperationRules(TorchFunctionMode):
 
     def activation(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        if not _computed(out) or self.rule_set.activation != "identity":
+        ratio = self.ratio(func.__name__, args, kwargs)
+        if not _computed(out) or ratio is None:
             return out
-        ratio = _FUNCTIONS[func.__name__]
-        approximate = kwargs.get("approximate", args[1] if len(args) > 1 else "none")
-        if func.__name__ == "gelu" and approximate == "tanh":
-            ratio = activations.gelu_tanh_ratio
         return rules.identity(out.detach(), args[0], ratio)
+
+    def ratio(self, name: str, args: Any, kwargs: dict[str, Any]) -> rules.Ratio | None:
+        """f(x)/x of a call, where it is a function that gets the identity rule."""
+        if self.rule_set.activation != "identity":
+            return None
+        if name in CLAMPS:
+            bounds = clamp_bounds(name, args, kwargs)
+            return None if bounds is None else clamp_ratio(*bounds)
+        approximate = kwargs.get("approximate", args[1] if len(args) > 1 else "none")
+        if name == "gelu" and approximate == "tanh":
+            return activations.gelu_tanh_ratio
+        return _FUNCTIONS.get(name)
 
     # ------------------------------------------------------------ where it is active
 
@@ -255,12 +281,14 @@ _FUNCTIONS: dict[str, rules.Ratio] = {
     "relu": activations.relu_ratio,
 }
 
+CLAMPS = ("clamp", "clip", "clamp_min", "clamp_max")
 MATRIX_PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm", "einsum")
 
 _HANDLERS: dict[str, Callable[[OperationRules, _Call, Any, dict[str, Any]], Any]] = {
     **dict.fromkeys(("softmax",), OperationRules.softmax),
     **dict.fromkeys(("sigmoid", "softplus"), OperationRules.weights),
-    **dict.fromkeys(("clamp", "clip", "clamp_min", "clamp_max"), OperationRules.clamp),
+    **dict.fromkeys(CLAMPS, OperationRules.clamp),
+    **dict.fromkeys(("max", "maximum"), OperationRules.largest),
     **dict.fromkeys(MATRIX_PRODUCTS, OperationRules.product),
     **dict.fromkeys(
         ("mul", "__mul__", "__rmul__", "multiply", "mul_", "__imul__"), OperationRules.elementwise
@@ -287,7 +315,8 @@ def attach_inside(site: Site, rule_set: RuleSet) -> Attachment:
     plain = {rule_set.norm, rule_set.gate, rule_set.qk, rule_set.pattern_v, rule_set.softmax}
     if not attention and plain == {"gradient"}:
         return gradient(site, rule_set)
-    mode = OperationRules(rule_set, attention=attention)
+    heads = getattr(site.component.config, "n_heads", 1) if attention else 1
+    mode = OperationRules(rule_set, attention=attention, heads=heads)
     live = {f"{site.path}.{name}": fns for name, fns in mode.live.items()} if attention else {}
     code = where_computed(site.component)
     own = code is site.component

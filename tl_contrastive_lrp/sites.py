@@ -45,6 +45,9 @@ COMPONENTS: dict[str, tuple[Operation, ...]] = {
     "MoERouterBridge": ("experts",),
 }
 
+# Wrapped classes that look like an MLP or a linear map and compute more: by operation, too.
+WRITTEN_OUT = frozenset({"ModernBertDecoderMLP"})
+
 # Where the input enters: everything upstream of these HookPoints is token ids.
 LEAVES = ("embed.hook_out", "pos_embed.hook_out")
 
@@ -137,13 +140,35 @@ def operations_of(component: Any) -> tuple[Operation, ...]:
     for base in type(component).__mro__:
         if base.__name__ in COMPONENTS:
             operations = COMPONENTS[base.__name__]
-            by_operation = operations == _ATTENTION and _alters_z(component)
-            return ("attention",) if by_operation else operations
+            if operations == _ATTENTION and _hides_operations(component):
+                return ("attention",)
+            if "activation" in operations and _is_written_out(component):
+                return ("experts",)
+            return operations
     return ()
 
 
-def _alters_z(attention: Any) -> bool:
-    """Whether something happens to pattern·v before ``hook_z``: a gate's product, a norm."""
+def _is_written_out(mlp: Any) -> bool:
+    """Whether an MLP computes more than linear maps, its activation and the one gate product."""
+    wrapped = mlp.original_component
+    if type(wrapped).__name__ in WRITTEN_OUT:
+        return True
+    if mlp.name is None:  # no container: its parts belong to the block
+        return False
+    return any(
+        not is_component(child)
+        and not isinstance(child, nn.Linear | nn.Dropout | nn.Identity)
+        and ratio_of(child) is None
+        for child in wrapped.children()
+    )
+
+
+def _hides_operations(attention: Any) -> bool:
+    """Whether attention computes what no HookPoint shows.
+
+    Something may happen to pattern·v before ``hook_z``, a gate's product or a norm, or to queries,
+    keys and values on their way, a clamp.
+    """
     from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import (
         PositionEmbeddingsAttentionBridge as Plain,
     )
@@ -153,6 +178,8 @@ def _alters_z(attention: Any) -> bool:
     return (
         last is not Plain._pre_output_projection
         or bool(getattr(attention.config, "gated_q_proj", False))
+        or getattr(getattr(attention.original_component, "config", None), "clip_qkv", None)
+        is not None
         or (gate is not None and gate.original_component is not None)
     )
 

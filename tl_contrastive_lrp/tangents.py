@@ -136,14 +136,20 @@ def _linear_softcap(site: Site) -> Iterator[None]:
 
 
 class _Linear(OperationRules):
-    """Norms inside a wrapped module, their denominators held fixed, in forward mode."""
+    """Norms and functions inside a wrapped module, linear as the rules say, in forward mode."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         out = func(*args, **kwargs)
-        if not self.states or not self.states[-1] or self.rule_set.norm != "ln":
+        if not self.states or not self.states[-1]:
+            return out
+        ratio = self.ratio(name, args, kwargs)
+        if ratio is not None:
+            x = args[0]
+            return _dual(_primal(out), _tangent(x) * ratio(_primal(x)))
+        if self.rule_set.norm != "ln":
             return out
         if name in NORMS:
             call = NormCall.of(name, args, kwargs)
@@ -155,8 +161,8 @@ class _Linear(OperationRules):
 class _Seam(_Linear):
     """Reads S̃ and ṽ where a module computes attention itself, queries held fixed."""
 
-    def __init__(self, rule_set: RuleSet, read: dict[str, Tensor]) -> None:
-        super().__init__(rule_set, attention=True)
+    def __init__(self, rule_set: RuleSet, read: dict[str, Tensor], heads: int) -> None:
+        super().__init__(rule_set, attention=True, heads=heads)
         self.read = read
 
     def __torch_function__(
@@ -166,13 +172,13 @@ class _Seam(_Linear):
         if not self.states or not self.states[-1]:
             return func(*args, **kwargs)
         if name == "softmax":
-            self.read["scores"] = _tangent(args[0])[0]
+            self.read["scores"] = self.by_head(_tangent(args[0]))[0]
             self.after_softmax = True
             return _primal(func(*args, **kwargs))
         if name not in MATRIX_PRODUCTS:
             return super().__torch_function__(func, types, args, kwargs)
         if self.after_softmax:
-            self.read["v"] = _tangent(args[-1])[0].transpose(0, 1)
+            self.read["v"] = self.by_head(_tangent(args[-1]))[0].transpose(0, 1)
             raise _Stop
         *first, query, key = args
         return func(*first, _primal(query), key, **kwargs)
@@ -213,7 +219,7 @@ def block_tangents(
         inside = [site for site in sites if site.path.startswith(prefix)]
         if any(site.operation == "attention" for site in inside):
             component = model.blocks[layer].attn
-            seam = _Seam(rule_set, read)
+            seam = _Seam(rule_set, read, int(model.cfg.n_heads))
             stack.enter_context(seam.around(where_computed(component)))
         else:
             hooks += [
