@@ -20,15 +20,17 @@ LIMIT = 1e-5
 # Relevance and graph are right.
 COVERED: tuple[str, ...] = (
     "gpt2", "gpt2-by-layer", "gpt_neo", "gptj", "codegen", "gpt_neox", "gpt_neox-sequential",
-    "gpt_bigcode", "opt", "falcon", "falcon-new-one-kv", "falcon-alibi", "mpt", "phi",
-    "stablelm", "stablelm-parallel", "starcoder2", "starcoder2-window", "cohere",
-    "cohere-qk-norm", "cohere2", "olmo", "llama", "mistral", "ministral3", "qwen2", "qwen3",
-    "gemma", "gemma2", "gemma3", "vaultgemma", "phi3", "phi3-window", "olmo2", "olmo3",
-    "granite", "glm", "glm4", "smollm3", "exaone4", "seed_oss", "hunyuan_v1_dense", "ernie4_5",
-    "youtu", "mixtral", "phimoe", "qwen2_moe", "qwen2_moe-mixed", "qwen3_moe", "qwen3_moe-raw",
-    "olmoe", "flex_olmo", "granitemoe", "granitemoehybrid-attention", "jetmoe", "gpt_oss",
-    "deepseek_v2", "deepseek_v2-groups", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
-    "ernie4_5_moe", "minimax_m2", "afmoe", "laguna", "llama4_text", "bert", "bert-decoder",
+    "gpt_bigcode", "opt", "bloom", "bloom-residual", "falcon", "falcon-new-one-kv",
+    "falcon-alibi", "mpt", "phi", "stablelm", "stablelm-parallel", "stablelm-qk-norm",
+    "starcoder2", "starcoder2-window", "nemotron", "jais2", "cohere", "cohere-qk-norm",
+    "cohere2", "olmo", "llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2",
+    "gemma3", "vaultgemma", "phi3", "phi3-window", "olmo2", "olmo3", "granite", "glm", "glm4",
+    "smollm3", "exaone4", "apertus", "arcee", "seed_oss", "hunyuan_v1_dense", "ernie4_5",
+    "nanochat", "youtu", "mixtral", "phimoe", "qwen2_moe", "qwen2_moe-mixed", "qwen3_moe",
+    "qwen3_moe-raw", "olmoe", "flex_olmo", "granitemoe", "granitemoehybrid-attention", "jetmoe",
+    "gpt_oss", "deepseek_v2", "deepseek_v2-groups", "deepseek_v3", "glm4_moe", "glm4_moe_lite",
+    "glm_moe_dsa", "ernie4_5_moe", "minimax_m2", "afmoe", "laguna", "llama4_text",
+    "gemma4_text-moe", "bert", "bert-decoder",
 )  # fmt: skip
 
 # Relevance is right and the graph refused: name -> what the refusal names.
@@ -58,7 +60,7 @@ REFUSED: dict[str, str] = {
     "bamba": "BambaRMSNormGated",
     "granitemoehybrid": "GraniteMoeHybridRMSNormGated",
     "falcon_h1": "FalconH1Mixer",
-    "nemotron_h": "ReLUSquaredActivation",
+    "nemotron_h": "NemotronHAttention",
     "zamba2": "Zamba2RMSNormGated",
     "lfm2": "Lfm2ShortConv",
     "lfm2_moe": "Lfm2MoeShortConv",
@@ -71,17 +73,10 @@ REFUSED: dict[str, str] = {
 
 # To be covered; refused until then: name -> what the refusal names.
 PENDING: dict[str, str] = {
-    "bloom": "BloomGelu",
-    "bloom-residual": "BloomGelu",
     "xglm": "XGLMAttention",
-    "nemotron": "ReLUSquaredActivation",
-    "jais2": "ReLUSquaredActivation",
     "olmo-clipped": "OlmoAttention",
     "modernbert_decoder": "ModernBertDecoderMLP",
     "gemma4_text": "Gemma4TextDecoderLayer",
-    "apertus": "XIELUActivation",
-    "arcee": "ReLUSquaredActivation",
-    "nanochat": "ReLUSquaredActivation",
     "bitnet": "BitNetRMSNorm",
     "roberta": "RobertaLMHead",
 }
@@ -91,9 +86,7 @@ WRONG: dict[str, str] = {
     "openai_gpt": "its blocks return lists: the last hook_resid_post is read nowhere",
     "opt-post-norm": "hook_resid_mid of blocks whose norms follow the sublayers",
     "falcon-new-mha": "TransformerLens computes other logits than Hugging Face, unsaid",
-    "stablelm-qk-norm": "key path of edges through the heads' own LayerNorms",
     "hrm_text": "no blocks; layers run several times",
-    "gemma4_text-moe": "edges through attention with a norm on its values",
 }
 
 

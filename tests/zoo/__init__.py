@@ -7,4 +7,14 @@
 from .build import ROWS, boot, hf_model, make_config, make_hf, random_tokens, saved
 from .row import VOCAB, Row
 
-__all__ = ["ROWS", "VOCAB", "Row", "boot", "hf_model", "make_config", "make_hf", "random_tokens", "saved"]
+__all__ = [
+    "ROWS",
+    "VOCAB",
+    "Row",
+    "boot",
+    "hf_model",
+    "make_config",
+    "make_hf",
+    "random_tokens",
+    "saved",
+]

@@ -72,9 +72,10 @@ def _randomise(model: Any, seed: int) -> None:
             buffer.copy_(buffer.float() + 0.2 * _noise(buffer, generator))
 
 
-def make_hf(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+def make_hf(name: str, dtype: torch.dtype = torch.float64, seed: int | None = None) -> Any:
     """A fresh random Hugging Face model in evaluation mode, eager attention, on the CPU."""
     model_class = getattr(transformers, ROWS[name].model)
+    seed = ROWS[name].seed if seed is None else seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # In its final dtype from the start: Module.to() would keep buffers rounded to float32.
@@ -93,7 +94,7 @@ def _scratch() -> Path:
 
 
 @functools.cache
-def saved(name: str, seed: int = 0) -> Path:
+def saved(name: str, seed: int | None = None) -> Path:
     """The session's directory of a row (float32 weights and tokenizer), written on first use."""
     from families import make_tokenizer
 
@@ -111,7 +112,7 @@ def saved(name: str, seed: int = 0) -> Path:
 
 
 @functools.cache
-def boot(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def boot(name: str, dtype: torch.dtype = torch.float32, seed: int | None = None) -> Any:
     """A row as a TransformerBridge on the CPU, booted from disk; one per session."""
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -119,7 +120,7 @@ def boot(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
 
 
 @functools.cache
-def hf_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+def hf_model(name: str, dtype: torch.dtype = torch.float64, seed: int | None = None) -> Any:
     """A row as a Hugging Face model with the weights that ``boot`` has; one per session."""
     return make_hf(name, dtype, seed)
 

@@ -100,7 +100,8 @@ ROWS: tuple[Row, ...] = (
         "sliding_window": 4}),
     Row("nemotron", "NemotronForCausalLM", {
         **without(llama_like(norm_eps=1e-3), "rms_norm_eps"), "rope_parameters": rope(partial=0.5),
-        "attention_bias": True, "mlp_bias": True}, "LayerNorm with 1 + weight; ReLU squared"),
+        "attention_bias": True, "mlp_bias": True}, "LayerNorm with 1 + weight; ReLU squared",
+        seed=1),
     Row("jais2", "Jais2ForCausalLM", {**_LAYERNORM, "hidden_size": 32}, "ReLU squared"),
     Row("cohere", "CohereForCausalLM", {
         **without(_LAYERNORM, "head_dim"), "hidden_size": 32, "logit_scale": 0.3,
@@ -134,7 +135,7 @@ ROWS: tuple[Row, ...] = (
             "original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.1}),
         "queries grow with their position"),
     Row("qwen2", "Qwen2ForCausalLM", _WIDTHLESS),
-    Row("qwen3", "Qwen3ForCausalLM", llama_like(attention_bias=True)),
+    Row("qwen3", "Qwen3ForCausalLM", llama_like(attention_bias=True), seed=1),
     Row("gemma", "GemmaForCausalLM", llama_like(tie_word_embeddings=True, attention_bias=True)),
     Row("gemma2", "Gemma2ForCausalLM", {
         **_GEMMA, "layer_types": windows("s", "f"), "attention_bias": True,
@@ -158,7 +159,7 @@ ROWS: tuple[Row, ...] = (
         "embeddings and gates of each layer's own"),
     Row("phi3", "Phi3ForCausalLM", _WIDTHLESS, "fused qkv and gate-up"),
     Row("phi3-window", "Phi3ForCausalLM", {
-        **_WIDTHLESS, "sliding_window": 4, "rope_parameters": rope(partial=0.5)}),
+        **_WIDTHLESS, "sliding_window": 4, "rope_parameters": rope(partial=0.5)}, seed=1),
     Row("olmo2", "Olmo2ForCausalLM", {**_WIDTHLESS, "attention_bias": True},
         "norms after the sublayers; q and k normalised over all heads"),
     Row("olmo3", "Olmo3ForCausalLM", {

@@ -32,6 +32,7 @@ class Row:
             attention in at least one layer).
         architecture: the name that real checkpoints give, where it is not ``model``.
         unbootable: what TransformerLens 4.3 says instead of booting it; "" where it boots.
+        seed: of the weights; another one where the first makes float32 too coarse to compare.
         differs: why TransformerLens 4.3 computes other logits than Hugging Face; "" where not.
     """
 
@@ -43,6 +44,7 @@ class Row:
     architecture: str = ""
     unbootable: str = ""
     differs: str = ""
+    seed: int = 0
 
 
 def rope(theta: float = 80.0, partial: float | None = None, **more: Any) -> dict[str, Any]:

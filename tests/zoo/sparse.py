@@ -99,7 +99,8 @@ ROWS: tuple[Row, ...] = (
         "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
         "moe_intermediate_size": 20, "attention_bias": True, "rope_parameters": {
             "sliding_attention": rope(20.0), "full_attention": {
-                "rope_type": "proportional", "rope_theta": 400.0, "partial_rotary_factor": 0.25}}}),
+                "rope_type": "proportional", "rope_theta": 400.0, "partial_rotary_factor": 0.25}}},
+        seed=2),
     Row("deepseek_v4", "DeepseekV4ForCausalLM", {
         **without(llama_like(), "rope_parameters", "num_key_value_heads"),
         "moe_intermediate_size": 20, "n_routed_experts": 4, "num_experts_per_tok": 2,
