@@ -175,6 +175,43 @@ def test_an_operation_hidden_in_a_wrapped_module_is_found(operation: str, inside
     assert audit(model) == clean
 
 
+def _in_no_grad(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        hidden = torch.zeros_like(x)
+        hidden[..., :4] = x[..., :4]
+    return x + hidden
+
+
+CUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "detach": lambda x: x + torch.tanh(x.detach()),
+    "data": lambda x: x * x.data.mean(),
+    "setitem": _in_no_grad,
+    "mean": lambda x: x / torch.no_grad()(torch.mean)(x),
+}
+NOT_CUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "unused": lambda x: (x.detach().exp(), x)[1],
+    "shapes": lambda x: x + torch.ones_like(x) + x.new_zeros(1) + torch.ones(1).expand_as(x).to(x),
+    "choice": lambda x: x * (x.detach() > 0) + x[..., torch.no_grad()(torch.argsort)(x[0, 0])],
+}
+
+
+@pytest.mark.parametrize("name", [*CUT, *NOT_CUT])
+def test_what_a_model_hides_from_autograd_is_found_where_it_is_used(name: str) -> None:
+    model = fresh("qwen2")
+    wrapped = model.blocks[0].mlp.out.original_component
+    honest = wrapped.forward
+    wrapped.forward = lambda x: {**CUT, **NOT_CUT}[name](honest(x))
+    findings = audit(model).findings
+    if name in NOT_CUT:
+        assert findings == ()
+    else:
+        (found,) = findings
+        assert (found.component, found.operation) == ("blocks.0.mlp.out", name)
+        assert "cuts its result off" in found.why
+        with pytest.raises(UncoveredComponentError, match="cuts its result off"):
+            require_clean(model)
+
+
 def test_tokens_that_enter_a_second_time_are_found() -> None:
     model = fresh("llama")
     table = torch.nn.Embedding(model.cfg.d_vocab, model.cfg.d_model)

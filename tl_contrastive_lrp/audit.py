@@ -20,12 +20,11 @@ def audit(model: Any) -> Audit:
     The model runs once on four tokens with the rules of "attnlrp" on. Each node of the autograd
     graph, the one that relevance flows through, must then be linear in what is computed, one of the
     rules, or a softmax (or a sigmoid that weighs something), whose ordinary gradient is its rule;
-    and each product of two computed tensors must be halved exactly once. What is not, or is not
-    known, is a finding. The answer is kept until the model's components or flags change.
+    and each product of two computed tensors must be halved exactly once. What is not, what is not
+    known, and what the model hides from autograd, is a finding. The answer is kept until the model's components or flags change.
 
-    What it cannot see: operations that another prompt would take another way (a branch on the
-    prompt's length), values the model itself detaches, and whether a rule's closed form is that of
-    its activation: ``verify`` measures these.
+    What it cannot see: operations that a longer prompt would take another way, and whether a rule's
+    closed form is that of its activation; ``verify`` measures these on a prompt.
 
     Args:
         model: A ``TransformerBridge`` in evaluation mode.

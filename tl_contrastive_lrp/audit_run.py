@@ -16,12 +16,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .audit_cuts import Cuts
 from .audit_report import Audit, Finding
 from .audit_walk import Found, walk_graph
 from .sites import components
 
 _TOKENS = 4
 _NO_INPUT = "no gradient reaches the embeddings from the logits, so there is nothing to explain"
+_CUT = "the model cuts its result off from the gradient and goes on computing with it"
 _SECOND_INPUT = (
     "the prompt's tokens enter the model here as well, and the relevance that ends here would be "
     "lost"
@@ -83,9 +85,11 @@ def examine(
         stack.enter_context(_leaves_at(model, leaves, inputs))
         stack.enter_context(attach())
         stack.enter_context(owners.watch())
+        cuts = stack.enter_context(Cuts(owners.at_work))
         logits = model(tokens)
     walk = walk_graph(logits, inputs.values())
     findings = [_finding(found, owners, others) for found in walk.found]
+    findings += [owners.finding(cut.module, cut.operation, _CUT) for cut in cuts.found]
     if walk.leaves == 0:
         kind = type(model.original_model).__name__
         findings.insert(0, Finding("model", kind, "no gradient", _NO_INPUT))
@@ -103,11 +107,7 @@ def _finding(found: Found, owners: _Owners, others: dict[int, nn.Module]) -> Fin
     if hasattr(found.node, "variable"):
         module, operation = others.get(id(found.node.variable)), "input"
         why = why if module is None else _SECOND_INPUT
-    if module is None:
-        return Finding("model", "", operation, why)
-    wrapped = getattr(module, "original_component", None)
-    kind = type(module if wrapped is None else wrapped).__name__
-    return Finding(owners.names[module], kind, operation, why)
+    return owners.finding(module, operation, why)
 
 
 def _some_tokens(model: Any) -> Tensor:
@@ -277,3 +277,15 @@ class _Owners:
         """The innermost module that was at work when ``node`` was made."""
         at = bisect_right(self.starts, node._sequence_nr()) - 1
         return self.at[at] if at >= 0 else None
+
+    def at_work(self) -> nn.Module | None:
+        """The innermost module at work now."""
+        return self.inside[-1] if self.inside else None
+
+    def finding(self, module: nn.Module | None, operation: str, why: str) -> Finding:
+        """A finding with the module's name and class."""
+        if module is None:
+            return Finding("model", "", operation, why)
+        wrapped = getattr(module, "original_component", None)
+        kind = type(module if wrapped is None else wrapped).__name__
+        return Finding(self.names[module], kind, operation, why)
