@@ -19,8 +19,9 @@ from torch import Tensor
 from . import rules
 from .attachment import Attachment, HookFn, edit, gradient, is_same
 from .errors import ModelStateError
+from .refusals import refusal
 from .rulesets import RuleSet
-from .sites import Site, refusal
+from .sites import Site
 
 
 def uses_native_norm(component: Any) -> bool:

@@ -318,7 +318,7 @@ def attach_inside(site: Site, rule_set: RuleSet) -> Attachment:
     heads = getattr(site.component.config, "n_heads", 1) if attention else 1
     mode = OperationRules(rule_set, attention=attention, heads=heads)
     live = {f"{site.path}.{name}": fns for name, fns in mode.live.items()} if attention else {}
-    code = where_computed(site.component)
+    code = site.module if site.component is None else where_computed(site.component)
     own = code is site.component
     return Attachment(
         site,

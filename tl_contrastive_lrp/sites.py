@@ -22,7 +22,7 @@ from torch import nn
 
 from . import rules
 from .activations import ACTIVATIONS, ratio_of
-from .errors import UncoveredComponentError
+from .refusals import refusal, refuse_known
 
 Operation = Literal[
     "norm", "activation", "gate", "qk", "softmax", "pattern_v", "softcap", "attention", "experts",
@@ -46,7 +46,8 @@ COMPONENTS: dict[str, tuple[Operation, ...]] = {
 }
 
 # Wrapped classes that look like an MLP or a linear map and compute more: by operation, too.
-WRITTEN_OUT = frozenset({"ModernBertDecoderMLP"})
+# The head stands outside of any component.
+WRITTEN_OUT = frozenset({"ModernBertDecoderMLP", "RobertaLMHead"})
 
 # Where the input enters: everything upstream of these HookPoints is token ids.
 LEAVES = ("embed.hook_out", "pos_embed.hook_out")
@@ -78,6 +79,8 @@ class Site:
     def class_name(self) -> str:
         """The component's class, and the wrapped module's where the site is one."""
         own = type(self.component).__name__
+        if self.operation == "wrapped" and self.component is None:
+            return type(self.module).__name__
         if self.operation in ("attention", "experts", "wrapped"):
             return f"{own}/{type(self.component.original_component).__name__}"
         if self.operation != "activation" or self.module is None:
@@ -104,32 +107,6 @@ def components(model: Any) -> dict[str, Any]:
         if is_component(component):
             found[path] = component
     return found
-
-
-def refusal(path: str, module: object, why: str) -> UncoveredComponentError:
-    """The error for a component that no rule covers."""
-    return UncoveredComponentError(
-        f"No rule covers {path!r} ({type(module).__name__}): {why} Relevance through it would be "
-        "made up. `tl-contrastive-lrp check MODEL` lists what is covered; leave this model to "
-        "activation patching, or add a row to tl_contrastive_lrp.sites."
-    )
-
-
-def _refuse_quantised(path: str, module: nn.Module) -> None:
-    for name, parameter in module.named_parameters(recurse=False):
-        if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
-            raise UncoveredComponentError(
-                f"{path}.{name} holds {parameter.dtype} weights that cannot be read as numbers. "
-                "Load the model unquantised, for example "
-                "TransformerBridge.boot_transformers(name, dtype=torch.bfloat16)."
-            )
-
-
-def _check_flags(model: Any) -> None:
-    if getattr(model, "is_encoder_decoder", False) or getattr(
-        model.original_model.config, "add_cross_attention", False
-    ):
-        raise refusal("model", model.original_model, "it has cross-attention.")
 
 
 def operations_of(component: Any) -> tuple[Operation, ...]:
@@ -227,7 +204,7 @@ def _mlp_activation(path: str, mlp: Any) -> Iterator[Site]:
         for module in mlp.original_component.modules()
         if ratio_of(module) is not None and not is_component(module)
     ]
-    if len(found) == 1:  # else it is not at this MLP's HookPoints; see _other_activations
+    if len(found) == 1:  # else it is not at this MLP's HookPoints; see _outside
         yield Site(path, "activation", mlp, found[0], ratio_of(found[0]))
 
 
@@ -244,14 +221,17 @@ def _sites_of(path: str, component: Any) -> Iterator[Site]:
         yield Site(path, "softcap", component, wrapped)
 
 
-def _other_activations(model: Any, sites: list[Site]) -> Iterator[Site]:
-    """Activation modules outside TransformerLens' MLP components: experts, heads of encoders."""
+def _outside(model: Any, sites: list[Site]) -> Iterator[Site]:
+    """What is outside TransformerLens' components: experts' activations, heads of encoders."""
     known = {id(site.module) for site in sites}
+    wrapped = {id(site.component.original_component) for site in sites}
     for site in sites:
         if site.operation == "activation" and site.module is None:  # a function in its place
             known.update(map(id, site.component.original_component.modules()))
     for path, module in model.original_model.named_modules():
         ratio = ratio_of(module)
+        if type(module).__name__ in WRITTEN_OUT and id(module) not in wrapped:
+            yield Site(path.replace("._original_component", ""), "wrapped", None, module)
         if ratio is not None and not is_component(module) and id(module) not in known:
             known.add(id(module))
             yield Site(path.replace("._original_component", ""), "activation", None, module, ratio)
@@ -281,13 +261,12 @@ def find_sites(model: Any) -> tuple[Site, ...]:
         UncoveredComponentError: a component, flag or weight that no rule covers, by name.
     """
     require_bridge(model)
-    _check_flags(model)
-    for path, module in model.original_model.named_modules():
-        _refuse_quantised(path.replace("._original_component", "") or "model", module)
+    found = components(model)
+    refuse_known(model, found)
     sites: list[Site] = []
-    for path, component in components(model).items():
+    for path, component in found.items():
         sites.extend(_sites_of(path, component))
-    sites.extend(_other_activations(model, sites))
+    sites.extend(_outside(model, sites))
     config = model.original_model.config
     if getattr(config, "final_logit_softcapping", None) is not None:
         sites.append(Site("unembed", "softcap", model.original_model, config))

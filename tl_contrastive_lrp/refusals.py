@@ -1,0 +1,124 @@
+"""What is refused before anything runs, and why: kinds of component that no rule covers.
+
+The audit (``audit.py``) would refuse each of them too, operation by operation; a row here says in
+one sentence what the component is, and what to do instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .errors import UncoveredComponentError
+
+_SCAN = (
+    "it is a state-space or recurrent mixer: tokens mix in a scan with computed gates and step "
+    "sizes, not in attention, and that scan has no rule yet."
+)
+_DELTA = (
+    "it is a linear-attention mixer: tokens mix in a recurrence with computed keys, gates and "
+    "decays, not in attention, and that recurrence has no rule yet."
+)
+_CONVOLUTION = (
+    "it is a gated short convolution: tokens mix outside attention, and its gates have no rule yet."
+)
+_STREAMS = (
+    "it mixes several residual streams with computed weights, so a hidden state is not one site, "
+    "and that mixing has no rule yet."
+)
+_PREDICTION = (
+    "each layer gets an embedding of the prompt's tokens of its own, so relevance would have to "
+    "end in two places for every token; only one is covered yet."
+)
+
+# Class name of a component or of what it wraps, or how that ends -> why it is refused.
+UNCOVERED: dict[str, str] = {
+    "SSMMixerBridge": _SCAN,
+    "SSM2MixerBridge": _SCAN,
+    "MambaMixer": _SCAN,
+    "RwkvSelfAttention": _SCAN,
+    "RecurrentGemmaDecoderLayer": _SCAN,
+    "GatedDeltaNetBridge": _DELTA,
+    "GatedDeltaNet": _DELTA,
+    "ShortConv": _CONVOLUTION,
+    "HyperConnection": _STREAMS,
+}
+# Modules of the wrapped model, by name, that are refused wherever they are.
+UNCOVERED_PARTS: dict[str, str] = {"embed_tokens_per_layer": _PREDICTION}
+
+_ADVICE = (
+    " Relevance through it would be made up. `tl-contrastive-lrp check MODEL` lists what is "
+    "covered; leave this model to activation patching, or add a row to tl_contrastive_lrp.sites."
+)
+_TWO_INPUTS = (
+    "it is an encoder-decoder model: its decoder reads the prompt through cross-attention and a "
+    "second sequence of tokens, and relevance is defined here for one prompt and one stack. Use a "
+    "decoder-only model or an encoder, or explain this one by activation patching."
+)
+_STACKS = (
+    "its layers are {} instead of one stack model.blocks, and some run several times in a forward, "
+    "so a HookPoint holds no single hidden state."
+)
+
+
+def refusal(path: str, module: object, why: str) -> UncoveredComponentError:
+    """The error for a component that no rule covers."""
+    kind = type(module).__name__
+    return UncoveredComponentError(f"No rule covers {path!r} ({kind}): {why}{_ADVICE}")
+
+
+def _refuse_quantised(path: str, module: nn.Module) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
+            raise UncoveredComponentError(
+                f"{path}.{name} holds {parameter.dtype} weights that cannot be read as numbers. "
+                "Load the model unquantised, for example "
+                "TransformerBridge.boot_transformers(name, dtype=torch.bfloat16)."
+            )
+
+
+def _refuse_shape(model: Any, found: dict[str, Any]) -> None:
+    config = getattr(model.original_model, "config", None)
+    two = any(
+        getattr(config, flag, False) for flag in ("is_encoder_decoder", "add_cross_attention")
+    )
+    if two:
+        kind = type(model.original_model).__name__
+        raise UncoveredComponentError(f"No rule covers this model ({kind}): {_TWO_INPUTS}")
+    heads = dict.fromkeys(path.split(".")[0] for path in found)
+    stacks = [head for head in heads if head.endswith("blocks") and head != "blocks"]
+    if stacks and "blocks" not in heads:
+        raise refusal("model", model.original_model, _STACKS.format(" and ".join(stacks)))
+
+
+def _why(component: Any) -> str | None:
+    bridges = [base.__name__ for base in type(component).__mro__]
+    wrapped = type(component.original_component).__name__
+    for name, why in UNCOVERED.items():
+        if name in bridges or wrapped.endswith(name):
+            return why
+    return None
+
+
+def refuse_known(model: Any, found: dict[str, Any]) -> None:
+    """Refuse a model that has a component which is known to have no rule.
+
+    Args:
+        model: A ``TransformerBridge``.
+        found: Its components by path.
+
+    Raises:
+        UncoveredComponentError: what it is, where, and what to do instead.
+    """
+    _refuse_shape(model, found)
+    for path, module in model.original_model.named_modules():
+        path = path.replace("._original_component", "")
+        _refuse_quantised(path or "model", module)
+        why = UNCOVERED_PARTS.get(path.rpartition(".")[2])
+        if why is not None:
+            raise refusal(path, module, why)
+    for path, component in found.items():
+        why = _why(component)
+        if why is not None:
+            raise refusal(path, component.original_component, why)
