@@ -21,7 +21,7 @@ from .attachment import HookFn
 from .context import plan
 from .coverage_table import Coverage
 from .errors import ModelStateError
-from .placement import attached, check_ready, check_single, public_name
+from .placement import attached, check_ready, check_single, reading_hooks
 from .precision import first_gradient, plain
 from .rulesets import RuleSet
 from .sites import LEAVES
@@ -129,15 +129,15 @@ def run(
             live[reading.name].append(_read_hook(reading))
             continue
         first = id(hook_dict[reading.name]) in captured
-        pair = (public_name(hook_dict, reading.name), _read_hook(reading))
+        pair = (reading.name, _read_hook(reading))
         (before if first else after).append(pair)
-    starts = [(public_name(hook_dict, name), make_leaf) for name in LEAVES if name in hook_dict]
+    starts = [(name, make_leaf) for name in LEAVES if name in hook_dict]
     with frozen_parameters(model):
         with (
             ExitStack() as stack,
-            model.hooks(fwd_hooks=[*starts, *before]),
+            reading_hooks(model, [*starts, *before]),
             attached(model, attachments),
-            model.hooks(fwd_hooks=after),
+            reading_hooks(model, after),
         ):
             for scope in scopes:
                 stack.enter_context(scope)

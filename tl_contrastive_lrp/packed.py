@@ -21,7 +21,7 @@ from torch import Tensor
 from .attachment import HookFn
 from .backward import frozen_parameters
 from .context import plan
-from .placement import attached, check_ready, check_single, public_name
+from .placement import attached, check_ready, check_single, reading_hooks
 from .precision import first_gradient, is_low, plain
 from .rules import at_least_float32
 from .rulesets import RuleSet
@@ -74,10 +74,10 @@ def _recorded(
 
         return hook_fn
 
-    starts = [(public_name(hook_dict, n), start) for n in LEAVES if n in hook_dict]
-    keeps = [(public_name(hook_dict, name), keep(name)) for name in names]
+    starts = [(n, start) for n in LEAVES if n in hook_dict]
+    keeps = [(name, keep(name)) for name in names]
     with frozen_parameters(model):
-        with model.hooks(fwd_hooks=[*starts, *keeps]), attached(model, attachments):
+        with reading_hooks(model, [*starts, *keeps]), attached(model, attachments):
             value = objective(model(tokens))
         first, ends = first_gradient(model, value), [seen[n] for n in names]
         gradients = torch.autograd.grad(value, ends, first, retain_graph=True)

@@ -89,6 +89,35 @@ def place(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Cov
 
 
 @contextmanager
+def reading_hooks(model: Any, pairs: list[tuple[str, HookFn]]) -> Iterator[None]:
+    """Hook functions that change no value, also at outputs that TransformerLens calls no hook for.
+
+    A block that returns a list, as those of the first GPT do, has a ``hook_out`` that never fires.
+    """
+    hook_dict = model.hook_dict
+    by_point: dict[int, list[HookFn]] = {}
+    for name, fn in pairs:
+        by_point.setdefault(id(hook_dict[name]), []).append(fn)
+
+    def at_end(module: Any, args: Any, output: Any) -> Any:  # noqa: ARG001
+        if not isinstance(output, list) or not output or not isinstance(output[0], torch.Tensor):
+            return None
+        first = output[0]
+        for fn in by_point[id(module.hook_out)]:
+            returned = fn(first, module.hook_out)
+            first = first if returned is None else returned
+        return [first, *output[1:]]
+
+    with ExitStack() as stack:
+        for block in getattr(model, "blocks", ()):
+            if id(block.hook_out) in by_point:
+                stack.callback(block.register_forward_hook(at_end).remove)
+        named = [(public_name(hook_dict, name), fn) for name, fn in pairs]
+        stack.enter_context(model.hooks(fwd_hooks=named))
+        yield
+
+
+@contextmanager
 def attached(model: Any, attachments: tuple[Attachment, ...]) -> Iterator[None]:
     """The given attachments on the model, for the block."""
     hook_dict = model.hook_dict  # TransformerLens builds it anew at every access
