@@ -21,8 +21,9 @@ Metric = Callable[[Tensor], Tensor]
 Reduce = Literal["scalar", "mean", "none"]
 _REDUCE = ("scalar", "mean", "none")
 
-# Rules for estimating what a patch does, where nothing is to be shared out: RelP leaves attention's
-# products their gradient, and halves the gate's alone. See the table in docs or compare yourself.
+# A patch changes one factor of a product and leaves the other, so rules that share a product's
+# relevance between its factors ("attnlrp", "gim") estimate half of what it does. RelP halves none
+# in attention; benchmarks/patching.py measures the slopes.
 DEFAULT_RULES = "relp"
 
 

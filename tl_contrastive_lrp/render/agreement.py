@@ -62,7 +62,7 @@ def agreement_figure(cells: pd.DataFrame, axes: tuple[str, ...], title: str) -> 
         cols=3,
         column_widths=[0.4, 0.3, 0.3],
         subplot_titles=("each cell", "measured by patching", "estimated"),
-        horizontal_spacing=0.08,
+        horizontal_spacing=0.12,
     )
     names = [f"{label}, {right} {at}" for label, at in zip(labels, cells[right], strict=True)]
     values = cells[["measured", "estimated"]].to_numpy()
