@@ -19,6 +19,7 @@ from torch import Tensor
 from . import rules
 from .attachment import Attachment, HookFn, edit, gradient, is_same
 from .errors import ModelStateError
+from .offload import loaded
 from .refusals import refusal
 from .rulesets import RuleSet
 from .sites import Site
@@ -32,10 +33,11 @@ def uses_native_norm(component: Any) -> bool:
 
 def norm_weight(norm: Any, normalized: Tensor) -> Tensor:
     """The factor on ``normalized``, as TransformerLens applies it."""
-    weight = getattr(norm, "weight", None)
-    if weight is None:
-        return normalized.new_ones(1)
-    factor: Tensor = weight.detach().to(normalized.dtype)
+    with loaded(norm):
+        weight = getattr(norm, "weight", None)
+        if weight is None:
+            return normalized.new_ones(1)
+        factor: Tensor = weight.detach().to(normalized)
     offset = getattr(norm, "uses_weight_offset", None)
     if offset is None:  # TransformerLens before 4.3
         offset = norm.uses_rms_norm and getattr(norm.config, "rmsnorm_uses_offset", False)
@@ -142,8 +144,9 @@ def _linear(
         row = rules.at_least_float32(x.flatten(0, -2)[:1])
         expected = (row - row.mean(-1, keepdim=True) if centred else row) * weight
         expected = expected / rules.norm_scale(row, eps, centred)
-        bias = getattr(wrapped, "bias", None)
-        expected = expected if bias is None else expected + bias
+        with loaded(component):
+            bias = getattr(wrapped, "bias", None)
+            expected = expected if bias is None else expected + bias
         same = is_same(expected.to(y.dtype), y.flatten(0, -2)[:1])
     if not same:
         formula = f"weight · x/√(mean x² + {eps:g}){' with x centred' if centred else ''}"

@@ -16,6 +16,7 @@ from .attribution import Attribution, special_mask
 from .backward import run
 from .ledger import Ledger
 from .objective import described, question
+from .offload import loaded
 from .prompts import model_name, str_tokens, to_single_prompt
 from .rulesets import RuleSet
 from .sites import LEAVES, components, require_bridge
@@ -33,9 +34,12 @@ def _biases(model: Any) -> dict[str, Tensor]:
     hook_dict = model.hook_dict
     found: dict[str, Tensor] = {}
     for path, component in components(model).items():
-        bias = getattr(component.original_component, "bias", None)
-        if isinstance(bias, Tensor) and f"{path}.hook_out" in hook_dict and bias.any():
-            found[f"{path}.hook_out"] = bias
+        with loaded(component):
+            bias = getattr(component.original_component, "bias", None)
+            # the first GPT calls its causal mask "bias"
+            vector = isinstance(bias, Tensor) and bias.dim() == 1
+        if vector and f"{path}.hook_out" in hook_dict and bias.any():
+            found[f"{path}.hook_out"] = bias.detach()
     return found
 
 
