@@ -113,6 +113,7 @@ class RuleMode(TorchFunctionMode):
         self.inert = 0  # inside an activation module whose operations are not looked at
         self.seen: dict[str, int] = {}  # form -> how often it was used
         self.quotients: list[Any] = []  # graph nodes of a / sum(a)
+        self._matrix_products: list[Any] = []  # graph nodes of a @ b
         self._sigmoids: list[tuple[Tensor, Tensor]] = []  # (output, input)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -209,13 +210,26 @@ class RuleMode(TorchFunctionMode):
         self._note(name)
         if self.rules.softmax == "constant":
             return func(*args, **kwargs).detach()
-        if name == "softmax" and self.rules.softmax == "hot" and args[0].ndim == 4:
+        if name == "softmax" and self.rules.softmax == "hot" and self._is_attention(args[0]):
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             return _HotSoftmax.apply(args[0], dim)
         y = func(*args, **kwargs)
         if name == "sigmoid":
             self._sigmoids.append((y, args[0].detach()))
         return y
+
+    def _is_attention(self, scores: Tensor) -> bool:
+        """Whether values come from a product of two computed matrices, with none in between."""
+        todo, stop = [scores.grad_fn], ("Mm", "Addmm", "Bmm", "Baddbmm", "Linear")
+        while todo:
+            node = todo.pop()
+            if node is None:
+                continue
+            if node in self._matrix_products:
+                return True
+            if not node.name().startswith(stop):
+                todo.extend(parent for parent, _ in node.next_functions)
+        return False
 
     def _swish(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
         """(x, sigmoid(c x)) if a * b is one for some c, in this order; else None."""
@@ -248,6 +262,13 @@ class RuleMode(TorchFunctionMode):
                 return self._inline_swish(*swish)
             self._note("gate")
             return half(func, a, b) if self.rules.gate == "half" else func(a, b)
+        y = self._matrix_product(func, name, a, b, args, kwargs)
+        self._matrix_products.append(y.grad_fn)
+        return y
+
+    def _matrix_product(
+        self, func: Any, name: str, a: Tensor, b: Tensor, args: Any, kwargs: Any
+    ) -> Tensor:
         self._note("attention")
         if self.rules.attention != "half":
             return func(*args, **kwargs)

@@ -304,15 +304,28 @@ def test_softmax_and_sigmoid() -> None:
     for rules, wanted in (("attnlrp", jacobian), ("cplrp", 0 * jacobian), ("gradient", jacobian)):
         _, g, (found,) = pulled(lambda t: F.softmax(t, dim=-1, dtype=torch.float64), s, rules=rules)
         close(found.flatten(), wanted @ g.flatten())
-    hot = (s.flatten() / 2).softmax(0)
-    _, g, (found,) = pulled(lambda t: F.softmax(t, dim=-1), s, rules="gim")
-    close(found.flatten(), (torch.diag(hot) - torch.outer(hot, hot)) @ g.flatten())
-    _, g, (found,) = pulled(lambda t: F.softmax(t, dim=-1), s.flatten(), rules="gim")  # a router
-    close(found, jacobian @ g)
+    _, g, (found,) = pulled(lambda t: F.softmax(t, dim=-1), s, rules="gim")  # a router
+    close(found.flatten(), jacobian @ g.flatten())
     _, g, (found,) = pulled(torch.sigmoid, s)
     close(found, g * s.sigmoid() * (1 - s.sigmoid()))
     _, g, (found,) = pulled(torch.sigmoid, s, rules="cplrp")
     close(found, 0 * g)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gim_softens_the_softmax_of_a_matrix_product(masked: bool) -> None:
+    """At temperature 2, in the gradient alone, wherever the scores are q @ k.T of computed q, k."""
+    q, k, scale = draw(1, 1, 4), draw(1, 5, 4, seed=1), 0.7
+    hidden = torch.tensor([0.0, 0.0, -1e9 if masked else 0.0, 0.0, 0.0]).double()
+
+    def attention(a: Tensor, b: Tensor) -> Tensor:
+        return F.softmax((a @ b.mT) * scale + hidden, dim=-1)
+
+    _, g, (to_q, to_k) = pulled(attention, q, k, rules="gim")
+    hot = ((q[0, 0] @ k[0].T * scale + hidden) / 2).softmax(0)
+    signal = (torch.diag(hot) - torch.outer(hot, hot)) @ g[0, 0] * scale
+    close(to_q[0, 0], 0.5 * signal @ k[0])
+    close(to_k[0], 0.5 * torch.outer(signal, q[0, 0]))
 
 
 def test_a_router_chosen_and_normalised() -> None:
