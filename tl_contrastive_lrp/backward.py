@@ -111,6 +111,7 @@ def run(
     """
     check_ready(model, "Relevance")
     check_single(model)
+    _refuse_cached_tokens(forward_kwargs.get("past_key_values"))
     attachments, coverage = plan(model, rule_set)
     leaves: dict[str, Tensor] = {}
 
@@ -157,6 +158,14 @@ def run(
                 "the input), so there is nothing to explain. Compute it from its argument."
             )
     return logits.detach(), value.detach().reshape(()), coverage
+
+
+def _refuse_cached_tokens(cache: Any) -> None:
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        raise ModelStateError(
+            f"past_key_values holds {int(cache.get_seq_length())} tokens already: what they "
+            "contributed could not be told and would be lost. Give the whole prompt, without it."
+        )
 
 
 def _kind(value: object) -> str:
