@@ -128,6 +128,34 @@ def test_each_head_sees_only_the_keys_and_values_it_keeps(name: str) -> None:
     assert (found[-1] - wanted[-1]).abs().max() <= 1e-9 * wanted[-1].abs().max()
 
 
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("granularity", ["block", "sublayer"])
+def test_masks_hold_the_edges_of_the_table(granularity: str, heads: bool) -> None:
+    """Edge by edge: a graph's rows by name, head and path, and nothing else."""
+    model, graph = graph_of("qwen3", granularity=granularity, heads=heads)
+    some = torch.rand(len(graph.weight), generator=torch.Generator().manual_seed(5)) < 0.4
+    graph = graph.where(some)
+    visible, _ = visible_positions(model, TOKENS)
+    space = EdgeSpace.of(graph, visible, model.cfg.n_heads)
+    masks = space.masks(space.held(graph)[None])
+    wanted = [{name: torch.zeros_like(m) for name, m in vars(block).items() if m is not None}
+              for block in masks]  # fmt: skip
+    for edge in graph.edges.itertuples():
+        block, j, i = wanted[int(edge.source_site.split(".")[1])], edge.target_pos, edge.source_pos
+        if edge.source_site.endswith("mid"):
+            block["after"][0, j] = True
+        elif not heads:
+            block["value"][0, 0, j, i] = block["key"][0, 0, j, i] = True
+            block["position"][0, j] |= i == j
+        elif edge.path == "position":
+            block["position"][0, j] = True
+        else:
+            block[edge.path][0, edge.head, j, i] = True
+    for block, truth in zip(masks, wanted, strict=True):
+        for name, mask in truth.items():
+            assert torch.equal(getattr(block, name), mask), name
+
+
 @pytest.mark.parametrize("how", [{}, {"heads": True, "granularity": "sublayer"}])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_edges_are_the_model_and_none_the_reference(name: str, how: dict[str, Any]) -> None:
