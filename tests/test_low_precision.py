@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import zoo
 from families import FAMILIES, VOCAB, boot, make_hf, make_tokenizer, random_tokens, saved
 from oracle import contrast_seed, propagate
 from oracle_edges import EdgeTruth
@@ -57,6 +58,13 @@ def _rotate(x: Tensor) -> Tensor:
     return x * cos + torch.cat((-x[..., 4:], x[..., :4]), -1) * sin
 
 
+def _rotate_complex(x: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    turn = torch.polar(torch.ones(4), torch.linspace(0.0, 3.0, 4))
+    pairs = torch.view_as_complex(wide.unflatten(-1, (4, 2)))
+    return torch.view_as_real(pairs * turn.to(pairs.dtype)).flatten(-2).to(x.dtype)
+
+
 def _matrix(rows: int, columns: int, like: Tensor) -> Tensor:
     return drawn(rows, columns, dtype=torch.bfloat16, seed=rows).to(like.dtype)
 
@@ -80,6 +88,7 @@ STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     ).to(x.dtype),
     "rms norm": _rms_norm,
     "rope": _rotate,
+    "complex rope": _rotate_complex,
     "residual": lambda x: x + F.linear(x, _matrix(8, 8, x)),
     "many residuals": lambda x: functools.reduce(lambda y, _: y + x, range(30), x),
     "masked": lambda x: x.masked_fill(torch.arange(8) > 5, -1.0),
@@ -129,6 +138,21 @@ def test_large_weights_are_widened_in_parts(
     signal = drawn(5, 31, dtype=torch.float32, seed=2)
     (found,) = torch.autograd.grad(F.linear(x, weight), x, WideGradient(signal, dtype))
     assert off(plain(found), signal.double() @ weight.double()) < 1e-6
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="torch without grouped products")
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_experts_are_widened_one_at_a_time(dtype: torch.dtype) -> None:
+    x = drawn(9, 16, dtype=dtype).requires_grad_(True)
+    weights = drawn(3, 16, 24, dtype=dtype, seed=1)
+    ends = torch.tensor([4, 4, 8], dtype=torch.int32)  # one expert without rows; one row of none
+    y = torch._grouped_mm(x, weights, ends)
+    signal = drawn(9, 24, dtype=torch.float32, seed=2)
+    (found,) = torch.autograd.grad(y, x, WideGradient(signal, dtype))
+    wanted = torch.zeros(9, 16, dtype=torch.float64)
+    wanted[:4] = signal[:4].double() @ weights[0].double().T
+    wanted[4:8] = signal[4:8].double() @ weights[2].double().T
+    assert off(plain(found), wanted) < 1e-6
 
 
 def test_a_wide_gradient_behaves_like_a_tensor() -> None:
@@ -347,6 +371,17 @@ def test_the_backward_is_linear(dtype: torch.dtype, name: str, rules: str) -> No
     )
     for site in sites:
         assert off(found[site] * 1e9, wanted[site]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text", "bloom", "bert"])
+def test_the_backward_is_linear_elsewhere(name: str) -> None:
+    """Experts, sinks, complex RoPE, ALiBi, an encoder."""
+    model, tokens = zoo.boot(name, torch.bfloat16), zoo.random_tokens()
+    objective = clrp.logit_diff(model, 7, 12)
+    wanted = clrp.attribute(model, tokens, objective)
+    found = clrp.attribute(model, tokens, lambda logits: 1e-9 * objective(logits))
+    assert off(found.resid * 1e9, wanted.resid) < 1e-5
+    assert off(found.heads * 1e9, wanted.heads) < 1e-5
 
 
 @pytest.mark.parametrize("keys", [64, 1000])

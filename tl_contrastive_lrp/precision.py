@@ -84,7 +84,7 @@ class WideGradient(Tensor):
 
         def widened(x: Any) -> Any:
             if isinstance(x, Tensor):
-                if x.is_floating_point():
+                if x.is_floating_point() or x.is_complex():
                     nominal.append(x.dtype)
                 x = plain(x)
                 return x.float() if x.dtype in LOW else x
@@ -92,15 +92,18 @@ class WideGradient(Tensor):
 
         if func is torch.ops.aten.mm.default and _large(args[1]):
             return cls(_product_in_parts(plain(args[0]), args[1]), args[0].dtype)
+        if func._schema.name == "aten::_grouped_mm" and _experts(args):
+            return cls(_product_by_expert(plain(args[0]), args[1], args[2]), args[0].dtype)
         out = func(*tree_map(widened, args), **tree_map(widened, kwargs))
         if func._schema.is_mutable:
             return args[0]
         dtype = kwargs.get("dtype") or _promoted(nominal)
 
         def wrapped(y: Any) -> Any:
-            if not isinstance(y, Tensor) or not y.is_floating_point():
+            if not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()):
                 return y
-            return cls(y, dtype if dtype.is_floating_point else y.dtype)
+            both_real = dtype.is_floating_point and y.is_floating_point()
+            return cls(y, dtype if both_real else y.dtype)
 
         return tree_map(wrapped, out)
 
@@ -126,6 +129,25 @@ def _product_in_parts(g: Tensor, weight: Tensor) -> Tensor:
     total = g.new_zeros(g.shape[0], weight.shape[1], dtype=torch.float32)
     for start in range(0, len(weight), rows):
         total.addmm_(g[:, start : start + rows].float(), weight[start : start + rows].float())
+    return total
+
+
+def _experts(args: tuple[Any, ...]) -> bool:
+    """Whether this is rows of a gradient, grouped by expert, times each expert's weights."""
+    plain_weights = len(args) == 3 and not isinstance(args[1], WideGradient)
+    return plain_weights and args[0].ndim == 2 and args[1].ndim == 3
+
+
+def _product_by_expert(g: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """g[rows of e] @ weights[e] for weights [expert, in, out]: one expert widened at a time.
+
+    Torch's grouped product has no float32 form on every device.
+    """
+    total = g.new_zeros(g.shape[0], weights.shape[2])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        torch.mm(g[start:end], weights[expert].float(), out=total[start:end])
+        start = end
     return total
 
 
