@@ -19,8 +19,9 @@ from torch import Tensor
 from .attribution import special_mask
 from .backward import run
 from .edges import BlockEdges, biased_blocks, edge_readings
-from .explain import residual_sites
+from .explain import add_heads, residual_sites, without_neurons
 from .graph import AttributionGraph
+from .graph_check import require_closed_form
 from .graph_columns import EdgeColumns
 from .objective import described, question
 from .packed import packed_edges
@@ -71,6 +72,7 @@ def attribution_graph(
         heads: Split edges by head and by value and key path (adjacent sites only).
         details: Also keep what ``graph.explain_node`` needs: relevance of every hidden dimension,
             neuron and head at every position, (sites · d_model + layers · d_mlp) · pos numbers.
+            Models with experts have no neurons there.
         progress: Show a bar where packed signals are needed.
 
     Raises:
@@ -88,12 +90,12 @@ def attribution_graph(
     for site in sites:
         whole = site.endswith("resid_mid")
         sums.add(site, (lambda r: r[0]) if details else (lambda r: r.sum(-1)[0]), stream=whole)
-    written = [
-        f"blocks.{i}.{at}" for at in ("attn.hook_z", "mlp.hook_post") for i in range(n_layers)
-    ]
-    for name in written if details else ():
-        is_head = name.endswith("hook_z")
-        sums.add(name, (lambda r: r.sum(-1)[0].T) if is_head else (lambda r: r[0]))
+    by_head = [add_heads(sums, model, i) for i in range(n_layers)] if details else []
+    by_neuron: list[str] = []
+    if details and without_neurons(model) is None:
+        by_neuron = [f"blocks.{i}.mlp.hook_post" for i in range(n_layers)]
+    for name in by_neuron:
+        sums.add(name, lambda r: r[0])
     edges = {s.block: BlockEdges(s.block, heads) for s in steps if s.kind == "attention"}
     biased = biased_blocks(model)
     calls = {block: BlockCall() for block in edges}
@@ -102,6 +104,8 @@ def attribution_graph(
         for block, found in edges.items()
         for reading in edge_readings(model, found, covered, rule_set, calls[block], biased)
     ]
+    if edges:
+        require_closed_form(model, rule_set)
     scopes = [call.recorded(model.blocks[block]) for block, call in calls.items()]
     logits, value, coverage = run(
         model, tokens, objective, rule_set, [*sums.readings, *readings], scopes
@@ -110,11 +114,11 @@ def attribution_graph(
     relevance = torch.stack([sums.kept[site] for site in sites])
     extra: dict[str, Tensor] = {}
     if details:
-        by_writer = [sums.kept[name] for name in written]
+        none = relevance.new_zeros(n_layers, relevance.shape[1], 0)
         extra = {
             "dimensions": relevance,
-            "head_relevance": torch.stack(by_writer[:n_layers]),
-            "neurons": torch.stack(by_writer[n_layers:]),
+            "head_relevance": torch.stack([sums.kept[name] for name in by_head]),
+            "neurons": torch.stack([sums.kept[name] for name in by_neuron]) if by_neuron else none,
         }
         relevance = relevance.sum(-1)
 

@@ -152,6 +152,24 @@ def packed_edges(
     return result
 
 
+def edges_by_position(
+    model: Any,
+    tokens: Int[Tensor, "1 pos"],
+    objective: Callable[[Tensor], Tensor],
+    rule_set: RuleSet,
+    transitions: Sequence[tuple[str, str]],
+) -> list[Float[Tensor, "target source"]]:
+    """As ``packed_edges``, one plain backward a target: for a few tokens, whatever the model does.
+
+    Raises:
+        ModelStateError, UncoveredComponentError: as ``lrp``.
+    """
+    names = list(dict.fromkeys(name for pair in transitions for name in pair))
+    rows = torch.arange(tokens.shape[1])
+    with _recorded(model, tokens, objective, rule_set, names) as (seen, at):
+        return [_transition(seen[s], seen[t], at[t], rows, 1, None) for s, t in transitions]
+
+
 def _expanded(h: Tensor, g: Tensor, threshold: float) -> Int[Tensor, " row"]:
     relevance = (at_least_float32(h.detach()) * at_least_float32(plain(g))).sum(-1)[0]
     return (relevance.abs() > threshold).nonzero()[:, 0] if threshold else torch.arange(
@@ -185,5 +203,6 @@ def _transition(
             continue
         edges[part] = (at_least_float32(back[:, 0]) * h).sum(-1)
         done += len(part)
-        bar.update(len(part))
+        if bar is not None:
+            bar.update(len(part))
     return edges.cpu()
