@@ -40,7 +40,7 @@ def off(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-# families whose own logits move with padding: Llama 4 counts its attention chunks from the padding on
+# families whose own logits move with padding: Llama 4 counts its attention chunks from there
 MOVED_BY_PADDING = frozenset({"llama4_text"})
 
 

@@ -19,7 +19,7 @@ from .objective import described, question
 from .offload import loaded
 from .prompts import model_name, str_tokens, to_single_prompt
 from .rulesets import RuleSet
-from .sites import LEAVES, components, require_bridge
+from .sites import LEAVES, components, is_kind, require_bridge
 from .sums import Sums
 
 
@@ -27,6 +27,31 @@ def residual_sites(model: Any) -> tuple[str, ...]:
     """HookPoints of the residual stream: every block's input, and the last block's output."""
     n = int(model.cfg.n_layers)
     return (*(f"blocks.{i}.hook_resid_pre" for i in range(n)), f"blocks.{n - 1}.hook_resid_post")
+
+
+def add_heads(sums: Sums, model: Any, layer: int) -> str:
+    """Sum a block's relevance by head, [head, pos]; returns the name it is kept under.
+
+    Heads are read at ``hook_z``; where TransformerLens has none or splits it into other heads than
+    attention has (MLA), at pattern·v itself.
+    """
+    path = f"blocks.{layer}.attn"
+    odd = is_kind(model.blocks[layer].attn, "MLAAttentionBridge")
+    if odd or f"{path}.hook_z" not in model.hook_dict:
+        sums.add(f"{path}.z", lambda r: r.sum(-1)[0])
+        return f"{path}.z"
+    sums.add(f"{path}.hook_z", lambda r: r.sum(-1)[0].T)
+    return f"{path}.hook_z"
+
+
+def without_neurons(model: Any) -> str | None:
+    """Name of a block whose MLP has no neurons at ``hook_post``: experts have no HookPoints."""
+    for layer in range(int(model.cfg.n_layers)):
+        mlp = getattr(model.blocks[layer], "mlp", None)
+        experts = is_kind(mlp, "MoEBridge") and not getattr(mlp, "bound_dense", False)
+        if experts or f"blocks.{layer}.mlp.hook_post" not in model.hook_dict:
+            return f"blocks.{layer}.mlp"
+    return None
 
 
 def _biases(model: Any) -> dict[str, Tensor]:
@@ -47,6 +72,8 @@ def _step_of(name: str, n_layers: int) -> int:
     """Index of the ledger row a bias belongs to: 0 embedding, 1 + block, last: after the blocks."""
     if name.startswith("blocks."):
         return 1 + int(name.split(".")[1])
+    if name.startswith(("embed", "pos_embed")):
+        return 0
     return n_layers + 1
 
 
@@ -78,6 +105,7 @@ def attribute(
 
     Raises:
         TypeError: neither or both of an objective and a target with contrast.
+        ValueError: ``neurons`` of a model with experts.
         TokenError, PromptError, ModelStateError, UncoveredComponentError: see their messages.
     """
     require_bridge(model)
@@ -90,10 +118,14 @@ def attribute(
     for name in (*LEAVES, *sites):
         if name in hook_dict:
             sums.add(name, lambda r: r.sum(-1)[0])
-    for layer in range(n_layers):
-        sums.add(f"blocks.{layer}.attn.hook_z", lambda r: r.sum(-1)[0].T)
-        if neurons:
-            sums.add(f"blocks.{layer}.mlp.hook_post", lambda r: r[0])
+    heads = [add_heads(sums, model, layer) for layer in range(n_layers)]
+    if neurons and (missing := without_neurons(model)) is not None:
+        raise ValueError(
+            f"{missing} is a mixture of experts, whose neurons have no HookPoint; leave out "
+            "neurons=True. Relevance of its output is at hook_mlp_out."
+        )
+    for layer in range(n_layers if neurons else 0):
+        sums.add(f"blocks.{layer}.mlp.hook_post", lambda r: r[0])
     for name, bias in biases.items():
         sums.add_bias(name, bias)
 
@@ -119,7 +151,7 @@ def attribute(
     return Attribution(
         tokens=embedded,
         resid=resid,
-        heads=torch.stack([kept[f"blocks.{i}.attn.hook_z"] for i in range(n_layers)]),
+        heads=torch.stack([kept[name] for name in heads]),
         neurons=torch.stack([kept[f"blocks.{i}.mlp.hook_post"] for i in range(n_layers)])
         if neurons
         else None,
