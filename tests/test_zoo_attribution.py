@@ -18,7 +18,7 @@ HIDDEN_CONSTANTS = frozenset(
 
 @pytest.mark.parametrize("name", COVERED)
 def test_sums_hold(name: str) -> None:
-    """Under cplrp, which conserves: every step of the ledger closes, and heads make up attention."""
+    """Under cplrp, which conserves, every step of the ledger closes; heads make up attention."""
     model, ids = zoo.boot(name), zoo.random_tokens()
     result = clrp.attribute(model, ids, target=7, contrast=12, rules="cplrp")
     rows, scale = result.ledger.rows, max(abs(row.total) for row in result.ledger.rows)
