@@ -93,6 +93,7 @@ ACTIVATIONS: dict[str, Ratio] = {
     "ReLU": relu_ratio,
     "relu": relu_ratio,
     "ReLUSquaredActivation": relu_squared_ratio,
+    "relu_squared": relu_squared_ratio,
     "MishActivation": mish_ratio,
     "Mish": mish_ratio,
     "Tanh": softcap_ratio,

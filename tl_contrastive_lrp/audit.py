@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from . import placement
-from .audit_report import Audit, Finding, refusal
+from .audit_report import Audit, Finding, not_run, refusal
 from .audit_run import examine, remember, remembered
+from .errors import ModelStateError, UncoveredComponentError
 from .sites import LEAVES, require_bridge
 
 __all__ = ["Audit", "Finding", "audit", "require_clean"]
@@ -21,7 +22,8 @@ def audit(model: Any) -> Audit:
     graph, the one that relevance flows through, must then be linear in what is computed, one of the
     rules, or a softmax (or a sigmoid that weighs something), whose ordinary gradient is its rule;
     and each product of two computed tensors must be halved exactly once. What is not, what is not
-    known, and what the model hides from autograd, is a finding. The answer is kept until the model's components or flags change.
+    known, and what the model hides from autograd, is a finding. The answer is kept until the
+    model's components or flags change.
 
     What it cannot see: operations that a longer prompt would take another way, and whether a rule's
     closed form is that of its activation; ``verify`` measures these on a prompt.
@@ -31,7 +33,8 @@ def audit(model: Any) -> Audit:
 
     Raises:
         ModelStateError: training mode, or rules already on, if the model has to run.
-        UncoveredComponentError: a component that is refused before anything runs.
+        UncoveredComponentError: a component that is refused before anything runs, or a model that
+            does not run on token ids alone.
     """
     require_bridge(model)
     known = remembered(model)
@@ -41,7 +44,13 @@ def audit(model: Any) -> Audit:
         placement.check_ready(model, "audit")
         placement.check_single(model)
     attachments, _ = placement.place(model, "attnlrp")
-    return remember(model, examine(model, lambda: placement.attached(model, attachments), LEAVES))
+    try:
+        report = examine(model, lambda: placement.attached(model, attachments), LEAVES)
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
+        if isinstance(error, UncoveredComponentError | ModelStateError | torch.OutOfMemoryError):
+            raise
+        raise not_run(model, error) from error
+    return remember(model, report)
 
 
 def require_clean(model: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .coverage_table import _ranges as ranges
 from .errors import UncoveredComponentError
@@ -93,6 +93,16 @@ class Audit:
 def _line(f: Finding) -> str:
     kind = f" ({f.module_class})" if f.module_class else ""
     return f"  {f.component}{kind}: {f.operation}: {f.why}."
+
+
+def not_run(model: Any, error: Exception) -> UncoveredComponentError:
+    """The error for a model that the audit could not run."""
+    kind, what = type(model.original_model).__name__, type(error).__name__
+    return UncoveredComponentError(
+        f"No rule was checked on this model ({kind}): it does not run on a few token ids alone "
+        f"({what}: {str(error)[:200]}). Relevance is defined here for models that read one prompt "
+        "of tokens; leave one that needs images, audio or a second sequence to activation patching."
+    )
 
 
 def refusal(audit: Audit) -> UncoveredComponentError:

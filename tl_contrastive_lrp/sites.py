@@ -47,7 +47,7 @@ COMPONENTS: dict[str, tuple[Operation, ...]] = {
 
 # Wrapped classes that look like an MLP or a linear map and compute more: by operation, too.
 # The head stands outside of any component.
-WRITTEN_OUT = frozenset({"ModernBertDecoderMLP", "RobertaLMHead"})
+WRITTEN_OUT = frozenset({"ModernBertDecoderMLP", "RobertaLMHead", "NativeMLP", "NativeGatedMLP"})
 
 # Where the input enters: everything upstream of these HookPoints is token ids.
 LEAVES = ("embed.hook_out", "pos_embed.hook_out")
@@ -267,7 +267,7 @@ def find_sites(model: Any) -> tuple[Site, ...]:
     for path, component in found.items():
         sites.extend(_sites_of(path, component))
     sites.extend(_outside(model, sites))
-    config = model.original_model.config
+    config = getattr(model.original_model, "config", None)
     if getattr(config, "final_logit_softcapping", None) is not None:
         sites.append(Site("unembed", "softcap", model.original_model, config))
     return tuple(sites)
