@@ -113,7 +113,14 @@ def saved(name: str, seed: int | None = None) -> Path:
 
 @functools.cache
 def boot(name: str, dtype: torch.dtype = torch.float32, seed: int | None = None) -> Any:
-    """A row as a TransformerBridge on the CPU, booted from disk; one per session."""
+    """A row as a TransformerBridge on the CPU, booted from disk; one per session.
+
+    Raises ValueError for a model with a vision or audio tower: TransformerLens 4.3 runs
+    ``pip install torchvision`` while it boots one, which can exchange torch itself.
+    """
+    towers = {"vision_config", "audio_config"} & set(make_config(name).to_dict())
+    if towers:
+        raise ValueError(f"{name} has {sorted(towers)}: TransformerLens would run pip to boot it")
     from transformer_lens.model_bridge import TransformerBridge
 
     return TransformerBridge.boot_transformers(str(saved(name, seed)), device="cpu", dtype=dtype)
