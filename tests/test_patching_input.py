@@ -57,7 +57,7 @@ def refuse(error: type[Exception], message: str) -> Any:
 class TestBeforeAnyWork:
     def test_prompts_of_other_lengths(self, model: Any, cache: Any, objective: Any) -> None:
         longer = random_tokens(2, 6)
-        with refuse(ValueError, r"blocks\.0\.attn\.hook_z.*\[2, 5, 4, 8\].*\[2, 6, 4, 8\].*same"):
+        with refuse(ValueError, r"blocks\.0\.attn\.hook_z.*\[2, 5, 4, 8\].*\[2, 6, 4, …\].*same"):
             patch_z(model, longer, cache, objective)
         with refuse(ValueError, r"same number of tokens"):
             clrp.patching.get_relevance_patch_attn_head_pattern_all_pos(
@@ -65,7 +65,7 @@ class TestBeforeAnyWork:
             )
 
     def test_other_numbers_of_rows(self, model: Any, cache: Any, objective: Any) -> None:
-        with refuse(ValueError, r"\[2, 5, 4, 8\].*\[3, 5, 4, 8\].*one clean row"):
+        with refuse(ValueError, r"\[2, 5, 4, 8\].*\[3, 5, 4, …\].*one clean row"):
             patch_z(model, random_tokens(3, 5), cache, objective)
 
     def test_entries_missing(self, model: Any, objective: Any) -> None:
@@ -138,6 +138,15 @@ def test_an_objective_of_another_shape(model: Any, cache: Any, snapshot: Any) ->
         patch_z(model, CORRUPTED, cache, lambda logits: logits.detach().sum())
     with refuse(ValueError, r"objective returned shape \[1\]"):
         clrp.patching.relevance_patch(model, CLEAN, CORRUPTED, per_example)
+    assert snapshot(model) == before
+
+
+def test_a_cache_of_another_model(model: Any, cache: Any, objective: Any, snapshot: Any) -> None:
+    wider = {name: value for name, value in cache.items() if name.endswith("hook_z")}
+    wider = {name: torch.cat([value, value], -1) for name, value in wider.items()}
+    before = snapshot(model)
+    with refuse(ValueError, r"\[2, 5, 4, 16\].*\[2, 5, 4, 8\].*this model"):
+        patch_z(model, CORRUPTED, wider, objective)
     assert snapshot(model) == before
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from families import FAMILIES, boot, hf_model, make_hf, make_tokenizer, random_tokens, true_float64
 from hooking import input_gradient
 from linear_model import frozen, linear_model
@@ -220,11 +221,41 @@ def test_results_feed_faithfulness() -> None:
     assert abs(none.recovered) < 1e-4 < abs(some.recovered)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
-def test_edges_are_refused_where_heads_do_not_add_up(name: str, snapshot: Any) -> None:
-    model = boot(name)
+@pytest.mark.parametrize("name", ["gemma2", "gpt_neox", "olmo2", "roberta", "laguna"])
+def test_edges_are_refused_where_blocks_are_built_otherwise(name: str, snapshot: Any) -> None:
+    """By structure, or (roberta, laguna) because they do not add up to their writers' scores."""
+    model = zoo.boot(name)
     clean, corrupt = pair(3)
+    model(clean)  # TransformerLens wires hooks of its own in a model's first forward
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"blocks\.0.*granularity=\"node\""):
         relevance_patch(model, clean, corrupt, clrp.logit_diff(model, A, B), EDGES)
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_neox", "bloom"])
+def test_nodes_of_other_families(name: str) -> None:
+    model = zoo.boot(name)
+    clean, corrupt = pair(4)
+    objective = clrp.logit_diff(model, A, B)
+    with clrp.lrp(model, "relp"):
+        wanted = ap.attribution_patch(model, clean, corrupt, objective)
+    got = relevance_patch(model, clean, corrupt, objective, rules="relp")
+    assert off(got.node_scores, wanted.node_scores) < 1e-5
+
+
+def test_heads_that_transformer_lens_splits_wrongly_are_no_nodes() -> None:
+    model = zoo.boot("deepseek_v2")
+    clean, corrupt = pair(3)
+    with pytest.raises(ValueError, match=r"hook_z' into 10 heads, but this model has 4"):
+        relevance_patch(model, clean, corrupt, clrp.logit_diff(model, A, B))
+
+
+def test_activations_that_do_not_exist_are_named() -> None:
+    model = zoo.boot("gpt_neox")
+    clean, corrupt = pair(3)
+    cache = model.run_with_cache(clean)[1]
+    with pytest.raises(ValueError, match=r"no HookPoint 'blocks\.0\.hook_resid_mid'"):
+        clrp.patching.get_relevance_patch_resid_mid(
+            model, corrupt, cache, clrp.logit_diff(model, A, B)
+        )

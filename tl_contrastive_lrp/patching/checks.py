@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .effects import Sweep, heads_of
+from .effects import Sweep
 
 
 def check_cache(model: Any, cache: Any, sweeps: Iterable[Sweep], batch: int, pos: int) -> None:
@@ -16,7 +16,8 @@ def check_cache(model: Any, cache: Any, sweeps: Iterable[Sweep], batch: int, pos
 
     Raises:
         TypeError: no cache at all.
-        ValueError: entries are missing, or are not of the shape of these tokens' activations.
+        ValueError: the model lacks a HookPoint, or the cache an entry, or one is not of the shape
+            of these tokens' activations.
     """
     if not hasattr(cache, "__getitem__") or isinstance(cache, Tensor | tuple | list | str):
         raise TypeError(
@@ -24,10 +25,12 @@ def check_cache(model: Any, cache: Any, sweeps: Iterable[Sweep], batch: int, pos
             "_, clean_cache = model.run_with_cache(clean_tokens)."
         )
     missing: list[str] = []
+    points = model.hook_dict
     for sweep in sweeps:
-        wanted = sweep.shape(model, pos, heads_of(model, sweep.activation))
+        wanted = sweep.shape(model, pos)
         for layer in range(int(model.cfg.n_layers)):
             name = sweep.hook_name(layer)
+            require_point(points, name)
             try:
                 value = cache[name]
             except KeyError:
@@ -42,20 +45,40 @@ def check_cache(model: Any, cache: Any, sweeps: Iterable[Sweep], batch: int, pos
         )
 
 
-def _check_shape(name: str, value: object, batch: int, wanted: tuple[int, ...]) -> None:
+def require_point(points: Mapping[str, Any], name: str) -> None:
+    """Refuse a model in which TransformerLens names no such activation.
+
+    Raises:
+        ValueError: says which.
+    """
+    if name not in points:
+        raise ValueError(
+            f"This model has no HookPoint {name!r}, so there is nothing to patch. Choose another "
+            "activation; model.hook_dict lists them."
+        )
+
+
+def _check_shape(name: str, value: object, batch: int, wanted: tuple[int | None, ...]) -> None:
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
         raise ValueError(f"clean_cache[{name!r}] holds no activation but {_kind(value)}.")
     found = tuple(value.shape)
-    if found == wanted:
+    if _fits(found, wanted):
         raise ValueError(
             f"clean_cache[{name!r}] has no batch dimension; make it without remove_batch_dim."
         )
-    if found[1:] != wanted or found[0] not in (1, batch):
+    if not _fits(found[1:], wanted) or found[0] not in (1, batch):
+        shape = ", ".join("…" if size is None else str(size) for size in (batch, *wanted))
         raise ValueError(
             f"clean_cache[{name!r}] has shape {list(found)}, but the corrupted tokens make it "
-            f"{[batch, *wanted]}. Clean and corrupted prompts must have the same number of tokens "
+            f"[{shape}]. Clean and corrupted prompts must have the same number of tokens "
             "(and of rows, or one clean row for all), and come from the same model."
         )
+
+
+def _fits(found: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(found) == len(wanted) and all(
+        size in (None, at) for at, size in zip(found, wanted, strict=True)
+    )
 
 
 def _kind(value: object) -> str:

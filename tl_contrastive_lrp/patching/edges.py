@@ -30,7 +30,7 @@ _PARTS: tuple[tuple[str, NodeKind], ...] = (("q", "q_input"), ("k", "k_input"), 
 
 
 def check_additive(model: Any) -> None:
-    """Refuse models whose heads and MLP do not simply add what they write to the stream.
+    """Refuse models that are not built of blocks x + attention(norm(x)), then x + MLP(norm(x)).
 
     Raises:
         ValueError: names the block.
@@ -38,13 +38,18 @@ def check_additive(model: Any) -> None:
     points = model.hook_dict
     for layer in range(int(model.cfg.n_layers)):
         at = f"blocks.{layer}."
-        plain = points[f"{at}hook_attn_out"] is points[f"{at}attn.hook_out"]
-        if not plain or points[f"{at}hook_resid_mid"] is not points.get(f"{at}ln2.hook_in"):
-            raise ValueError(
-                f"In blocks.{layer} of this model a norm stands between what the heads write and "
-                "the residual stream, so a head's part of an edge is not defined. Use node "
-                'granularity, EdgeAttributionConfig(granularity="node").'
-            )
+        ends = (("hook_attn_out", "attn.hook_out"), ("hook_resid_mid", "ln2.hook_in"))
+        same = all(points.get(f"{at}{a}") is points.get(f"{at}{b}", ends) for a, b in ends)
+        if not same or f"{at}ln1.hook_in" not in points:
+            raise _no_edges(f"blocks.{layer}")
+
+
+def _no_edges(where: str) -> ValueError:
+    return ValueError(
+        f"Edges are not defined in {where} of this model, which is not built as "
+        "x + attention(norm(x)), then x + MLP(norm(x)), with heads that add up. Use node "
+        'granularity, EdgeAttributionConfig(granularity="node").'
+    )
 
 
 class EdgeReader:
@@ -104,6 +109,25 @@ class EdgeReader:
         self.scores.append(_contract(at_logits, written))
         self.stream.clear()
         self.gradients.clear()
+
+    def check(self, nodes: Float[Tensor, "writer pos"]) -> None:
+        """Refuse edges that do not add up to what their writers do in all.
+
+        Args:
+            nodes: Scores of the writers, from the gradient where each one writes.
+
+        Raises:
+            ValueError: a reader was missed or misread, as in a block built in an unknown way.
+        """
+        total = torch.zeros_like(nodes)
+        for group in self.scores:
+            total[: group.shape[1]] += group.sum(0)
+        coarse = self.model.cfg.dtype in (torch.bfloat16, torch.float16)
+        within = (0.1 if coarse else 1e-3) * nodes.abs().max()
+        wrong = ((total - nodes).abs() > within).any(1).nonzero()
+        if len(wrong):
+            block = (int(wrong[0]) - 1) // (self.n_heads + 1)
+            raise _no_edges(f"blocks.{max(block, 0)} or after it")
 
     def _written(self, changes: dict[str, Tensor]) -> Float[Tensor, "writer pos d"]:
         parts = [changes["hook_embed"]]

@@ -45,12 +45,12 @@ class Sweep:
         """The HookPoint, under the name that ``transformer_lens.patching`` looks up in a cache."""
         return str(get_act_name(self.activation, layer))
 
-    def shape(self, model: Any, pos: int, layer_heads: int) -> tuple[int, ...]:
-        """Shape of the activation behind the batch, given the heads it has in this model."""
+    def shape(self, model: Any, pos: int) -> tuple[int | None, ...]:
+        """Shape of the activation behind the batch; None where a layer may have its own width."""
         sizes = {
             "d_model": int(model.cfg.d_model),
-            "d_head": int(model.cfg.d_head),
-            **dict.fromkeys(("head", "head_index"), layer_heads),
+            "d_head": None,
+            **dict.fromkeys(("head", "head_index"), heads_of(model, self.activation)),
             **dict.fromkeys(("pos", "dest_pos", "src_pos"), pos),
         }
         return tuple(sizes[axis] for axis in _LAYOUT[self.activation])
@@ -102,6 +102,11 @@ def sweep_effects(
             kept[key] = sweep.cells((clean - at_least_float32(x)) * at_least_float32(g))
 
         def fired(x: Tensor) -> None:
+            if clean_cache[name].shape[1:] != x.shape[1:]:
+                raise ValueError(
+                    f"clean_cache[{name!r}] has shape {list(clean_cache[name].shape)}, the "
+                    f"corrupted run's activation {list(x.shape)}. Make the cache with this model."
+                )
             kept[key] = sweep.cells(at_least_float32(x.new_zeros(())).expand(x.shape))
 
         # The whole stream, which TransformerLens patches in place there, not only the MLP's branch.

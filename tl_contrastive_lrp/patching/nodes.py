@@ -23,7 +23,7 @@ from ..placement import check_ready
 from ..prompts import to_tokens
 from ..rules import at_least_float32
 from ..rulesets import RuleSet, get_rule_set
-from .checks import Watched, check_pair
+from .checks import Watched, check_pair, require_point
 from .edges import EdgeReader, check_additive
 from .estimates import DEFAULT_RULES
 
@@ -76,8 +76,9 @@ def relevance_patch(
         rules: Name of a rule set, or a ``RuleSet``.
 
     Raises:
-        ValueError: tokens of different shapes; an objective that is no scalar; edges of a model
-            that normalises what its heads write before adding it up (Gemma 2 and 3).
+        ValueError: tokens of different shapes; an objective that is no scalar; a model without
+            these nodes; edges of a model not built as x + attention(norm(x)), then x + MLP(norm(x))
+            (Gemma 2 also normalises what they write; GPT-NeoX runs both side by side).
         PromptError, ModelStateError, UncoveredComponentError: see ``lrp``.
     """
     check_ready(model, "Relevance patching")
@@ -89,7 +90,9 @@ def relevance_patch(
     if edges:
         check_additive(model)
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
-    names = writer_names(n_layers)
+    names, points = writer_names(n_layers), model.hook_dict
+    for name in names:
+        require_point(points, name)
 
     total: Tensor | None = None  # [writer, pos]
     by_reader: EdgeReader | None = None
@@ -101,11 +104,12 @@ def relevance_patch(
         if reader is not None:
             readings += reader.readings
         run(model, corrupt[row : row + 1], metric, rule_set, readings)
-        _require_all(effects, names)
+        _require_all(effects, names, n_heads)
         scores = torch.cat([_writers_first(effects[name]) for name in names])
         total = scores if total is None else total + scores
         if reader is not None:
             reader.score(changes, rule_set)
+            reader.check(scores)
             by_reader = reader if by_reader is None else by_reader.plus(reader)
     assert total is not None
 
@@ -141,8 +145,13 @@ def _reading(name: str, changes: dict[str, Tensor], effects: dict[str, Tensor]) 
     return Reading(name, sink, fired=fired)
 
 
-def _require_all(effects: dict[str, Tensor], names: list[str]) -> None:
+def _require_all(effects: dict[str, Tensor], names: list[str], n_heads: int) -> None:
     for name in names:
+        if name.endswith("hook_z") and name in effects and effects[name].shape[-1] != n_heads:
+            raise ValueError(
+                f"TransformerLens splits {name!r} into {effects[name].shape[-1]} heads, but this "
+                f"model has {n_heads}: what its heads write cannot be told apart."
+            )
         if name not in effects:
             raise ValueError(
                 f"There is no gradient at {name!r}: it did not fire in this model's forward, or a "
