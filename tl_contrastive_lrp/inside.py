@@ -312,7 +312,8 @@ def _summary(rule_set: RuleSet, attention: bool) -> str:
 def attach_inside(site: Site, rule_set: RuleSet) -> Attachment:
     """The attachment of all rules inside a component that delegates."""
     attention = site.operation == "attention"
-    plain = {rule_set.norm, rule_set.gate, rule_set.qk, rule_set.pattern_v, rule_set.softmax}
+    rules_inside = (rule_set.norm, rule_set.activation, rule_set.gate, rule_set.qk)
+    plain = {*rules_inside, rule_set.pattern_v, rule_set.softmax}
     if not attention and plain == {"gradient"}:
         return gradient(site, rule_set)
     heads = getattr(site.component.config, "n_heads", 1) if attention else 1
