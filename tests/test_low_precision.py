@@ -488,6 +488,25 @@ def test_in_float32_puts_the_weights_back_after_an_exception() -> None:
         assert torch.equal(model(TOKENS), before)
 
 
+def test_in_float32_refuses_what_it_cannot_widen() -> None:
+    with pytest.raises(TypeError, match="TransformerBridge"), in_float32(object()):
+        pass
+    model = _shrunk("llama", 1.0, torch.bfloat16)
+    model.original_model.to("meta")
+    with pytest.raises(clrp.errors.ModelStateError, match="offloaded"), in_float32(model):
+        pass
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["no processing", "folded"])
+def test_in_float32_reaches_processed_weights(folded: bool) -> None:
+    model = _shrunk("llama", 1.0, torch.bfloat16)
+    model.enable_compatibility_mode(disable_warnings=True, no_processing=not folded)
+    with in_float32(model):
+        result = clrp.attribute(model, TOKENS, target=7, contrast=12)
+    assert off(result.resid, clrp.attribute(model, TOKENS, target=7, contrast=12).resid) < 0.05
+    assert result.ledger.delta != 0
+
+
 def test_mixed_rule_sets_run_in_low_precision() -> None:
     mixed = dataclasses.replace(clrp.RULE_SETS["gim"], name="mixed", norm="gradient")
     model = boot("gemma3", torch.float16)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         target_logit,
         top_logit,
     )
+    from .precision import in_float32
     from .relevance import run_with_relevance
     from .rulesets import RULE_SETS, RuleSet
 
@@ -53,6 +54,7 @@ __all__ = [
     "compare",
     "coverage",
     "faithfulness_curves",
+    "in_float32",
     "load_demo_cases",
     "load_demo_model",
     "logit_diff",
@@ -88,6 +90,7 @@ _ROOMS = {
         "target_logit",
         "top_logit",
     ),
+    "precision": ("in_float32",),
     "relevance": ("run_with_relevance",),
     "rulesets": ("RULE_SETS", "RuleSet"),
 }

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from .errors import ModelStateError
+
 LOW = (torch.bfloat16, torch.float16)
 
 # Share of the relevance that underflow may have touched, above which a warning says so.
@@ -220,10 +222,24 @@ def in_float32(model: Any) -> Iterator[None]:
 
     Args:
         model: A ``TransformerBridge``.
+
+    Raises:
+        TypeError: ``model`` is not a TransformerBridge.
+        ModelStateError: weights are offloaded and come in their own type when needed.
     """
+    if not hasattr(model, "original_model"):
+        raise TypeError(
+            f"model must be a TransformerBridge, got {type(model).__name__}; make one with "
+            "TransformerBridge.boot_transformers(name_or_directory)."
+        )
     held: dict[int, tuple[Tensor, Tensor]] = {}
     for root in (model, model.original_model):
         for tensor in (*torch.nn.Module.parameters(root), *torch.nn.Module.buffers(root)):
+            if tensor.is_meta:
+                raise ModelStateError(
+                    "Some weights are offloaded, so they cannot be widened here. Load the model "
+                    "with dtype=torch.float32 instead of using clrp.in_float32."
+                )
             if tensor.dtype in LOW:
                 held.setdefault(id(tensor), (tensor, tensor.data))
     try:
