@@ -127,7 +127,7 @@ class OperationRules(TorchFunctionMode):
 
     def by_head(self, tensor: Tensor) -> Tensor:
         """[batch, head, ...] of what may be [batch · head, ...]."""
-        return tensor.unflatten(0, (-1, self.heads)) if tensor.dim() == 3 else tensor
+        return tensor.reshape(-1, self.heads, *tensor.shape[1:]) if tensor.dim() == 3 else tensor
 
     # ------------------------------------------------------------ products and functions
 
@@ -156,10 +156,11 @@ class OperationRules(TorchFunctionMode):
     def largest(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         floor = args[1] if len(args) > 1 else kwargs.get("other")
-        mask = isinstance(floor, Tensor) and floor.numel() == 1 and _computed(out)
-        if mask and float(floor.detach()) <= torch.finfo(out.dtype).min:
-            return rules.ordinary(out)  # of what is hidden already: nothing else is that low
-        return out
+        if not isinstance(floor, Tensor) or floor.numel() != 1 or not _computed(out):
+            return out
+        if float(floor.detach()) > torch.finfo(out.dtype).min:
+            return out
+        return rules.ordinary(out)  # of what is hidden already: nothing else is that low
 
     def _shared(self, out: Tensor, args: Any, rule: str) -> Tensor:
         two = sum(_computed(a) for a in _tensors(args)) > 1
