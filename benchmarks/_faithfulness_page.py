@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from _faithfulness_runs import GRID, RULES
+from _faithfulness_runs import DEFAULT, GRID, RULES
 
 from tl_contrastive_lrp.faithfulness import bootstrap_interval
 
@@ -104,25 +104,26 @@ def measures(found: Found) -> list[tuple[str, pd.DataFrame, str, list[str], bool
     ]  # fmt: skip
 
 
-def difference_table(found: Found) -> str:
-    """The default's mean, and every other rule set's paired difference to it."""
-    default, rest = RULES[0], RULES[1:]
-    rows = []
+def compared(found: Found) -> tuple[str, str]:
+    """The default's mean and every other rule set's paired difference to it; the count of both."""
+    rest = RULES[1:]
+    rows, better, worse = [], dict.fromkeys(rest, 0), dict.fromkeys(rest, 0)
     for said, frame, column, keys, higher in measures(found):
         wide = frame.pivot(index=keys, columns="method", values=column)
-        row = [
-            f"{said} ({'higher' if higher else 'lower'} is better)",
-            f"{wide[default].mean():.3f}",
-        ]
+        direction = "higher" if higher else "lower"
+        row = [f"{said} ({direction} is better)", f"{wide[DEFAULT].mean():.3f}"]
         for method in rest:
-            gap = (wide[method] - wide[default]).to_numpy()
+            gap = (wide[method] - wide[DEFAULT]).to_numpy()
             low, high = bootstrap_interval(gap)
-            better = low > 0 if higher else high < 0
-            worse = high < 0 if higher else low > 0
-            text = f"{gap.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
-            row.append(f"**{text}**" if better else f"*{text}*" if worse else text)
+            text = cell(gap, signed=True)
+            sure = low > 0 or high < 0
+            good = sure and (low > 0) == higher
+            better[method] += good
+            worse[method] += sure and not good
+            row.append(f"**{text}**" if good else f"*{text}*" if sure else text)
         rows.append(row)
-    return markdown(rows, ["", default, *rest])
+    verdict = "; ".join(f"`{m}` better on {better[m]}, worse on {worse[m]}" for m in rest)
+    return markdown(rows, ["", DEFAULT, *rest]), f"Of these {len(rows)} measures: {verdict}."
 
 
 def picture(curves: Curves, title: str) -> str:
@@ -207,6 +208,7 @@ def mean(frame: pd.DataFrame, method: str, column: str) -> float:
 
 def written(found: Found, stem: str) -> tuple[str, str]:
     """The page (Markdown) and its figure (SVG)."""
+    differences, verdict = compared(found)
     tokens = found.planted.query("what == 'tokens'")
     saturated = tokens.query("model == 'induction-saturated'")
     induction = tokens.query("model == 'induction'")
@@ -216,7 +218,9 @@ def written(found: Found, stem: str) -> tuple[str, str]:
         most=found.counts["most"],
         short=found.counts["short"],
         gap=found.counts["gap"],
-        differences=difference_table(found),
+        default=DEFAULT,
+        differences=differences,
+        verdict=verdict,
         planted=planted_table(found.planted),
         pooled=pooled_table(found.planted),
         trained=markdown(by_method(found.trained, ["auroc", "precision"]),
@@ -226,9 +230,9 @@ def written(found: Found, stem: str) -> tuple[str, str]:
         removal=removal_tables(found),
         circuits=circuit_tables(found),
         saturated=", ".join(f"{m} {mean(saturated, m, 'auroc'):.2f}" for m in RULES),
-        keys=", ".join(f"{m} {mean(induction, m, 'auroc'):.2f}" for m in ("cplrp", "attnlrp")),
-        failed=f"{mean(found.failures, RULES[0], 'auroc'):.2f}",
-        solved=f"{mean(found.solved, RULES[0], 'auroc'):.2f}",
+        keys=", ".join(f"{m} {mean(induction, m, 'auroc'):.2f}" for m in RULES),
+        failed=f"{mean(found.failures, DEFAULT, 'auroc'):.2f}",
+        solved=f"{mean(found.solved, DEFAULT, 'auroc'):.2f}",
         recency=f"{mean(found.failures, 'recency', 'auroc'):.2f}",
     )  # fmt: skip
     title = f"Change of Δℓ / scale, zero embeddings, {found.counts['short']} demo failures"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,11 @@ from tqdm.auto import tqdm
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.faithfulness import auroc, average_precision
 
-RULES = tuple(clrp.RULE_SETS)
+DEFAULT = str(inspect.signature(clrp.attribute).parameters["rules"].default)
+# What GIM's temperature does by itself.
+WARM = replace(clrp.RULE_SETS["attnlrp"], name="warm", softmax="temperature", temperature=2.0)
+METHODS = {**clrp.RULE_SETS, "attnlrp, T = 2": WARM}
+RULES = (DEFAULT, *(name for name in METHODS if name != DEFAULT))
 GRID = np.linspace(0.0, 1.0, 21)
 
 
@@ -38,7 +44,7 @@ def on_planted(seeds: Iterable[int], quiet: bool) -> pd.DataFrame:
     for name, plan in tqdm(planted.PLANS.items(), desc="planted", disable=quiet):
         for seed in seeds:
             for rules in RULES:
-                found = measured(planted.bridge(name), planted.case(plan, seed), rules)
+                found = measured(planted.bridge(name), planted.case(plan, seed), METHODS[rules])
                 rows += [(name, seed, rules, what, *two) for what, two in found.items()]
     return pd.DataFrame(rows, columns=["model", "prompt", "method", "what", "auroc", "precision"])
 
@@ -51,7 +57,7 @@ def on_trained(seeds: Iterable[int], quiet: bool) -> pd.DataFrame:
         with torch.no_grad():
             if int(model(case.tokens)[0, -1].argmax()) != case.target:
                 continue  # what it does not know it cannot have found anywhere
-        found = [(rules, measured(model, case, rules)["tokens"]) for rules in RULES]
+        found = [(rules, measured(model, case, METHODS[rules])["tokens"]) for rules in RULES]
         rows += [("trained", seed, rules, "tokens", *two) for rules, two in found]
     return pd.DataFrame(rows, columns=["model", "prompt", "method", "what", "auroc", "precision"])
 
@@ -60,7 +66,10 @@ def on_decisive(model: Any, cases: Iterable[clrp.DemoCase], quiet: bool) -> pd.D
     """Decisive positions among the demo prompt's tokens; special and first tokens left out."""
     rows = []
     for number, case in enumerate(tqdm(list(cases), desc="decisive", disable=quiet)):
-        results = {r: clrp.attribute(model, case.prompt, **asked(case), rules=r) for r in RULES}
+        results = {
+            name: clrp.attribute(model, case.prompt, **asked(case), rules=METHODS[name])
+            for name in RULES
+        }
         one = results[RULES[0]]
         seen, n = ~one.greyed, len(one.str_tokens)
         scores = {name: result.tokens.abs() for name, result in results.items()}
@@ -87,7 +96,8 @@ def on_removal(
         prompt = case.prompt if isinstance(case, clrp.DemoCase) else case.tokens
         how = {**asked(case), "progress": False, "replace": replace, "draws": 2}
         scores: dict[str, Any] = {
-            r: clrp.attribute(model, prompt, **asked(case), rules=r) for r in RULES
+            name: clrp.attribute(model, prompt, **asked(case), rules=METHODS[name])
+            for name in RULES
         }
         scores |= clrp.baseline_scores(model, prompt, seed=number, **how)
         del scores["gradient_x_input"]  # the rule set "gradient"
@@ -116,7 +126,7 @@ def on_circuits(
     for number, (case, tokens, corrupted) in enumerate(tqdm(cases, desc="circuits", disable=quiet)):
         how = {**asked(case), "corrupted": corrupted, "progress": False}
         for rules in RULES:
-            graph = clrp.attribution_graph(model, tokens, **asked(case), rules=rules)
+            graph = clrp.attribution_graph(model, tokens, **asked(case), rules=METHODS[rules])
             curve = clrp.circuit_curve(model, graph, **how)
             rows.append((number, rules, curve.cpr, curve.cmd))
         curve = clrp.circuit_curve(model, graph, by="random", seed=number, **how)

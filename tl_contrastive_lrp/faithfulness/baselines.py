@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..backward import frozen_parameters
-from ..placement import check_ready, check_single, public_name
 from ..objective import question
+from ..placement import check_ready, check_single, public_name
 from .removal import Removal, Replace, removal
 
 BASELINES = ("random", "recency", "gradient_x_input", "integrated_gradients", "occlusion")

@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..attribution import special_mask
-from ..placement import public_name
 from ..errors import PromptError
+from ..placement import public_name
 from ..prompts import to_single_prompt, to_tokens, vocab_size
 from ..sites import require_bridge
 
