@@ -17,7 +17,7 @@ from torch import Tensor
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp import rules
 from tl_contrastive_lrp.attachment import Attachment, edit
-from tl_contrastive_lrp.audit import audit, require_clean
+from tl_contrastive_lrp.audit_model import audit, require_clean
 from tl_contrastive_lrp.audit_report import Audit, Finding
 from tl_contrastive_lrp.audit_run import examine
 from tl_contrastive_lrp.errors import ModelStateError, UncoveredComponentError

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .attribution import Attribution
+    from .audit_model import Audit, audit
     from .circuit_results import CircuitCurve, CircuitFaithfulness
     from .circuits import circuit_curve, circuit_faithfulness
     from .comparison import Comparison, compare
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .precision import in_float32
     from .relevance import run_with_relevance
     from .rulesets import RULE_SETS, RuleSet
+    from .verification import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -38,6 +40,7 @@ __all__ = [
     "RULE_SETS",
     "Attribution",
     "AttributionGraph",
+    "Audit",
     "CircuitCurve",
     "CircuitFaithfulness",
     "Comparison",
@@ -46,8 +49,10 @@ __all__ = [
     "FaithfulnessCurves",
     "Objective",
     "RuleSet",
+    "Verification",
     "attribute",
     "attribution_graph",
+    "audit",
     "baseline_scores",
     "circuit_curve",
     "circuit_faithfulness",
@@ -66,11 +71,13 @@ __all__ = [
     "run_with_relevance",
     "target_logit",
     "top_logit",
+    "verify",
 ]
 
 # Loaded at first use (PEP 562): the command line answers --help without importing torch.
 _ROOMS = {
     "attribution": ("Attribution",),
+    "audit_model": ("Audit", "audit"),
     "circuit_results": ("CircuitCurve", "CircuitFaithfulness"),
     "circuits": ("circuit_curve", "circuit_faithfulness"),
     "comparison": ("Comparison", "compare"),
@@ -93,6 +100,7 @@ _ROOMS = {
     "precision": ("in_float32",),
     "relevance": ("run_with_relevance",),
     "rulesets": ("RULE_SETS", "RuleSet"),
+    "verification": ("Verification", "verify"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 _SUBMODULES = ("demo", "errors", "faithfulness", "patching", "rules")

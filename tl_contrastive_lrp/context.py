@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .attachment import Attachment, HookFn, edit
-from .audit import require_clean
+from .audit_model import require_clean
 from .coverage_table import Coverage
 from .errors import ModelStateError
 from .placement import attached, check_ready, check_single, marked, place, public_name

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .audit import audit
+from .audit_model import audit
 from .audit_report import Audit
 from .audit_run import _hooks_aside, _same_random_numbers, _some_tokens
 from .backward import run

@@ -1,7 +1,7 @@
 """What is refused before anything runs, and why: kinds of component that no rule covers.
 
-The audit (``audit.py``) would refuse each of them too, operation by operation; a row here says in
-one sentence what the component is, and what to do instead.
+The audit (``audit_model.py``) would refuse each of them too, operation by operation; a row here
+says in one sentence what the component is, and what to do instead.
 """
 
 from __future__ import annotations
