@@ -129,6 +129,7 @@ def test_what_does_not_vary_has_no_correlation() -> None:
     assert math.isnan(found.pearson)
     assert math.isnan(found.spearman)
     assert math.isnan(found.same_sign)
+    assert math.isnan(found.overlap)
     assert found.slope == 0.0
     assert math.isnan(found.pearson_interval[0])
 

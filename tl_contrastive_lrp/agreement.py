@@ -105,11 +105,13 @@ def _measures(
     x: Float[Tensor, "sample cell"], y: Float[Tensor, "sample cell"], k: int
 ) -> dict[str, Float[Tensor, " sample"]]:
     both = (x != 0) & (y != 0)
+    shared = (_largest(x, k) & _largest(y, k)).sum(-1).double() / k
+    none = (x == 0).all(-1) | (y == 0).all(-1)  # then nothing is the largest
     return {
         "pearson": pearson(x, y),
         "spearman": pearson(ranks(x), ranks(y)),
         "slope": (x * y).sum(-1) / x.square().sum(-1),
-        "overlap": (_largest(x, k) & _largest(y, k)).sum(-1).double() / k,
+        "overlap": torch.where(none, torch.nan, shared),
         "same_sign": (both & (x.sign() == y.sign())).sum(-1).double() / both.sum(-1),
     }
 
