@@ -366,3 +366,11 @@ def test_findings_read_well() -> None:
     assert len(report.to_frame()) == 5
     assert str(Audit((), {"Mul": 3})).startswith("audit: clean; each of 3 operations")
     assert list(Audit((), {}).to_frame().columns) == list(report.to_frame().columns)
+
+
+def test_a_block_that_runs_twice_is_a_finding() -> None:
+    model = fresh("llama")
+    inner = model.original_model.model
+    inner.layers.append(inner.layers[0])
+    inner.config.num_hidden_layers = 3
+    assert "it runs 2 times in one forward" in str(audit(model))

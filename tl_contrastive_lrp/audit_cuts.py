@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from .audit_report import Finding
 
 
 class Cut(NamedTuple):
@@ -88,3 +91,31 @@ def _is_ours() -> bool:
             return bool(room.startswith(f"{__package__}."))
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+@contextmanager
+def repeated_blocks(model: Any) -> Iterator[list[Finding]]:
+    """Findings, at the end of the block, for every transformer block that ran more than once.
+
+    A HookPoint then fires once a pass, and holds no single hidden state.
+    """
+    found: list[Finding] = []
+    calls = [0] * len(getattr(model, "blocks", ()))
+
+    def counting(index: int) -> Callable[..., None]:
+        def pre_hook(*_: Any) -> None:
+            calls[index] += 1
+
+        return pre_hook
+
+    handles = [model.blocks[i].register_forward_pre_hook(counting(i)) for i in range(len(calls))]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+    for i, times in enumerate(calls):
+        if times > 1:
+            kind = type(model.blocks[i].original_component).__name__
+            why = f"it runs {times} times in one forward, so a HookPoint holds no one hidden state"
+            found.append(Finding(f"blocks.{i}", kind, "repetition", why))

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .audit_cuts import Cuts
+from .audit_cuts import Cuts, repeated_blocks
 from .audit_report import Audit, Finding
 from .audit_walk import Found, walk_graph
 from .sites import components
@@ -86,10 +86,12 @@ def examine(
         stack.enter_context(attach())
         stack.enter_context(owners.watch())
         cuts = stack.enter_context(Cuts(owners.at_work))
+        repeated = stack.enter_context(repeated_blocks(model))
         logits = model(tokens)
     walk = walk_graph(logits, inputs.values())
     findings = [_finding(found, owners, others) for found in walk.found]
     findings += [owners.finding(cut.module, cut.operation, _CUT) for cut in cuts.found]
+    findings += repeated
     if walk.leaves == 0:
         kind = type(model.original_model).__name__
         findings.insert(0, Finding("model", kind, "no gradient", _NO_INPUT))
