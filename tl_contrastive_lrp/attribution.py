@@ -54,6 +54,7 @@ class Attribution:
         model_name: As TransformerLens calls the model.
         pos: Position whose next token is explained, from 0.
         target_is_top: Whether the target is what the model writes there greedily.
+        memory: "plain", or "tiled (tile N)" where the backward was done N positions at a time.
     """
 
     tokens: Float[Tensor, " pos"]
@@ -76,6 +77,7 @@ class Attribution:
     model_name: str
     pos: int
     target_is_top: bool
+    memory: str = "plain"
 
     def __post_init__(self) -> None:
         pos = len(self.str_tokens)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import rules
-from .attachment import HookFn
+from .attachment import Attachment, HookFn
 from .context import plan
 from .coverage_table import Coverage
 from .errors import ModelStateError
@@ -87,6 +87,29 @@ def _read_hook(reading: Reading) -> HookFn:
     return hook_fn
 
 
+def arranged(
+    model: Any, attachments: Iterable[Attachment], readings: Iterable[Reading]
+) -> tuple[list[tuple[str, HookFn]], list[tuple[str, HookFn]]]:
+    """Hooks that do the readings: those to add before the rules', and those to add after.
+
+    Readings at values that only a rule can reach are handed to it (``Attachment.live``).
+    """
+    attachments, hook_dict = tuple(attachments), model.hook_dict
+    captures = {name for a in attachments if a.scoped is None for name in a.captures}
+    captured = {id(hook_dict[name]) for name in captures}
+    before: list[tuple[str, HookFn]] = []
+    after: list[tuple[str, HookFn]] = []
+    live = {name: fns for a in attachments for name, fns in a.live.items()}
+    for reading in sorted(readings, key=lambda r: r.how != "tensor"):
+        if reading.name in live:
+            live[reading.name].append(_read_hook(reading))
+            continue
+        first = id(hook_dict[reading.name]) in captured
+        pair = (reading.name, _read_hook(reading))
+        (before if first else after).append(pair)
+    return before, after
+
+
 def run(
     model: Any,
     tokens: Tensor,
@@ -119,19 +142,8 @@ def run(
         leaves[hook.name] = tensor.detach().requires_grad_(True)
         return leaves[hook.name]
 
-    captures = {name for a in attachments if a.scoped is None for name in a.captures}
+    before, after = arranged(model, attachments, readings)
     hook_dict = model.hook_dict
-    captured = {id(hook_dict[name]) for name in captures}
-    before: list[tuple[str, HookFn]] = []
-    after: list[tuple[str, HookFn]] = []
-    live = {name: fns for a in attachments for name, fns in a.live.items()}
-    for reading in sorted(readings, key=lambda r: r.how != "tensor"):
-        if reading.name in live:
-            live[reading.name].append(_read_hook(reading))
-            continue
-        first = id(hook_dict[reading.name]) in captured
-        pair = (reading.name, _read_hook(reading))
-        (before if first else after).append(pair)
     starts = [(name, make_leaf) for name in LEAVES if name in hook_dict]
     with frozen_parameters(model):
         with (

@@ -107,6 +107,8 @@ def edge_readings(
     rule_set: RuleSet,
     call: BlockCall,
     biased: frozenset[int],
+    seen: Callable[[], Tensor] | None = None,
+    moved: Callable[[], tuple[Tensor, Tensor]] | None = None,
 ) -> list[Reading]:
     """What to read in the backward so that ``edges`` is filled.
 
@@ -117,6 +119,8 @@ def edge_readings(
         rule_set: The rules of that backward.
         call: Recorded in the forward; used where tangents are needed.
         biased: ``biased_blocks(model)``.
+        seen: Gives v of all sources, [source, kv_head, d_head], where a run computes only some.
+        moved: Gives what ``block_tangents`` gives, likewise.
     """
     prefix = f"blocks.{edges.layer}.attn."
     constant_pattern = rule_set.softmax == "constant"
@@ -140,9 +144,13 @@ def edge_readings(
 
     def at_z(_: Tensor, g: Tensor) -> None:
         if tangents:
-            v, kept["scores"] = block_tangents(model, edges.layer, call, sites, rule_set)
+            v, kept["scores"] = (
+                block_tangents(model, edges.layer, call, sites, rule_set)
+                if moved is None
+                else moved()
+            )
         else:
-            v = kept.pop("v")
+            v = kept.pop("v") if seen is None else seen()
         pattern = kept.pop("pattern")
         g_z = at_least_float32(g[0])
         g_z = g_z if by_operation else g_z.transpose(0, 1)
@@ -161,7 +169,7 @@ def edge_readings(
             Reading(f"{prefix}hook_pattern", ignore, fired=keep("pattern")),
             Reading(f"{prefix}z" if by_operation else f"{prefix}o.hook_in", at_z),
         ]
-        if not tangents:
+        if not tangents and seen is None:
             readings.append(Reading(f"{prefix}v.hook_out", ignore, fired=keep("v")))
     else:
         readings.append(Reading(f"{prefix}hook_pattern", at_pattern))

@@ -6,6 +6,7 @@ O(layers · pos) memory beside what autograd itself keeps.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .attribution import Attribution, special_mask
-from .backward import run
+from .chosen import run_chosen
 from .ledger import Ledger
-from .objective import described, question
+from .memory import Memory, choose
+from .objective import question
 from .offload import loaded
 from .prompts import model_name, str_tokens, to_single_prompt
 from .rulesets import RuleSet
@@ -87,6 +89,10 @@ def attribute(
     pos: int = -1,
     rules: str | RuleSet = "attnlrp",
     neurons: bool = False,
+    memory: Memory = "auto",
+    tile: int | None = None,
+    progress: bool = True,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
 ) -> Attribution:
     """Why did the model prefer one token over another?
 
@@ -99,13 +105,21 @@ def attribute(
         pos: Position whose next token is explained, with ``target`` and ``contrast``.
         rules: Name of a rule set, or a ``RuleSet``.
         neurons: Also keep every MLP neuron's relevance at every position.
+        memory: "plain" keeps every block's attention for one backward; "tiled" goes block by
+            block and tile by tile, in memory linear in the prompt; "auto" takes tiles where the
+            plain way would not fit. The result says what was done.
+        tile: Positions a tile; chosen if None.
+        progress: Show a bar where tiles are used.
+        checkpoint_dir: A folder of its own for what is finished, so that a run in tiles that was
+            stopped goes on from there with the same result.
 
     Returns:
         An ``Attribution``: relevance in logits, positive for the target.
 
     Raises:
         TypeError: neither or both of an objective and a target with contrast.
-        ValueError: ``neurons`` of a model with experts.
+        ValueError: ``neurons`` of a model with experts; an unknown ``memory`` or a wrong ``tile``.
+        FileFormatError: ``checkpoint_dir`` holds something else.
         TokenError, PromptError, ModelStateError, UncoveredComponentError: see their messages.
     """
     require_bridge(model)
@@ -129,10 +143,14 @@ def attribute(
     for name, bias in biases.items():
         sums.add_bias(name, bias)
 
-    logits, value, coverage = run(model, tokens, objective, rules, sums.readings)
+    choice = choose(model, tokens.shape[1], memory, tile)
+    ran = run_chosen(
+        model, tokens, objective, rules, sums, choice, may_fall_back=memory == "auto",
+        progress=progress, checkpoint_dir=checkpoint_dir, settings=f"nodes {neurons}",
+    )  # fmt: skip
+    logits, value, coverage, kept = ran.logits, ran.value, ran.coverage, ran.kept
     sums.warn_of_underflow()
 
-    kept = sums.kept
     resid = torch.stack([kept[name] for name in sites])
     embedded = kept[LEAVES[0]]
     positions = float(kept[LEAVES[1]].double().sum()) if LEAVES[1] in kept else 0.0
@@ -164,6 +182,7 @@ def attribute(
         ledger=ledger,
         model_name=model_name(model),
         pos=(at := int(getattr(objective, "pos", -1)) % tokens.shape[1]),
-        target_is_top=int(logits[0, at].argmax()) in getattr(objective, "target", ()),
-        **described(objective, logits, value),
+        target_is_top=int(logits[0, ran.row(at)].argmax()) in getattr(objective, "target", ()),
+        memory=ran.memory,
+        **ran.described(objective),
     )

@@ -61,6 +61,7 @@ class AttributionGraph(GraphTools):
         dimensions, neurons, head_relevance: Details of the nodes, if asked for: relevance of every
             hidden dimension [site, pos, d_model], MLP neuron [layer, pos, d_mlp] and head output
             [layer, head, pos].
+        memory: "plain", or "tiled (tile N)" where the backward was done N positions at a time.
     """
 
     sites: tuple[str, ...]
@@ -92,6 +93,7 @@ class AttributionGraph(GraphTools):
     dimensions: Float[Tensor, "site pos d_model"] | None = None
     neurons: Float[Tensor, "layer pos d_mlp"] | None = None
     head_relevance: Float[Tensor, "layer head pos"] | None = None
+    memory: str = "plain"
 
     def __post_init__(self) -> None:
         check_facts(self)

@@ -6,6 +6,7 @@ runs; transitions over several blocks, if asked for, from packed signals (``pack
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,15 +19,18 @@ from torch import Tensor
 
 from .attribution import special_mask
 from .backward import run
+from .chosen import tiled
 from .edges import BlockEdges, biased_blocks, edge_readings
 from .explain import add_heads, residual_sites, without_neurons
 from .graph import AttributionGraph
 from .graph_check import require_closed_form
 from .graph_columns import EdgeColumns
+from .memory import Memory, cannot, choose, instead, require_room
 from .objective import described, question
 from .packed import packed_edges
 from .prompts import model_name, str_tokens, to_single_prompt
 from .rulesets import RuleSet, get_rule_set
+from .selection import Rule
 from .sites import find_sites
 from .sums import Sums
 from .tangents import BlockCall
@@ -49,6 +53,12 @@ def attribution_graph(
     heads: bool = False,
     details: bool = False,
     progress: bool = True,
+    mass: float | None = None,
+    threshold: float | None = None,
+    top_k: int | None = None,
+    memory: Memory = "auto",
+    tile: int | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
 ) -> AttributionGraph:
     """How the relevance of one prediction flows between tokens and layers.
 
@@ -73,10 +83,16 @@ def attribution_graph(
         details: Also keep what ``graph.explain_node`` needs: relevance of every hidden dimension,
             neuron and head at every position, (sites · d_model + layers · d_mlp) · pos numbers.
             Models with experts have no neurons there.
-        progress: Show a bar where packed signals are needed.
+        progress: Show a bar where packed signals or tiles are needed.
+        mass, threshold, top_k: Keep only these edges, as ``graph.prune`` does (one of them); for
+            a long prompt, whose full graph would not fit. In tiles they are chosen while the edges
+            come, with the same result.
+        memory, tile, checkpoint_dir: As for ``attribute``. Tiles go with adjacent sites only,
+            without ``heads`` and ``details``.
 
     Raises:
-        ValueError: layers or granularity that do not fit the model.
+        ValueError: layers or granularity that do not fit the model; several prunings; tiles with
+            what needs the plain way.
         TypeError, TokenError, PromptError, ModelStateError, UncoveredComponentError: as
             ``attribute``.
     """
@@ -85,6 +101,15 @@ def attribution_graph(
     tokens = to_single_prompt(model, prompt)
     sites, steps = _plan(model, granularity, layers, heads)
     covered = find_sites(model)
+    rule, choice = Rule(mass, threshold, top_k), choose(
+        model, tokens.shape[1], memory, tile, graph=True
+    )  # fmt: skip
+    beyond = heads or details or any(step.kind == "packed" for step in steps)
+    if beyond and choice.tile is not None:
+        why = "heads=True, details=True and layers=[...] that skip blocks need the plain way."
+        if memory == "tiled":
+            raise ValueError(why)
+        choice = instead(choice, why)
 
     sums, n_layers = Sums(), int(model.cfg.n_layers)
     for site in sites:
@@ -96,6 +121,41 @@ def attribution_graph(
         by_neuron = [f"blocks.{i}.mlp.hook_post" for i in range(n_layers)]
     for name in by_neuron:
         sums.add(name, lambda r: r[0])
+    facts: dict[str, Any] = {
+        "sites": sites,
+        "granularity": granularity if layers is None else "custom",
+        "node_threshold": float(node_threshold),
+    }
+    if choice.tile is not None:
+        from .tile_cache import NotTileable
+        from .tiled_graph import tiled_graph
+
+        require_closed_form(model, rule_set)
+        require_room(len(steps), tokens.shape[1], rule, memory, choice)
+        try:
+            result, relevance, columns, kept = tiled_graph(
+                model, tokens, objective, rule_set, sums, sites, steps, rule, choice.tile,
+                node_threshold=node_threshold, progress=progress, checkpoint_dir=checkpoint_dir,
+            )  # fmt: skip
+        except NotTileable as error:
+            if memory == "tiled":
+                raise NotTileable(cannot(choice, error)) from error
+            choice = instead(choice, str(error))
+            sums.kept.clear()
+        else:
+            sums.warn_of_underflow()
+            ran = tiled(result, objective)
+            delta = float(result.value)
+            facts["history"] = (rule.step(kept, delta),) if rule else ()
+            return columns.graph(
+                relevance=relevance,
+                **facts,
+                **_prompt_facts(model, tokens, objective),
+                rules=ran.coverage.rules,
+                coverage=ran.coverage,
+                memory=ran.memory,
+                **ran.described(objective),
+            )
     edges = {s.block: BlockEdges(s.block, heads) for s in steps if s.kind == "attention"}
     biased = biased_blocks(model)
     calls = {block: BlockCall() for block in edges}
@@ -137,23 +197,31 @@ def attribution_graph(
             columns.add_diagonal(*ends, relevance[step.source], live)
         else:
             _add_block(columns, ends, edges[step.block], relevance[step.source], live)
-    ids = tokens[0].cpu()
-    special_ids = list(model.tokenizer.all_special_ids) if model.tokenizer is not None else []
-    return columns.graph(
-        sites=sites,
+    graph = columns.graph(
         relevance=relevance,
-        token_ids=ids,
-        special=special_mask(ids, special_ids),
-        str_tokens=str_tokens(model, ids.tolist()),
-        granularity=granularity if layers is None else "custom",
-        node_threshold=float(node_threshold),
         rules=coverage.rules,
         coverage=coverage,
-        model_name=model_name(model),
-        final_pos=int(getattr(objective, "pos", -1)) % tokens.shape[1],
+        **facts,
+        **_prompt_facts(model, tokens, objective),
         **extra,
         **described(objective, logits, value),
     )
+    return graph.prune(mass=mass, threshold=threshold, top_k=top_k) if rule else graph
+
+
+def _prompt_facts(
+    model: Any, tokens: Tensor, objective: Callable[[Tensor], Tensor]
+) -> dict[str, Any]:
+    """What a graph says of the model and its prompt."""
+    ids = tokens[0].cpu()
+    special_ids = list(model.tokenizer.all_special_ids) if model.tokenizer is not None else []
+    return {
+        "token_ids": ids,
+        "special": special_mask(ids, special_ids),
+        "str_tokens": str_tokens(model, ids.tolist()),
+        "model_name": model_name(model),
+        "final_pos": int(getattr(objective, "pos", -1)) % tokens.shape[1],
+    }
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,23 @@ class EdgeColumns:
         head = torch.full_like(pos, -1)
         self._add(source, target, pos, pos, values[pos], head, torch.zeros_like(pos))
 
+    def add_edges(
+        self,
+        source: int,
+        target: int,
+        target_pos: Int[Tensor, " edge"],
+        source_pos: Int[Tensor, " edge"],
+        weight: Float[Tensor, " edge"],
+    ) -> None:
+        """A transition that is not split by heads, as columns in order, without zeros.
+
+        Raises:
+            ValueError: the graph's edges are split by heads, or the transition is there already.
+        """
+        if self.with_heads:
+            raise ValueError("Edges are split by heads here: give this transition by add_split.")
+        self._add(source, target, target_pos, source_pos, weight)
+
     def add_split(
         self,
         source: int,

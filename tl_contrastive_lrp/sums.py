@@ -31,7 +31,9 @@ class Sums:
             relevance = relevance_of(x, g)
             self.kept[name] = reduce(relevance).cpu()
             if x.dtype == torch.float16:
-                self._lost[name], self._mass[name] = underflow(x, g), relevance.abs().sum().cpu()
+                lost, mass = underflow(x, g), relevance.abs().sum().cpu()
+                self._lost[name] = self._lost.get(name, torch.zeros(())) + lost
+                self._mass[name] = self._mass.get(name, torch.zeros(())) + mass
 
         def fired(x: Tensor) -> None:
             zero = torch.zeros((), dtype=torch.float32).expand(x.shape)

@@ -44,9 +44,14 @@ def explain(
         TokenError, UncoveredComponentError, ModelStateError: as ``attribute``.
     """
     from ..explain import attribute
+    from ..memory import choose
 
     words = f"Forward and backward through {question.n_tokens} tokens"
-    with progress(words, output.spins):
+    choice = choose(model, question.n_tokens)
+    tiles = choice.tile is not None  # they show a bar of their own; two moving things would clash
+    if tiles and not output.quiet:
+        say(f"Memory: {choice}")
+    with progress(words, output.spins and not tiles):
         result = attribute(
             model,
             question.tokens,
@@ -54,6 +59,7 @@ def explain(
             contrast=question.contrast,
             pos=question.at,
             rules=rules,
+            progress=output.spins,
         )
     if not (math.isfinite(result.delta) and bool(result.tokens.isfinite().all())):
         raise not_finite(question.dtype)

@@ -1,0 +1,178 @@
+"""What the plain way needs in memory, what there is, and which way is taken.
+
+The plain way (``backward.run``) keeps every block's attention for the backward: a number of
+[head, pos, pos] tensors a block, and a number of [pos, d_model] and [pos, d_mlp] ones. In tiles
+(``tiled_backward.py``) only block inputs, keys and values are kept, and one tile's activations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from .errors import ModelStateError
+from .prompts import model_device
+
+Memory = Literal["auto", "plain", "tiled"]
+
+# Float32 tensors of [head, pos, pos] that the plain way keeps a block, and beside them at its
+# peak, measured as resident memory on Qwen3 and GPT-2 shapes at 500 to 2,000 tokens, rounded up.
+_KEPT_BY_BLOCK = 6.0
+_PEAK = 8.0
+_WIDTHS = 24.0  # [pos, d_model] tensors a block
+_NEURONS = 8.0  # [pos, d_mlp] tensors a block
+_SAFE = 0.7  # share of the free memory that is used
+_BUDGET = 1 << 30  # bytes of one tile's activations, where memory is plenty
+_BY_TILE = 12.0  # [head, tile, pos] tensors alive in the backward of one tile
+_TILES = (16, 1024)
+_BY_EDGE = 40  # bytes of an edge's columns, and of putting them together
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a run uses memory.
+
+    Attributes:
+        tile: Positions a tile; None is the plain way.
+        plain_bytes: What the plain way needs beside the model, estimated.
+        free_bytes: What the device has free.
+        why: A word on it, "" where the choice was the user's.
+    """
+
+    tile: int | None
+    plain_bytes: int
+    free_bytes: int
+    why: str = ""
+
+    @property
+    def memory(self) -> str:
+        """ "plain", or "tiled (tile N)"."""
+        return "plain" if self.tile is None else f"tiled (tile {self.tile})"
+
+    def __str__(self) -> str:
+        """With the figures."""
+        need, free = gib(self.plain_bytes), gib(self.free_bytes)
+        text = f"{self.memory}: the plain way needs about {need}, {free} are free"
+        return f"{text} ({self.why})" if self.why else text
+
+
+def gib(size: float) -> str:
+    """Bytes in words."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def free_bytes(device: torch.device) -> int:
+    """What the device has free."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + int(unused)
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def plain_bytes(model: Any, length: int, *, graph: bool = False) -> int:
+    """Estimate of what the plain way takes beside the model, in bytes.
+
+    Args:
+        model: The bridge.
+        length: Tokens of the prompt.
+        graph: Whether edges are wanted too, a [pos, pos] matrix a block.
+    """
+    cfg = model.cfg
+    layers, heads, width = int(cfg.n_layers), int(cfg.n_heads), int(cfg.d_model)
+    neurons = int(getattr(cfg, "d_mlp", None) or 4 * width)
+    square = heads * length * length
+    numbers = layers * (_KEPT_BY_BLOCK * square + length * (_WIDTHS * width + _NEURONS * neurons))
+    numbers += _PEAK * square + 2 * length * int(cfg.d_vocab)
+    if graph:
+        numbers += (layers + 3) * 4 * length * length  # the matrices, and the edges as columns
+    return int(4 * numbers)
+
+
+def tile_for(model: Any, length: int, free: int) -> int:
+    """Positions a tile so that one tile's activations fit a budget: a power of two."""
+    budget = min(_BUDGET, _SAFE * free / 2)
+    room = budget / (4 * _BY_TILE * int(model.cfg.n_heads) * length)
+    least, most = _TILES
+    return max(least, min(most, 1 << int(math.log2(max(room, 1)))))
+
+
+def choose(
+    model: Any,
+    length: int,
+    memory: Memory = "auto",
+    tile: int | None = None,
+    *,
+    graph: bool = False,
+) -> Choice:
+    """Plain or tiled, and the size of tiles.
+
+    Args:
+        model: The bridge.
+        length: Tokens of the prompt.
+        memory: "plain" and "tiled" are done as said; "auto" takes tiles where the plain way would
+            not fit what the device has free.
+        tile: Positions a tile, if it is not to be chosen.
+        graph: Whether edges are wanted.
+
+    Raises:
+        ValueError: an unknown ``memory`` or a tile that is none.
+    """
+    if memory not in get_args(Memory):
+        raise ValueError(f"memory={memory!r} is unknown; use 'auto', 'plain' or 'tiled'.")
+    if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or tile < 1):
+        raise ValueError(f"tile={tile!r} must be a number of positions, 1 or more.")
+    if tile is not None and memory == "plain":
+        raise ValueError("tile= belongs to memory='tiled' (or 'auto'); leave it out.")
+    free = free_bytes(model_device(model))
+    need = plain_bytes(model, length, graph=graph)
+    fits = need <= _SAFE * free
+    if memory == "plain" or (memory == "auto" and fits):
+        return Choice(None, need, free)
+    return Choice(tile or tile_for(model, length, free), need, free)
+
+
+def cannot(choice: Choice, reason: object) -> str:
+    """What to say where tiles were asked for and do not work."""
+    need, free = gib(choice.plain_bytes), gib(choice.free_bytes)
+    return (
+        f"This model cannot run in tiles: {reason} Use memory='plain', which needs about {need} "
+        f"for this prompt; {free} are free."
+    )
+
+
+def instead(choice: Choice, reason: str) -> Choice:
+    """The plain way where tiles do not work.
+
+    Raises:
+        ModelStateError: the plain way does not fit.
+    """
+    if choice.plain_bytes > _SAFE * choice.free_bytes:
+        raise ModelStateError(
+            f"This prompt needs about {gib(choice.plain_bytes)} the plain way, and "
+            f"{gib(choice.free_bytes)} are free; in tiles it cannot run: {reason} Shorten the "
+            "prompt, or give memory='plain' to try all the same."
+        )
+    return Choice(None, choice.plain_bytes, choice.free_bytes, f"not in tiles: {reason}")
+
+
+def require_room(
+    transitions: int, length: int, pruned: object, memory: Memory, choice: Choice
+) -> None:
+    """Refuse a full graph whose edges alone would not fit.
+
+    Raises:
+        ModelStateError: it is not pruned on the way, and too large.
+    """
+    edges = transitions * length * (length + 1) // 2
+    need = edges * _BY_EDGE
+    if not pruned and memory == "auto" and need > _SAFE * choice.free_bytes:
+        raise ModelStateError(
+            f"The full graph of this prompt has up to {edges:,} edges, about {gib(need)}; "
+            f"{gib(choice.free_bytes)} are free. Keep the largest while it is made, with "
+            "mass=0.85, or give threshold= or top_k=."
+        )

@@ -1,0 +1,203 @@
+"""Exact choice of a transition's edges while they stream by, without holding them all.
+
+The choice is that of ``prune.py`` on the whole transition, ties included. Entries come row block
+by row block, the last rows first; what is certain to be left out is dropped at once. For a
+cumulative share p: entries below τ that are seen weigh B(τ), and the N entries to come can add at
+most N·τ. If B(τ) + N·τ < (1 − p)·M, with M the mass seen so far, which only grows, then all
+entries of at least τ hold more than p of the final mass, so that none below τ is ever kept. B is
+known from a histogram whose bins are leading bits of floating-point numbers. For the k largest, τ
+is what k entries seen already reach.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .prune import Kept, PruneStep, largest
+
+# Slack for adding up in another order than the final choice does.
+_CAREFUL = 1 - 1e-9
+
+
+@dataclass(frozen=True)
+class Rule:
+    """At most one of: cumulative share of mass, |weight| above a threshold, so many largest.
+
+    Raises:
+        ValueError: several, or a value out of range.
+    """
+
+    mass: float | None = None
+    threshold: float | None = None
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if sum(x is not None for x in (self.mass, self.threshold, self.top_k)) > 1:
+            raise ValueError(
+                "Give one of mass=, threshold= and top_k= here; graph.prune(...) applies more."
+            )
+        if self.mass is not None and not 0 <= self.mass <= 1:
+            raise ValueError(f"mass={self.mass} must be a share from 0 to 1, such as 0.85.")
+        if self.threshold is not None and not 0 <= self.threshold < float("inf"):
+            raise ValueError(f"threshold={self.threshold} must be a finite number, 0 or more.")
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be 0 or more.")
+
+    def __bool__(self) -> bool:
+        return any(x is not None for x in (self.mass, self.threshold, self.top_k))
+
+    def step(self, kept: list[Kept], delta: float) -> PruneStep:
+        """The account of what the rule did, as ``prune.py`` gives it."""
+        rows = tuple(kept)
+        if self.mass is not None:
+            return PruneStep("mass", (("share", float(self.mass)),), rows)
+        if self.threshold is not None:
+            tau = float(self.threshold)
+            relative = tau / abs(delta) if delta else None
+            return PruneStep("threshold", (("threshold", tau), ("relative", relative)), rows)
+        return PruneStep("top_k", (("k", int(self.top_k or 0)),), rows)
+
+
+def _bins(size: Tensor) -> tuple[Tensor, int]:
+    """The histogram bin of each |weight|, and how many bins there are."""
+    if size.dtype == torch.float64:
+        return size.view(torch.int64) >> 47, 1 << 16
+    return size.view(torch.int32) >> 18, 1 << 13
+
+
+def _edge(index: int, dtype: torch.dtype) -> float:
+    """The smallest number of a bin."""
+    if dtype == torch.float64:
+        return float(np.int64(index << 47).view(np.float64))
+    return float(np.int32(index << 18).view(np.float32))
+
+
+@dataclass(eq=False)
+class Selection:
+    """One transition's edges.
+
+    Attributes:
+        rule: What to keep; without any, every entry that is not 0.
+        edges, mass: Number of entries seen, and Σ|weight| in logits.
+    """
+
+    rule: Rule
+    edges: int = 0
+    mass: float = 0.0
+    _tau: float = 0.0
+    _below: float = 0.0
+    _held: int = 0
+    _tidy: int = 0
+    _parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    _masses: Tensor | None = None
+    _counts: Tensor | None = None
+
+    def add(self, matrix: Float[Tensor, "row column"], row: int, column: int, unseen: int) -> None:
+        """A block of rows, before (above) all rows given so far.
+
+        Args:
+            matrix: Weights; 0 is no edge.
+            row, column: Where its corner lies.
+            unseen: How many entries are still to come, at most.
+
+        Raises:
+            ValueError: a weight that is NaN or infinite.
+        """
+        size = matrix.abs()
+        total = float(size.sum(dtype=torch.float64))
+        if not np.isfinite(total):
+            raise ValueError("The weight of an edge is NaN or infinite.")
+        self.edges += int(torch.count_nonzero(size))
+        self.mass += total
+        threshold = self.rule.threshold  # compared in float64: rounded, it could let itself pass
+        at_least = size > 0 if threshold is None else size.double() > threshold
+        if self._tau:
+            at_least &= size >= self._tau
+        rows, columns = torch.nonzero(at_least, as_tuple=True)
+        weights = matrix[rows, columns]
+        self._count(weights.abs(), total)
+        self._tau = max(self._tau, self._bound(unseen, matrix.dtype))
+        part = (rows + row).to(torch.int32), (columns + column).to(torch.int32), weights
+        self._parts.append(tuple(x.cpu() for x in self._above(part)))  # type: ignore[arg-type]
+        self._held += len(self._parts[-1][2])
+        if self._held > max(2 * self._tidy, 1 << 20):
+            self._parts = [self._above(part) for part in self._parts]
+            self._held = self._tidy = sum(len(part[2]) for part in self._parts)
+
+    def _above(self, part: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        keep = part[2].abs() >= self._tau
+        if bool(keep.all()):
+            return part
+        rows, columns, weights = (x[keep] for x in part)
+        return rows, columns, weights
+
+    def _count(self, size: Tensor, total: float) -> None:
+        if self.rule.mass is None and self.rule.top_k is None:
+            return
+        index, length = _bins(size)
+        heavy = size.double()
+        masses = torch.bincount(index, heavy, minlength=length).cpu()
+        counts = torch.bincount(index, minlength=length).cpu()
+        self._masses = masses if self._masses is None else self._masses + masses
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._below += max(total - float(heavy.sum()), 0.0)
+
+    def _bound(self, unseen: int, dtype: torch.dtype) -> float:
+        """τ: no entry below it can be kept."""
+        if self._masses is None or self._counts is None:
+            return 0.0
+        if self.rule.top_k is not None:
+            above = self._counts.flip(0).cumsum(0).flip(0)
+            enough = torch.nonzero(above >= max(self.rule.top_k, 1))
+            return _edge(int(enough[-1]), dtype) if len(enough) else 0.0
+        assert self.rule.mass is not None
+        spare = (1 - self.rule.mass) * self.mass * _CAREFUL - 1e-12 * self.mass
+        below = self._masses.cumsum(0) - self._masses + self._below
+        filled = torch.nonzero(self._counts)[:, 0]  # candidates for τ: lower ends of filled bins
+        ends = torch.tensor([_edge(int(i), dtype) for i in filled], dtype=torch.float64)
+        fits = torch.nonzero(below[filled] + unseen * ends < spare)
+        return float(ends[int(fits[-1])]) if len(fits) else 0.0
+
+    def chosen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Target positions, source positions and weights of the edges to keep, in order."""
+        if not self._parts:
+            none = torch.zeros(0, dtype=torch.int32)
+            return none, none, torch.zeros(0)
+        rows, columns, weights = (torch.cat(x[::-1]) for x in zip(*self._parts, strict=True))
+        self._parts = [(rows, columns, weights)]
+        keep = largest(weights.abs(), self._wanted(weights.abs()))
+        return rows[keep], columns[keep], weights[keep]
+
+    def _wanted(self, size: Tensor) -> int:
+        if self.rule.top_k is not None:
+            return self.rule.top_k
+        if self.rule.mass is None or self.rule.mass == 1 or not len(size):
+            return len(size)
+        if self.rule.mass == 0:
+            return 0
+        falling = np.sort(size.numpy())[::-1].cumsum(dtype=np.float64)
+        return int(np.searchsorted(falling, self.rule.mass * self.mass)) + 1
+
+    def saved(self) -> dict[str, Tensor]:
+        """What was chosen and counted, as tensors."""
+        rows, columns, weights = self.chosen()
+        counted = torch.tensor([self.edges], dtype=torch.int64)
+        mass = torch.tensor([self.mass], dtype=torch.float64)
+        return {"row": rows, "column": columns, "weight": weights, "edges": counted, "mass": mass}
+
+    @classmethod
+    def restored(cls, rule: Rule, tensors: dict[str, Tensor]) -> Selection:
+        """From ``saved``; choosing again among what was chosen changes nothing."""
+        made = cls(rule, int(tensors["edges"]), float(tensors["mass"]))
+        made._parts = [(tensors["row"], tensors["column"], tensors["weight"])]
+        return made
+
+    def account(self, source: int, target: int, weights: Tensor) -> Kept:
+        """What was kept, between these sites."""
+        kept = float(weights.abs().sum(dtype=torch.float64))
+        return Kept(source, target, self.edges, len(weights), self.mass, kept)

@@ -1,0 +1,403 @@
+"""The backward in tiles: each block is run again, one tile of positions after the other.
+
+From the last block to the first, and within a block from the last tile to the first: by causality
+only later tiles send gradients to a tile's keys and values, so these are complete when its turn
+comes, and one run of the block on the tile gives all its gradients, the same as a plain backward.
+What it takes is a tile's activations, heads · tile · pos numbers, at a time.
+
+The rules and readings are those of ``backward.run``; what readings keep is joined over tiles.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .attachment import Attachment, HookFn
+from .backward import Reading, arranged, frozen_parameters
+from .checkpoint import Checkpoint
+from .context import plan
+from .coverage_table import Coverage
+from .errors import ModelStateError
+from .objective import Objective
+from .placement import attached, check_ready, check_single, reading_hooks
+from .precision import LOW, WideGradient, first_gradient, plain
+from .rules import at_least_float32
+from .rulesets import RuleSet
+from .sites import LEAVES
+from .sums import Sums
+from .tiles import Prefill, check_tileable, first_of, prefill, tiles_of, wanted_positions
+
+HEAD = -1  # the "tile" of what is read behind the blocks, and downwards for more than one
+
+
+class TileReader(Protocol):
+    """What else is read while the backward runs; see ``tiled_edges.py``."""
+
+    def readings(self, layer: int) -> list[Reading]: ...
+
+    def begin_layer(self, layer: int, forward: Prefill, last: int) -> None: ...
+
+    def begin_tile(self, layer: int, tile: int, cache: Any) -> None: ...
+
+    def end_tile(self, layer: int, tile: int, joined: Joined) -> None: ...
+
+    def saved(self, layer: int) -> dict[str, Tensor]: ...
+
+    def restore(self, layer: int, tensors: dict[str, Tensor]) -> None: ...
+
+
+@dataclass(eq=False)
+class Joined:
+    """What readings kept of each tile, by name."""
+
+    bounds: tuple[tuple[int, int], ...]
+    parts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+
+    def take(self, sums: Sums, tile: int) -> None:
+        """What one tile's backward brought; the sums are emptied for the next."""
+        for name, value in sums.kept.items():
+            self.parts.setdefault(name, {})[tile] = value
+        sums.kept.clear()
+
+    def of(self, name: str, tile: int) -> Tensor | None:
+        return self.parts.get(name, {}).get(tile)
+
+    def whole(self) -> dict[str, Tensor]:
+        """By name, over all positions; 0 where no relevance arrived."""
+        return {name: self._whole(name, parts) for name, parts in self.parts.items()}
+
+    def _whole(self, name: str, parts: dict[int, Tensor]) -> Tensor:
+        some = next(iter(parts.values()))
+        if some.ndim == 0:
+            return torch.stack([parts[tile].double() for tile in sorted(parts)]).sum().to(some)
+        axis = 1 if name.endswith((".hook_z", ".z")) else 0  # [head, pos]
+
+        def zeros(tile: int) -> Tensor:
+            shape = list(some.shape)
+            shape[axis] = self.bounds[tile][1] - self.bounds[tile][0]
+            return some.new_zeros(shape)
+
+        tiles = range(len(self.bounds))
+        return torch.cat([parts[t] if t in parts else zeros(t) for t in tiles], dim=axis)
+
+
+@dataclass(frozen=True, eq=False)
+class TiledResult:
+    """A forward and backward in tiles.
+
+    Attributes:
+        logits: [1, wanted, vocab], of the position explained (or all).
+        objective: The objective, reading those.
+        value: Δℓ, [].
+        coverage: Which component got which rule.
+        kept: What the sums kept, by name.
+        tile: Positions a tile in the end.
+    """
+
+    logits: Tensor
+    objective: Callable[[Tensor], Tensor]
+    value: Tensor
+    coverage: Coverage
+    kept: dict[str, Tensor]
+    tile: int
+
+
+def _is_of_block(path: str, layer: int | None) -> bool:
+    """Whether something at ``path`` takes part when that block runs (None: outside of all)."""
+    head, _, rest = path.partition(".")
+    if head != "blocks":
+        return True
+    return layer is not None and rest.split(".")[0] == str(layer)
+
+
+def _gradient(g: Tensor, like: Tensor) -> Tensor:
+    """A gradient kept in float32 or finer, as autograd wants it for ``like``."""
+    g = g.to(like.device)
+    return WideGradient(g.float(), like.dtype) if like.dtype in LOW else g.to(like.dtype)
+
+
+class _Backward:
+    def __init__(
+        self,
+        model: Any,
+        attachments: tuple[Attachment, ...],
+        sums: Sums,
+        reader: TileReader | None,
+        forward: Prefill,
+        joined: Joined,
+        step: Callable[[], None],
+    ) -> None:
+        self.model, self.attachments, self.sums, self.reader = model, attachments, sums, reader
+        self.forward, self.joined, self.step = forward, joined, step
+        self.last = next(  # tiles after it have no part in the objective
+            t for t, (_, stop) in enumerate(forward.bounds) if forward.wanted.stop <= stop
+        )
+
+    def layer(self, layer: int, g: Tensor) -> Tensor:
+        """The gradient at the block's input from that at its output, both [1, pos, d_model]."""
+        from .tile_cache import ReplayCache
+
+        forward, reader = self.forward, self.reader
+        keys, values = forward.keys[layer], forward.values[layer]
+        g_keys, g_values = (torch.zeros_like(at_least_float32(x)) for x in (keys, values))
+        g_in = torch.zeros_like(g)
+        prefix = f"blocks.{layer}."
+        mine = tuple(a for a in self.attachments if _is_of_block(a.site.path, layer))
+        readings = [r for r in self.sums.readings if r.name.startswith(prefix)]
+        readings += reader.readings(layer) if reader is not None else []
+        hooks = arranged(self.model, mine, readings)
+        if reader is not None:
+            reader.begin_layer(layer, forward, self.last)
+        for tile in reversed(range(len(forward.bounds))):
+            start, stop = forward.bounds[tile]
+            own = slice(start, stop)
+            g_tile = g[:, own]
+            idle = not bool(g_tile.any())
+            sent = g_keys[..., own, :].any() | g_values[..., own, :].any()
+            if tile > self.last or (idle and not bool(sent)):  # no relevance comes here
+                self.step()
+                continue
+            past = slice(stop - forward.widths[layer][tile], start)
+            before = tuple(x[..., past, :].detach().requires_grad_(True) for x in (keys, values))
+            cache = ReplayCache(start, (before[0], before[1]), stop=idle)
+            x = forward.inputs[layer][tile].detach().requires_grad_(True)
+            if reader is not None:
+                reader.begin_tile(layer, tile, cache)
+            out = self._replayed(layer, tile, x, cache, mine, hooks)
+            assert cache.own is not None
+            ends = [(cache.own[0], g_keys[..., own, :]), (cache.own[1], g_values[..., own, :])]
+            ends += [] if out is None else [(out, g_tile)]
+            ends = [(y, g_y) for y, g_y in ends if y.requires_grad]
+            found = torch.autograd.grad(
+                [y for y, _ in ends],
+                [x, *before],
+                [_gradient(g_y, y) for y, g_y in ends],
+                allow_unused=True,
+            )
+            if found[0] is not None:
+                g_in[:, own] = plain(found[0]).to(g_in)
+            for total, part in zip((g_keys, g_values), found[1:], strict=True):
+                if part is not None:
+                    total[..., past, :] += plain(part).to(total)
+            self.joined.take(self.sums, tile)
+            if reader is not None:
+                reader.end_tile(layer, tile, self.joined)
+            self.step()
+        return g_in
+
+    def _replayed(
+        self,
+        layer: int,
+        tile: int,
+        x: Tensor,
+        cache: Any,
+        mine: tuple[Attachment, ...],
+        hooks: tuple[list[tuple[str, HookFn]], list[tuple[str, HookFn]]],
+    ) -> Tensor | None:
+        """The block's output on the tile, None where it was stopped at its keys and values."""
+        from .tile_cache import Enough
+
+        args, kwargs = self.forward.call(layer, tile, x, cache)
+        with (
+            reading_hooks(self.model, hooks[0]),
+            attached(self.model, mine),
+            reading_hooks(self.model, hooks[1]),
+        ):
+            try:
+                out = first_of(self.model.blocks[layer](*args, **kwargs))
+            except Enough:
+                return None
+        wanted = self.forward.after(layer, tile)
+        if not bool((out.detach() - wanted).abs().max() <= 1e-3 * wanted.abs().max()):
+            raise ModelStateError(
+                f"blocks.{layer} does not give the same output when it is run again, so its "
+                "relevance would be wrong. Use memory='plain', and remove hooks that change values."
+            )
+        return out
+
+    def embeddings(self, g: Tensor) -> None:
+        """From the first block's input to the embeddings."""
+        for tile, (start, leaves) in enumerate(self.forward.starts):
+            own = slice(*self.forward.bounds[tile])
+            if tile > self.last or not start.requires_grad or not bool(g[:, own].any()):
+                continue
+            torch.autograd.grad(
+                start, list(leaves.values()), _gradient(g[:, own], start), allow_unused=True
+            )
+            self.joined.take(self.sums, tile)
+
+
+def _local(objective: Callable[[Tensor], Tensor], wanted: slice) -> Callable[[Tensor], Tensor]:
+    """The objective for logits of the wanted positions only."""
+    if isinstance(objective, Objective) and wanted.stop - wanted.start == 1:
+        return replace(objective, pos=0)
+    return objective
+
+
+def run_tiled(
+    model: Any,
+    tokens: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    rule_set: str | RuleSet,
+    sums: Sums,
+    tile: int,
+    *,
+    reader: Callable[[], TileReader] | None = None,
+    progress: bool = False,
+    checkpoint: Checkpoint | None = None,
+) -> tuple[TiledResult, TileReader | None]:
+    """What ``backward.run`` does, in tiles of ``tile`` positions.
+
+    On a GPU that runs out of memory the tile is halved, with one warning, until it fits.
+
+    Args:
+        model, tokens, objective, rule_set: As for ``backward.run``; tokens [1, pos].
+        sums: What to read.
+        tile: Positions a tile, 1 or more.
+        reader: Makes what reads edges.
+        progress: Show a bar over blocks and tiles.
+        checkpoint: Where a finished block's results are kept, to go on from there.
+
+    Raises:
+        NotTileable: the model does not run in tiles.
+        ModelStateError, UncoveredComponentError: as ``backward.run``.
+    """
+    check_ready(model, "Relevance")
+    check_single(model)
+    check_tileable(model, tokens)
+    warned = False
+    while True:
+        try:
+            made = None if reader is None else reader()
+            made_result = _attempt(
+                model, tokens, objective, rule_set, sums, tile, made, progress, checkpoint
+            )
+            return made_result, made
+        except torch.OutOfMemoryError:
+            if tile <= 16:
+                raise
+            tile //= 2
+            if not warned:
+                warnings.warn(
+                    f"The GPU ran out of memory; going on with tiles of {tile} positions (and "
+                    "smaller ones, if need be).",
+                    stacklevel=3,
+                )
+            warned = True
+        sums.kept.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _attempt(
+    model: Any,
+    tokens: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    rule_set: str | RuleSet,
+    sums: Sums,
+    tile: int,
+    reader: TileReader | None,
+    progress: bool,
+    checkpoint: Checkpoint | None,
+) -> TiledResult:
+    from tqdm.auto import tqdm
+
+    attachments, coverage = plan(model, rule_set)
+    wanted = wanted_positions(objective, tokens.shape[1])
+    bounds = tiles_of(tokens.shape[1], tile, wanted)
+    n_layers = int(model.cfg.n_layers)
+    outside = tuple(a for a in attachments if _is_of_block(a.site.path, None))
+    around = [r for r in sums.readings if not r.name.startswith("blocks.")]
+    before, after = arranged(model, outside, around)
+    leaves: dict[str, Tensor] = {}
+
+    def make_leaf(tensor: Tensor, hook: Any) -> Tensor:
+        leaves[hook.name] = tensor.detach().requires_grad_(True)
+        return leaves[hook.name]
+
+    hook_dict = model.hook_dict
+    starts = [(name, make_leaf) for name in LEAVES if name in hook_dict]
+    joined, steps = Joined(bounds), len(bounds) * (n_layers + 1)
+    with (
+        frozen_parameters(model),
+        tqdm(total=steps, desc="Blocks × tiles", unit="tile", disable=not progress) as bar,
+    ):
+        with _ordered(model, [*starts, *before], outside, after):
+            forward = prefill(model, tokens, wanted, bounds, leaves, bar.update)
+            asked = _local(objective, wanted)
+            assert forward.logits is not None
+            value = asked(forward.logits)
+        sums.kept.clear()  # so far only zeros
+        g = _first_gradient(model, forward, value, lambda i: joined.take(sums, HEAD - i))
+        backward = _Backward(model, attachments, sums, reader, forward, joined, bar.update)
+        first = n_layers
+        if checkpoint is not None:
+            checkpoint.open(tokens, value, coverage.rules, str(objective), tile)
+            first, g = checkpoint.resume(n_layers, g, joined.parts, reader)
+            bar.update((n_layers - first) * len(bounds))
+        for layer in reversed(range(first)):
+            g = backward.layer(layer, g)
+            if checkpoint is not None:
+                checkpoint.write(layer, g, joined.parts, reader)
+        backward.embeddings(g)
+    result = joined.whole()
+    return TiledResult(
+        forward.logits.detach(), asked, value.detach().reshape(()), coverage, result, tile
+    )
+
+
+def _first_gradient(
+    model: Any, forward: Prefill, value: object, read: Callable[[int], None]
+) -> Tensor:
+    """The gradient of the objective at the last block's output, [1, pos, d_model].
+
+    Args:
+        read: Called after each tile's backward through what is behind the blocks.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise ModelStateError(
+            "The objective must turn logits [batch, pos, vocab] into one differentiable number. "
+            "Use clrp.logit_diff(...), or a function that detaches nothing."
+        )
+    begin = first_gradient(model, value)
+    at_logits = torch.autograd.grad(value, forward.parts, begin, allow_unused=True)
+    if all(part is None for part in at_logits):
+        raise ModelStateError(
+            "The objective's value does not depend on the logits it was given, so there is "
+            "nothing to explain. Compute it from its argument."
+        )
+    some = next(iter(forward.finals.values()))
+    g = at_least_float32(some.detach()).new_zeros(1, forward.bounds[-1][1], some.shape[-1])
+    for i, (tile, final) in enumerate(forward.finals.items()):
+        if at_logits[i] is None:
+            continue
+        part = _gradient(plain(at_logits[i]), forward.parts[i])
+        (found,) = torch.autograd.grad(forward.parts[i], [final], part)
+        g[:, slice(*forward.bounds[tile])] = plain(found).to(g)
+        read(i)
+    return g
+
+
+def _ordered(
+    model: Any,
+    before: Iterable[tuple[str, HookFn]],
+    attachments: tuple[Attachment, ...],
+    after: Iterable[tuple[str, HookFn]],
+) -> Any:
+    from contextlib import ExitStack
+
+    stack = ExitStack()
+    try:
+        stack.enter_context(reading_hooks(model, list(before)))
+        stack.enter_context(attached(model, attachments))
+        stack.enter_context(reading_hooks(model, list(after)))
+    except BaseException:
+        stack.close()
+        raise
+    return stack

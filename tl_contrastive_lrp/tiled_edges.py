@@ -1,0 +1,203 @@
+"""Edges from a backward in tiles: rows of each transition's matrix as they come, pruned at once.
+
+A tile's hooks see [head, tile, keys], its rows of the matrix. The diagonal is what remains of the
+source's relevance after the column's other entries; by causality those all lie in later rows,
+and the backward goes from the last tile to the first, so that a tile's diagonal is known when its
+turn has come. No matrix of pos² numbers ever exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from .backward import Reading
+from .edges import BlockEdges, biased_blocks, edge_readings, needs_tangents
+from .precision import LOW, WideGradient, plain
+from .rules import at_least_float32
+from .rulesets import RuleSet
+from .selection import Rule, Selection
+from .sites import Site
+from .tangents import BlockCall, block_tangents
+from .tile_cache import Enough, ReplayCache
+from .tiled_backward import Joined
+from .tiles import Prefill
+
+
+def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    made: Tensor = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _tangent(x: Tensor) -> Tensor:
+    found = forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
+    return torch.zeros_like(x) if found is None else plain(found)
+
+
+class _Moving:
+    """ṽ and k̃ of one block at all positions, and S̃ of one tile: ``tangents.py``, in tiles."""
+
+    def __init__(self, edges: TiledEdges, layer: int, forward: Prefill, last: int) -> None:
+        self.edges, self.layer, self.forward = edges, layer, forward
+        self.keys, self.values = (
+            torch.zeros_like(at_least_float32(x[layer])) for x in (forward.keys, forward.values)
+        )
+        for tile in range(last + 1):
+            try:
+                self._run(tile, stop=True)
+            except Enough:
+                continue
+
+    def _past(self, tile: int) -> tuple[slice, slice]:
+        start, stop = self.forward.bounds[tile]
+        return slice(stop - self.forward.widths[self.layer][tile], start), slice(start, stop)
+
+    def _run(self, tile: int, *, stop: bool) -> tuple[Tensor, Tensor]:
+        cache = _DualCache(self, tile, stop=stop)
+        hidden = self.forward.inputs[self.layer][tile]
+        args, kwargs = self.forward.call(self.layer, tile, hidden, cache)
+        v, scores = block_tangents(
+            self.edges.model, self.layer, BlockCall(args, kwargs), self.edges.sites,
+            self.edges.rule_set,
+        )  # fmt: skip
+        past, own = self._past(tile)
+        if not self.edges.by_operation(self.layer):  # else v is as it enters pattern·v
+            v = self.values[0, :, past.start : own.stop].transpose(0, 1)
+        return v, scores
+
+    def at(self, tile: int) -> tuple[Tensor, Tensor]:
+        return self._run(tile, stop=False)
+
+
+class _DualCache(ReplayCache):
+    def __init__(self, moving: _Moving, tile: int, *, stop: bool) -> None:
+        self.moving, self.tile = moving, tile
+        past, self.at = moving._past(tile)
+        forward, layer = moving.forward, moving.layer
+        self.found = [
+            (forward.keys[layer][..., past, :], moving.keys[..., past, :]),
+            (forward.values[layer][..., past, :], moving.values[..., past, :]),
+        ]
+        super().__init__(self.at.start, (self.found[0][0], self.found[1][0]), stop=stop)
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        if self.stop:
+            self.moving.keys[..., self.at, :] = _tangent(k)
+            self.moving.values[..., self.at, :] = _tangent(v)
+            raise Enough
+        if not self.past[0].shape[-2]:
+            return k, v
+        before = [_dual(x, _as(x, t)) for x, t in self.found]
+        return tuple(torch.cat([p, x], dim=-2) for p, x in zip(before, (k, v), strict=True))
+
+
+def _as(x: Tensor, tangent: Tensor) -> Tensor:
+    """A tangent kept in float32 beside values of a low type."""
+    return WideGradient(tangent.float(), x.dtype) if x.dtype in LOW else tangent.to(x.dtype)
+
+
+class TiledEdges:
+    """Collects the edges of the given blocks' transitions, pruned by ``rule``.
+
+    Args:
+        model: The bridge.
+        sites: ``find_sites(model)``.
+        rule_set: The rules of the backward.
+        rule: Which edges to keep.
+        targets: By block, the site its attention's transition leads to.
+        node_threshold: Targets with |relevance| at or below it are not expanded.
+
+    Attributes:
+        found: By block.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sites: tuple[Site, ...],
+        rule_set: RuleSet,
+        rule: Rule,
+        targets: dict[int, str],
+        node_threshold: float,
+    ) -> None:
+        self.model, self.sites, self.rule_set, self.rule = model, sites, rule_set, rule
+        self.targets, self.node_threshold = targets, node_threshold
+        self.biased = biased_blocks(model)
+        self.found: dict[int, Selection] = {}
+        self._edges: BlockEdges | None = None
+        self._moving: _Moving | None = None
+        self._forward: Prefill | None = None
+        self._cache: Any = None
+        self._tile = 0
+        self._columns: Tensor | None = None
+
+    def by_operation(self, layer: int) -> bool:
+        return any(
+            site.operation == "attention" and site.path == f"blocks.{layer}.attn"
+            for site in self.sites
+        )
+
+    def readings(self, layer: int) -> list[Reading]:
+        self._edges = BlockEdges(layer, by_head=False)
+        return edge_readings(
+            self.model, self._edges, self.sites, self.rule_set, BlockCall(), self.biased,
+            self._values, self._moved,
+        )  # fmt: skip
+
+    def _values(self) -> Tensor:
+        values: Tensor = self._cache.values[0]
+        return values.transpose(0, 1)
+
+    def _moved(self) -> tuple[Tensor, Tensor]:
+        assert self._moving is not None
+        return self._moving.at(self._tile)
+
+    def begin_layer(self, layer: int, forward: Prefill, last: int) -> None:
+        self._forward = forward
+        self.found[layer] = Selection(self.rule)
+        self._columns = torch.zeros(forward.bounds[-1][1], dtype=torch.float64)
+        self._moving = None
+        if needs_tangents(layer, self.sites, self.rule_set, self.biased):
+            self._moving = _Moving(self, layer, forward, last)
+
+    def begin_tile(self, layer: int, tile: int, cache: Any) -> None:  # noqa: ARG002
+        assert self._edges is not None
+        self._cache, self._tile = cache, tile
+        self._edges.total = None
+        self._edges._kept.clear()
+
+    def end_tile(self, layer: int, tile: int, joined: Joined) -> None:
+        """The tile's rows, its diagonal included."""
+        assert self._edges is not None
+        assert self._forward is not None
+        assert self._columns is not None
+        start, stop = self._forward.bounds[tile]
+        first = stop - self._forward.widths[layer][tile]
+        source = joined.of(f"blocks.{layer}.hook_resid_pre", tile)
+        target = joined.of(self.targets[layer], tile)
+        total, self._edges.total = self._edges.total, None
+        self._cache = None
+        if total is not None:
+            total.diagonal(start - first).zero_()
+            self._columns[first:stop] += total.sum(0, dtype=torch.float64).cpu()
+        if source is None or target is None:
+            return
+        live = target.abs() > self.node_threshold
+        if not bool(live.any()):
+            return
+        if total is None:  # no relevance reaches this block's attention
+            first, total = start, source.new_zeros(stop - start, stop - start)
+        diagonal = source - self._columns[start:stop].to(source)
+        total.diagonal(start - first).copy_(diagonal)
+        if not bool(live.all()):
+            total[~live.to(total.device)] = 0
+        self.found[layer].add(total, start, first, start * (start + 1) // 2)
+
+    def saved(self, layer: int) -> dict[str, Tensor]:
+        return self.found[layer].saved()
+
+    def restore(self, layer: int, tensors: dict[str, Tensor]) -> None:
+        self.found[layer] = Selection.restored(self.rule, tensors)
