@@ -373,4 +373,5 @@ def test_a_block_that_runs_twice_is_a_finding() -> None:
     inner = model.original_model.model
     inner.layers.append(inner.layers[0])
     inner.config.num_hidden_layers = 3
+    model.original_model.config.use_cache = inner.config.use_cache = False
     assert "it runs 2 times in one forward" in str(audit(model))

@@ -11,6 +11,17 @@ backward pass of it under a rule set:
 - ``relevance_patch``: TransformerLens' ``attribution_patch`` on its own nodes and edges.
 """
 
+from transformer_lens import patching as _upstream
+
+from ..errors import VersionError
+
+if not hasattr(_upstream, "PatchingResult"):  # its result types came with 4.3
+    raise VersionError(
+        "tl_contrastive_lrp.patching needs TransformerLens 4.3 or newer, whose patching results it "
+        'returns. Type: pip install --upgrade "transformer_lens>=4.3,<5"',
+        name="transformer_lens",
+    )
+
 from .nodes import relevance_patch
 from .sweeps import (
     get_relevance_patch_attn_head_all_pos_every,
