@@ -77,8 +77,10 @@ def _number(figure: float) -> str:
     return "-" if figure != figure else f"{figure:.0f}" if figure in (0, 1) else f"{figure:.2g}"
 
 
-def _name_of(function: object) -> str:
-    return str(getattr(function, "__name__", repr(function)))
+def _in_words(objective: object) -> str:
+    if isinstance(objective, Objective):
+        return str(objective).partition(" (positive")[0]
+    return str(getattr(objective, "__name__", repr(objective)))
 
 
 def verify(
@@ -143,6 +145,6 @@ def verify(
         rule_set.name,
         str(checks.dtype_of(model)).removeprefix("torch."),
         tokens.shape[1],
-        str(objective) if isinstance(objective, Objective) else _name_of(objective),
+        _in_words(objective),
         tuple(made),
     )

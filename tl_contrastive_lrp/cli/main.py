@@ -12,6 +12,7 @@ import typer
 
 from . import demo as demo_room
 from . import options as o
+from .check import check_command
 from .command import PROGRAM
 from .exit import exit_codes
 from .explain import explain
@@ -107,6 +108,7 @@ def explain_command(
 
 
 app.command("graph", epilog=o.EXIT_CODES)(graph_command)
+app.command("check", epilog=o.EXIT_CODES)(check_command)
 
 
 @app.command("demo", epilog=o.EXIT_CODES)

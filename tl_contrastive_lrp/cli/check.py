@@ -1,0 +1,231 @@
+"""``check``: is this model covered, and, on request, is its relevance right?"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options as o
+from .exit import CliError, Code, exit_codes
+from .model import checked_device, load_model, quiet_libraries
+from .tell import finite, print_json
+from .terminal import progress, say, table, tell
+
+if TYPE_CHECKING:
+    from ..audit_report import Audit
+    from ..coverage_table import Coverage
+    from ..verification import Verification
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="Folder of a Hugging Face model, or its name on the hub.")
+]
+VerifyOption = Annotated[
+    bool, typer.Option("--verify", help="Measure on a prompt whether relevance is right.")
+]
+ConfigOnlyOption = Annotated[
+    bool,
+    typer.Option(
+        "--config-only",
+        help="Ask before downloading: read config.json alone and use random weights. Implied by a "
+        "folder that holds no weights.",
+    ),
+]
+CheckPromptOption = Annotated[
+    str | None, typer.Option(help="Text for --verify. Default: a few arbitrary tokens.")
+]
+
+
+def check_command(
+    model: ModelArgument,
+    verify: VerifyOption = False,
+    prompt: CheckPromptOption = None,
+    rules: o.RulesOption = o.Rules.ATTNLRP,
+    config_only: ConfigOnlyOption = False,
+    device: o.DeviceOption = None,
+    dtype: o.DtypeOption = o.Dtype.FLOAT32,
+    json: o.JsonOption = False,
+    quiet: o.QuietOption = False,
+    debug: o.DebugOption = False,
+) -> None:
+    """Is a model covered? List its operations, their rules, and what no rule covers.
+
+    Every operation between logits and embeddings must be linear or have a rule; otherwise the
+    model is refused, with what stands in the way (exit code 3). **--verify** then measures on a
+    prompt: the forward unchanged, nothing lost, nothing detached, finite numbers, precision.
+
+    **--json** prints one object. *status* is "covered" or "refused", with *version, model, class,
+    rules, dtype, device, weights* ("checkpoint" or "random"), *operations* (how many were looked
+    at); *coverage* (*component, class_name, operation, rule, attached*); *findings* (*component,
+    module_class, operation, why*); *ordinary* (*component, operation* of what keeps its ordinary
+    gradient by rule); *verification* (null, or *verdict, objective, n_tokens, checks*: *name,
+    verdict, figure, limit, says*); *notes*.
+    """
+    if prompt is not None and not verify:
+        raise typer.BadParameter("--prompt is for --verify; add it.")
+    if prompt == "":
+        raise typer.BadParameter("--prompt is empty.")
+    with exit_codes(debug):
+        spins = not (quiet or json)
+        with progress("Loading the model", spins):
+            bridge, random, notes = _load(model, config_only, device, dtype.value)
+        if prompt is not None and random:
+            raise CliError(
+                Code.USAGE, "There is no tokenizer with random weights: leave --prompt out."
+            )
+        with progress("Following every operation", spins):
+            coverage, audit, why = _examined(bridge, rules.value)
+        verification = None
+        if verify and why is None and audit is not None and audit.clean:
+            with progress("Measuring", spins):
+                verification = _verified(bridge, prompt, rules.value)
+        found = _Checked(bridge, rules.value, dtype.value, coverage, audit, why, verification)
+        if json:
+            print_json(found.as_json(model, "random" if random else "checkpoint", notes))
+        else:
+            found.print(model, notes, quiet)
+        if not found.good:
+            raise typer.Exit(Code.MODEL)
+
+
+def _load(
+    name: str, config_only: bool, device: o.Device | None, dtype: str
+) -> tuple[Any, bool, tuple[str, ...]]:
+    """The model, whether its weights are random, and notes."""
+    from .config_model import has_weights, sketch
+
+    where = None if device is None else device.value
+    if config_only or not has_weights(name):
+        made = sketch(name, checked_device(where), dtype)
+        return made.bridge, True, made.notes
+    return load_model(name, where, dtype), False, ()
+
+
+def _examined(bridge: Any, rules: str) -> tuple[Coverage | None, Audit | None, str | None]:
+    """The coverage, the audit, and why there is none."""
+    from ..audit_model import audit
+    from ..errors import UncoveredComponentError
+    from ..placement import place
+
+    try:
+        with quiet_libraries():
+            _, coverage = place(bridge, rules)
+            return coverage, audit(bridge), None
+    except UncoveredComponentError as error:
+        return None, None, str(error)
+
+
+def _verified(bridge: Any, prompt: str | None, rules: str) -> Verification:
+    import torch
+
+    from ..verification import verify
+
+    ids: Any = prompt
+    if prompt is None:
+        n = min(12, int(bridge.cfg.n_ctx))
+        ids = (torch.arange(n) * 7 + 3) % int(bridge.cfg.d_vocab)
+        ids = ids.to(next(iter(bridge.original_model.parameters())).device)
+    with quiet_libraries():
+        return verify(bridge, ids, rules)
+
+
+class _Checked:
+    """What was found, and how it is told."""
+
+    def __init__(
+        self,
+        bridge: Any,
+        rules: str,
+        dtype: str,
+        coverage: Coverage | None,
+        audit: Audit | None,
+        why: str | None,
+        verification: Verification | None,
+    ) -> None:
+        self.bridge, self.rules, self.dtype = bridge, rules, dtype
+        self.coverage, self.audit, self.why = coverage, audit, why
+        self.verification = verification
+        self.covered = why is None and audit is not None and audit.clean
+
+    @property
+    def good(self) -> bool:
+        failed = self.verification is not None and self.verification.verdict == "failed"
+        return self.covered and not failed
+
+    def print(self, name: str, notes: tuple[str, ...], quiet: bool) -> None:
+        kind = type(self.bridge.original_model).__name__
+        status = "covered" if self.covered else "not covered"
+        tell(f"{name} ({kind}): {status}, rules {self.rules}, {self.dtype}")
+        if self.coverage is not None and self.covered:
+            headings = ("component", "operation", "rule", "attached")
+            rows = [[getattr(row, h) for h in headings] for row in self.coverage.summary()]
+            table([(heading, False) for heading in headings], rows)
+        if self.why is not None:
+            tell(self.why)
+        elif self.audit is not None:
+            self._print_audit(self.audit)
+        if self.verification is not None:
+            self._print_verification(self.verification)
+        if not quiet:
+            for note in notes:
+                say(f"Note: {note}")
+
+    def _print_audit(self, audit: Audit) -> None:
+        if audit.clean:
+            n = sum(audit.counts.values())
+            tell(f"Each of {n} operations between logits and embeddings is linear or has its rule.")
+            return
+        tell("No rule covers these, so relevance through them would be made up:")
+        table(
+            [("component", False), ("class", False), ("operation", False), ("why", False)],
+            [tuple(vars(f).values()) for f in audit.summary()],
+        )
+
+    def _print_verification(self, verification: Verification) -> None:
+        tell(f"Verified on {verification.n_tokens} tokens, {verification.objective}:")
+        table(
+            [("check", False), ("verdict", False), ("figure", True), ("", False)],
+            [
+                (c.name, c.verdict, "-" if math.isnan(c.figure) else f"{c.figure:.2g}", c.says)
+                for c in verification.checks
+            ],
+        )
+
+    def as_json(self, name: str, weights: str, notes: tuple[str, ...]) -> dict[str, Any]:
+        from .. import __version__
+
+        audit, v = self.audit, self.verification
+        findings = [vars(f) for f in audit.findings] if audit is not None else []
+        if self.why is not None:
+            findings = [
+                {"component": "model", "module_class": "", "operation": "", "why": self.why}
+            ]
+        return {
+            "status": "covered" if self.covered else "refused",
+            "version": __version__,
+            "model": name,
+            "class": type(self.bridge.original_model).__name__,
+            "rules": self.rules,
+            "dtype": self.dtype,
+            "device": str(next(iter(self.bridge.original_model.parameters())).device),
+            "weights": weights,
+            "operations": sum(audit.counts.values()) if audit is not None else 0,
+            "coverage": [] if self.coverage is None else [vars(r) for r in self.coverage.rows],
+            "findings": findings,
+            "ordinary": [
+                {"component": c, "operation": op} for c, op in (audit.ordinary if audit else ())
+            ],
+            "verification": None
+            if v is None
+            else {
+                "verdict": v.verdict,
+                "objective": v.objective,
+                "n_tokens": v.n_tokens,
+                "checks": [
+                    vars(c) | {"figure": finite(c.figure), "limit": finite(c.limit)}
+                    for c in v.checks
+                ],
+            },
+            "notes": list(notes),
+        }
