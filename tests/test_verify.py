@@ -14,7 +14,7 @@ from hooking import Snapshot, fresh
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import rules, verify_checks
+from tl_contrastive_lrp import rules, verify_checks, verify_parts
 from tl_contrastive_lrp.audit_model import audit
 from tl_contrastive_lrp.errors import ModelStateError, PromptError
 from tl_contrastive_lrp.precision import in_float32
@@ -103,7 +103,7 @@ def test_low_precision_is_compared_with_float32(name: str, dtype: torch.dtype) -
 
 
 def test_no_room_for_a_copy_is_said_and_nothing_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_checks, "_free", lambda device: 1000)  # noqa: ARG005
+    monkeypatch.setattr(verify_parts, "_free", lambda device: 1000)  # noqa: ARG005
     v = verify(fresh("llama", torch.bfloat16), random_tokens())
     assert v["gradient"].verdict == v["precision"].verdict == "skipped"
     assert "GiB" in v["precision"].says

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from . import verify_checks as checks
+from . import verify_precision as precision
 from .objective import Objective, logit_diff
 from .placement import check_ready, check_single
 from .prompts import model_name, to_single_prompt
 from .rulesets import RuleSet, get_rule_set
 from .sites import require_bridge
-from .verify_checks import Check, Verdict, skipped
+from .verify_parts import Check, Verdict, dtype_of, skipped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +126,7 @@ def verify(
         best = logits[0, -1].topk(2).indices.tolist()
         objective = logit_diff(model, target=best[0], contrast=best[1])
     if not bool(logits.isfinite().all()):
-        overflow = checks.overflow(model)
+        overflow = precision.overflow(model)
         made = [overflow if name == "finite" else skipped(name, _OVERFLOW) for name in NAMES]
     elif (audited := checks.check_audit(model)).verdict == "failed":
         made = [audited, *(skipped(name, _REFUSED) for name in NAMES[1:])]
@@ -136,14 +137,14 @@ def verify(
             checks.check_conservation(model, tokens, objective),
             checks.check_gradient(model, tokens, objective),
         ]
-        found = checks.relevance_at_sites(model, tokens, objective, rule_set)
-        exact, why = checks.in_float32_too(model, tokens, objective, rule_set, found)
-        made.append(checks.check_finite(model, found, exact))
-        made.append(checks.check_precision(model, found, exact, why))
+        found = precision.relevance_at_sites(model, tokens, objective, rule_set)
+        exact, why = precision.in_float32_too(model, tokens, objective, rule_set, found)
+        made.append(precision.check_finite(model, found, exact))
+        made.append(precision.check_precision(model, found, exact, why))
     return Verification(
         model_name(model),
         rule_set.name,
-        str(checks.dtype_of(model)).removeprefix("torch."),
+        str(dtype_of(model)).removeprefix("torch."),
         tokens.shape[1],
         _in_words(objective),
         tuple(made),
