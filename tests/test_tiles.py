@@ -92,6 +92,22 @@ def test_the_tile_does_not_matter(tile: int) -> None:
     assert_same(*both(model, random_tokens(1, 12), objective, tile=tile))
 
 
+def test_no_relevance_is_zero_everywhere() -> None:
+    model, ids = boot("qwen3-bias", torch.float32), random_tokens(1, 20)
+
+    def objective(logits: Tensor) -> Tensor:
+        return 0.0 * logits[0, -1, 7]
+
+    plain, tiled = (
+        clrp.attribute(model, ids, objective, neurons=True, **way) for way in (PLAIN, TILED)
+    )
+    for name in FIELDS:
+        wanted, got = getattr(plain, name), getattr(tiled, name)
+        assert got.shape == wanted.shape
+        assert not got.any()
+        assert not wanted.any()
+
+
 def test_half_precision_keeps_its_float32_backward() -> None:
     model = boot("qwen2", torch.bfloat16)
     assert_same(*both(model, random_tokens(1, 24), clrp.logit_diff(model, 7, 11)))

@@ -158,7 +158,7 @@ class _Backward:
             start, stop = forward.bounds[tile]
             own = slice(start, stop)
             g_tile = g[:, own]
-            idle = not bool(g_tile.any())
+            idle = tile != self.last and not bool(g_tile.any())  # one is run, to find shapes
             sent = g_keys[..., own, :].any() | g_values[..., own, :].any()
             if tile > self.last or (idle and not bool(sent)):  # no relevance comes here
                 self.step()
@@ -225,7 +225,8 @@ class _Backward:
         """From the first block's input to the embeddings."""
         for tile, (start, leaves) in enumerate(self.forward.starts):
             own = slice(*self.forward.bounds[tile])
-            if tile > self.last or not start.requires_grad or not bool(g[:, own].any()):
+            none = tile != self.last and not bool(g[:, own].any())
+            if tile > self.last or not start.requires_grad or none:
                 continue
             torch.autograd.grad(
                 start, list(leaves.values()), _gradient(g[:, own], start), allow_unused=True
