@@ -164,7 +164,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def arrange(blocks: int, error: type[BaseException]) -> None:
         done = {"blocks": 0, "tiles": 0}
-        layer, replayed = tiled_backward._Backward.layer, tiled_backward._Backward._replayed
+        layer, replayed = tiled_backward.Backward.layer, tiled_backward.Backward._replayed
 
         def counted_layer(self: Any, *args: Any) -> Any:
             done["blocks"], done["tiles"] = done["blocks"] + 1, 0
@@ -176,8 +176,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
                 raise error
             return replayed(self, *args)
 
-        monkeypatch.setattr(tiled_backward._Backward, "layer", counted_layer)
-        monkeypatch.setattr(tiled_backward._Backward, "_replayed", counted_tile)
+        monkeypatch.setattr(tiled_backward.Backward, "layer", counted_layer)
+        monkeypatch.setattr(tiled_backward.Backward, "_replayed", counted_tile)
 
     return arrange
 
@@ -218,9 +218,9 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
     files = sorted(path.name for path in (tmp_path / "run").glob("*.safetensors"))
     assert files == [f"block_{i}.safetensors" for i in range(3 - blocks, 3)]
     runs = []
-    layer = tiled_backward._Backward.layer
+    layer = tiled_backward.Backward.layer
     monkeypatch.setattr(
-        tiled_backward._Backward, "layer", lambda *args: (runs.append(args[1]), layer(*args))[1]
+        tiled_backward.Backward, "layer", lambda *args: (runs.append(args[1]), layer(*args))[1]
     )
     found = run(checkpoint_dir=tmp_path / "run")
     assert runs == list(range(2 - blocks, -1, -1))  # finished blocks are not run again
@@ -244,7 +244,7 @@ def test_a_folder_belongs_to_one_question(tmp_path: Path) -> None:
 
 def test_out_of_memory_halves_the_tile_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = boot("qwen3", torch.float32), random_tokens(1, 40)
-    objective, layer = clrp.logit_diff(model, 7, 11), tiled_backward._Backward.layer
+    objective, layer = clrp.logit_diff(model, 7, 11), tiled_backward.Backward.layer
 
     def full(self: Any, at: int, g: Tensor) -> Tensor:
         if at == 0 and max(stop - start for start, stop in self.forward.bounds) > 18:
@@ -252,7 +252,7 @@ def test_out_of_memory_halves_the_tile_and_says_so_once(monkeypatch: pytest.Monk
         return layer(self, at, g)
 
     plain = clrp.attribute(model, ids, objective, **PLAIN)
-    monkeypatch.setattr(tiled_backward._Backward, "layer", full)
+    monkeypatch.setattr(tiled_backward.Backward, "layer", full)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         tiled = clrp.attribute(model, ids, objective, **{**TILED, "tile": 64})

@@ -85,7 +85,7 @@ def run_chosen(
     if choice.tile is not None:
         from .checkpoint import Checkpoint
         from .tile_cache import NotTileable
-        from .tiled_backward import run_tiled
+        from .tiled_run import run_tiled
 
         checkpoint = None if checkpoint_dir is None else Checkpoint(checkpoint_dir, settings)
         try:

@@ -186,6 +186,8 @@ class TiledEdges:
         if source is None or target is None:
             return
         live = target.abs() > self.node_threshold
+        if self.node_threshold == 0 and total is not None:  # parts may add up to exactly 0
+            live = live | (total != 0).any(-1).to(live.device)
         if not bool(live.any()):
             return
         if total is None:  # no relevance reaches this block's attention

@@ -17,8 +17,9 @@ from .rulesets import RuleSet
 from .selection import Rule, Selection
 from .sites import find_sites
 from .sums import Sums
-from .tiled_backward import TiledResult, TileReader, run_tiled
+from .tiled_backward import TileReader
 from .tiled_edges import TiledEdges
+from .tiled_run import TiledResult, run_tiled
 
 
 class Step(Protocol):
