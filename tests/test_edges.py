@@ -268,3 +268,19 @@ def test_gradient_edges_are_small_interventions_on_the_model_itself(name: str) -
             model.run_with_hooks(copies, fwd_hooks=[(s, scale), (t, keep)])
         more, less = contributions(true.gradient(t), kept["h"]).split(N, dim=1)
         assert off((more - less) / (2 * e), g.matrix(s, t)) <= 1e-6, (s, t)
+
+
+def test_a_target_whose_relevance_adds_up_to_zero_still_passes_it_on() -> None:
+    """A norm's ordinary gradient is orthogonal to its input, so the last site's relevance is 0.
+
+    On some of these prompts it is 0 to the last bit, on others rounding leaves 1e-7.
+    """
+    model = clrp.load_demo_model()
+    for case in clrp.load_demo_cases("arithmetic")[:4]:
+        g = clrp.attribution_graph(
+            model, case.prompt, target=case.target, contrast=case.contrast, rules="gradient"
+        )
+        assert g.relevance[-1].abs().max() <= 1e-5 * g.relevance[0].abs().max()
+        for row, pair in enumerate(pairs(g.sites)):
+            missing = (g.matrix(*pair).sum(0) - g.relevance[row]).abs().max()
+            assert missing <= 1e-5 * g.relevance[row].abs().max(), pair

@@ -188,15 +188,20 @@ def attribution_graph(
     )
     columns = EdgeColumns(with_heads=heads)
     for step in steps:
-        # Where no relevance arrives, nothing is passed on; subtraction would leave rounding there.
+        # Where nothing arrives, nothing is passed on; subtraction would leave rounding there.
         live = relevance[step.target].abs() > node_threshold
         ends = step.source, step.target
         if step.kind == "packed":
             columns.add_dense(*ends, packed[sites[step.source], sites[step.target]], live)
         elif step.kind == "position":
+            # One position each: what arrives is what is passed on, also where it adds up to 0.
+            live = live if node_threshold > 0 else torch.ones_like(live)
             columns.add_diagonal(*ends, relevance[step.source], live)
         else:
-            _add_block(columns, ends, edges[step.block], relevance[step.source], live)
+            found = edges[step.block]
+            if node_threshold == 0 and found.total is not None:
+                live = live | passes_on(found.total).cpu()
+            _add_block(columns, ends, found, relevance[step.source], live)
     graph = columns.graph(
         relevance=relevance,
         rules=coverage.rules,
@@ -222,6 +227,11 @@ def _prompt_facts(
         "model_name": model_name(model),
         "final_pos": int(getattr(objective, "pos", -1)) % tokens.shape[1],
     }
+
+
+def passes_on(edges: Float[Tensor, "target source"]) -> Bool[Tensor, " target"]:
+    """Targets with edges: relevance may arrive in parts that add up to exactly 0."""
+    return (edges != 0).any(-1)
 
 
 @dataclass(frozen=True)
