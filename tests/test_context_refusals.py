@@ -104,9 +104,7 @@ def _variant_component(model: Any) -> str:
     return "Exp"
 
 
-@pytest.mark.parametrize(
-    "change", [_unknown_activation, _unknown_linear, _variant_component]
-)
+@pytest.mark.parametrize("change", [_unknown_activation, _unknown_linear, _variant_component])
 def test_an_unknown_component_is_refused_by_name(
     change: Callable[[Any], str], snapshot: Snapshot
 ) -> None:

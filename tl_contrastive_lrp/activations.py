@@ -68,7 +68,8 @@ def xielu_ratio(module: Any) -> Ratio:
         beta = module.beta.detach().to(x)
         negative = beta + torch.nn.functional.softplus(module.alpha_n.detach()).to(x)
         left = negative * (expm1_ratio(x.clamp(max=0.0)) - 1.0)
-        return beta + torch.where(x > 0, positive * x, left)
+        both: Tensor = beta + torch.where(x > 0, positive * x, left)
+        return both
 
     return ratio
 

@@ -63,10 +63,10 @@ def _biases(model: Any) -> dict[str, Tensor]:
     for path, component in components(model).items():
         with loaded(component):
             bias = getattr(component.original_component, "bias", None)
-            # the first GPT calls its causal mask "bias"
-            vector = isinstance(bias, Tensor) and bias.dim() == 1
-        if vector and f"{path}.hook_out" in hook_dict and bias.any():
-            found[f"{path}.hook_out"] = bias.detach()
+            if not isinstance(bias, Tensor) or bias.dim() != 1:
+                continue  # the first GPT calls its causal mask "bias"
+            if f"{path}.hook_out" in hook_dict and bias.any():
+                found[f"{path}.hook_out"] = bias.detach()
     return found
 
 

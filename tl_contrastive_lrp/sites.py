@@ -8,8 +8,8 @@ functions are in ``activations.py``.
 What no HookPoint reaches, the "inside" of a wrapped Hugging Face module that computes attention or
 experts itself, is left to ``inside.py``. Nothing here vouches that the list is complete: that is
 the audit's part (``audit_model.py``), which follows the graph that relevance flows through and
-refuses every operation that no rule accounts for. A new kind of component is a row of ``COMPONENTS`` and,
-if its operation is new, an attachment in ``attach.py``.
+refuses every operation that no rule accounts for. A new kind of component is a row of
+``COMPONENTS`` and, if its operation is new, an attachment in ``attach.py``.
 """
 
 from __future__ import annotations

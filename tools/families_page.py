@@ -24,8 +24,8 @@ HEAD = """# Model families
 
 Written by `python tools/families_page.py`: every text family that TransformerLens {version} boots
 offline, as a tiny random model with biases on, is asked what a model of yours is asked at the first
-`lrp()`: does each operation between the logits and the embeddings have its rule? `*` marks a variant
-of a family. On every covered family relevance and graph edges agree with an independent
+`lrp()`: does each operation between the logits and the embeddings have its rule? `*` marks a
+variant of a family. On every covered family relevance and graph edges agree with an independent
 operation-level oracle to 1e-5, the logits are unchanged to the bit (`pytest tests/test_zoo.py`).
 Coverage is decided by operation, not by name: a family that is not listed is covered if its
 operations are, and refused with their names if not. Ask with `tl-contrastive-lrp check MODEL`.
