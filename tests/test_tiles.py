@@ -13,6 +13,7 @@ from families import FAMILIES, boot, make_config, make_tokenizer, random_tokens
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
+from tl_contrastive_lrp import explain as explain_module
 from tl_contrastive_lrp import memory, tiled_backward, tiles
 from tl_contrastive_lrp.errors import FileFormatError, ModelStateError
 
@@ -270,6 +271,22 @@ def test_auto_takes_tiles_where_the_plain_way_does_not_fit(monkeypatch: pytest.M
     found = clrp.attribute(model, ids, objective, progress=False)
     assert found.memory == "tiled (tile 16)"
     assert_same(clrp.attribute(model, ids, objective, **PLAIN), found)
+
+
+# Its own way to choose keys, from a state beside them; no cache; the first GPT's lists.
+@pytest.mark.parametrize("name", ["glm_moe_dsa", "bert", "openai_gpt"])
+def test_what_cannot_run_in_tiles_runs_the_plain_way_or_says_so(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = zoo.boot(name, torch.float32), random_tokens(1, 12)
+    objective = clrp.logit_diff(model, 7, 11)
+    with pytest.raises(ModelStateError, match="This model cannot run in tiles: "):
+        clrp.attribute(model, ids, objective, **TILED)
+    with pytest.raises(ModelStateError, match="This model cannot run in tiles: "):
+        clrp.attribution_graph(model, ids, objective, **TILED)
+    # Where tiles would be taken, and the plain way turns out to fit.
+    monkeypatch.setattr(explain_module, "choose", lambda *_, **__: memory.Choice(7, 1, 1000))
+    assert clrp.attribute(model, ids, objective, progress=False).memory == "plain"
 
 
 def test_what_has_no_cache_is_refused_with_the_memory_it_needs(

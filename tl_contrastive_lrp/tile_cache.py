@@ -68,9 +68,9 @@ class RecordingCache(DynamicCache):  # type: ignore[misc]
         self._done: set[int] = set()
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        raise NotTileable(f"blocks.{self.layer} carries a state from token to token.")
+        raise NotTileable(f"blocks.{self.layer} keeps more than keys and values in its cache.")
 
-    update_recurrent_state = update_conv_state
+    update_recurrent_state = update_indexer = update_conv_state
 
 
 class ReplayCache:
