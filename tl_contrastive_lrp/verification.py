@@ -102,7 +102,7 @@ def verify(
     - *finite*: no relevance is infinite, and none underflows to 0, in the model's type;
     - *precision*: a bfloat16 or float16 model against the same weights in float32.
 
-    Costs about twenty forwards and four backwards, and for low-precision models, for a while, a
+    Costs some 25 forwards and four backwards and, for low-precision models, for a while a
     float32 copy of the weights. The model is left as it was.
 
     Args:
