@@ -82,9 +82,14 @@ class SneakyLinear(nn.Linear):
         return super().forward(x).tanh()
 
 
+class Exponential(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+
 def _unknown_activation(model: Any) -> str:
-    model.blocks[1].mlp.original_component.act_fn = Swish2().eval()
-    return "Swish2"
+    model.blocks[1].mlp.original_component.act_fn = Exponential().eval()
+    return "Exponential"
 
 
 def _unknown_linear(model: Any) -> str:
