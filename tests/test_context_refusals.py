@@ -173,3 +173,14 @@ def test_unknown_rules_are_refused() -> None:
         pass
     with pytest.raises(TypeError, match="RuleSet"), clrp.lrp(model, 3):  # type: ignore[arg-type]
         pass
+
+
+def test_rules_of_transformer_lens_own_are_not_doubled() -> None:
+    model = fresh("qwen3")
+    model.blocks[1].mlp._relevance_rule_refcounts = {"half": 1}
+    for call in _calls(model):
+        with pytest.raises(ModelStateError, match=r"blocks\.1\.mlp"):
+            call()
+    model.blocks[1].mlp._relevance_rule_refcounts = {}
+    with clrp.lrp(model):
+        pass

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .coverage_table import _ranges as ranges
+from .coverage_table import ranges
 from .errors import UncoveredComponentError
 
 if TYPE_CHECKING:

@@ -49,7 +49,7 @@ class Coverage:
             general = [re.sub(r"blocks\.\d+\.", "blocks.{}.", text) for text in vars(row).values()]
             blocks.setdefault(CoverageRow(*general), []).append(int(layer[1]) if layer else -1)
         return tuple(
-            CoverageRow(*(text.replace("{}", _ranges(layers)) for text in vars(row).values()))
+            CoverageRow(*(text.replace("{}", ranges(layers)) for text in vars(row).values()))
             for row, layers in blocks.items()
         )
 
@@ -64,7 +64,7 @@ class Coverage:
         return "\n".join([f"rules: {self.rules}; all else is linear", *lines])
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """[0, 1, 2, 5] -> "0-2,5"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):

@@ -17,7 +17,7 @@ from .attachment import Attachment, HookFn
 from .coverage_table import Coverage, CoverageRow
 from .errors import ModelStateError
 from .rulesets import RuleSet, get_rule_set
-from .sites import find_sites, require_bridge
+from .sites import components, find_sites, require_bridge
 
 _MARK = "_tl_contrastive_lrp_rule"
 
@@ -47,6 +47,18 @@ def check_ready(model: Any, what: str) -> None:
 
 
 def check_single(model: Any) -> None:
+    """Refuse a model with rules on it, these or another tool's.
+
+    Raises:
+        ModelStateError: says which, and how to take them off.
+    """
+    for path, component in components(model).items():
+        # How TransformerLens' own development line counts rules of its own on a component.
+        if any(getattr(component, "_relevance_rule_refcounts", None) or ()):
+            raise ModelStateError(
+                f"TransformerLens' own relevance rules are on at {path}; together with these they "
+                "would apply twice. Leave its context first."
+            )
     for name, hook_point in model.hook_dict.items():
         for handle in hook_point.fwd_hooks:
             if getattr(handle.user_hook, _MARK, False):

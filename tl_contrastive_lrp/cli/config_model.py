@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .exit import CliError, Code
-from .model import _checked_name, _why_not_loaded, is_local, quiet_libraries
+from .model import checked_name, is_local, quiet_libraries, why_not_loaded
 
 _SMALL = 200_000_000  # parameters that are made as they are
 _MOST_LAYERS = 12
@@ -55,14 +55,14 @@ def sketch(name: str, device: str, dtype: str) -> Sketch:
         CliError: there is no such config, it is not of a kind TransformerLens knows, or even the
             reduced model cannot be made.
     """
-    path = _checked_name(name)
+    path = checked_name(name)
     try:
         with quiet_libraries():
             from transformers import AutoConfig
 
             config = AutoConfig.from_pretrained(path)
     except Exception as error:
-        raise CliError(Code.MODEL, _why_not_loaded(name, error)) from error
+        raise CliError(Code.MODEL, why_not_loaded(name, error)) from error
     notes = ["Random weights: this says what is covered, nothing about the trained model."]
     if getattr(config, "quantization_config", None) is not None:
         notes.append(

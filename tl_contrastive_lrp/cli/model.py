@@ -46,7 +46,7 @@ def is_local(name: str) -> bool:
     return Path(name).expanduser().is_dir()
 
 
-def _checked_name(name: str) -> str:
+def checked_name(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -85,7 +85,7 @@ def load_model(name: str, device: str | None, dtype: str) -> Any:
     Raises:
         CliError: it does not exist, cannot be loaded, or has no tokenizer; no such device.
     """
-    path = _checked_name(name)
+    path = checked_name(name)
     device = checked_device(device)
     try:
         with quiet_libraries():
@@ -96,7 +96,7 @@ def load_model(name: str, device: str | None, dtype: str) -> Any:
                 path, device=device, dtype=getattr(torch, dtype)
             )
     except Exception as error:
-        raise CliError(Code.MODEL, _why_not_loaded(name, error)) from error
+        raise CliError(Code.MODEL, why_not_loaded(name, error)) from error
     if model.tokenizer is None:
         raise CliError(
             Code.MODEL,
@@ -107,7 +107,7 @@ def load_model(name: str, device: str | None, dtype: str) -> Any:
     return model
 
 
-def _why_not_loaded(name: str, error: Exception) -> str:
+def why_not_loaded(name: str, error: Exception) -> str:
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if "couldn't connect" in first or "offline mode" in str(error).lower():
         return (

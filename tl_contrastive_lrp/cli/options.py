@@ -16,7 +16,7 @@ EXIT_CODES = """Exit codes:
 
 - 2 options that make no sense
 
-- 3 the model cannot be loaded, or has a part that no rule covers
+- 3 the model cannot be loaded, has a part that no rule covers, or fails a check of its own
 
 - 4 the prompt or a token is no good, or no --contrast was given and the candidates are listed
 
