@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .audit_cuts import Cuts, repeated_blocks
 from .audit_report import Audit, Finding
 from .audit_walk import Found, walk_graph
-from .sites import components
+from .sites import module_names
 
 _TOKENS = 4
 _NO_INPUT = "no gradient reaches the embeddings from the logits, so there is nothing to explain"
@@ -213,28 +213,6 @@ def _leaves_at(model: Any, names: tuple[str, ...], found: dict[str, Tensor]) -> 
 
 
 # ---------------------------------------------------------------- which module made a node
-
-
-def module_names(model: Any) -> dict[nn.Module, str]:
-    """Every module of the wrapped model by its path as TransformerLens names it.
-
-    "blocks.0.mlp" for a component, "blocks.0.mlp.act_fn" for what one wraps.
-    """
-    paths = {id(component): path for path, component in components(model).items()}
-    names: dict[nn.Module, str] = {}
-    translated: dict[str, str] = {"": ""}
-    for raw, module in model.original_model.named_modules():
-        head, _, last = raw.rpartition(".")
-        above = translated.get(head, head)
-        if id(module) in paths:
-            name = paths[id(module)]
-        elif last == "_original_component":
-            name = above
-        else:
-            name = f"{above}.{last}" if above else last
-        translated[raw] = name
-        names[module] = name or "model"
-    return names
 
 
 class _Owners:

@@ -17,7 +17,7 @@ from .attachment import Attachment, HookFn
 from .coverage_table import Coverage, CoverageRow
 from .errors import ModelStateError
 from .rulesets import RuleSet, get_rule_set
-from .sites import components, find_sites, require_bridge
+from .sites import components, find_sites, module_names, require_bridge
 
 _MARK = "_tl_contrastive_lrp_rule"
 
@@ -93,8 +93,15 @@ def place(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Cov
     """Where each rule of ``rules`` goes on ``model``, as far as the tables know."""
     rule_set = get_rule_set(rules)
     attachments = tuple(attach(site, rule_set) for site in find_sites(model))
+    names = module_names(model) if any(a.site.component is None for a in attachments) else {}
     rows = tuple(
-        CoverageRow(a.site.path, a.site.class_name, a.site.operation, a.rule, a.how)
+        CoverageRow(
+            names.get(a.site.module, a.site.path) if a.site.component is None else a.site.path,
+            a.site.class_name,
+            a.site.operation,
+            a.rule,
+            a.how,
+        )
         for a in attachments
     )
     return attachments, Coverage(rule_set.name, rows)

@@ -109,6 +109,28 @@ def components(model: Any) -> dict[str, Any]:
     return found
 
 
+def module_names(model: Any) -> dict[nn.Module, str]:
+    """Every module of the wrapped model by its path as TransformerLens names it.
+
+    "blocks.0.mlp" for a component, "blocks.0.mlp.act_fn" for what one wraps.
+    """
+    paths = {id(component): path for path, component in components(model).items()}
+    names: dict[nn.Module, str] = {}
+    translated: dict[str, str] = {"": ""}
+    for raw, module in model.original_model.named_modules():
+        head, _, last = raw.rpartition(".")
+        above = translated.get(head, head)
+        if id(module) in paths:
+            name = paths[id(module)]
+        elif last == "_original_component":
+            name = above
+        else:
+            name = f"{above}.{last}" if above else last
+        translated[raw] = name
+        names[module] = name or "model"
+    return names
+
+
 def operations_of(component: Any) -> tuple[Operation, ...]:
     """What a TransformerLens component computes beyond linear maps, by its class's row."""
     if type(component).__name__ == "GeneralizedComponent":  # all others are derived from it

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import rules
-from .audit_run import module_names
 from .backward import frozen_parameters
 from .context import plan
 from .placement import attached, public_name
 from .precision import first_gradient, plain
-from .sites import LEAVES, components
+from .sites import LEAVES, components, module_names
 
 
 @dataclass(frozen=True)
