@@ -295,3 +295,25 @@ def test_clamped_attention_is_clamped_in_its_row() -> None:
         y = module(x)
     (g,) = torch.autograd.grad(y.sum(), x)
     assert torch.allclose(g * x.detach(), x.detach().clamp(-clip, clip))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_norm_function_without_weight_on_batches_of_heads(centred: bool) -> None:
+    """[batch, pos, head, d_head], all different: the gradient is C(g)/s for each row alone."""
+
+    class Bare(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            function = nn.functional.layer_norm if centred else nn.functional.rms_norm
+            return function(x, (x.shape[-1],), eps=1e-3)
+
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(2, 3, 5, 4, generator=generator, dtype=torch.float64) for _ in "xg")
+    module, x = Bare(), x.requires_grad_()
+    with OperationRules(RULE_SETS["attnlrp"], attention=False).around(module):
+        y = module(x)
+    (found,) = torch.autograd.grad(y, x, g)
+    c = x.detach() - x.detach().mean(-1, keepdim=True) if centred else x.detach()
+    s = (c.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    wanted = (g - g.mean(-1, keepdim=True) if centred else g) / s
+    assert torch.equal(y, Bare()(x))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)

@@ -39,7 +39,7 @@ class NormCall(NamedTuple):
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x, weight, eps = given["input"], given.get("weight"), given.get("eps")
         if weight is None:
-            weight = torch.ones_like(x[..., 0, :])
+            weight = x.new_ones(1)
         if eps is None:
             eps = 1e-5 if centred else torch.finfo(x.dtype).eps
         return cls(x, weight.detach(), eps, centred)
