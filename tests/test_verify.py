@@ -103,10 +103,10 @@ def test_low_precision_is_compared_with_float32(name: str, dtype: torch.dtype) -
 
 
 def test_no_room_for_a_copy_is_said_and_nothing_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_parts, "_free", lambda device: 1000)  # noqa: ARG005
+    monkeypatch.setattr(verify_parts, "free_bytes", lambda device: 1000)  # noqa: ARG005
     v = verify(fresh("llama", torch.bfloat16), random_tokens())
     assert v["gradient"].verdict == v["precision"].verdict == "skipped"
-    assert "GiB" in v["precision"].says
+    assert "MiB free" in v["precision"].says
     assert v["conservation"].verdict == v["finite"].verdict == "ok"
 
 

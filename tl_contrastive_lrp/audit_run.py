@@ -74,13 +74,13 @@ def examine(
     names = module_names(model)
     owners = _Owners(names)
     inputs: dict[str, Tensor] = {}
-    tokens = _some_tokens(model)
+    tokens = some_tokens(model)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_same_random_numbers(model))
+        stack.enter_context(same_random_numbers(model))
         stack.enter_context(_constant_parameters(model))
-        stack.enter_context(_hooks_aside(model))
+        stack.enter_context(hooks_aside(model))
         others = stack.enter_context(_other_lookups(names, tokens))
         stack.enter_context(_leaves_at(model, leaves, inputs))
         stack.enter_context(attach())
@@ -112,7 +112,7 @@ def _finding(found: Found, owners: _Owners, others: dict[int, nn.Module]) -> Fin
     return owners.finding(module, operation, why)
 
 
-def _some_tokens(model: Any) -> Tensor:
+def some_tokens(model: Any) -> Tensor:
     """Different from each other and from any positions, so that their lookups can be told."""
     device = next(iter(model.original_model.parameters())).device
     return ((torch.arange(_TOKENS, device=device) * 4 + 9) % int(model.cfg.d_vocab))[None]
@@ -122,7 +122,7 @@ def _some_tokens(model: Any) -> Tensor:
 
 
 @contextmanager
-def _same_random_numbers(model: Any) -> Iterator[None]:
+def same_random_numbers(model: Any) -> Iterator[None]:
     devices = {p.device for p in model.original_model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
         yield
@@ -148,7 +148,7 @@ def _is_own(handle: Any) -> bool:
 
 
 @contextmanager
-def _hooks_aside(model: Any) -> Iterator[None]:
+def hooks_aside(model: Any) -> Iterator[None]:
     """No hook of a user on any HookPoint inside the block; afterwards all in their old order."""
     points = {id(point): point for point in model.hook_dict.values()}.values()
     aside: list[tuple[Any, list[Any], list[Any], list[tuple[dict[int, Any], dict[int, Any]]]]] = []

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .audit_model import audit
 from .audit_report import Audit
-from .audit_run import _hooks_aside, _same_random_numbers, _some_tokens
+from .audit_run import hooks_aside, same_random_numbers, some_tokens
 from .backward import run
 from .edges import BlockEdges, biased_blocks, edge_readings
 from .errors import UncoveredComponentError
@@ -46,7 +46,7 @@ def _objective(logits: Float[Tensor, "1 pos vocab"]) -> Float[Tensor, ""]:
 
 def closed_form_errors(model: Any, rule_set: RuleSet) -> list[float]:
     """By block, how far the closed form is from autograd, over the block's largest edge."""
-    tokens, sites = _some_tokens(model), find_sites(model)
+    tokens, sites = some_tokens(model), find_sites(model)
     found = [BlockEdges(i, by_head=False) for i in range(int(model.cfg.n_layers))]
     calls, biased = [BlockCall() for _ in found], biased_blocks(model)
     readings = [
@@ -55,7 +55,7 @@ def closed_form_errors(model: Any, rule_set: RuleSet) -> list[float]:
         for reading in edge_readings(model, edges, sites, rule_set, call, biased)
     ]
     scopes = [call.recorded(model.blocks[e.layer]) for e, call in zip(found, calls, strict=True)]
-    with _hooks_aside(model), _same_random_numbers(model):
+    with hooks_aside(model), same_random_numbers(model):
         run(model, tokens, _objective, rule_set, readings, scopes)
         steps = list(pairwise(residual_sites(model)))
         exact = edges_by_position(model, tokens, _objective, rule_set, steps)

@@ -37,6 +37,7 @@ from .rulesets import RuleSet
 from .sites import Site, delegates_attention, is_component, operations_of
 
 _Call = Callable[..., Any]
+_WEIGHT = "_tl_contrastive_lrp_weight"  # on what is computed from weights alone
 _MADE = "_tl_contrastive_lrp_made"  # on a weight: itself, with its ordinary gradient
 _GIVEN = "_tl_contrastive_lrp_given"  # on what is made of parameters alone
 
@@ -268,12 +269,12 @@ def _swish(factors: Any) -> tuple[int, Tensor] | None:
 
 
 def _mark_weight(tensor: Tensor) -> Tensor:
-    tensor._tl_contrastive_lrp_weight = True  # type: ignore[attr-defined]
+    setattr(tensor, _WEIGHT, True)
     return tensor
 
 
 def _is_weight(value: Any) -> bool:
-    return not _computed(value) or hasattr(value, "_tl_contrastive_lrp_weight")
+    return not _computed(value) or hasattr(value, _WEIGHT)
 
 
 _FUNCTIONS: dict[str, rules.Ratio] = {

@@ -21,6 +21,7 @@ from torch import Tensor
 from .attachment import HookFn
 from .backward import frozen_parameters
 from .context import plan
+from .memory import free_bytes
 from .placement import attached, check_ready, check_single, reading_hooks
 from .precision import first_gradient, is_low, plain
 from .rules import at_least_float32
@@ -32,14 +33,6 @@ _SHARE_OF_FREE_MEMORY = 0.5
 _MOST_SIGNALS = 16
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
 def chunk_size(model: Any, pos: int, device: torch.device) -> int:
     """How many backward signals fit at once: each needs about what one backward allocates."""
     if is_low(model):
@@ -47,7 +40,7 @@ def chunk_size(model: Any, pos: int, device: torch.device) -> int:
     cfg = model.cfg
     width = max(int(cfg.d_mlp or 4 * cfg.d_model), int(cfg.d_model)) * 4
     a_signal = 4 * pos * (width + 3 * int(cfg.n_heads) * pos)
-    return max(1, min(_MOST_SIGNALS, int(_SHARE_OF_FREE_MEMORY * _free_bytes(device)) // a_signal))
+    return max(1, min(_MOST_SIGNALS, int(_SHARE_OF_FREE_MEMORY * free_bytes(device)) // a_signal))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .memory import free_bytes, gib
 from .precision import LOW
 
 Verdict = Literal["ok", "attention", "failed", "skipped"]
@@ -62,20 +63,7 @@ def no_room(model: Any) -> str:
     for p in parameters:
         wanted[p.device] = wanted.get(p.device, 0) + (4 * p.numel() if p.dtype in LOW else 0)
     for device, size in wanted.items():
-        room = _free(device)
-        if room is not None and size > 0.8 * room:
-            return (
-                f"a float32 copy of the weights takes {size / 2**30:.1f} GiB, and {device} has "
-                f"{room / 2**30:.1f} GiB free"
-            )
+        room = free_bytes(device)
+        if size > 0.8 * room:
+            return f"a float32 copy of the weights takes {gib(size)}, and {device} has {gib(room)} free"
     return ""
-
-
-def _free(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type == "cpu":
-        import psutil
-
-        return int(psutil.virtual_memory().available)
-    return None

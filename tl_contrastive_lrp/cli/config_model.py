@@ -129,13 +129,14 @@ def _boot(config: Any, changes: dict[str, Any], device: str, dtype: str) -> Any:
 
 
 def _require_room(size: int, device: str) -> None:
-    import psutil
+    import torch
 
-    room = int(psutil.virtual_memory().available)
-    if device == "cpu" and size > 0.7 * room:
+    from ..memory import free_bytes, gib
+
+    room = free_bytes(torch.device(device))
+    if size > 0.7 * room:
         raise MemoryError(
-            f"even reduced it takes {size / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are free. "
-            "Try --dtype bfloat16"
+            f"even reduced it takes {gib(size)}, and {gib(room)} are free. Try --dtype bfloat16"
         )
 
 
