@@ -65,5 +65,6 @@ def no_room(model: Any) -> str:
     for device, size in wanted.items():
         room = free_bytes(device)
         if size > 0.8 * room:
-            return f"a float32 copy of the weights takes {gib(size)}, and {device} has {gib(room)} free"
+            need, free = gib(size), gib(room)
+            return f"a float32 copy of the weights takes {need}, and {device} has {free} free"
     return ""
