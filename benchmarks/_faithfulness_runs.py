@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.faithfulness import auroc, average_precision
 
-DEFAULT = str(inspect.signature(clrp.attribute).parameters["rules"].default)
+DEFAULT = clrp.DEFAULT_RULES
 # What GIM's temperature does by itself.
 WARM = replace(clrp.RULE_SETS["attnlrp"], name="warm", softmax="temperature", temperature=2.0)
 METHODS = {**clrp.RULE_SETS, "attnlrp, T = 2": WARM}

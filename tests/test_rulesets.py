@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 import tl_contrastive_lrp as clrp
+from tl_contrastive_lrp.cli import command, options
+from tl_contrastive_lrp.cli.check import check_command
+from tl_contrastive_lrp.cli.graph import graph_command
+from tl_contrastive_lrp.cli.main import demo_command, explain_command
 from tl_contrastive_lrp.rulesets import get_rule_set
 
 # norm, activation, softcap, gate, q·k, pattern·v, softmax, temperature: the table of the papers
@@ -84,3 +90,36 @@ def test_what_is_no_rule_set_is_refused(rules: Any) -> None:
 def test_unknown_names_are_refused_with_the_known(name: str) -> None:
     with pytest.raises(ValueError, match=r"attnlrp.*cplrp.*relp.*gim.*gradient"):
         get_rule_set(name)
+
+
+# the default
+
+
+def default_of(function: Callable[..., Any]) -> Any:
+    return inspect.signature(function).parameters["rules"].default
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        clrp.attribute,
+        clrp.attribution_graph,
+        clrp.coverage,
+        clrp.lrp,
+        clrp.lrp_hooks,
+        clrp.run_with_relevance,
+        clrp.verify,
+    ],
+)
+def test_every_function_has_the_same_default(function: Callable[..., Any]) -> None:
+    assert clrp.DEFAULT_RULES in clrp.RULE_SETS
+    assert default_of(function) == clrp.DEFAULT_RULES
+
+
+def test_the_command_line_spells_them_out_as_they_are() -> None:
+    """It cannot import ``rulesets``, which needs torch, to answer --help."""
+    assert {rules.value for rules in options.Rules} == set(clrp.RULE_SETS)
+    commands = (explain_command, demo_command, graph_command, check_command)
+    assert {default_of(one).value for one in commands} == {clrp.DEFAULT_RULES}
+    typed = {"prompt": "x", "prompt_file": None, "rules": options.Rules(clrp.DEFAULT_RULES)}
+    assert "--rules" not in command.again("explain", typed, "x", target=[], contrast=[])

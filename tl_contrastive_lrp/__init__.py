@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     )
     from .precision import in_float32
     from .relevance import run_with_relevance
-    from .rulesets import RULE_SETS, RuleSet
+    from .rulesets import DEFAULT_RULES, RULE_SETS, RuleSet
     from .verification import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEFAULT_RULES",
     "RULE_SETS",
     "Attribution",
     "AttributionGraph",
@@ -99,7 +100,7 @@ _ROOMS = {
     ),
     "precision": ("in_float32",),
     "relevance": ("run_with_relevance",),
-    "rulesets": ("RULE_SETS", "RuleSet"),
+    "rulesets": ("DEFAULT_RULES", "RULE_SETS", "RuleSet"),
     "verification": ("Verification", "verify"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

@@ -17,7 +17,7 @@ from .coverage_table import Coverage
 from .errors import ModelStateError
 from .placement import attached, check_ready, check_single, marked, place, public_name
 from .precision import is_low, watch
-from .rulesets import RuleSet
+from .rulesets import DEFAULT_RULES, RuleSet
 from .sites import LEAVES
 
 
@@ -32,7 +32,7 @@ def plan(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Cove
     return placed
 
 
-def coverage(model: Any, rules: str | RuleSet = "attnlrp") -> Coverage:
+def coverage(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Coverage:
     """Which component of ``model`` would get which rule, without attaching anything.
 
     Raises:
@@ -41,7 +41,7 @@ def coverage(model: Any, rules: str | RuleSet = "attnlrp") -> Coverage:
     return plan(model, rules)[1]
 
 
-def lrp_hooks(model: Any, rules: str | RuleSet = "attnlrp") -> list[tuple[str, HookFn]]:
+def lrp_hooks(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> list[tuple[str, HookFn]]:
     """The rules as hooks for ``model.run_with_hooks(fwd_hooks=...)`` or ``model.hooks(...)``.
 
     List your own hooks that edit values before these. The forward is unchanged by one bit; only
@@ -79,7 +79,7 @@ def lrp_hooks(model: Any, rules: str | RuleSet = "attnlrp") -> list[tuple[str, H
 
 
 @contextmanager
-def lrp(model: Any, rules: str | RuleSet = "attnlrp") -> Iterator[Coverage]:
+def lrp(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Iterator[Coverage]:
     """Rules on ``model`` for the block: every gradient taken inside is a relevance coefficient.
 
     Activation × gradient at any HookPoint is then its relevance; sums of it over a residual

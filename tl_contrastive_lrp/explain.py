@@ -20,7 +20,7 @@ from .memory import Memory, choose
 from .objective import question
 from .offload import loaded
 from .prompts import model_name, str_tokens, to_single_prompt
-from .rulesets import RuleSet
+from .rulesets import DEFAULT_RULES, RuleSet
 from .sites import LEAVES, components, is_kind, require_bridge
 from .sums import Sums
 
@@ -87,7 +87,7 @@ def attribute(
     target: object = None,
     contrast: object = None,
     pos: int = -1,
-    rules: str | RuleSet = "attnlrp",
+    rules: str | RuleSet = DEFAULT_RULES,
     neurons: bool = False,
     memory: Memory = "auto",
     tile: int | None = None,

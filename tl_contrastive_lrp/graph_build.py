@@ -29,7 +29,7 @@ from .memory import Memory, cannot, choose, instead, require_room
 from .objective import described, question
 from .packed import packed_edges
 from .prompts import model_name, str_tokens, to_single_prompt
-from .rulesets import RuleSet, get_rule_set
+from .rulesets import DEFAULT_RULES, RuleSet, get_rule_set
 from .selection import Rule
 from .sites import find_sites
 from .sums import Sums
@@ -46,7 +46,7 @@ def attribution_graph(
     target: object = None,
     contrast: object = None,
     pos: int = -1,
-    rules: str | RuleSet = "attnlrp",
+    rules: str | RuleSet = DEFAULT_RULES,
     granularity: Granularity = "block",
     layers: Sequence[int] | None = None,
     node_threshold: float = 0.0,

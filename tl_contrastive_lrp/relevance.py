@@ -14,7 +14,7 @@ from .attach_norm import uses_native_norm
 from .backward import Reading, relevance_of, run
 from .prompts import to_tokens
 from .rules import at_least_float32
-from .rulesets import RuleSet, get_rule_set
+from .rulesets import DEFAULT_RULES, RuleSet, get_rule_set
 from .sites import components, require_bridge
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -74,7 +74,7 @@ def run_with_relevance(
     objective: Callable[[Tensor], Tensor],
     names_filter: NamesFilter = None,
     *,
-    rules: str | RuleSet = "attnlrp",
+    rules: str | RuleSet = DEFAULT_RULES,
     remove_batch_dim: bool = False,
     **forward_kwargs: Any,
 ) -> tuple[Float[Tensor, "batch pos vocab"], ActivationCache]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 NormRule = Literal["ln", "gradient"]
 ActivationRule = Literal["identity", "gradient"]
@@ -99,6 +99,9 @@ RULE_SETS: dict[str, RuleSet] = {
         ),
     )
 }  # fmt: skip
+
+# What is used where nobody names rules; why this one: docs/faithfulness.md.
+DEFAULT_RULES: Final = "attnlrp"
 
 
 def get_rule_set(rules: str | RuleSet) -> RuleSet:

@@ -14,7 +14,7 @@ from . import verify_precision as precision
 from .objective import Objective, logit_diff
 from .placement import check_ready, check_single
 from .prompts import model_name, to_single_prompt
-from .rulesets import RuleSet, get_rule_set
+from .rulesets import DEFAULT_RULES, RuleSet, get_rule_set
 from .sites import require_bridge
 from .verify_parts import Check, Verdict, dtype_of, skipped
 
@@ -87,7 +87,7 @@ def _in_words(objective: object) -> str:
 def verify(
     model: Any,
     prompt: str | Tensor,
-    rules: str | RuleSet = "attnlrp",
+    rules: str | RuleSet = DEFAULT_RULES,
     *,
     objective: Callable[[Tensor], Tensor] | None = None,
 ) -> Verification:

@@ -41,7 +41,7 @@ def check_command(
     model: ModelArgument,
     verify: VerifyOption = False,
     prompt: CheckPromptOption = None,
-    rules: o.RulesOption = o.Rules.ATTNLRP,
+    rules: o.RulesOption = o.DEFAULT_RULES,
     config_only: ConfigOnlyOption = False,
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = o.Dtype.FLOAT32,

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
+from .options import DEFAULT_RULES
 from .terminal import shell_word
 
 PROGRAM = "tl-contrastive-lrp"
 _DEFAULTS = {
-    "pos": -1, "rules": "attnlrp", "dtype": "float32", "top": 10, "granularity": "block",
+    "pos": -1, "rules": DEFAULT_RULES.value, "dtype": "float32", "top": 10, "granularity": "block",
     "node_threshold": 0.0,
 }  # fmt: skip
 _INLINE = 4000  # characters of standard input that are written out; a shell line has its limits

@@ -172,7 +172,7 @@ def graph_command(
     target: o.TargetOption = None,
     contrast: o.ContrastOption = None,
     pos: o.PosOption = -1,
-    rules: o.RulesOption = o.Rules.ATTNLRP,
+    rules: o.RulesOption = o.DEFAULT_RULES,
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = o.Dtype.FLOAT32,
     granularity: Annotated[

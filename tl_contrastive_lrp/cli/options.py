@@ -35,6 +35,9 @@ class Rules(str, Enum):
     GRADIENT = "gradient"
 
 
+DEFAULT_RULES = Rules.ATTNLRP  # that of ``rulesets``
+
+
 class Device(str, Enum):
     CPU = "cpu"
     CUDA = "cuda"
