@@ -13,12 +13,13 @@ import torch
 from graphs import edge_lists, given, listed, made
 from hypothesis import strategies as st
 
-from tl_contrastive_lrp import prune
+from tl_contrastive_lrp import prune, subgraphs
 from tl_contrastive_lrp.graph import AttributionGraph
+from tl_contrastive_lrp.prune_steps import Kept, Pruned
 
 SHARES = st.floats(0, 1)
 LIMITS = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0])
-RULES: dict[str, tuple[Any, Callable[..., prune.Pruned], int]] = {
+RULES: dict[str, tuple[Any, Callable[..., Pruned], int]] = {
     # What its setting may be, the rule, and whether a larger setting keeps more or fewer edges.
     "mass": (SHARES, prune.by_mass, +1),
     "threshold": (LIMITS, prune.by_threshold, -1),
@@ -125,7 +126,7 @@ def test_a_threshold_between_two_floats() -> None:
 def test_connected_equals_reachability_in_networkx(case: Any, share: float) -> None:
     edges, sites, pos, split = case
     graph = made(edges, sites, pos, split=split).prune(mass=share)
-    mask, step = prune.connected(graph)
+    mask, step = subgraphs.connected(graph)
     other = nx.MultiDiGraph()
     other.add_node((sites - 1, pos - 1))
     for t, s, j, i, *_ in listed(graph):
@@ -168,14 +169,22 @@ def test_the_account_by_hand() -> None:
     assert step.name == "mass"
     assert step.parameters == (("share", 0.85),)
     assert step.transitions == (
-        prune.Kept(0, 1, 4, 3, 9.0, 8.0),
-        prune.Kept(1, 2, 2, 1, 5.5, 5.0),
+        Kept(0, 1, 4, 3, 9.0, 8.0),
+        Kept(1, 2, 2, 1, 5.5, 5.0),
     )
     assert (step.edges_before, step.edges_kept) == (6, 4)
     assert step.share_kept == pytest.approx(13 / 14.5)
     assert str(step) == "mass (share 0.85): kept 4 of 6 edges, 89.7% of their mass"
     frame = step.to_frame()
     assert frame["share_kept"].tolist() == pytest.approx([8 / 9, 5 / 5.5])
+
+
+def test_of_nothing_all_is_kept() -> None:
+    """A transition without edges, in the table as in the sum."""
+    (empty,) = made([], 2, 2, transitions=[(0, 1)]).prune().history
+    assert empty.transitions == (Kept(0, 1, 0, 0, 0.0, 0.0),)
+    assert empty.share_kept == 1.0
+    assert empty.to_frame()["share_kept"].tolist() == [1.0]
 
 
 def test_subgraphs() -> None:
@@ -203,7 +212,8 @@ def test_subgraphs() -> None:
         ({"threshold": 1.0, "relative": 0.5}, "either"),
         ({"relative": float("inf")}, "relative=inf"),
         ({"top_k": -1}, "top_k=-1"),
-        ({"node_threshold": float("nan")}, "nan"),
+        ({"top_k": 2.5}, "top_k=2.5 must be a whole number"),
+        ({"node_threshold": float("nan")}, "^node_threshold=nan"),
     ],
 )
 def test_settings_that_make_no_sense(asked: dict[str, Any], said: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .coverage_table import Coverage
 from .graph_columns import EdgeColumns, check_columns, check_facts, in_order
 from .graph_tools import GraphTools
-from .prune import PruneStep
+from .prune_steps import PruneStep
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .graph import AttributionGraph
 from .graph_columns import ORDER, PATHS
-from .prune import Kept, PruneStep
+from .prune_steps import Kept, PruneStep
 from .results_io import (
     FileKind,
     coverage_from,

@@ -15,8 +15,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from . import prune as pruning
+from . import subgraphs
 from .graph_columns import ORDER, merged
-from .prune import PruneStep
+from .prune_steps import PruneStep, step_of
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -78,7 +79,7 @@ class GraphTools:
     def connected(self) -> AttributionGraph:
         """Only edges on a path down from the final node (last site, position explained)."""
         graph = self._graph
-        mask, step = pruning.connected(graph)
+        mask, step = subgraphs.connected(graph)
         return self.where(mask, [step])
 
     def subgraph(
@@ -94,7 +95,7 @@ class GraphTools:
             ValueError: a position, site or token that the graph does not have, or nothing given.
         """
         graph = self._graph
-        mask, step = pruning.within(graph, positions=positions, sites=sites, tokens=tokens)
+        mask, step = subgraphs.within(graph, positions=positions, sites=sites, tokens=tokens)
         return self.where(mask, [step])
 
     def where(
@@ -102,7 +103,7 @@ class GraphTools:
     ) -> AttributionGraph:
         """A graph of the edges in ``mask``; without ``steps`` its history says "chosen edges"."""
         graph = self._graph
-        steps = tuple(steps) or (pruning.step_of(graph, "chosen edges", {}, mask),)
+        steps = tuple(steps) or (step_of(graph, "chosen edges", {}, mask),)
         names = [name for name in (*ORDER, "weight") if getattr(graph, name) is not None]
         kept: dict[str, Any] = {name: getattr(graph, name)[mask] for name in names}
         return replace(graph, **kept, history=(*graph.history, *steps))

@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .prune import Kept, PruneStep, largest
+from .prune_steps import Kept, PruneStep
+from .ranking import largest
 
 # Slack for adding up in another order than the final choice does.
 _CAREFUL = 1 - 1e-9

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .graph_columns import EdgeColumns
-from .prune import Kept
+from .prune_steps import Kept
 from .rulesets import RuleSet
 from .selection import Rule, Selection
 from .sites import find_sites

@@ -14,7 +14,7 @@ from .terminal import shown, table, tell
 
 if TYPE_CHECKING:
     from ..graph import AttributionGraph
-    from ..prune import PruneStep
+    from ..prune_steps import PruneStep
 
 
 def _size(logits: float | None, delta: float) -> dict[str, float | None] | None:
