@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from tl_contrastive_lrp import Attribution
 from tl_contrastive_lrp.errors import FileFormatError
-from tl_contrastive_lrp.graph import AttributionGraph, EdgeColumns
+from tl_contrastive_lrp.graph import AttributionGraph
+from tl_contrastive_lrp.graph_columns import EdgeColumns
 
 SPLIT = [
     (1, 0, 0, 0, -1, 0, 1.0),
@@ -106,7 +107,7 @@ def test_split_columns_equal_a_slow_loop() -> None:
     columns = EdgeColumns(with_heads=True)
     columns.add_diagonal(1, 2, position)
     columns.add_split(0, 1, value, key, position, live)
-    graph = columns.graph(**facts(3, 4))
+    graph = AttributionGraph.from_columns(**columns.columns(), **facts(3, 4))
     wanted = [(2, 1, j, j, -1, 0, float(position[j])) for j in range(4)]
     for j in (0, 2, 3):
         wanted.append((1, 0, j, j, -1, 0, float(position[j])))
@@ -133,7 +134,7 @@ def test_columns_refuse_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="twice"):
         plain.add_dense(0, 1, torch.ones(2, 2))
     with pytest.raises(ValueError, match="at least one"):
-        EdgeColumns().graph(**facts(2, 2))
+        EdgeColumns().columns()
     with pytest.raises(ValueError, match="nan"):
         AttributionGraph.from_matrices({(0, 1): torch.full((2, 2), torch.nan)}, **facts(2, 2))
 

@@ -124,7 +124,7 @@ def dense(matrix: Tensor, rule: Rule) -> clrp.AttributionGraph:
     n = len(matrix)
     columns = EdgeColumns()
     columns.add_dense(0, 1, matrix)
-    graph = columns.graph(**facts(2, n))
+    graph = clrp.AttributionGraph.from_columns(**columns.columns(), **facts(2, n))
     return graph.prune(mass=rule.mass, threshold=rule.threshold, top_k=rule.top_k)
 
 

@@ -13,14 +13,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .coverage_table import Coverage
-from .graph_columns import EdgeColumns, check_columns, check_facts, in_order
+from .graph_columns import EdgeColumns, in_order
+from .graph_promises import check_graph
 from .graph_tools import GraphTools
 from .prune_steps import PruneStep
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = ["AttributionGraph", "EdgeColumns", "PruneStep"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,29 +95,7 @@ class AttributionGraph(GraphTools):
     memory: str = "plain"
 
     def __post_init__(self) -> None:
-        check_facts(self)
-        check_columns(self)
-        self._check_details()
-        if sum(part.stop - part.start for part in self.slices.values()) != len(self.weight):
-            raise ValueError("Some edges belong to no transition in transitions.")
-
-    def _check_details(self) -> None:
-        pos = len(self.str_tokens)
-        found = (self.dimensions, self.neurons, self.head_relevance)
-        if all(detail is None for detail in found):
-            return
-        if any(detail is None or detail.ndim != 3 for detail in found):
-            raise ValueError("Give dimensions, neurons and head_relevance together, or none.")
-        dimensions, neurons, heads = found
-        assert dimensions is not None
-        assert neurons is not None
-        assert heads is not None
-        if (
-            dimensions.shape[:2] != (len(self.sites), pos)
-            or neurons.shape[1] != pos
-            or heads.shape[2] != pos
-        ):
-            raise ValueError("dimensions, neurons and head_relevance do not fit sites and prompt.")
+        check_graph(self)
 
     @classmethod
     def from_columns(
@@ -186,7 +163,7 @@ class AttributionGraph(GraphTools):
         columns = EdgeColumns()
         for (source, target), matrix in matrices.items():
             columns.add_dense(source, target, matrix)
-        return columns.graph(**facts)
+        return cls.from_columns(**columns.columns(), **facts)
 
     # ------------------------------------------------------------ looking
 

@@ -147,7 +147,8 @@ def attribution_graph(
             ran = tiled(result, objective)
             delta = float(result.value)
             facts["history"] = (rule.step(kept, delta),) if rule else ()
-            return columns.graph(
+            return AttributionGraph.from_columns(
+                **columns.columns(),
                 relevance=relevance,
                 **facts,
                 **_prompt_facts(model, tokens, objective),
@@ -172,7 +173,7 @@ def attribution_graph(
     )
     sums.warn_of_underflow()
     relevance = torch.stack([sums.kept[site] for site in sites])
-    extra: dict[str, Tensor] = {}
+    extra: dict[str, Any] = {}
     if details:
         none = relevance.new_zeros(n_layers, relevance.shape[1], 0)
         extra = {
@@ -202,7 +203,8 @@ def attribution_graph(
             if node_threshold == 0 and found.total is not None:
                 live = live | passes_on(found.total).cpu()
             _add_block(columns, ends, found, relevance[step.source], live)
-    graph = columns.graph(
+    graph = AttributionGraph.from_columns(
+        **columns.columns(),
         relevance=relevance,
         rules=coverage.rules,
         coverage=coverage,

@@ -1,8 +1,7 @@
-"""Edges as columns: how they are made, put in order and checked; no graph, no model."""
+"""Edges as columns: how they are made and put in order."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -69,7 +68,11 @@ class EdgeColumns:
         values: Float[Tensor, " pos"],
         live: Bool[Tensor, " pos"] | None = None,
     ) -> None:
-        """A transition in which every position keeps to itself."""
+        """A transition in which every position keeps to itself.
+
+        Raises:
+            ValueError: the transition is there already.
+        """
         values = _rows(values.detach(), live)
         (pos,) = torch.nonzero(values, as_tuple=True)
         head = torch.full_like(pos, -1)
@@ -148,7 +151,12 @@ class EdgeColumns:
         self._parts[target, source] = part | {"weight": weight.cpu()}
 
     def columns(self) -> dict[str, Any]:
-        """The columns of all edges in order, and ``transitions``, also those without an edge."""
+        """What ``AttributionGraph.from_columns`` takes: the columns of all edges in order, and
+        ``transitions``, also those without an edge.
+
+        Raises:
+            ValueError: no transition was given.
+        """
         if not self._parts:
             raise ValueError("A graph needs at least one transition.")
         order = sorted(self._parts)
@@ -157,12 +165,6 @@ class EdgeColumns:
             name: torch.cat([self._parts[pair][name] for pair in order]) for name in names
         }
         return found | {"transitions": tuple((source, target) for target, source in order)}
-
-    def graph(self, **facts: Any) -> AttributionGraph:
-        """The graph of what was collected; ``facts``: all fields of it that are not columns."""
-        from .graph import AttributionGraph
-
-        return AttributionGraph.from_columns(**self.columns(), **facts)
 
 
 def _rows(matrix: Tensor, live: Tensor | None) -> Tensor:
@@ -230,87 +232,20 @@ def first_disorder(keys: Sequence[Int[Tensor, " edge"]]) -> int | None:
     return None if later.all() else int(torch.nonzero(~later)[0]) + 1
 
 
-GRANULARITIES = ("block", "sublayer", "custom")
-
-
-def check_facts(graph: AttributionGraph) -> None:
-    """Raise ValueError where fields that are no columns of edges break what a graph promises."""
-    sites, pos = len(graph.sites), len(graph.str_tokens)
-    if sites < 2 or len(set(graph.sites)) != sites:
-        raise ValueError(f"A graph needs two or more sites of different names: {graph.sites}.")
-    if not all(isinstance(text, str) for text in (*graph.sites, *graph.str_tokens)):
-        raise ValueError("Sites and tokens must be texts.")
-    wanted = {"relevance": (sites, pos), "token_ids": (pos,), "special": (pos,)}
-    for name, shape in wanted.items():
-        found = tuple(getattr(graph, name).shape)
-        if found != shape:
-            raise ValueError(f"AttributionGraph.{name} has shape {found}, not {shape}.")
-    for name in ("relevance", "weight"):
-        if getattr(graph, name).dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{name} is {getattr(graph, name).dtype}, not float32 or float64.")
-    if graph.special.dtype != torch.bool or graph.token_ids.dtype != torch.int64:
-        raise ValueError("special must be bool and token_ids int64.")
-    if not bool(torch.isfinite(graph.relevance).all()):
-        raise ValueError("A node's relevance is NaN or infinite.")
-    if not 0 <= graph.final_pos < pos:
-        raise ValueError(f"final_pos={graph.final_pos} is outside the prompt's {pos} tokens.")
-    if graph.granularity not in GRANULARITIES:
-        raise ValueError(f"granularity={graph.granularity!r} is none of {GRANULARITIES}.")
-    if not (math.isfinite(graph.node_threshold) and graph.node_threshold >= 0):
-        raise ValueError(f"node_threshold={graph.node_threshold} must be 0 or more.")
-    if list(graph.transitions) != sorted(set(graph.transitions), key=lambda p: (p[1], p[0])):
-        raise ValueError("transitions must be sorted by (target, source) and differ.")
-    if not all(0 <= source < target < sites for source, target in graph.transitions):
-        raise ValueError(f"transitions must be pairs source < target < {sites}.")
-
-
-def check_columns(graph: AttributionGraph) -> None:
-    """Raise ValueError where a graph's columns break what the graph promises of them."""
-    names = [name for name in ORDER if getattr(graph, name) is not None]
-    if ("head" in names) != ("path" in names):
-        raise ValueError("Give both head and path of the edges, or neither.")
-    keys = {name: getattr(graph, name) for name in names}
-    for name, column in {**keys, "weight": graph.weight}.items():
-        if tuple(column.shape) != (len(graph.weight),):
-            raise ValueError(f"{name} has shape {tuple(column.shape)}, not ({len(graph.weight)},).")
-        if name != "weight" and column.dtype != DTYPES[name]:
-            raise ValueError(f"{name} is {column.dtype}, not {DTYPES[name]}; use from_columns.")
-    if not len(graph.weight):
-        return
-    sites, pos = len(graph.sites), len(graph.str_tokens)
-    limits = {"source_site": sites, "target_site": sites, "source_pos": pos, "target_pos": pos}
-    for name, limit in {**limits, "path": len(PATHS)}.items():
-        if name in keys:
-            low, high = (int(v) for v in torch.aminmax(keys[name]))
-            if low < 0 or high >= limit:
-                raise ValueError(f"{name} holds {low} to {high}; it must be in 0 to {limit - 1}.")
-    if not bool((graph.source_site < graph.target_site).all()):
-        raise ValueError("An edge's source site must come before its target site.")
-    if graph.head is not None and graph.path is not None:
-        alone = graph.path == POSITION
-        if int(graph.head.min()) < -1 or not torch.equal(alone, graph.head == -1):
-            raise ValueError("head must be -1 exactly where path is 0 (position), else 0 or more.")
-        if bool((alone & (graph.source_pos != graph.target_pos)).any()):
-            raise ValueError("An edge of path 0 (position) must stay at its position.")
-    if not bool(torch.isfinite(graph.weight).all()):
-        at = int(torch.nonzero(~torch.isfinite(graph.weight))[0])
-        raise ValueError(f"The weight of edge {at} is {float(graph.weight[at])}.")
-    at_fault = first_disorder(list(keys.values()))
-    if at_fault is not None:
-        raise ValueError(
-            f"Edge {at_fault} equals the one before it or belongs before it; sort with "
-            "from_columns, and add up edges that are the same."
-        )
+def pair_starts(graph: AttributionGraph, part: slice = slice(None)) -> Bool[Tensor, " edge"]:
+    """Which edges of ``part`` are their pair of nodes' first: its heads and paths lie together."""
+    new = torch.zeros(len(graph.weight[part]), dtype=torch.bool)
+    new[:1] = True
+    for name in ORDER[:4]:
+        column = getattr(graph, name)[part]
+        new[1:] |= column[1:] != column[:-1]
+    return new
 
 
 def merged(graph: AttributionGraph) -> dict[str, Any]:
     """Columns of the graph's edges with heads and paths added up (in float64)."""
-    columns = {name: getattr(graph, name) for name in ORDER[:4]}
-    new = torch.zeros(len(graph.weight), dtype=torch.bool)
-    new[:1] = True
-    for column in columns.values():
-        new[1:] |= column[1:] != column[:-1]
+    new = pair_starts(graph)
     total = torch.zeros(int(new.sum()), dtype=torch.float64)
     total.index_add_(0, new.cumsum(0) - 1, graph.weight.double())
-    kept = {name: column[new] for name, column in columns.items()}
+    kept = {name: getattr(graph, name)[new] for name in ORDER[:4]}
     return kept | {"weight": total.to(graph.weight.dtype)}
