@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .attribution import Attribution
     from .audit_model import Audit, audit
+    from .candidates import next_token_table
     from .circuit_results import CircuitCurve, CircuitFaithfulness
     from .circuits import circuit_curve, circuit_faithfulness
     from .comparison import Comparison, compare
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
         logit_diff,
         logit_minus_mean,
         logit_minus_top_k,
-        next_token_table,
         target_logit,
         top_logit,
     )
@@ -79,6 +79,7 @@ __all__ = [
 _ROOMS = {
     "attribution": ("Attribution",),
     "audit_model": ("Audit", "audit"),
+    "candidates": ("next_token_table",),
     "circuit_results": ("CircuitCurve", "CircuitFaithfulness"),
     "circuits": ("circuit_curve", "circuit_faithfulness"),
     "comparison": ("Comparison", "compare"),
@@ -94,7 +95,6 @@ _ROOMS = {
         "logit_diff",
         "logit_minus_mean",
         "logit_minus_top_k",
-        "next_token_table",
         "target_logit",
         "top_logit",
     ),

@@ -14,18 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .errors import TokenError
-from .prompts import str_tokens, to_single_prompt, to_token_ids, vocab_size
+from .prompts import str_tokens, to_token_ids, vocab_size
 from .rules import at_least_float32
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Contrast = Literal["tokens", "top_k", "mean", "none"]
 Pos = int | Sequence[int]
@@ -224,6 +221,43 @@ def question(
     return objective if objective is not None else logit_diff(model, target, contrast, pos)
 
 
+def questions(
+    model: Any,
+    objective: Callable[[Tensor], Tensor] | None,
+    objectives: Sequence[Callable[[Tensor], Tensor]] | None,
+    target: object,
+    contrast: object,
+    pos: Pos,
+) -> list[Callable[[Tensor], Tensor]]:
+    """Several objectives as given, or the one of ``question``.
+
+    Raises:
+        TypeError: both ways at once, something that is no list of objectives, or as ``question``.
+        ValueError: no objective in the list.
+    """
+    if objectives is None:
+        return [question(model, objective, target, contrast, pos)]
+    if objective is not None or target is not None or contrast is not None or pos != -1:
+        raise TypeError(
+            "objectives=[...] is the whole question; leave out objective, target, contrast and "
+            "pos, and give each objective its own, as in [clrp.logit_diff(model, target, contrast, "
+            "pos=...), ...]."
+        )
+    if isinstance(objectives, str) or not isinstance(objectives, Sequence):
+        raise TypeError(
+            f"objectives={objectives!r} must be a list, such as "
+            "[clrp.logit_diff(model, target, contrast), ...]; one alone is the third argument."
+        )
+    if not objectives:
+        raise ValueError("objectives=[] asks nothing; give one objective or more.")
+    wrong = next((x for x in objectives if not callable(x)), None)
+    if wrong is not None:
+        raise TypeError(
+            f"{wrong!r} among objectives is not one; use clrp.logit_diff(model, target, contrast)."
+        )
+    return list(objectives)
+
+
 def described(
     objective: Callable[[Tensor], Tensor], logits: Tensor, value: Tensor
 ) -> dict[str, Any]:
@@ -243,34 +277,3 @@ def described(
         "target": texts[0],
         "contrast": texts[1],
     }
-
-
-def next_token_table(model: Any, prompt: str | Tensor, k: int = 10, pos: int = -1) -> pd.DataFrame:
-    """The ``k`` likeliest next tokens, to choose a contrast from.
-
-    Returns:
-        Columns rank (from 0), token, id, logit, probability, minus_top (logit − highest logit).
-
-    Raises:
-        PromptError: the prompt is empty or not one prompt.
-        TokenError: the position does not exist, or ``k`` is below 1.
-    """
-    import pandas as pd
-
-    if k < 1:
-        raise TokenError(f"k={k} lists no candidates; use 1 or more.")
-    tokens = to_single_prompt(model, prompt)
-    with torch.no_grad():
-        logits = Objective((), (), "none", pos=pos)._at_position(model(tokens))[0].double()
-    top = logits.topk(min(k, logits.numel()))
-    ids = top.indices.tolist()
-    return pd.DataFrame(
-        {
-            "rank": range(len(ids)),
-            "token": str_tokens(model, ids),
-            "id": ids,
-            "logit": top.values.cpu().numpy(),
-            "probability": logits.softmax(-1)[top.indices].cpu().numpy(),
-            "minus_top": (top.values - logits.max()).cpu().numpy(),
-        }
-    )
