@@ -10,7 +10,7 @@ import torch
 from graphs import edge_lists, given, listed, made
 from hypothesis import strategies as st
 
-from tl_contrastive_lrp.metrics import gini, input_metrics, top_count
+from tl_contrastive_lrp.spread import gini, input_metrics, top_count
 
 EDGES = [
     (1, 0, 0, 0, -1, 0, 2.0),
@@ -44,6 +44,7 @@ def test_top_counts_by_hand() -> None:
     values = torch.tensor([5.0, -1.0, 4.0, 0.5, -9.0, 0.5])
     assert top_count(values) == 2  # 9 of 10
     assert top_count(values, 0.91) == 3
+    assert top_count(values, 0.0) == 0
     assert top_count(-values) == 1  # 9 of 10
     assert top_count(torch.tensor([-1.0])) == 0
     assert top_count(torch.tensor([])) == 0
@@ -91,6 +92,8 @@ def test_hubs_by_hand() -> None:
     assert hubs["token"].tolist() == [" t0", " t2"]
     assert made(EDGES, 3, 3).hubs(1)["pos"].tolist() == [0]
     assert made(EDGES[:1], 3, 3).hubs().empty
+    with pytest.raises(ValueError, match="k=0"):
+        made(EDGES, 3, 3).hubs(0)
 
 
 @given(edge_lists())

@@ -7,44 +7,19 @@ by itself (``graph.merge_heads()`` first counts pairs of nodes).
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from .graph_columns import pair_starts
+from .spread import NAN, gini, top_count
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from .graph import AttributionGraph
-
-NAN = float("nan")
-
-
-def gini(values: Float[Tensor, " item"]) -> float:
-    """Inequality of |values|: 0 where all are equal, near 1 where one holds everything.
-
-    With |x| sorted upwards and i from 1: G = Σ_i (2i − n − 1) |x|_(i) / (n Σ|x|). NaN where there
-    are no values or all are 0.
-    """
-    size = np.sort(values.abs().numpy()).astype(np.float64)
-    n, total = len(size), size.sum()
-    if not total:
-        return NAN
-    return float(np.arange(1 - n, n, 2, dtype=np.float64) @ size / (n * total))
-
-
-def top_count(values: Float[Tensor, " item"], share: float = 0.9) -> int:
-    """How few of the largest positive values hold ``share`` of the sum of all positive ones.
-
-    The smallest m with Σ_{i ≤ m} x_(i) ≥ share · Σ x over x > 0, sorted downwards; 0 where no
-    value is positive. For negative ones give the values with their sign changed.
-    """
-    falling = np.sort(values[values > 0].numpy())[::-1].cumsum(dtype=np.float64)
-    if not len(falling):
-        return 0
-    return min(int(np.searchsorted(falling, share * falling[-1])) + 1, len(falling))
 
 
 def _mean(sum_of_weighted: float, weight: float) -> float:
@@ -78,7 +53,9 @@ def site_metrics(graph: AttributionGraph) -> pd.DataFrame:
 
     n = len(graph.str_tokens)
     present = graph.node_mask
-    fan_in, fan_out, exchanged = _per_node(graph)
+    fan_in, fan_out = _fans(graph)
+    taken, given = _exchanged(graph)
+    exchanged = taken + given
     into: list[list[slice]] = [[] for _ in graph.sites]
     for (_, target), part in graph.slices.items():
         into[target].append(part)
@@ -111,21 +88,25 @@ def site_metrics(graph: AttributionGraph) -> pd.DataFrame:
     return pd.DataFrame(rows)[order]
 
 
-def _per_node(graph: AttributionGraph) -> tuple[Tensor, Tensor, Tensor]:
-    """[site, pos]: edges into each node, edges out of it, Σ|w| to and from other positions."""
+def _fans(graph: AttributionGraph) -> tuple[Tensor, Tensor]:
+    """[site, pos]: how many edges lead into each node, and how many out of it."""
     n = len(graph.str_tokens)
-    shape = graph.relevance.shape
-    fan_in = torch.zeros(shape, dtype=torch.int64)
-    fan_out = torch.zeros(shape, dtype=torch.int64)
-    exchanged = torch.zeros(shape, dtype=torch.float64)
+    fan_in, fan_out = torch.zeros(2, *graph.relevance.shape, dtype=torch.int64)
+    for (source, target), part in graph.slices.items():
+        fan_in[target] += torch.bincount(graph.target_pos[part], minlength=n)
+        fan_out[source] += torch.bincount(graph.source_pos[part], minlength=n)
+    return fan_in, fan_out
+
+
+def _exchanged(graph: AttributionGraph) -> tuple[Tensor, Tensor]:
+    """[site, pos]: Σ|w| that each node takes in from other positions; that others take from it."""
+    taken, given = torch.zeros(2, *graph.relevance.shape, dtype=torch.float64)
     for (source, target), part in graph.slices.items():
         below, above = graph.source_pos[part].long(), graph.target_pos[part].long()
-        fan_in[target] += torch.bincount(above, minlength=n)
-        fan_out[source] += torch.bincount(below, minlength=n)
         size = graph.weight[part].abs().double().masked_fill_(below == above, 0.0)
-        exchanged[target].index_add_(0, above, size)
-        exchanged[source].index_add_(0, below, size)
-    return fan_in, fan_out, exchanged
+        taken[target].index_add_(0, above, size)
+        given[source].index_add_(0, below, size)
+    return taken, given
 
 
 def _fan(name: str, counts: Tensor) -> dict[str, Any]:
@@ -142,10 +123,7 @@ def _edge_row(graph: AttributionGraph, parts: list[slice], n: int) -> dict[str, 
     # Transitions into one site lie next to each other, so that one slice holds them all.
     part = slice(parts[0].start, parts[-1].stop) if parts else slice(0, 0)
     weight = graph.weight[part]
-    size = weight.abs()
-    mass = float(size.sum(dtype=torch.float64))
-    back = graph.target_pos[part] - graph.source_pos[part]
-    stays = float(size[back == 0].sum(dtype=torch.float64))
+    mass, stays, back = _sums(graph, part)
     pairs = n * n * len(parts)
     return {
         "edges": len(weight),
@@ -155,18 +133,22 @@ def _edge_row(graph: AttributionGraph, parts: list[slice], n: int) -> dict[str, 
         "mass": mass,
         "verticality": _mean(stays, mass),
         **_signed_counts("edge", weight),
-        "lookback": _mean(float((size.double() * back).sum()), mass),
+        "lookback": _mean(back, mass),
     }
 
 
+def _sums(graph: AttributionGraph, part: slice) -> tuple[float, float, float]:
+    """Σ|w| of these edges, of those among them that stay at their position, and Σ|w| · distance."""
+    size = graph.weight[part].abs().double()
+    distance = graph.target_pos[part] - graph.source_pos[part]
+    return float(size.sum()), float(size[distance == 0].sum()), float((size * distance).sum())
+
+
 def _pairs(graph: AttributionGraph, part: slice) -> int:
-    """Pairs of nodes with an edge: edges that differ from the one before in more than the head."""
+    """How many pairs of nodes these edges join."""
     if graph.head is None:
-        return int(part.stop - part.start)
-    new = torch.zeros(max(part.stop - part.start - 1, 0), dtype=torch.bool)
-    for column in (graph.target_site, graph.source_site, graph.target_pos, graph.source_pos):
-        new |= column[part][1:] != column[part][:-1]
-    return int(new.sum()) + int(part.stop > part.start)
+        return len(graph.weight[part])
+    return int(pair_starts(graph, part).sum())
 
 
 def hubs(graph: AttributionGraph, k: int = 10) -> pd.DataFrame:
@@ -181,83 +163,28 @@ def hubs(graph: AttributionGraph, k: int = 10) -> pd.DataFrame:
         out_mass: Σ|w| over edges whose source is there (what others take from it).
         mass: Both together.
         share: mass / Σ over all positions of mass.
+
+    Raises:
+        ValueError: k below 1.
     """
     import pandas as pd
 
-    n = len(graph.str_tokens)
-    taken = torch.zeros(2, n, dtype=torch.float64)
-    for part in graph.slices.values():
-        below, above = graph.source_pos[part].long(), graph.target_pos[part].long()
-        size = graph.weight[part].abs().double().masked_fill_(below == above, 0.0)
-        taken[0].index_add_(0, above, size)
-        taken[1].index_add_(0, below, size)
-    both = taken.sum(0)
-    order = torch.sort(both, descending=True, stable=True).indices[: max(k, 0)]
+    if k < 1:
+        raise ValueError(f"k={k} must be 1 or more.")
+    taken, given = (of_site.sum(0) for of_site in _exchanged(graph))
+    both = taken + given
+    order = torch.sort(both, descending=True, stable=True).indices[:k]
     order = order[both[order] > 0]
     return pd.DataFrame(
         {
             "pos": order.numpy(),
             "token": [graph.str_tokens[p] for p in order.tolist()],
-            "in_mass": taken[0, order].numpy(),
-            "out_mass": taken[1, order].numpy(),
+            "in_mass": taken[order].numpy(),
+            "out_mass": given[order].numpy(),
             "mass": both[order].numpy(),
             "share": (both[order] / both.sum()).numpy(),
         }
     )
-
-
-def input_metrics(relevance: Float[Tensor, " pos"], top: int = 5) -> pd.DataFrame:
-    """How the relevance of input tokens is spread: ``graph.relevance[0]``, ``result.tokens``.
-
-    Rows: all tokens by |R|; those with R > 0 (they support the target); those with R < 0.
-    With q_i = |R_i| / Σ|R| over the row's tokens:
-
-    Columns:
-        part: "all", "target" or "contrast".
-        tokens: How many of the row's tokens have R ≠ 0.
-        mass: Σ|R|, logits.
-        entropy: H = −Σ q ln q, nats.
-        effective_tokens: e^H: so many tokens with equal shares would have the same entropy.
-        entropy_share: H / ln n, n all tokens of the prompt; NaN for a prompt of one token.
-        gini: Gini of |R| over all n tokens (those outside the row count as 0).
-        top_share: Σ of the ``top`` largest q.
-        centre: Σ q · pos, a position.
-
-    Raises:
-        ValueError: relevance of another shape than [pos], or top below 1.
-    """
-    import pandas as pd
-
-    if relevance.ndim != 1 or not len(relevance):
-        raise ValueError(f"relevance has shape {tuple(relevance.shape)}; give one row, [pos].")
-    if top < 1:
-        raise ValueError(f"top={top} must be 1 or more.")
-    values = relevance.detach().cpu().double()
-    parts = {
-        "all": values.abs(),
-        "target": values.clamp_min(0),
-        "contrast": (-values).clamp_min(0),
-    }
-    return pd.DataFrame([{"part": name, **_spread(size, top)} for name, size in parts.items()])
-
-
-def _spread(size: Float[Tensor, " pos"], top: int) -> dict[str, Any]:
-    n, mass = len(size), float(size.sum())
-    if not mass:
-        names = ("entropy", "effective_tokens", "entropy_share", "gini", "top_share", "centre")
-        return {"tokens": 0, "mass": 0.0, **dict.fromkeys(names, NAN)}
-    share = size / mass
-    entropy = float(-torch.special.xlogy(share, share).sum())
-    return {
-        "tokens": int((size > 0).sum()),
-        "mass": mass,
-        "entropy": entropy,
-        "effective_tokens": float(np.exp(entropy)),
-        "entropy_share": entropy / float(np.log(n)) if n > 1 else NAN,
-        "gini": gini(size),
-        "top_share": float(torch.topk(share, min(top, n)).values.sum()),
-        "centre": float((share * torch.arange(n)).sum()),
-    }
 
 
 def graph_summary(graph: AttributionGraph) -> pd.DataFrame:
@@ -277,16 +204,11 @@ def graph_summary(graph: AttributionGraph) -> pd.DataFrame:
     import pandas as pd
 
     n, weight = len(graph.str_tokens), graph.weight
-    mass = graph.mass
-    stays = back = positive = 0.0
-    for part in graph.slices.values():
-        distance = graph.target_pos[part] - graph.source_pos[part]
-        size = weight[part].abs().double()
-        stays += float(size[distance == 0].sum())
-        back += float((size * distance).sum())
-        positive += float(weight[part].clamp_min(0).sum(dtype=torch.float64))
+    parts = [(0.0, 0.0, 0.0), *(_sums(graph, part) for part in graph.slices.values())]
+    mass, stays, back = map(math.fsum, zip(*parts, strict=True))
+    positive = float(weight.clamp_min(0).sum(dtype=torch.float64))
     possible = n * n * len(graph.transitions)
-    kept = float(np.prod([step.share_kept for step in graph.history]))
+    kept = math.prod(step.share_kept for step in graph.history)
     row = {
         "model": graph.model_name,
         "rules": graph.rules,
