@@ -118,7 +118,7 @@ class GraphTools:
     def paths(self, k: int = 10) -> Paths:
         """The ``k`` strongest paths from the input to the final node; see ``paths.py``."""
         graph = self._graph
-        from .paths import strongest_paths
+        from .path_search import strongest_paths
 
         return strongest_paths(graph, k)
 
