@@ -8,7 +8,7 @@ and the gradient starts at detached embeddings, so frozen models work too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -119,12 +119,40 @@ def run(
     scopes: Iterable[AbstractContextManager[None]] = (),
     **forward_kwargs: Any,
 ) -> tuple[Tensor, Tensor, Coverage]:
-    """Forward, objective, backward; the readings' sinks are called on the way back.
-
-    The rules and ``scopes`` are on during the forward only, so a sink may run the model itself.
+    """``run_each`` with one objective.
 
     Returns:
         The logits [batch, pos, vocab] and the objective's value [], both detached, and the
+        coverage.
+
+    Raises:
+        ModelStateError, UncoveredComponentError: as ``run_each``.
+    """
+    logits, (value,), coverage = run_each(
+        model, tokens, [objective], rule_set, readings, scopes, **forward_kwargs
+    )
+    return logits, value, coverage
+
+
+def run_each(
+    model: Any,
+    tokens: Tensor,
+    objectives: Sequence[Callable[[Tensor], Tensor]],
+    rule_set: str | RuleSet,
+    readings: Iterable[Reading],
+    scopes: Iterable[AbstractContextManager[None]] = (),
+    then: Callable[[int], None] | None = None,
+    **forward_kwargs: Any,
+) -> tuple[Tensor, list[Tensor], Coverage]:
+    """One forward, and for each objective a backward; sinks are called on the way back.
+
+    The rules and ``scopes`` are on during the forward only, so a sink may run the model itself.
+
+    Args:
+        then: Called after each backward, with the number of its objective.
+
+    Returns:
+        The logits [batch, pos, vocab] and the objectives' values [], all detached, and the
         coverage.
 
     Raises:
@@ -155,21 +183,37 @@ def run(
             for scope in scopes:
                 stack.enter_context(scope)
             logits = model(tokens, **forward_kwargs)
-            value = objective(logits)
-        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-            raise ModelStateError(
-                "The objective must turn logits [batch, pos, vocab] into one differentiable "
-                f"number; it returned {_kind(value)}. Use clrp.logit_diff(...), or a function "
-                "that sums over the batch and detaches nothing."
-            )
+            values = [check_value(objective(logits)) for objective in objectives]
         ends = [logits, *leaves.values()] if logits.requires_grad else []
-        begin = first_gradient(model, value)
-        if not ends or torch.autograd.grad(value, ends, begin, allow_unused=True)[0] is None:
-            raise ModelStateError(
-                "The objective's value does not depend on the logits it was given (or they not on "
-                "the input), so there is nothing to explain. Compute it from its argument."
-            )
-    return logits.detach(), value.detach().reshape(()), coverage
+        for which, value in enumerate(values):
+            begin, more = first_gradient(model, value), which + 1 < len(values)
+            if not ends or (
+                torch.autograd.grad(value, ends, begin, allow_unused=True, retain_graph=more)[0]
+                is None
+            ):
+                raise ModelStateError(
+                    "The objective's value does not depend on the logits it was given (or they "
+                    "not on the input), so there is nothing to explain. Compute it from its "
+                    "argument."
+                )
+            if then is not None:
+                then(which)
+    return logits.detach(), [value.detach().reshape(()) for value in values], coverage
+
+
+def check_value(value: object) -> Tensor:
+    """What an objective returned, if relevance can start from it.
+
+    Raises:
+        ModelStateError: it is not one differentiable number.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise ModelStateError(
+            "The objective must turn logits [batch, pos, vocab] into one differentiable "
+            f"number; it returned {_kind(value)}. Use clrp.logit_diff(...), or a function "
+            "that sums over the batch and detaches nothing."
+        )
+    return value
 
 
 def _refuse_cached_tokens(cache: Any) -> None:

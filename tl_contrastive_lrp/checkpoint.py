@@ -10,22 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from .errors import FileFormatError
+from .joined import Signal
+from .memory import Choice
 
-_FORMAT = "tl_contrastive_lrp.checkpoint 1"
+_FORMAT = "tl_contrastive_lrp.checkpoint 2"
 
 
 class Restorable(Protocol):
     """A reader whose results of a block can be kept and put back."""
 
-    def saved(self, layer: int) -> dict[str, Tensor]: ...
+    def saved(self, layer: int, which: int) -> dict[str, Tensor]: ...
 
-    def restore(self, layer: int, tensors: dict[str, Tensor]) -> None: ...
+    def restore(self, layer: int, which: int, tensors: dict[str, Tensor]) -> None: ...
 
 
 class Checkpoint:
@@ -70,15 +73,23 @@ class Checkpoint:
                 f"{self._note} is damaged or of another version; delete the folder to start anew."
             ) from error
 
-    def open(self, tokens: Tensor, value: Tensor, rules: str, objective: str, tile: int) -> None:
+    def open(
+        self, tokens: Tensor, values: Sequence[Tensor], rules: str, names: Sequence[str], tile: int
+    ) -> None:
         """Begin, or find out that this is the run that was begun here.
+
+        Args:
+            tokens, rules: What was asked.
+            values, names: Of its objectives.
+            tile: Positions a tile. Blocks that were finished in others count all the same.
 
         Raises:
             FileFormatError: the folder belongs to another run.
         """
         digest = hashlib.sha256(tokens.cpu().numpy().tobytes())
-        digest.update(repr((float(value.detach()), str(value.dtype))).encode())
-        digest.update("\n".join((rules, objective, self.settings)).encode())
+        for value in values:
+            digest.update(repr((float(value.detach()), str(value.dtype))).encode())
+        digest.update("\n".join((rules, *names, self.settings)).encode())
         question = digest.hexdigest()
         found = self._read()
         if found is not None and found["question"] != question:
@@ -86,9 +97,7 @@ class Checkpoint:
                 f"{self.path} belongs to another run (prompt, model, objective, rules or settings "
                 "differ). Give another checkpoint_dir, or delete that folder."
             )
-        if found is None or found["tile"] != tile:  # a smaller tile starts anew
-            for path in self.path.glob("block_*.safetensors"):
-                path.unlink()
+        if found is None or found["tile"] != tile:
             note = {"format": _FORMAT, "question": question, "tile": tile}
             partial = self._note.with_suffix(".part")
             partial.write_text(json.dumps(note), encoding="utf-8")
@@ -97,33 +106,30 @@ class Checkpoint:
     def _file(self, layer: int) -> Path:
         return self.path / f"block_{layer}.safetensors"
 
-    def write(
-        self, layer: int, g: Tensor, parts: dict[str, dict[int, Tensor]], reader: Restorable | None
-    ) -> None:
-        """Keep what block ``layer`` gave."""
+    def write(self, layer: int, signals: Sequence[Signal], reader: Restorable | None) -> None:
+        """Keep what block ``layer`` gave, by objective."""
         from safetensors.torch import save_file
 
-        tensors = {"g": g.contiguous()}
-        for name, tiles in parts.items():
-            if name.startswith(f"blocks.{layer}."):
-                tensors |= {f"sum|{name}|{t}": x.contiguous() for t, x in tiles.items()}
-        if reader is not None:
-            tensors |= {f"edge|{name}": x.contiguous() for name, x in reader.saved(layer).items()}
+        tensors: dict[str, Tensor] = {}
+        for which, signal in enumerate(signals):
+            tensors[f"{which}|g"] = signal.g
+            for name, x in signal.joined.kept.items():
+                if name.startswith(f"blocks.{layer}."):
+                    tensors[f"{which}|sum|{name}"] = x
+            if reader is not None:
+                for name, x in reader.saved(layer, which).items():
+                    tensors[f"{which}|edge|{name}"] = x
         partial = self._file(layer).with_suffix(".part")
-        save_file({name: x.detach().cpu().clone() for name, x in tensors.items()}, partial)
+        save_file(
+            {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}, partial
+        )
         os.replace(partial, self._file(layer))
 
-    def resume(
-        self,
-        n_layers: int,
-        g: Tensor,
-        parts: dict[str, dict[int, Tensor]],
-        reader: Restorable | None,
-    ) -> tuple[int, Tensor]:
+    def resume(self, n_layers: int, signals: Sequence[Signal], reader: Restorable | None) -> int:
         """Put back what was finished.
 
         Returns:
-            The lowest block that is finished, and the gradient at its input.
+            The lowest block that is finished: those below it are still to do.
 
         Raises:
             FileFormatError: a file that cannot be read.
@@ -133,24 +139,43 @@ class Checkpoint:
 
         first = n_layers
         while first and self._file(first - 1).exists():
-            try:
-                tensors = load_file(self._file(first - 1))
-                like, g = g, tensors.pop("g")
-            except (SafetensorError, KeyError, OSError) as error:
-                raise FileFormatError(f"{self._file(first - 1)} is damaged; delete it.") from error
-            g = g.to(like.device)
-            edges: dict[str, Tensor] = {}
-            for key, tensor in tensors.items():
-                kind, _, rest = key.partition("|")
-                if kind == "edge":
-                    edges[rest] = tensor
-                else:
-                    name, _, tile = rest.rpartition("|")
-                    parts.setdefault(name, {})[int(tile)] = tensor
-            if reader is not None:
-                reader.restore(first - 1, edges)
             first -= 1
-        return first, g
+            try:
+                tensors = load_file(self._file(first))
+                found = [tensors.pop(f"{which}|g") for which in range(len(signals))]
+            except (SafetensorError, KeyError, OSError) as error:
+                raise FileFormatError(f"{self._file(first)} is damaged; delete it.") from error
+            edges: list[dict[str, Tensor]] = [{} for _ in signals]
+            for key, tensor in tensors.items():
+                which, kind, name = key.split("|", 2)
+                if kind == "edge":
+                    edges[int(which)][name] = tensor
+                else:
+                    signals[int(which)].joined.kept[name] = tensor
+            for which_, (signal, g) in enumerate(zip(signals, found, strict=True)):
+                signal.g = g.to(signal.g)
+                if reader is not None:
+                    reader.restore(first, which_, edges[which_])
+        return first
+
+
+def checkpoint_of(
+    directory: str | os.PathLike[str] | None, settings: str, choice: Choice
+) -> tuple[Checkpoint | None, int]:
+    """The checkpoint, if one is wanted, and positions a tile: those of the run begun there.
+
+    Then it goes on with the same bits even if the device has more or less memory free by now; a
+    tile that the user gives is taken all the same.
+
+    Raises:
+        FileNotFoundError, FileFormatError: as ``Checkpoint``.
+    """
+    assert choice.tile is not None
+    if directory is None:
+        return None, choice.tile
+    checkpoint = Checkpoint(directory, settings)
+    begun = None if choice.given else checkpoint.tile()
+    return checkpoint, begun or choice.tile
 
 
 def _is_ours(name: str) -> bool:

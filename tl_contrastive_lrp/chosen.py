@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .backward import run
+from .backward import run_each
 from .coverage_table import Coverage
 from .memory import Choice, cannot, instead
 from .objective import described
 from .rulesets import RuleSet
 from .sums import Sums
+
+if TYPE_CHECKING:
+    from .tiled_run import TiledResult
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +52,8 @@ class Ran:
         return facts | {"objective": str(objective)}
 
 
-def tiled(result: Any, objective: Callable[[Tensor], Tensor]) -> Ran:
-    """Of a ``TiledResult``."""
+def tiled(result: TiledResult, objective: Callable[[Tensor], Tensor]) -> Ran:
+    """Of one objective's result."""
     local = None if result.objective is objective else result.objective
     memory = f"tiled (tile {result.tile})"
     return Ran(result.logits, result.value, result.coverage, result.kept, memory, local)
@@ -59,7 +62,7 @@ def tiled(result: Any, objective: Callable[[Tensor], Tensor]) -> Ran:
 def run_chosen(
     model: Any,
     tokens: Tensor,
-    objective: Callable[[Tensor], Tensor],
+    objectives: Sequence[Callable[[Tensor], Tensor]],
     rule_set: str | RuleSet,
     sums: Sums,
     choice: Choice,
@@ -68,11 +71,11 @@ def run_chosen(
     progress: bool,
     checkpoint_dir: str | os.PathLike[str] | None,
     settings: str,
-) -> Ran:
-    """Run as ``choice`` says.
+) -> list[Ran]:
+    """Run as ``choice`` says, one forward for all objectives.
 
     Args:
-        model, tokens, objective, rule_set, sums: As for ``backward.run`` and ``run_tiled``.
+        model, tokens, objectives, rule_set, sums: As for ``backward.run_each`` and ``run_tiled``.
         choice: From ``memory.choose``.
         may_fall_back: Take the plain way where tiles do not work and it fits.
         progress: Show a bar over tiles.
@@ -83,21 +86,27 @@ def run_chosen(
         ModelStateError: it cannot run in tiles, and plainly it does not fit or was not asked for.
     """
     if choice.tile is not None:
-        from .checkpoint import Checkpoint
+        from .checkpoint import checkpoint_of
         from .tile_cache import NotTileable
         from .tiled_run import run_tiled
 
-        checkpoint = None if checkpoint_dir is None else Checkpoint(checkpoint_dir, settings)
+        checkpoint, tile = checkpoint_of(checkpoint_dir, settings, choice)
         try:
-            result, _ = run_tiled(
-                model, tokens, objective, rule_set, sums, choice.tile,
+            results = run_tiled(
+                model, tokens, objectives, rule_set, sums, tile,
                 progress=progress, checkpoint=checkpoint,
             )  # fmt: skip
-            return tiled(result, objective)
+            return [tiled(*pair) for pair in zip(results, objectives, strict=True)]
         except NotTileable as error:
             if not may_fall_back:
                 raise NotTileable(cannot(choice, error)) from error
             choice = instead(choice, str(error))
-            sums.kept.clear()
-    logits, value, coverage = run(model, tokens, objective, rule_set, sums.readings)
-    return Ran(logits, value, coverage, sums.kept, choice.memory)
+            sums.clear()
+    kept: list[dict[str, Tensor]] = []
+    logits, values, coverage = run_each(
+        model, tokens, objectives, rule_set, sums.readings, then=lambda _: kept.append(sums.take())
+    )
+    return [
+        Ran(logits, value, coverage, found, choice.memory)
+        for value, found in zip(values, kept, strict=True)
+    ]

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .graph_columns import KEY, POSITION, VALUE
+from .edge_slots import KEY, POSITION, VALUE
 
 if TYPE_CHECKING:
     from .graph import AttributionGraph

@@ -45,16 +45,26 @@ class BlockEdges:
     Attributes:
         layer: Index of the block.
         by_head: Whether ``value`` and ``key`` are kept.
+        again: Whether another backward of the same forward follows, so that what it saw is kept.
         total: Σ over heads and paths, diagonal (attention to itself) included.
         value, key: The paths by head, on the CPU.
     """
 
     layer: int
     by_head: bool
+    again: bool = False
     total: Float[Tensor, "target source"] | None = None
     value: Float[Tensor, "head target source"] | None = None
     key: Float[Tensor, "head target source"] | None = None
     _kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def seen(self, name: str) -> Tensor:
+        """What the forward had there; let go if no backward needs it again."""
+        return self._kept[name] if self.again else self._kept.pop(name)
+
+    def clear(self) -> None:
+        """Forget what the last backward brought."""
+        self.total = self.value = self.key = None
 
     def add(self, path: str, a: Tensor, b: Tensor, share: float = 1.0) -> None:
         """Add one path's edges, ``share`` · a ⊙ b, both [head, target, source]."""
@@ -150,8 +160,8 @@ def edge_readings(
                 else moved()
             )
         else:
-            v = kept.pop("v") if seen is None else seen()
-        pattern = kept.pop("pattern")
+            v = edges.seen("v") if seen is None else seen()
+        pattern = edges.seen("pattern")
         g_z = at_least_float32(g[0])
         g_z = g_z if by_operation else g_z.transpose(0, 1)
         v = at_least_float32(v).transpose(0, 1).repeat_interleave(len(g_z) // v.shape[1], dim=0)

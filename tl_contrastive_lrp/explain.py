@@ -7,17 +7,18 @@ O(layers · pos) memory beside what autograd itself keeps.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .attribution import Attribution, special_mask
-from .chosen import run_chosen
+from .chosen import Ran, run_chosen
 from .ledger import Ledger
 from .memory import Memory, choose
-from .objective import question
+from .objective import questions
 from .offload import loaded
 from .prompts import model_name, str_tokens, to_single_prompt
 from .rulesets import DEFAULT_RULES, RuleSet
@@ -79,11 +80,48 @@ def _step_of(name: str, n_layers: int) -> int:
     return n_layers + 1
 
 
+class Settings(TypedDict, total=False):
+    """What ``attribute`` takes by name, for type checkers."""
+
+    target: object
+    contrast: object
+    pos: int
+    rules: str | RuleSet
+    neurons: bool
+    memory: Memory
+    tile: int | None
+    progress: bool
+    checkpoint_dir: str | os.PathLike[str] | None
+
+
+@overload
 def attribute(
     model: Any,
     prompt: str | Tensor,
     objective: Callable[[Tensor], Tensor] | None = None,
     *,
+    objectives: None = None,
+    **settings: Unpack[Settings],
+) -> Attribution: ...
+
+
+@overload
+def attribute(
+    model: Any,
+    prompt: str | Tensor,
+    objective: None = None,
+    *,
+    objectives: Sequence[Callable[[Tensor], Tensor]],
+    **settings: Unpack[Settings],
+) -> list[Attribution]: ...
+
+
+def attribute(
+    model: Any,
+    prompt: str | Tensor,
+    objective: Callable[[Tensor], Tensor] | None = None,
+    *,
+    objectives: Sequence[Callable[[Tensor], Tensor]] | None = None,
     target: object = None,
     contrast: object = None,
     pos: int = -1,
@@ -93,13 +131,15 @@ def attribute(
     tile: int | None = None,
     progress: bool = True,
     checkpoint_dir: str | os.PathLike[str] | None = None,
-) -> Attribution:
+) -> Attribution | list[Attribution]:
     """Why did the model prefer one token over another?
 
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
         prompt: Text, or token ids [pos] or [1, pos].
         objective: As from ``logit_diff``; or give ``target`` and ``contrast`` instead.
+        objectives: Several, as a list; they share the forward, and in tiles every block's second
+            run, so each further one costs a backward only.
         target: The token the model preferred (usually wrong), as for ``logit_diff``.
         contrast: The token it should have preferred.
         pos: Position whose next token is explained, with ``target`` and ``contrast``.
@@ -114,22 +154,23 @@ def attribute(
             stopped goes on from there with the same result.
 
     Returns:
-        An ``Attribution``: relevance in logits, positive for the target.
+        An ``Attribution``: relevance in logits, positive for the target. With ``objectives``, one
+        for each.
 
     Raises:
         TypeError: neither or both of an objective and a target with contrast.
-        ValueError: ``neurons`` of a model with experts; an unknown ``memory`` or a wrong ``tile``.
+        ValueError: ``neurons`` of a model with experts; an unknown ``memory`` or a wrong ``tile``;
+            no objectives.
         FileFormatError: ``checkpoint_dir`` holds something else.
         TokenError, PromptError, ModelStateError, UncoveredComponentError: see their messages.
     """
     require_bridge(model)
-    objective = question(model, objective, target, contrast, pos)
+    asked = questions(model, objective, objectives, target, contrast, pos)
     tokens = to_single_prompt(model, prompt)
     n_layers = int(model.cfg.n_layers)
-    sites = residual_sites(model)
 
     sums, biases, hook_dict = Sums(), _biases(model), model.hook_dict
-    for name in (*LEAVES, *sites):
+    for name in (*LEAVES, *residual_sites(model)):
         if name in hook_dict:
             sums.add(name, lambda r: r.sum(-1)[0])
     heads = [add_heads(sums, model, layer) for layer in range(n_layers)]
@@ -138,19 +179,43 @@ def attribute(
             f"{missing} is a mixture of experts, whose neurons have no HookPoint; leave out "
             "neurons=True. Relevance of its output is at hook_mlp_out."
         )
-    for layer in range(n_layers if neurons else 0):
-        sums.add(f"blocks.{layer}.mlp.hook_post", lambda r: r[0])
+    by_neuron = [f"blocks.{i}.mlp.hook_post" for i in range(n_layers if neurons else 0)]
+    for name in by_neuron:
+        sums.add(name, lambda r: r[0])
     for name, bias in biases.items():
         sums.add_bias(name, bias)
 
     choice = choose(model, tokens.shape[1], memory, tile)
     ran = run_chosen(
-        model, tokens, objective, rules, sums, choice, may_fall_back=memory == "auto",
+        model, tokens, asked, rules, sums, choice, may_fall_back=memory == "auto",
         progress=progress, checkpoint_dir=checkpoint_dir, settings=f"nodes {neurons}",
     )  # fmt: skip
-    logits, value, coverage, kept = ran.logits, ran.value, ran.coverage, ran.kept
     sums.warn_of_underflow()
+    ids = tokens[0].cpu()
+    special_ids = list(model.tokenizer.all_special_ids) if model.tokenizer is not None else []
+    prompt_facts: dict[str, Any] = {
+        "token_ids": ids,
+        "special": special_mask(ids, special_ids),
+        "str_tokens": str_tokens(model, ids.tolist()),
+        "model_name": model_name(model),
+    }
+    made = [
+        Attribution(**prompt_facts, **_facts(model, *pair, heads, by_neuron, list(biases)))
+        for pair in zip(ran, asked, strict=True)
+    ]
+    return made if objectives is not None else made[0]
 
+
+def _facts(
+    model: Any,
+    ran: Ran,
+    objective: Callable[[Tensor], Tensor],
+    heads: list[str],
+    by_neuron: list[str],
+    biases: list[str],
+) -> dict[str, Any]:
+    """What an ``Attribution`` says of one objective."""
+    kept, sites, n_layers = ran.kept, residual_sites(model), int(model.cfg.n_layers)
     resid = torch.stack([kept[name] for name in sites])
     embedded = kept[LEAVES[0]]
     positions = float(kept[LEAVES[1]].double().sum()) if LEAVES[1] in kept else 0.0
@@ -162,27 +227,21 @@ def attribute(
         [float(row.double().sum()) for row in (embedded, *resid)],
         per_step,
         positions,
-        float(value),
+        float(ran.value),
     )
-    ids = tokens[0].cpu()
-    special_ids = list(model.tokenizer.all_special_ids) if model.tokenizer is not None else []
-    return Attribution(
-        tokens=embedded,
-        resid=resid,
-        heads=torch.stack([kept[name] for name in heads]),
-        neurons=torch.stack([kept[f"blocks.{i}.mlp.hook_post"] for i in range(n_layers)])
-        if neurons
-        else None,
-        token_ids=ids,
-        special=special_mask(ids, special_ids),
-        str_tokens=str_tokens(model, ids.tolist()),
-        sites=sites,
-        rules=coverage.rules,
-        coverage=coverage,
-        ledger=ledger,
-        model_name=model_name(model),
-        pos=(at := int(getattr(objective, "pos", -1)) % tokens.shape[1]),
-        target_is_top=int(logits[0, ran.row(at)].argmax()) in getattr(objective, "target", ()),
-        memory=ran.memory,
+    at = int(getattr(objective, "pos", -1)) % len(embedded)
+    top = int(ran.logits[0, ran.row(at)].argmax())
+    return {
+        "tokens": embedded,
+        "resid": resid,
+        "heads": torch.stack([kept[name] for name in heads]),
+        "neurons": torch.stack([kept[name] for name in by_neuron]) if by_neuron else None,
+        "sites": sites,
+        "rules": ran.coverage.rules,
+        "coverage": ran.coverage,
+        "ledger": ledger,
+        "pos": at,
+        "target_is_top": top in getattr(objective, "target", ()),
+        "memory": ran.memory,
         **ran.described(objective),
-    )
+    }

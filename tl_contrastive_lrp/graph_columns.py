@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .edge_slots import heads_and_paths, slots
+
 if TYPE_CHECKING:
     from .graph import AttributionGraph
 
-POSITION, VALUE, KEY = 0, 1, 2
-PATHS = ("position", "value", "key")
 # Lexicographic order of edges, most significant first.
 ORDER = ("target_site", "source_site", "target_pos", "source_pos", "head", "path")
 DTYPES = {
@@ -85,15 +85,18 @@ class EdgeColumns:
         target_pos: Int[Tensor, " edge"],
         source_pos: Int[Tensor, " edge"],
         weight: Float[Tensor, " edge"],
+        slot: Int[Tensor, " edge"] | None = None,
     ) -> None:
-        """A transition that is not split by heads, as columns in order, without zeros.
+        """A transition as columns in order, without zeros; ``slot`` where it is split by heads.
 
         Raises:
-            ValueError: the graph's edges are split by heads, or the transition is there already.
+            ValueError: slots where edges are not split by heads, or none where they are; or the
+                transition is there already.
         """
-        if self.with_heads:
-            raise ValueError("Edges are split by heads here: give this transition by add_split.")
-        self._add(source, target, target_pos, source_pos, weight)
+        if self.with_heads != (slot is not None):
+            raise ValueError("Give slots where edges are split by heads, and only there.")
+        by_head = (None, None) if slot is None else heads_and_paths(slot)
+        self._add(source, target, target_pos, source_pos, weight, *by_head)
 
     def add_split(
         self,
@@ -111,19 +114,10 @@ class EdgeColumns:
         """
         if not self.with_heads:
             raise ValueError("Edges are not split by heads here: give the sum by add_dense.")
-        heads, pos = value.shape[0], value.shape[1]
-        # One slot an edge between two positions, in the order of edges: the position-wise part,
-        # then value and key of head 0, of head 1, ...; so what is not 0 comes out sorted.
-        slots = value.new_zeros(pos, pos, 1 + 2 * heads)
-        slots.diagonal()[0] = position.detach()
-        slots[..., 1::2] = value.detach().permute(1, 2, 0)
-        slots[..., 2::2] = key.detach().permute(1, 2, 0)
-        slots = _rows(slots, live)
-        target_pos, source_pos, slot = torch.nonzero(slots, as_tuple=True)
-        weight = slots[target_pos, source_pos, slot]
-        head = torch.div(slot - 1, 2, rounding_mode="floor")
-        path = torch.where(slot == 0, POSITION, torch.where(slot % 2 == 1, VALUE, KEY))
-        self._add(source, target, target_pos, source_pos, weight, head, path)
+        by_slot = _rows(slots(value, key, position.detach()), live)
+        target_pos, source_pos, slot = at = torch.nonzero(by_slot, as_tuple=True)
+        head, path = heads_and_paths(slot)
+        self._add(source, target, target_pos, source_pos, by_slot[at], head, path)
 
     def _add(
         self,

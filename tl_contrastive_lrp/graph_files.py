@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .edge_slots import PATHS
 from .graph import AttributionGraph
-from .graph_columns import ORDER, PATHS
+from .graph_columns import ORDER
 from .prune_steps import Kept, PruneStep
 from .results_io import (
     FileKind,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .graph_columns import DTYPES, ORDER, PATHS, POSITION, first_disorder
+from .edge_slots import PATHS, POSITION
+from .graph_columns import DTYPES, ORDER, first_disorder
 
 if TYPE_CHECKING:
     from .graph import AttributionGraph

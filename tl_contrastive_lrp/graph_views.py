@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .graph_columns import PATHS
+from .edge_slots import PATHS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -41,12 +41,14 @@ class Choice:
         plain_bytes: What the plain way needs beside the model, estimated.
         free_bytes: What the device has free.
         why: A word on it, "" where the choice was the user's.
+        given: Whether the tile is the user's.
     """
 
     tile: int | None
     plain_bytes: int
     free_bytes: int
     why: str = ""
+    given: bool = False
 
     @property
     def memory(self) -> str:
@@ -134,7 +136,7 @@ def choose(
     fits = need <= _SAFE * free
     if memory == "plain" or (memory == "auto" and fits):
         return Choice(None, need, free)
-    return Choice(tile or tile_for(model, length, free), need, free)
+    return Choice(tile or tile_for(model, length, free), need, free, given=tile is not None)
 
 
 def cannot(choice: Choice, reason: object) -> str:

@@ -94,15 +94,17 @@ class Selection:
     _below: float = 0.0
     _held: int = 0
     _tidy: int = 0
-    _parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    _parts: list[tuple[Tensor, ...]] = field(default_factory=list)  # rows, columns, ..., weights
     _masses: Tensor | None = None
     _counts: Tensor | None = None
 
-    def add(self, matrix: Float[Tensor, "row column"], row: int, column: int, unseen: int) -> None:
+    def add(
+        self, matrix: Float[Tensor, "row column *slot"], row: int, column: int, unseen: int
+    ) -> None:
         """A block of rows, before (above) all rows given so far.
 
         Args:
-            matrix: Weights; 0 is no edge.
+            matrix: Weights; 0 is no edge. By heads, with a last axis of slots.
             row, column: Where its corner lies.
             unseen: How many entries are still to come, at most.
 
@@ -119,23 +121,20 @@ class Selection:
         at_least = size > 0 if threshold is None else size.double() > threshold
         if self._tau:
             at_least &= size >= self._tau
-        rows, columns = torch.nonzero(at_least, as_tuple=True)
-        weights = matrix[rows, columns]
+        rows, columns, *slots = at = torch.nonzero(at_least, as_tuple=True)
+        weights = matrix[at]
         self._count(weights.abs(), total)
         self._tau = max(self._tau, self._bound(unseen, matrix.dtype))
-        part = (rows + row).to(torch.int32), (columns + column).to(torch.int32), weights
-        self._parts.append(tuple(x.cpu() for x in self._above(part)))  # type: ignore[arg-type]
-        self._held += len(self._parts[-1][2])
+        part = tuple(x.to(torch.int32) for x in (rows + row, columns + column, *slots))
+        self._parts.append(tuple(x.cpu() for x in self._above((*part, weights))))
+        self._held += len(self._parts[-1][-1])
         if self._held > max(2 * self._tidy, 1 << 20):
             self._parts = [self._above(part) for part in self._parts]
-            self._held = self._tidy = sum(len(part[2]) for part in self._parts)
+            self._held = self._tidy = sum(len(part[-1]) for part in self._parts)
 
-    def _above(self, part: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        keep = part[2].abs() >= self._tau
-        if bool(keep.all()):
-            return part
-        rows, columns, weights = (x[keep] for x in part)
-        return rows, columns, weights
+    def _above(self, part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        keep = part[-1].abs() >= self._tau
+        return part if bool(keep.all()) else tuple(x[keep] for x in part)
 
     def _count(self, size: Tensor, total: float) -> None:
         if self.rule.mass is None and self.rule.top_k is None:
@@ -164,15 +163,18 @@ class Selection:
         fits = torch.nonzero(below[filled] + unseen * ends < spare)
         return float(ends[int(fits[-1])]) if len(fits) else 0.0
 
-    def chosen(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Target positions, source positions and weights of the edges to keep, in order."""
+    def chosen(self) -> tuple[Tensor, ...]:
+        """Target positions, source positions, by heads slots, and weights of the edges to keep.
+
+        In order.
+        """
         if not self._parts:
             none = torch.zeros(0, dtype=torch.int32)
             return none, none, torch.zeros(0)
-        rows, columns, weights = (torch.cat(x[::-1]) for x in zip(*self._parts, strict=True))
-        self._parts = [(rows, columns, weights)]
-        keep = largest(weights.abs(), self._wanted(weights.abs()))
-        return rows[keep], columns[keep], weights[keep]
+        self._parts = [tuple(torch.cat(x[::-1]) for x in zip(*self._parts, strict=True))]
+        (part,) = self._parts
+        keep = largest(part[-1].abs(), self._wanted(part[-1].abs()))
+        return tuple(x[keep] for x in part)
 
     def _wanted(self, size: Tensor) -> int:
         if self.rule.top_k is not None:
@@ -186,16 +188,16 @@ class Selection:
 
     def saved(self) -> dict[str, Tensor]:
         """What was chosen and counted, as tensors."""
-        rows, columns, weights = self.chosen()
         counted = torch.tensor([self.edges], dtype=torch.int64)
         mass = torch.tensor([self.mass], dtype=torch.float64)
-        return {"row": rows, "column": columns, "weight": weights, "edges": counted, "mass": mass}
+        columns = {f"column{i}": x for i, x in enumerate(self.chosen())}
+        return columns | {"edges": counted, "mass": mass}
 
     @classmethod
     def restored(cls, rule: Rule, tensors: dict[str, Tensor]) -> Selection:
         """From ``saved``; choosing again among what was chosen changes nothing."""
         made = cls(rule, int(tensors["edges"]), float(tensors["mass"]))
-        made._parts = [(tensors["row"], tensors["column"], tensors["weight"])]
+        made._parts = [tuple(tensors[f"column{i}"] for i in range(len(tensors) - 2))]
         return made
 
     def account(self, source: int, target: int, weights: Tensor) -> Kept:

@@ -16,11 +16,12 @@ from .precision import NOTABLE, underflow
 
 
 class Sums:
-    """Readings that keep sums of relevance, by name."""
+    """Readings that keep sums of relevance, by name, of one backward after the other."""
 
     def __init__(self) -> None:
         self.readings: list[Reading] = []
-        self.kept: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._zeros: dict[str, Tensor] = {}
         self._lost: dict[str, Tensor] = {}
         self._mass: dict[str, Tensor] = {}
 
@@ -29,7 +30,7 @@ class Sums:
 
         def sink(x: Tensor, g: Tensor) -> None:
             relevance = relevance_of(x, g)
-            self.kept[name] = reduce(relevance).cpu()
+            self._kept[name] = reduce(relevance).cpu()
             if x.dtype == torch.float16:
                 lost, mass = underflow(x, g), relevance.abs().sum().cpu()
                 self._lost[name] = self._lost.get(name, torch.zeros(())) + lost
@@ -37,7 +38,7 @@ class Sums:
 
         def fired(x: Tensor) -> None:
             zero = torch.zeros((), dtype=torch.float32).expand(x.shape)
-            self.kept[name] = reduce(zero)
+            self._zeros[name] = reduce(zero)
 
         self.readings.append(Reading(name, sink, "tensor" if stream else "branch", fired))
 
@@ -46,9 +47,20 @@ class Sums:
 
         def sink(x: Tensor, g: Tensor) -> None:  # noqa: ARG001
             total = g.to(torch.promote_types(g.dtype, torch.float32)).flatten(0, 1).sum(0)
-            self.kept[name] = (total.flatten() * bias.detach().to(total)).sum().cpu()
+            self._kept[name] = (total.flatten() * bias.detach().to(total)).sum().cpu()
 
         self.readings.append(Reading(name, sink))
+
+    def take(self) -> dict[str, Tensor]:
+        """What the last backward brought, by name; 0 where the rules let nothing through."""
+        taken = {**self._zeros, **self._kept}
+        self._kept.clear()
+        return taken
+
+    def clear(self) -> None:
+        """Forget the last forward and backward."""
+        self._kept.clear()
+        self._zeros.clear()
 
     def warn_of_underflow(self) -> None:
         """Warn once where float16 activations are so small that relevance may have been lost.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from .errors import ModelStateError
 
@@ -49,18 +50,25 @@ class RecordingCache(DynamicCache):  # type: ignore[misc]
         if len(self.widths[layer_idx]) and layer_idx in self._done:
             raise NotTileable(f"blocks.{layer_idx} computes attention twice.")
         self._done.add(layer_idx)
-        all_k, all_v = super().update(k, v, layer_idx, *args, **kwargs)
         if layer_idx not in self.keys:
             self.keys[layer_idx] = k.new_empty(*k.shape[:-2], self.length, k.shape[-1])
             self.kept_values[layer_idx] = v.new_empty(*v.shape[:-2], self.length, v.shape[-1])
         self.keys[layer_idx][..., self.start : self.stop, :] = k
         self.kept_values[layer_idx][..., self.start : self.stop, :] = v
-        layer, width = self.layers[layer_idx], int(all_k.shape[-2])
-        if width == self.stop and layer.keys.shape[-2] == self.stop:  # no second copy of all keys
-            layer.keys = self.keys[layer_idx][..., : self.stop, :]
-            layer.values = self.kept_values[layer_idx][..., : self.stop, :]
-        self.widths[layer_idx].append(width)
+        all_k, all_v = self._seen(k, v, layer_idx, *args, **kwargs)
+        self.widths[layer_idx].append(int(all_k.shape[-2]))
         return all_k, all_v
+
+    def _seen(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Keys and values that the tile sees; where that is all so far, without a copy."""
+        if len(self.layers) <= layer_idx or type(self.layers[layer_idx]) is not DynamicLayer:
+            return super().update(k, v, layer_idx, *args, **kwargs)
+        layer = self.layers[layer_idx]
+        if not layer.is_initialized:
+            layer.lazy_initialization(k, v)
+        layer.keys = self.keys[layer_idx][..., : self.stop, :]
+        layer.values = self.kept_values[layer_idx][..., : self.stop, :]
+        return layer.keys, layer.values
 
     def begin(self, start: int, stop: int) -> None:
         """A tile of positions start to stop comes next."""

@@ -3,15 +3,16 @@
 From the last block to the first, and within a block from the last tile to the first: by causality
 only later tiles send gradients to a tile's keys and values, so these are complete when its turn
 comes, and one run of the block on the tile gives all its gradients, the same as a plain backward.
-What it takes is a tile's activations, heads · tile · pos numbers, at a time.
+What it takes is a tile's activations, heads · tile · pos numbers, at a time. Several objectives
+share that run: each sends its own gradient back through it.
 
 The rules and readings are those of ``backward.run``; what readings keep is joined over tiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from .attachment import Attachment, HookFn
 from .backward import Reading, arranged
 from .errors import ModelStateError
+from .joined import Joined, Signal
 from .placement import attached, reading_hooks
 from .precision import LOW, WideGradient, plain
 from .rules import at_least_float32
@@ -28,54 +30,22 @@ from .tiles import Prefill, first_of
 
 
 class TileReader(Protocol):
-    """What else is read while the backward runs; see ``tiled_edges.py``."""
+    """What else is read while the backward runs; see ``tiled_edges.py``.
+
+    ``which`` is the number of the objective.
+    """
 
     def readings(self, layer: int) -> list[Reading]: ...
 
-    def begin_layer(self, layer: int, forward: Prefill, last: int) -> None: ...
+    def begin_layer(self, layer: int, forward: Prefill) -> None: ...
 
     def begin_tile(self, layer: int, tile: int, cache: Any) -> None: ...
 
-    def end_tile(self, layer: int, tile: int, joined: Joined) -> None: ...
+    def end_tile(self, layer: int, tile: int, joined: Joined, which: int) -> None: ...
 
-    def saved(self, layer: int) -> dict[str, Tensor]: ...
+    def saved(self, layer: int, which: int) -> dict[str, Tensor]: ...
 
-    def restore(self, layer: int, tensors: dict[str, Tensor]) -> None: ...
-
-
-@dataclass(eq=False)
-class Joined:
-    """What readings kept of each tile, by name."""
-
-    bounds: tuple[tuple[int, int], ...]
-    parts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-
-    def take(self, sums: Sums, tile: int) -> None:
-        """What one tile's backward brought; the sums are emptied for the next."""
-        for name, value in sums.kept.items():
-            self.parts.setdefault(name, {})[tile] = value
-        sums.kept.clear()
-
-    def of(self, name: str, tile: int) -> Tensor | None:
-        return self.parts.get(name, {}).get(tile)
-
-    def whole(self) -> dict[str, Tensor]:
-        """By name, over all positions; 0 where no relevance arrived."""
-        return {name: self._whole(name, parts) for name, parts in self.parts.items()}
-
-    def _whole(self, name: str, parts: dict[int, Tensor]) -> Tensor:
-        some = next(iter(parts.values()))
-        if some.ndim == 0:
-            return torch.stack([parts[tile].double() for tile in sorted(parts)]).sum().to(some)
-        axis = 1 if name.endswith((".hook_z", ".z")) else 0  # [head, pos]
-
-        def zeros(tile: int) -> Tensor:
-            shape = list(some.shape)
-            shape[axis] = self.bounds[tile][1] - self.bounds[tile][0]
-            return some.new_zeros(shape)
-
-        tiles = range(len(self.bounds))
-        return torch.cat([parts[t] if t in parts else zeros(t) for t in tiles], dim=axis)
+    def restore(self, layer: int, which: int, tensors: dict[str, Tensor]) -> None: ...
 
 
 def is_of_block(path: str, layer: int | None) -> bool:
@@ -92,7 +62,32 @@ def as_gradient(g: Tensor, like: Tensor) -> Tensor:
     return WideGradient(g.float(), like.dtype) if like.dtype in LOW else g.to(like.dtype)
 
 
+@dataclass(eq=False)
+class _Flow:
+    """One objective's gradients in one block, [1, pos, d_model] and [1, kv_head, pos, d_head]."""
+
+    g: Tensor
+    g_in: Tensor
+    g_keys: Tensor
+    g_values: Tensor
+
+    @staticmethod
+    def begun(g: Tensor, keys: Tensor, values: Tensor) -> _Flow:
+        at_kv = (torch.zeros_like(at_least_float32(x)) for x in (keys, values))
+        return _Flow(g, torch.zeros_like(g), *at_kv)
+
+    def arrives(self, own: slice) -> bool:
+        """Whether any gradient comes to the block's output there."""
+        return bool(self.g[:, own].any())
+
+    def is_sent(self, own: slice) -> bool:
+        """Whether later tiles have sent any to the keys and values there."""
+        return bool(self.g_keys[..., own, :].any() | self.g_values[..., own, :].any())
+
+
 class Backward:
+    """The backward of some objectives through the blocks and embeddings of one prefill."""
+
     def __init__(
         self,
         model: Any,
@@ -100,66 +95,81 @@ class Backward:
         sums: Sums,
         reader: TileReader | None,
         forward: Prefill,
-        joined: Joined,
+        signals: Sequence[Signal],
         step: Callable[[], None],
     ) -> None:
         self.model, self.attachments, self.sums, self.reader = model, attachments, sums, reader
-        self.forward, self.joined, self.step = forward, joined, step
-        self.last = next(  # tiles after it have no part in the objective
-            t for t, (_, stop) in enumerate(forward.bounds) if forward.wanted.stop <= stop
-        )
+        self.forward, self.signals, self.step = forward, signals, step
 
-    def layer(self, layer: int, g: Tensor) -> Tensor:
-        """The gradient at the block's input from that at its output, both [1, pos, d_model]."""
-        from .tile_cache import ReplayCache
-
+    def layer(self, layer: int) -> None:
+        """Bring every signal's gradient from the block's output to its input."""
         forward, reader = self.forward, self.reader
         keys, values = forward.keys[layer], forward.values[layer]
-        g_keys, g_values = (torch.zeros_like(at_least_float32(x)) for x in (keys, values))
-        g_in = torch.zeros_like(g)
+        flows = [_Flow.begun(signal.g, keys, values) for signal in self.signals]
         prefix = f"blocks.{layer}."
         mine = tuple(a for a in self.attachments if is_of_block(a.site.path, layer))
         readings = [r for r in self.sums.readings if r.name.startswith(prefix)]
         readings += reader.readings(layer) if reader is not None else []
         hooks = arranged(self.model, mine, readings)
         if reader is not None:
-            reader.begin_layer(layer, forward, self.last)
+            reader.begin_layer(layer, forward)
         for tile in reversed(range(len(forward.bounds))):
-            start, stop = forward.bounds[tile]
-            own = slice(start, stop)
-            g_tile = g[:, own]
-            idle = tile != self.last and not bool(g_tile.any())  # one is run, to find shapes
-            sent = g_keys[..., own, :].any() | g_values[..., own, :].any()
-            if tile > self.last or (idle and not bool(sent)):  # no relevance comes here
-                self.step()
-                continue
-            past = slice(stop - forward.widths[layer][tile], start)
-            before = tuple(x[..., past, :].detach().requires_grad_(True) for x in (keys, values))
-            cache = ReplayCache(start, (before[0], before[1]), stop=idle)
-            x = forward.inputs[layer][tile].detach().requires_grad_(True)
-            if reader is not None:
-                reader.begin_tile(layer, tile, cache)
-            out = self._replayed(layer, tile, x, cache, mine, hooks)
-            assert cache.own is not None
-            ends = [(cache.own[0], g_keys[..., own, :]), (cache.own[1], g_values[..., own, :])]
-            ends += [] if out is None else [(out, g_tile)]
+            self._tile(layer, tile, flows, mine, hooks)
+            self.step()
+        for signal, flow in zip(self.signals, flows, strict=True):
+            signal.g = flow.g_in
+
+    def _tile(
+        self,
+        layer: int,
+        tile: int,
+        flows: list[_Flow],
+        mine: tuple[Attachment, ...],
+        hooks: tuple[list[tuple[str, HookFn]], list[tuple[str, HookFn]]],
+    ) -> None:
+        from .tile_cache import ReplayCache
+
+        forward = self.forward
+        start, stop = forward.bounds[tile]
+        own, last = slice(start, stop), tile == forward.last  # one is run always, to find shapes
+        if tile > forward.last:
+            return
+        idle = not last and not any(flow.arrives(own) for flow in flows)
+        if idle and not any(flow.is_sent(own) for flow in flows):  # no relevance comes here
+            return
+        keys, values = forward.keys[layer], forward.values[layer]
+        past = slice(stop - forward.widths[layer][tile], start)
+        before = tuple(x[..., past, :].detach().requires_grad_(True) for x in (keys, values))
+        cache = ReplayCache(start, (before[0], before[1]), stop=idle)
+        x = forward.inputs[layer][tile].detach().requires_grad_(True)
+        if self.reader is not None:
+            self.reader.begin_tile(layer, tile, cache)
+        out = self._replayed(layer, tile, x, cache, mine, hooks)
+        assert cache.own is not None
+        for which, flow in enumerate(flows):
+            ends = [
+                (cache.own[0], flow.g_keys[..., own, :]),
+                (cache.own[1], flow.g_values[..., own, :]),
+            ]
+            ends += [] if out is None else [(out, flow.g[:, own])]
             ends = [(y, g_y) for y, g_y in ends if y.requires_grad]
             found = torch.autograd.grad(
                 [y for y, _ in ends],
                 [x, *before],
                 [as_gradient(g_y, y) for y, g_y in ends],
                 allow_unused=True,
+                retain_graph=which + 1 < len(flows),
             )
             if found[0] is not None:
-                g_in[:, own] = plain(found[0]).to(g_in)
-            for total, part in zip((g_keys, g_values), found[1:], strict=True):
+                flow.g_in[:, own] = plain(found[0]).to(flow.g_in)
+            for total, part in zip((flow.g_keys, flow.g_values), found[1:], strict=True):
                 if part is not None:
                     total[..., past, :] += plain(part).to(total)
-            self.joined.take(self.sums, tile)
-            if reader is not None:
-                reader.end_tile(layer, tile, self.joined)
-            self.step()
-        return g_in
+            joined = self.signals[which].joined
+            joined.take(self.sums.take(), (start, stop))
+            if self.reader is not None:
+                self.reader.end_tile(layer, tile, joined, which)
+        self.sums.clear()
 
     def _replayed(
         self,
@@ -191,14 +201,20 @@ class Backward:
             )
         return out
 
-    def embeddings(self, g: Tensor) -> None:
+    def embeddings(self) -> None:
         """From the first block's input to the embeddings."""
+        found = [Joined(signal.joined.length) for signal in self.signals]
         for tile, (start, leaves) in enumerate(self.forward.starts):
-            own = slice(*self.forward.bounds[tile])
-            none = tile != self.last and not bool(g[:, own].any())
-            if tile > self.last or not start.requires_grad or none:
-                continue
-            torch.autograd.grad(
-                start, list(leaves.values()), as_gradient(g[:, own], start), allow_unused=True
-            )
-            self.joined.take(self.sums, tile)
+            own = self.forward.bounds[tile]
+            for which, signal in enumerate(self.signals):
+                g = signal.g[:, slice(*own)]
+                none = tile != self.forward.last and not bool(g.any())
+                if not start.requires_grad or none:
+                    continue
+                torch.autograd.grad(
+                    start, list(leaves.values()), as_gradient(g, start), allow_unused=True,
+                    retain_graph=which + 1 < len(self.signals),
+                )  # fmt: skip
+                found[which].take(self.sums.take(), own)
+        for signal, joined in zip(self.signals, found, strict=True):  # all of it, or nothing
+            signal.joined.kept |= joined.kept

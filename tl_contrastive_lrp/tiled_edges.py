@@ -15,7 +15,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from .backward import Reading
+from .edge_slots import slots
 from .edges import BlockEdges, biased_blocks, edge_readings, needs_tangents
+from .joined import Joined
 from .precision import LOW, WideGradient, plain
 from .rules import at_least_float32
 from .rulesets import RuleSet
@@ -23,7 +25,6 @@ from .selection import Rule, Selection
 from .sites import Site
 from .tangents import BlockCall, block_tangents
 from .tile_cache import Enough, ReplayCache
-from .tiled_backward import Joined
 from .tiles import Prefill
 
 
@@ -40,12 +41,12 @@ def _tangent(x: Tensor) -> Tensor:
 class _Moving:
     """ṽ and k̃ of one block at all positions, and S̃ of one tile: ``tangents.py``, in tiles."""
 
-    def __init__(self, edges: TiledEdges, layer: int, forward: Prefill, last: int) -> None:
+    def __init__(self, edges: TiledEdges, layer: int, forward: Prefill) -> None:
         self.edges, self.layer, self.forward = edges, layer, forward
         self.keys, self.values = (
             torch.zeros_like(at_least_float32(x[layer])) for x in (forward.keys, forward.values)
         )
-        for tile in range(last + 1):
+        for tile in range(forward.last + 1):
             try:
                 self._run(tile, stop=True)
             except Enough:
@@ -109,9 +110,11 @@ class TiledEdges:
         rule: Which edges to keep.
         targets: By block, the site its attention's transition leads to.
         node_threshold: Targets with |relevance| at or below it are not expanded.
+        heads: Split edges by head and by value and key path.
+        objectives: How many backwards there are.
 
     Attributes:
-        found: By block.
+        found: By objective and block.
     """
 
     def __init__(
@@ -122,17 +125,21 @@ class TiledEdges:
         rule: Rule,
         targets: dict[int, str],
         node_threshold: float,
+        *,
+        heads: bool = False,
+        objectives: int = 1,
     ) -> None:
         self.model, self.sites, self.rule_set, self.rule = model, sites, rule_set, rule
-        self.targets, self.node_threshold = targets, node_threshold
+        self.targets, self.node_threshold, self.heads = targets, node_threshold, heads
         self.biased = biased_blocks(model)
-        self.found: dict[int, Selection] = {}
+        self.found: list[dict[int, Selection]] = [{} for _ in range(objectives)]
+        self._columns: list[Tensor] = []
         self._edges: BlockEdges | None = None
         self._moving: _Moving | None = None
+        self._moved: tuple[Tensor, Tensor] | None = None
         self._forward: Prefill | None = None
         self._cache: Any = None
         self._tile = 0
-        self._columns: Tensor | None = None
 
     def by_operation(self, layer: int) -> bool:
         return any(
@@ -141,48 +148,54 @@ class TiledEdges:
         )
 
     def readings(self, layer: int) -> list[Reading]:
-        self._edges = BlockEdges(layer, by_head=False)
+        self._edges = BlockEdges(layer, by_head=self.heads, again=len(self.found) > 1)
         return edge_readings(
             self.model, self._edges, self.sites, self.rule_set, BlockCall(), self.biased,
-            self._values, self._moved,
+            self._values, self._tangents,
         )  # fmt: skip
 
     def _values(self) -> Tensor:
         values: Tensor = self._cache.values[0]
         return values.transpose(0, 1)
 
-    def _moved(self) -> tuple[Tensor, Tensor]:
+    def _tangents(self) -> tuple[Tensor, Tensor]:
         assert self._moving is not None
-        return self._moving.at(self._tile)
+        moved = self._moving.at(self._tile) if self._moved is None else self._moved
+        if len(self.found) > 1:  # the next objective's backward needs them too
+            self._moved = moved
+        return moved
 
-    def begin_layer(self, layer: int, forward: Prefill, last: int) -> None:
+    def begin_layer(self, layer: int, forward: Prefill) -> None:
         self._forward = forward
-        self.found[layer] = Selection(self.rule)
-        self._columns = torch.zeros(forward.bounds[-1][1], dtype=torch.float64)
+        length = forward.bounds[-1][1]
+        for found in self.found:
+            found[layer] = Selection(self.rule)
+        self._columns = [torch.zeros(length, dtype=torch.float64) for _ in self.found]
         self._moving = None
         if needs_tangents(layer, self.sites, self.rule_set, self.biased):
-            self._moving = _Moving(self, layer, forward, last)
+            self._moving = _Moving(self, layer, forward)
 
     def begin_tile(self, layer: int, tile: int, cache: Any) -> None:  # noqa: ARG002
         assert self._edges is not None
-        self._cache, self._tile = cache, tile
-        self._edges.total = None
+        self._cache, self._tile, self._moved = cache, tile, None
+        self._edges.clear()
         self._edges._kept.clear()
 
-    def end_tile(self, layer: int, tile: int, joined: Joined) -> None:
+    def end_tile(self, layer: int, tile: int, joined: Joined, which: int) -> None:
         """The tile's rows, its diagonal included."""
         assert self._edges is not None
         assert self._forward is not None
-        assert self._columns is not None
-        start, stop = self._forward.bounds[tile]
+        start, stop = own = self._forward.bounds[tile]
         first = stop - self._forward.widths[layer][tile]
-        source = joined.of(f"blocks.{layer}.hook_resid_pre", tile)
-        target = joined.of(self.targets[layer], tile)
-        total, self._edges.total = self._edges.total, None
-        self._cache = None
+        source = joined.of(f"blocks.{layer}.hook_resid_pre", own)
+        target = joined.of(self.targets[layer], own)
+        edges, columns = self._edges, self._columns[which]
+        total, split = edges.total, (edges.value, edges.key)
+        edges.clear()
         if total is not None:
-            total.diagonal(start - first).zero_()
-            self._columns[first:stop] += total.sum(0, dtype=torch.float64).cpu()
+            if not self.heads:  # by heads, attention to itself is an edge of its own
+                total.diagonal(start - first).zero_()
+            columns[first:stop] += total.sum(0, dtype=torch.float64).cpu()
         if source is None or target is None:
             return
         live = target.abs() > self.node_threshold
@@ -190,16 +203,22 @@ class TiledEdges:
             live = live | (total != 0).any(-1).to(live.device)
         if not bool(live.any()):
             return
+        position = source - columns[start:stop].to(source)
+        unseen = start * (start + 1) // 2
         if total is None:  # no relevance reaches this block's attention
             first, total = start, source.new_zeros(stop - start, stop - start)
-        diagonal = source - self._columns[start:stop].to(source)
-        total.diagonal(start - first).copy_(diagonal)
+        if self.heads:
+            rows = slots(*split, position.cpu(), start - first)
+            unseen *= rows.shape[-1]
+        else:
+            total.diagonal(start - first).copy_(position)
+            rows = total
         if not bool(live.all()):
-            total[~live.to(total.device)] = 0
-        self.found[layer].add(total, start, first, start * (start + 1) // 2)
+            rows[~live.to(rows.device)] = 0
+        self.found[which][layer].add(rows, start, first, unseen)
 
-    def saved(self, layer: int) -> dict[str, Tensor]:
-        return self.found[layer].saved()
+    def saved(self, layer: int, which: int) -> dict[str, Tensor]:
+        return self.found[which][layer].saved()
 
-    def restore(self, layer: int, tensors: dict[str, Tensor]) -> None:
-        self.found[layer] = Selection.restored(self.rule, tensors)
+    def restore(self, layer: int, which: int, tensors: dict[str, Tensor]) -> None:
+        self.found[which][layer] = Selection.restored(self.rule, tensors)

@@ -1,100 +1,97 @@
-"""The graph of a long prompt: relevance and pruned edges from one backward in tiles."""
+"""Graphs of a long prompt: relevance and pruned edges from one forward and backwards in tiles."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from .checkpoint import Checkpoint
+from .checkpoint import checkpoint_of
+from .chosen import tiled
+from .graph import AttributionGraph
 from .graph_columns import EdgeColumns
+from .graph_plan import GraphPlan
+from .memory import Choice
 from .prune_steps import Kept
-from .rulesets import RuleSet
 from .selection import Rule, Selection
-from .sites import find_sites
-from .sums import Sums
-from .tiled_backward import TileReader
 from .tiled_edges import TiledEdges
 from .tiled_run import TiledResult, run_tiled
 
 
-class Step(Protocol):
-    """One transition: see ``graph_build``."""
-
-    @property
-    def source(self) -> int: ...
-
-    @property
-    def target(self) -> int: ...
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def block(self) -> int: ...
-
-
-def tiled_graph(
-    model: Any,
-    tokens: Tensor,
-    objective: Callable[[Tensor], Tensor],
-    rule_set: RuleSet,
-    sums: Sums,
-    sites: tuple[str, ...],
-    steps: Sequence[Step],
-    rule: Rule,
-    tile: int,
-    *,
-    node_threshold: float,
-    progress: bool,
-    checkpoint_dir: str | os.PathLike[str] | None,
-) -> tuple[TiledResult, Float[Tensor, "site pos"], EdgeColumns, list[Kept]]:
-    """Relevance of all nodes, the edges that ``rule`` keeps, and what it kept by transition.
+def tiled_graphs(
+    plan: GraphPlan, choice: Choice, checkpoint_dir: str | os.PathLike[str] | None
+) -> list[AttributionGraph]:
+    """A graph for each objective of the plan, with the edges that its rule keeps.
 
     Args:
-        model, tokens, objective, rule_set, sums, tile: As for ``run_tiled``.
-        sites, steps: The transitions, each within one block.
-        rule: Which edges to keep.
-        node_threshold: Targets with |relevance| at or below it are not expanded.
-        progress: Show a bar.
+        plan: Transitions each within one block.
+        choice: Of a tile.
         checkpoint_dir: Where to keep what is finished.
 
     Raises:
         NotTileable, ModelStateError, UncoveredComponentError, FileFormatError: as ``run_tiled``.
     """
-    covered = find_sites(model)
-    targets = {step.block: sites[step.target] for step in steps if step.kind == "attention"}
-    settings = f"graph {sites} {rule} {node_threshold}"
-    checkpoint = None if checkpoint_dir is None else Checkpoint(checkpoint_dir, settings)
-
-    def reader() -> TileReader:
-        return TiledEdges(model, covered, rule_set, rule, targets, node_threshold)
-
-    result, edges = run_tiled(
-        model, tokens, objective, rule_set, sums, tile,
-        reader=reader, progress=progress, checkpoint=checkpoint,
+    targets = {s.block: plan.sites[s.target] for s in plan.steps if s.kind == "attention"}
+    settings = f"graph {plan.sites} {plan.rule} {plan.node_threshold} {plan.heads} {plan.details}"
+    checkpoint, tile = checkpoint_of(checkpoint_dir, settings, choice)
+    edges = TiledEdges(
+        plan.model, plan.covered, plan.rule_set, plan.rule, targets, plan.node_threshold,
+        heads=plan.heads, objectives=len(plan.objectives),
     )  # fmt: skip
-    assert isinstance(edges, TiledEdges)
-    relevance = torch.stack([result.kept[site] for site in sites])
-    columns, kept = EdgeColumns(), []
-    for step in steps:
+    sums, by_head = plan.sums()
+    results = run_tiled(
+        plan.model, plan.tokens, plan.objectives, plan.rule_set, sums, tile,
+        reader=edges, progress=plan.progress, checkpoint=checkpoint,
+    )  # fmt: skip
+    sums.warn_of_underflow()
+    return [
+        _graph(plan, objective, result, found, by_head)
+        for objective, result, found in zip(plan.objectives, results, edges.found, strict=True)
+    ]
+
+
+def _graph(
+    plan: GraphPlan,
+    objective: Callable[[Tensor], Tensor],
+    result: TiledResult,
+    edges: dict[int, Selection],
+    by_head: list[str],
+) -> AttributionGraph:
+    relevance, details = plan.nodes(result.kept, by_head)
+    columns, kept = EdgeColumns(with_heads=plan.heads), list[Kept]()
+    for step in plan.steps:
         if step.kind == "attention":
-            found = edges.found[step.block]
+            found = edges[step.block]
         else:
-            found = _diagonal(rule, relevance[step.source], relevance[step.target], node_threshold)
-        rows, sources, weights = found.chosen()
-        columns.add_edges(step.source, step.target, rows, sources, weights)
+            ends = relevance[step.source], relevance[step.target]
+            found = _diagonal(plan.rule, *ends, plan.node_threshold)
+        rows, sources, *slots, weights = found.chosen()
+        slot = (slots[0] if slots else torch.zeros_like(rows)) if plan.heads else None
+        columns.add_edges(step.source, step.target, rows, sources, weights, slot)
         kept.append(found.account(step.source, step.target, weights))
-    return result, relevance, columns, kept
+    ran, rule = tiled(result, objective), plan.rule
+    return AttributionGraph.from_columns(
+        **columns.columns(),
+        relevance=relevance,
+        rules=ran.coverage.rules,
+        coverage=ran.coverage,
+        memory=ran.memory,
+        history=(rule.step(kept, float(result.value)),) if rule else (),
+        **plan.facts(objective),
+        **details,
+        **ran.described(objective),
+    )
 
 
 def _diagonal(rule: Rule, source: Tensor, target: Tensor, node_threshold: float) -> Selection:
-    """A transition in which every position keeps to itself, last rows first, in parts."""
-    found, values = Selection(rule), torch.where(target.abs() > node_threshold, source, 0)
+    """A transition in which every position keeps to itself, last rows first, in parts.
+
+    At threshold 0 also where what arrives adds up to 0: it is what is passed on.
+    """
+    live = target.abs() > node_threshold if node_threshold else torch.ones_like(target.bool())
+    found, values = Selection(rule), torch.where(live, source, 0)
     for stop in range(len(values), 0, -512):
         start = max(stop - 512, 0)
         found.add(torch.diag(values[start:stop]), start, start, start)

@@ -1,25 +1,26 @@
-"""One forward and backward in tiles: prefill, what is behind the blocks, the blocks, embeddings.
+"""One forward and some backwards in tiles: prefill, what is behind the blocks, blocks, embeddings.
 
-The counterpart of ``backward.run``, with the same values in memory linear in the prompt.
+The counterpart of ``backward.run_each``, with the same values in memory linear in the prompt.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attachment import Attachment, HookFn
-from .backward import arranged, frozen_parameters
+from .backward import arranged, check_value, frozen_parameters
 from .checkpoint import Checkpoint
 from .context import plan
 from .coverage_table import Coverage
 from .errors import ModelStateError
+from .joined import Joined, Signal
 from .objective import Objective
 from .placement import attached, check_ready, check_single, reading_hooks
 from .precision import first_gradient, plain
@@ -27,15 +28,17 @@ from .rules import at_least_float32
 from .rulesets import RuleSet
 from .sites import LEAVES
 from .sums import Sums
-from .tiled_backward import Backward, Joined, TileReader, as_gradient, is_of_block
-from .tiles import Prefill, check_tileable, prefill, tiles_of, wanted_positions
+from .tile_bounds import position_of, tiles_of, wanted_positions
+from .tiled_backward import Backward, TileReader, as_gradient, is_of_block
+from .tiles import Prefill, check_tileable, prefill
 
-HEAD = -1  # the "tile" of what is read behind the blocks, and downwards for more than one
+LEAST = 16  # positions a tile; smaller ones save no memory to speak of
+Objectives = Sequence[Callable[[Tensor], Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
 class TiledResult:
-    """A forward and backward in tiles.
+    """A forward in tiles and one backward of it.
 
     Attributes:
         logits: [1, wanted, vocab], of the position explained (or all).
@@ -54,54 +57,74 @@ class TiledResult:
     tile: int
 
 
-def _local(objective: Callable[[Tensor], Tensor], wanted: slice) -> Callable[[Tensor], Tensor]:
-    """The objective for logits of the wanted positions only."""
-    if isinstance(objective, Objective) and wanted.stop - wanted.start == 1:
-        return replace(objective, pos=0)
-    return objective
+@dataclass(eq=False)
+class _Run:
+    """What is asked, and how far it has come, so that smaller tiles can go on from there."""
+
+    model: Any
+    tokens: Tensor
+    objectives: Objectives
+    sums: Sums
+    reader: TileReader | None
+    checkpoint: Checkpoint | None
+    attachments: tuple[Attachment, ...]
+    coverage: Coverage
+    todo: int
+    signals: list[Signal] = field(default_factory=list)
+
+    def drop_unfinished(self) -> None:
+        """Forget what was read of the block that was not finished."""
+        self.sums.clear()
+        for signal in self.signals:
+            signal.joined.drop(f"blocks.{self.todo - 1}.")
 
 
 def run_tiled(
     model: Any,
     tokens: Tensor,
-    objective: Callable[[Tensor], Tensor],
+    objectives: Objectives,
     rule_set: str | RuleSet,
     sums: Sums,
     tile: int,
     *,
-    reader: Callable[[], TileReader] | None = None,
+    reader: TileReader | None = None,
     progress: bool = False,
     checkpoint: Checkpoint | None = None,
-) -> tuple[TiledResult, TileReader | None]:
-    """What ``backward.run`` does, in tiles of ``tile`` positions.
+) -> list[TiledResult]:
+    """What ``backward.run_each`` does, in tiles of ``tile`` positions.
 
-    On a GPU that runs out of memory the tile is halved, with one warning, until it fits.
+    On a GPU that runs out of memory the tile is halved, with one warning, until it fits; blocks
+    that are finished stay so.
 
     Args:
-        model, tokens, objective, rule_set: As for ``backward.run``; tokens [1, pos].
+        model, tokens, rule_set: As for ``backward.run_each``; tokens [1, pos].
+        objectives: One or more, which share the forward and every block's second run.
         sums: What to read.
         tile: Positions a tile, 1 or more.
-        reader: Makes what reads edges.
+        reader: Reads edges.
         progress: Show a bar over blocks and tiles.
         checkpoint: Where a finished block's results are kept, to go on from there.
 
+    Returns:
+        A result for each objective.
+
     Raises:
         NotTileable: the model does not run in tiles.
-        ModelStateError, UncoveredComponentError: as ``backward.run``.
+        ModelStateError, UncoveredComponentError: as ``backward.run_each``.
     """
     check_ready(model, "Relevance")
     check_single(model)
     check_tileable(model, tokens)
+    n_layers = int(model.cfg.n_layers)
+    run = _Run(
+        model, tokens, objectives, sums, reader, checkpoint, *plan(model, rule_set), n_layers
+    )
     warned = False
     while True:
         try:
-            made = None if reader is None else reader()
-            made_result = _attempt(
-                model, tokens, objective, rule_set, sums, tile, made, progress, checkpoint
-            )
-            return made_result, made
+            return _attempt(run, tile, progress)
         except torch.OutOfMemoryError:
-            if tile <= 16:
+            if tile <= LEAST:
                 raise
             tile //= 2
             if not warned:
@@ -111,29 +134,19 @@ def run_tiled(
                     stacklevel=3,
                 )
             warned = True
-        sums.kept.clear()
+        run.drop_unfinished()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _attempt(
-    model: Any,
-    tokens: Tensor,
-    objective: Callable[[Tensor], Tensor],
-    rule_set: str | RuleSet,
-    sums: Sums,
-    tile: int,
-    reader: TileReader | None,
-    progress: bool,
-    checkpoint: Checkpoint | None,
-) -> TiledResult:
+def _attempt(run: _Run, tile: int, progress: bool) -> list[TiledResult]:
     from tqdm.auto import tqdm
 
-    attachments, coverage = plan(model, rule_set)
-    wanted = wanted_positions(objective, tokens.shape[1])
-    bounds = tiles_of(tokens.shape[1], tile, wanted)
-    n_layers = int(model.cfg.n_layers)
-    outside = tuple(a for a in attachments if is_of_block(a.site.path, None))
+    model, sums = run.model, run.sums
+    length, n_layers = run.tokens.shape[1], int(model.cfg.n_layers)
+    wanted = wanted_positions(run.objectives, length)
+    bounds = tiles_of(length, tile, wanted)
+    outside = tuple(a for a in run.attachments if is_of_block(a.site.path, None))
     around = [r for r in sums.readings if not r.name.startswith("blocks.")]
     before, after = arranged(model, outside, around)
     leaves: dict[str, Tensor] = {}
@@ -144,65 +157,78 @@ def _attempt(
 
     hook_dict = model.hook_dict
     starts = [(name, make_leaf) for name in LEAVES if name in hook_dict]
-    joined, steps = Joined(bounds), len(bounds) * (n_layers + 1)
+    steps = len(bounds) * (run.todo + 1)
     with (
         frozen_parameters(model),
         tqdm(total=steps, desc="Blocks × tiles", unit="tile", disable=not progress) as bar,
     ):
         with _ordered(model, [*starts, *before], outside, after):
-            forward = prefill(model, tokens, wanted, bounds, leaves, bar.update)
-            asked = _local(objective, wanted)
-            assert forward.logits is not None
-            value = asked(forward.logits)
-        sums.kept.clear()  # so far only zeros
-        g = _first_gradient(model, forward, value, lambda i: joined.take(sums, HEAD - i))
-        backward = Backward(model, attachments, sums, reader, forward, joined, bar.update)
-        first = n_layers
-        if checkpoint is not None:
-            checkpoint.open(tokens, value, coverage.rules, str(objective), tile)
-            first, g = checkpoint.resume(n_layers, g, joined.parts, reader)
-            bar.update((n_layers - first) * len(bounds))
-        for layer in reversed(range(first)):
-            g = backward.layer(layer, g)
+            forward = prefill(model, run.tokens, wanted, bounds, leaves, bar.update)
+            read = [_reading(forward, objective, length) for objective in run.objectives]
+            values = [check_value(asked(logits)) for logits, asked in read]
+        sums.clear()  # so far only zeros
+        if not run.signals:
+            run.signals = _first_signals(run, forward, values)
+        checkpoint, reader = run.checkpoint, run.reader
+        if checkpoint is not None and run.todo == n_layers:
+            names = [str(objective) for objective in run.objectives]
+            checkpoint.open(run.tokens, values, run.coverage.rules, names, tile)
+            run.todo = checkpoint.resume(n_layers, run.signals, reader)
+            bar.update((n_layers - run.todo) * len(bounds))
+        backward = Backward(model, run.attachments, sums, reader, forward, run.signals, bar.update)
+        while run.todo:
+            backward.layer(run.todo - 1)
+            run.todo -= 1
             if checkpoint is not None:
-                checkpoint.write(layer, g, joined.parts, reader)
-        backward.embeddings(g)
-    result = joined.whole()
-    return TiledResult(
-        forward.logits.detach(), asked, value.detach().reshape(()), coverage, result, tile
-    )
+                checkpoint.write(run.todo, run.signals, reader)
+        backward.embeddings()
+    return [
+        TiledResult(logits.detach(), asked, signal.value, run.coverage, signal.joined.kept, tile)
+        for (logits, asked), signal in zip(read, run.signals, strict=True)
+    ]
 
 
-def _first_gradient(
-    model: Any, forward: Prefill, value: object, read: Callable[[int], None]
-) -> Tensor:
-    """The gradient of the objective at the last block's output, [1, pos, d_model].
+def _reading(
+    forward: Prefill, objective: Callable[[Tensor], Tensor], length: int
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The logits that an objective reads, and the objective for those alone."""
+    alone = forward.logits_at(position_of(objective, length))
+    if alone is None:
+        return forward.logits(), objective
+    assert isinstance(objective, Objective)
+    return alone, replace(objective, pos=0)
 
-    Args:
-        read: Called after each tile's backward through what is behind the blocks.
+
+def _first_signals(run: _Run, forward: Prefill, values: list[Tensor]) -> list[Signal]:
+    """Every objective's gradient at the last block's output, [1, pos, d_model].
+
+    What sums read behind the blocks is joined.
     """
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-        raise ModelStateError(
-            "The objective must turn logits [batch, pos, vocab] into one differentiable number. "
-            "Use clrp.logit_diff(...), or a function that detaches nothing."
-        )
-    begin = first_gradient(model, value)
-    at_logits = torch.autograd.grad(value, forward.parts, begin, allow_unused=True)
-    if all(part is None for part in at_logits):
-        raise ModelStateError(
-            "The objective's value does not depend on the logits it was given, so there is "
-            "nothing to explain. Compute it from its argument."
-        )
+    signals = []
     some = next(iter(forward.finals.values()))
-    g = at_least_float32(some.detach()).new_zeros(1, forward.bounds[-1][1], some.shape[-1])
-    for i, (tile, final) in enumerate(forward.finals.items()):
-        if at_logits[i] is None:
-            continue
-        part = as_gradient(plain(at_logits[i]), forward.parts[i])
-        (found,) = torch.autograd.grad(forward.parts[i], [final], part)
-        g[:, slice(*forward.bounds[tile])] = plain(found).to(g)
-        read(i)
-    return g
+    for which, value in enumerate(values):
+        more = which + 1 < len(values)
+        begin = first_gradient(run.model, value)
+        at_logits = torch.autograd.grad(
+            value, forward.parts, begin, allow_unused=True, retain_graph=more
+        )
+        if all(part is None for part in at_logits):
+            raise ModelStateError(
+                "The objective's value does not depend on the logits it was given, so there is "
+                "nothing to explain. Compute it from its argument."
+            )
+        g = at_least_float32(some.detach()).new_zeros(1, forward.bounds[-1][1], some.shape[-1])
+        joined = Joined(forward.bounds[-1][1])
+        for i, (tile, final) in enumerate(forward.finals.items()):
+            if at_logits[i] is None:
+                continue
+            part = as_gradient(plain(at_logits[i]), forward.parts[i])
+            (found,) = torch.autograd.grad(forward.parts[i], [final], part, retain_graph=more)
+            g[:, slice(*forward.bounds[tile])] = plain(found).to(g)
+            joined.take(run.sums.take(), forward.bounds[tile])
+        signals.append(Signal(value.detach().reshape(()), g, joined))
+    run.sums.clear()
+    return signals
 
 
 def _ordered(

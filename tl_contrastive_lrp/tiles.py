@@ -11,55 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .objective import Objective
+from .tile_bounds import Range, is_wanted, tiles_of
+from .tile_masks import Packed
 
 if TYPE_CHECKING:
     from .tile_cache import RecordingCache
 
-_PACKED_FROM = 4096  # numbers; smaller tensors are kept as they are
 _CACHE = object()  # stands for the cache among a block's arguments
 _HIDDEN = object()  # and this for its input
 
 
 class _AfterBlocks(Exception):
     """All blocks have run on the tile; its logits are not wanted."""
-
-
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """A tensor of two values, a mask, at one bit a number."""
-
-    bits: Tensor
-    shape: torch.Size
-    low: Tensor
-    high: Tensor
-
-    @staticmethod
-    def of(tensor: Tensor) -> Any:
-        """The tensor packed, or itself where it is small or has more values than two."""
-        if tensor.numel() < _PACKED_FROM or tensor.is_complex():
-            return tensor
-        flat = tensor.flatten()
-        low, high = flat.min(), flat.max()
-        set_ = flat == high
-        if not bool((set_ | (flat == low)).all()):
-            return tensor
-        padded = torch.nn.functional.pad(set_.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
-        weights = 2 ** torch.arange(8, device=flat.device, dtype=torch.uint8)
-        return Packed((padded * weights).sum(-1, dtype=torch.uint8), tensor.shape, low, high)
-
-    def unpacked(self) -> Tensor:
-        places = torch.arange(8, device=self.bits.device, dtype=torch.uint8)
-        set_ = self.bits[:, None].bitwise_right_shift(places).bitwise_and_(1).flatten()
-        set_ = set_[: self.shape.numel()].bool()
-        return torch.where(set_, self.high, self.low).view(self.shape)
 
 
 @dataclass(eq=False)
@@ -76,14 +45,13 @@ class Prefill:
         outputs: The last block's output by tile, [1, tile, d_model].
         wanted: The positions whose logits are wanted, whole tiles.
         finals: Those tiles' outputs as leaves, by tile.
-        parts: Their logits, each on the graph of its tile's leaf.
-        logits: [1, wanted, vocab], on the graph of ``parts``.
+        parts: Their logits, [1, tile, vocab], each on the graph of its tile's leaf.
     """
 
-    bounds: tuple[tuple[int, int], ...]
+    bounds: tuple[Range, ...]
     inputs: list[list[Tensor]]
     calls: list[list[tuple[Any, Any]]]
-    wanted: slice
+    wanted: tuple[Range, ...]
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     widths: list[list[int]] = field(default_factory=list)
@@ -91,7 +59,22 @@ class Prefill:
     outputs: list[Tensor] = field(default_factory=list)
     finals: dict[int, Tensor] = field(default_factory=dict)
     parts: list[Tensor] = field(default_factory=list)
-    logits: Tensor | None = None
+
+    @property
+    def last(self) -> int:
+        """The last wanted tile; those after it have no part in what is wanted."""
+        return max(self.finals)
+
+    def logits(self) -> Tensor:
+        """[1, wanted, vocab], on the graph of ``parts``."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=1)
+
+    def logits_at(self, pos: int | None) -> Tensor | None:
+        """[1, 1, vocab] of a position that is a wanted tile of its own, else None."""
+        for tile, part in zip(self.finals, self.parts, strict=True):
+            if pos is not None and self.bounds[tile] == (pos, pos + 1):
+                return part
+        return None
 
     def call(self, layer: int, tile: int, hidden: Tensor, cache: Any) -> tuple[Any, Any]:
         """Arguments for running a block again on a tile, with this input and this cache."""
@@ -109,25 +92,6 @@ class Prefill:
     def after(self, layer: int, tile: int) -> Tensor:
         """What the block put out for the tile, [1, tile, d_model]."""
         return self.outputs[tile] if layer + 1 == len(self.inputs) else self.inputs[layer + 1][tile]
-
-
-def tiles_of(length: int, tile: int, wanted: slice) -> tuple[tuple[int, int], ...]:
-    """Bounds of tiles of at most ``tile`` positions, none of which is wanted in part only."""
-    ends = sorted({0, wanted.start, wanted.stop, length})
-    return tuple(
-        (at, min(at + tile, stop)) for start, stop in pairwise(ends)
-        for at in range(start, stop, tile)
-    )  # fmt: skip
-
-
-def wanted_positions(objective: Callable[[Tensor], Tensor], length: int) -> slice:
-    """The positions whose logits an objective reads: one, or all if it does not say."""
-    if not isinstance(objective, Objective) or not isinstance(objective.pos, int):
-        return slice(0, length)
-    if not -length <= objective.pos < length:
-        return slice(0, length)  # it will say so itself
-    at = objective.pos % length
-    return slice(at, at + 1)
 
 
 def first_of(output: Any) -> Tensor:
@@ -201,7 +165,7 @@ class _Recorder:
         out = first_of(output)
         prefill.outputs.append(out.detach())
         self.packed.clear()
-        if not prefill.wanted.start <= start < prefill.wanted.stop:
+        if not is_wanted(start, prefill.wanted):
             raise _AfterBlocks
         final = out.detach().clone().requires_grad_(True)
         prefill.finals[len(prefill.outputs) - 1] = final
@@ -223,8 +187,8 @@ class _Recorder:
 def prefill(
     model: Any,
     tokens: Tensor,
-    wanted: slice,
-    bounds: tuple[tuple[int, int], ...],
+    wanted: tuple[Range, ...],
+    bounds: tuple[Range, ...],
     leaves: dict[str, Tensor],
     step: Callable[[], None] = lambda: None,
 ) -> Prefill:
@@ -254,7 +218,7 @@ def prefill(
     logits = found.parts
     with recorder.on(model.blocks):
         for start, stop in bounds:
-            if start >= wanted.stop:  # by causality, without a part in what is wanted
+            if start >= wanted[-1][1]:  # by causality, without a part in what is wanted
                 step()
                 continue
             cache.begin(start, stop)
@@ -267,7 +231,6 @@ def prefill(
     found.keys, found.values, found.widths = cache.keys, cache.kept_values, cache.widths
     if len(logits) != len(found.finals) or not all(isinstance(x, Tensor) for x in logits):
         raise NotTileable("The forward gave no logits.")
-    found.logits = logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
     return found
 
 
@@ -286,14 +249,13 @@ def check_tileable(model: Any, tokens: Tensor) -> None:
     try:
         with torch.no_grad():
             wanted = model(short)
-            every = slice(0, length)
-            found = prefill(model, short, every, tiles_of(length, 5, every), {})
+            every = ((0, length),)
+            logits = prefill(model, short, every, tiles_of(length, 5, every), {}).logits()
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         if isinstance(error, NotTileable):
             raise
         raise NotTileable(f"A forward over a cache of keys and values fails: {error}") from error
-    assert found.logits is not None
     scale = float(wanted.abs().max())
     slack = 1e-4 if wanted.dtype in (torch.float32, torch.float64) else 0.05
-    if not float((found.logits - wanted).abs().max()) <= slack * scale:
+    if not float((logits - wanted).abs().max()) <= slack * scale:
         raise NotTileable("A forward over a cache of keys and values gives other logits.")

@@ -1,0 +1,147 @@
+"""Graphs from one plain forward and a backward each: every transition's whole matrix."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .backward import run_each
+from .edges import BlockEdges, biased_blocks, edge_readings
+from .graph import AttributionGraph
+from .graph_check import require_closed_form
+from .graph_columns import EdgeColumns
+from .graph_plan import GraphPlan
+from .objective import described
+from .packed import packed_edges
+from .tangents import BlockCall
+
+
+def plain_graphs(plan: GraphPlan) -> list[AttributionGraph]:
+    """A graph for each objective of the plan.
+
+    Raises:
+        ModelStateError, UncoveredComponentError: as ``backward.run_each``.
+    """
+    model, rule_set = plan.model, plan.rule_set
+    edges = {s.block: BlockEdges(s.block, plan.heads) for s in plan.steps if s.kind == "attention"}
+    sums, by_head = plan.sums()
+    biased = biased_blocks(model)
+    calls = {block: BlockCall() for block in edges}
+    readings = [
+        reading
+        for block, found in edges.items()
+        for reading in edge_readings(model, found, plan.covered, rule_set, calls[block], biased)
+    ]
+    if edges:
+        require_closed_form(model, rule_set)
+    nodes: list[tuple[Float[Tensor, "site pos"], dict[str, Any]]] = []
+    columns: list[EdgeColumns] = []
+
+    def more(which: int) -> None:
+        for found in edges.values():
+            found.again = which + 1 < len(plan.objectives)
+
+    def read(which: int) -> None:
+        """Take what one backward brought, before the next."""
+        nodes.append(plan.nodes(sums.take(), by_head))
+        columns.append(_columns(plan, edges, nodes[-1][0]))
+        for found in edges.values():
+            found.clear()
+        more(which + 1)
+
+    more(0)
+    logits, values, coverage = run_each(
+        model,
+        plan.tokens,
+        plan.objectives,
+        rule_set,
+        [*sums.readings, *readings],
+        [call.recorded(model.blocks[block]) for block, call in calls.items()],
+        then=read,
+    )
+    sums.warn_of_underflow()
+    graphs = []
+    for which, objective in enumerate(plan.objectives):
+        _add_packed(plan, columns[which], nodes[which][0], which)
+        graph = AttributionGraph.from_columns(
+            **columns[which].columns(),
+            relevance=nodes[which][0],
+            rules=coverage.rules,
+            coverage=coverage,
+            **plan.facts(objective),
+            **nodes[which][1],
+            **described(objective, logits, values[which]),
+        )
+        rule = plan.rule
+        pruned = partial(graph.prune, mass=rule.mass, threshold=rule.threshold, top_k=rule.top_k)
+        graphs.append(pruned() if rule else graph)
+    return graphs
+
+
+def _columns(
+    plan: GraphPlan, edges: dict[int, BlockEdges], relevance: Float[Tensor, "site pos"]
+) -> EdgeColumns:
+    """All transitions but those over several blocks."""
+    columns = EdgeColumns(with_heads=plan.heads)
+    for step in plan.steps:
+        # Where nothing arrives, nothing is passed on; subtraction would leave rounding there.
+        live = relevance[step.target].abs() > plan.node_threshold
+        ends = step.source, step.target
+        if step.kind == "position":
+            # One position each: what arrives is what is passed on, also where it adds up to 0.
+            live = live if plan.node_threshold > 0 else torch.ones_like(live)
+            columns.add_diagonal(*ends, relevance[step.source], live)
+        elif step.kind == "attention":
+            found = edges[step.block]
+            if plan.node_threshold == 0 and found.total is not None:
+                live = live | passes_on(found.total).cpu()
+            _add_block(columns, ends, found, relevance[step.source], live)
+    return columns
+
+
+def _add_packed(
+    plan: GraphPlan, columns: EdgeColumns, relevance: Float[Tensor, "site pos"], which: int
+) -> None:
+    """The transitions over several blocks."""
+    steps = [step for step in plan.steps if step.kind == "packed"]
+    ends = [(plan.sites[step.source], plan.sites[step.target]) for step in steps]
+    packed = packed_edges(
+        plan.model, plan.tokens, plan.objectives[which], plan.rule_set, ends,
+        node_threshold=plan.node_threshold, progress=plan.progress,
+    )  # fmt: skip
+    for step, names in zip(steps, ends, strict=True):
+        live = relevance[step.target].abs() > plan.node_threshold
+        columns.add_dense(step.source, step.target, packed[names], live)
+
+
+def passes_on(edges: Float[Tensor, "target source"]) -> Bool[Tensor, " target"]:
+    """Targets with edges: relevance may arrive in parts that add up to exactly 0."""
+    return (edges != 0).any(-1)
+
+
+def _add_block(
+    columns: EdgeColumns,
+    ends: tuple[int, int],
+    found: BlockEdges,
+    relevance: Float[Tensor, " source"],
+    live: Bool[Tensor, " target"],
+) -> None:
+    """A block's transition: what its attention passes, and the rest on the diagonal."""
+    n = len(relevance)
+    total = relevance.new_zeros(n, n) if found.total is None else found.total.cpu()
+    if columns.with_heads:
+        some = found.value if found.value is not None else found.key
+        if some is None:  # no relevance reaches this block's attention
+            columns.add_diagonal(*ends, relevance, live)
+            return
+        value, key = (
+            x if x is not None else torch.zeros_like(some) for x in (found.value, found.key)
+        )
+        columns.add_split(*ends, value, key, relevance - total.sum(0), live)
+        return
+    total.fill_diagonal_(0.0)
+    columns.add_dense(*ends, total + torch.diag(relevance - total.sum(0)), live)
