@@ -20,7 +20,15 @@ from torch import nn
 from zoo_checks import TOKENS, truth
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import activations, attach, audit_run, inside, refusals, sites
+from tl_contrastive_lrp import (
+    activations,
+    attach,
+    audit_run,
+    inside,
+    inside_marks,
+    refusals,
+    sites,
+)
 from tl_contrastive_lrp.attachment import gradient
 from tl_contrastive_lrp.errors import UncoveredComponentError
 
@@ -263,7 +271,7 @@ def test_parameters_are_told_from_factors(monkeypatch: pytest.MonkeyPatch) -> No
 
     assert torch.allclose(relevance(), wanted["embed.hook_out"], atol=1e-6)
     monkeypatch.setattr(
-        inside, "_computed", lambda x: isinstance(x, torch.Tensor) and x.requires_grad
+        inside_marks, "computed", lambda x: isinstance(x, torch.Tensor) and x.requires_grad
     )
     assert not torch.allclose(relevance(), wanted["embed.hook_out"], atol=1e-3)
 

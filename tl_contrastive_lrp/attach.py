@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from . import rules
+from .attach_inside import attach_inside
 from .attach_norm import attach_norm
 from .attachment import Attachment, HookFn, edit, gradient, is_same
 from .errors import ModelStateError
-from .inside import attach_inside
 from .rules_sinks import sink_temperature
 from .rules_softcap import correct_softcap, softcap
 from .rulesets import RuleSet

@@ -30,27 +30,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import activations, rules
-from .attachment import Attachment, HookFn, gradient
-from .inside_experts import clamp_bounds, clamp_ratio, is_sigmoid_of
+from . import inside_marks as marks
+from .attachment import HookFn
+from .inside_experts import clamp_bounds, clamp_ratio
 from .inside_norms import NORMS, ROOTS, NormCall, is_root
 from .rulesets import RuleSet
-from .sites import Site, delegates_attention, is_component, operations_of
+from .sites import is_component, operations_of
 
 _Call = Callable[..., Any]
-_WEIGHT = "_tl_contrastive_lrp_weight"  # on what is computed from weights alone
-_MADE = "_tl_contrastive_lrp_made"  # on a weight: itself, with its ordinary gradient
-_GIVEN = "_tl_contrastive_lrp_given"  # on what is made of parameters alone
-
-
-def _computed(value: Any) -> bool:
-    """Whether a tensor depends on the prompt: parameters may require gradients too."""
-    if not isinstance(value, Tensor) or not value.requires_grad:
-        return False
-    return not isinstance(value, torch.nn.Parameter) and not hasattr(value, _GIVEN)
 
 
 class OperationRules(TorchFunctionMode):
-    """Gives each operation its rule while ``running`` is on top of ``states``.
+    """Gives each operation its rule while ``states`` ends in True (see ``around``).
 
     Attributes:
         live: Hook functions by "hook_attn_scores", "hook_pattern" and "z", called where the wrapped
@@ -75,34 +66,20 @@ class OperationRules(TorchFunctionMode):
             return func(*args, **kwargs)
         handler = _HANDLERS.get(getattr(func, "__name__", ""))
         out = func(*args, **kwargs) if handler is None else handler(self, func, args, kwargs)
-        return self._pass_on((*args, *kwargs.values()), out)
+        return marks.pass_on((*args, *kwargs.values()), out)
 
     # ------------------------------------------------------------ weights of routers and gates
 
-    def _pass_on(self, args: Any, out: Any) -> Any:
-        """What is computed from weights alone is a weight, from parameters alone a parameter."""
-        graded = [a for a in _tensors(args) if a.requires_grad]
-        computed = [a for a in graded if _computed(a)]
-        if computed and all(_is_weight(a) for a in computed):
-            for tensor in _tensors((out,)):
-                _mark_weight(tensor)
-        elif graded and not computed:
-            for tensor in _tensors((out,)):
-                setattr(tensor, _GIVEN, True)
-        return out
-
     def weights(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        if not _computed(out):
+        if not marks.computed(out):
             return out
-        constant = self.rule_set.softmax == "constant"
-        weight = out.detach() if constant else _mark_weight(rules.ordinary(out))
-        setattr(weight, _MADE, out)
-        return weight
+        return marks.new_weight(out, constant=self.rule_set.softmax == "constant")
 
     def division(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        ours = len(args) > 1 and _computed(args[1]) and all(_is_weight(a) for a in args[:2])
+        of_weights = all(marks.is_weight(a) for a in args[:2])
+        ours = len(args) > 1 and marks.computed(args[1]) and of_weights
         return rules.ordinary(out) if ours else out
 
     # ------------------------------------------------------------ attention
@@ -141,15 +118,15 @@ class OperationRules(TorchFunctionMode):
         return self._fire("z", self._shared(out, args, self.rule_set.pattern_v))
 
     def elementwise(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
-        swish = _swish(args)
-        if swish is None:
+        found = marks.swish(args)
+        if found is None:
             return self._shared(func(*args, **kwargs), args, self.rule_set.gate)
-        i, weight = swish  # x ⊙ σ(c·x): its f(x)/x is the other factor
+        i, weight = found  # x ⊙ σ(c·x): its f(x)/x is the other factor
         weight = weight.detach() if self.rule_set.activation == "identity" else weight
         return func(*(weight if j == i else a for j, a in enumerate(args)), **kwargs)
 
     def clamp(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
-        if _computed(args[0]) and _is_weight(args[0]):
+        if marks.computed(args[0]) and marks.is_weight(args[0]):
             # no weight, nor a sum of them, is let below a bound
             return rules.ordinary(func(*args, **kwargs))
         return self.activation(func, args, kwargs)
@@ -157,14 +134,14 @@ class OperationRules(TorchFunctionMode):
     def largest(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         floor = args[1] if len(args) > 1 else kwargs.get("other")
-        if not isinstance(floor, Tensor) or floor.numel() != 1 or not _computed(out):
+        if not isinstance(floor, Tensor) or floor.numel() != 1 or not marks.computed(out):
             return out
         if float(floor.detach()) > torch.finfo(out.dtype).min:
             return out
         return rules.ordinary(out)  # of what is hidden already: nothing else is that low
 
     def _shared(self, out: Tensor, args: Any, rule: str) -> Tensor:
-        two = sum(_computed(a) for a in _tensors(args)) > 1
+        two = sum(marks.computed(a) for a in marks.tensors(args)) > 1
         return rules.uniform(out) if two and rule == "half" else out
 
     def root(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -174,7 +151,7 @@ class OperationRules(TorchFunctionMode):
 
     def norm(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
-        if not _computed(out) or self.rule_set.norm != "ln":
+        if not marks.computed(out) or self.rule_set.norm != "ln":
             return out
         x, weight, eps, centred = NormCall.of(func.__name__, args, kwargs)
         normalized = rules.at_least_float32(x.detach())  # only its place on the graph matters
@@ -184,7 +161,7 @@ class OperationRules(TorchFunctionMode):
     def activation(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         ratio = self.ratio(func.__name__, args, kwargs)
-        if not _computed(out) or ratio is None:
+        if not marks.computed(out) or ratio is None:
             return out
         return rules.identity(out.detach(), args[0], ratio)
 
@@ -248,35 +225,6 @@ def _has_rules_of_its_own(module: torch.nn.Module) -> bool:
     return known or type(module).__name__ == "HookPoint"
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    flat: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            flat.append(value)
-        elif isinstance(value, tuple | list):
-            flat.extend(_tensors(value))
-    return flat
-
-
-def _swish(factors: Any) -> tuple[int, Tensor] | None:
-    """The factor that is the sigmoid of the other: its position, and itself with its gradient."""
-    pairs = (factors[:2], factors[1::-1]) if len(factors) > 1 else ()
-    for i, (s, x) in enumerate(pairs):
-        made = getattr(s, _MADE, None)
-        if made is not None and _computed(x) and is_sigmoid_of(made, x):
-            return i, made
-    return None
-
-
-def _mark_weight(tensor: Tensor) -> Tensor:
-    setattr(tensor, _WEIGHT, True)
-    return tensor
-
-
-def _is_weight(value: Any) -> bool:
-    return not _computed(value) or hasattr(value, _WEIGHT)
-
-
 _FUNCTIONS: dict[str, rules.Ratio] = {
     "silu": activations.silu_ratio,
     "gelu": activations.gelu_ratio,
@@ -302,38 +250,3 @@ _HANDLERS: dict[str, Callable[[OperationRules, _Call, Any, dict[str, Any]], Any]
     **dict.fromkeys(NORMS, OperationRules.norm),
     **dict.fromkeys(_FUNCTIONS, OperationRules.activation),
 }
-
-
-def _summary(rule_set: RuleSet, attention: bool) -> str:
-    if not attention:
-        weights = "constant" if rule_set.softmax == "constant" else "gradient"
-        return f"products {rule_set.gate}, router weights {weights}"
-    return f"q·k {rule_set.qk}, softmax {rule_set.softmax}, pattern·v {rule_set.pattern_v}"
-
-
-def attach_inside(site: Site, rule_set: RuleSet) -> Attachment:
-    """The attachment of all rules inside a component that delegates."""
-    attention = site.operation == "attention"
-    rules_inside = (rule_set.norm, rule_set.activation, rule_set.gate, rule_set.qk)
-    plain = {*rules_inside, rule_set.pattern_v, rule_set.softmax}
-    if not attention and plain == {"gradient"}:
-        return gradient(site, rule_set)
-    heads = getattr(site.component.config, "n_heads", 1) if attention else 1
-    mode = OperationRules(rule_set, attention=attention, heads=heads)
-    live = {f"{site.path}.{name}": fns for name, fns in mode.live.items()} if attention else {}
-    code = site.module if site.component is None else where_computed(site.component)
-    own = code is site.component
-    return Attachment(
-        site,
-        _summary(rule_set, attention),
-        f"by operation inside {'it' if own else 'the wrapped module'}",
-        scoped=lambda: mode.around(code),
-        live=live,
-    )
-
-
-def where_computed(component: Any) -> torch.nn.Module:
-    """The module whose code computes: the component itself, or what it delegates to."""
-    delegates = operations_of(component) != ("attention",) or delegates_attention(component)
-    code: torch.nn.Module = component.original_component if delegates else component
-    return code

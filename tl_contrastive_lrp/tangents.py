@@ -19,9 +19,10 @@ import torch.autograd.forward_ad as forward_ad
 from jaxtyping import Float
 from torch import Tensor
 
+from .attach_inside import where_computed
 from .attach_norm import norm_weight, uses_native_norm
 from .attachment import HookFn
-from .inside import MATRIX_PRODUCTS, OperationRules, where_computed
+from .inside import MATRIX_PRODUCTS, OperationRules
 from .inside_norms import NORMS, NormCall, is_root
 from .placement import public_name
 from .precision import plain, wide
