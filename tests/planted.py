@@ -13,8 +13,7 @@ letters back, or match a letter with itself, and write where the answer's two lo
 (for this Δℓ they are idle). All weights carry a little random noise. With ``mlp`` the
 copied letter reaches the logits only through one neuron of a gated MLP.
 
-The residual stream is made of sections: TOK (the letter, one-hot), PREV (the letter before), OUT
-(read by the unembedding), MID (read by the MLP), JUNK, and a constant.
+How they are wired: ``planted_wires.py``.
 """
 
 from __future__ import annotations
@@ -28,87 +27,25 @@ from typing import Any
 import torch
 import transformers
 from families import BOS, SPECIAL, make_tokenizer
+from planted_wires import (
+    ASK,
+    CONST,
+    D_HEAD,
+    D_MLP,
+    D_MODEL,
+    FIRST,
+    HEADS,
+    LETTERS,
+    PLACES,
+    PLANS,
+    POS,
+    THETA,
+    VALUES,
+    Plan,
+    at,
+    wired,
+)
 from torch import Tensor, nn
-
-LETTERS = 12
-FIRST = 5  # id of "a"
-SECTIONS = ("TOK", "PREV", "OUT", "MID", "JUNK")
-CONST = LETTERS * len(SECTIONS)
-POS = CONST + 1  # one-hot positions, where the model has learned ones
-PLACES = 16
-D_MODEL = POS + PLACES + 3
-D_HEAD, HEADS = 48, 4
-THETA = 1e8  # frequencies 10^(-i/3): the first pairs tell positions, those from 10 hardly turn
-CONTENT = slice(10, 10 + LETTERS)
-PLACE = 30  # first dimension of a head for learned positions
-BACK = 4  # frequencies used to look back
-D_MLP = 2 * LETTERS
-VALUES = LETTERS // 2  # lookup: letters from here on are values
-ASK = LETTERS - 1  # lookup: the letter that asks
-
-
-def at(name: str) -> slice:
-    start = SECTIONS.index(name) * LETTERS
-    return slice(start, start + LETTERS)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One planted model: architecture, task and how sharply its heads look."""
-
-    family: str = "llama"
-    task: str = "induction"
-    norm: bool = True
-    mlp: bool = False
-    kv_heads: int = HEADS
-    noise: float = 0.01
-    match: float = 4.5  # score of a matching letter over others
-    look: float = 6.0  # score of the right distance over its neighbours
-    seed: int = 0
-
-    @property
-    def layers(self) -> int:
-        return 1 if self.task == "lookup" else 2
-
-
-PLANS = {
-    "lookup-nonorm": Plan(task="lookup", norm=False),
-    "lookup": Plan(task="lookup"),
-    "lookup-mlp-gqa": Plan(task="lookup", mlp=True, kv_heads=2),
-    "induction-nonorm": Plan(norm=False),
-    "induction": Plan(),
-    "induction-gqa": Plan(kv_heads=2),
-    "induction-mlp-gqa": Plan(mlp=True, kv_heads=2),
-    "induction-qwen3": Plan(family="qwen3", kv_heads=2),
-    "induction-gpt2": Plan(family="gpt2"),
-    "induction-saturated": Plan(match=12.0),
-}
-
-
-@dataclass
-class Wires:
-    """One block's weights, as maps from and to the residual stream."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-
-    @classmethod
-    def blank(cls, kv_heads: int) -> Wires:
-        zeros = torch.zeros
-        return cls(
-            q=zeros(HEADS, D_HEAD, D_MODEL), k=zeros(kv_heads, D_HEAD, D_MODEL),
-            v=zeros(kv_heads, D_HEAD, D_MODEL), o=zeros(D_MODEL, HEADS, D_HEAD),
-            gate=zeros(D_MLP, D_MODEL), up=zeros(D_MLP, D_MODEL), down=zeros(D_MODEL, D_MLP),
-        )  # fmt: skip
-
-    def add_noise(self, size: float, generator: torch.Generator) -> None:
-        for tensor in vars(self).values():
-            tensor += size * torch.randn(tensor.shape, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -128,87 +65,6 @@ class Case:
     heads: frozenset[tuple[int, int, int]]
     edges: frozenset[tuple[int, int, int]]
     neurons: frozenset[tuple[int, int, int]] = field(default_factory=frozenset)
-
-
-# ---------------------------------------------------------------- wiring
-
-
-def _frequency(pair: int) -> float:
-    return THETA ** (-2 * pair / D_HEAD)
-
-
-def _look_back(wires: Wires, head: int, distance: int, size: float, learned: bool) -> None:
-    """Query of a head that attends ``distance`` positions back; keys are those of every group."""
-    if learned:
-        for j in range(distance, PLACES):
-            wires.q[head, PLACE + j - distance, POS + j] += size
-        return
-    for pair in range(BACK):
-        angle = -distance * _frequency(pair)
-        wires.q[head, pair, CONST] += size * math.cos(angle)
-        wires.q[head, pair + D_HEAD // 2, CONST] += size * math.sin(angle)
-
-
-def _wires(plan: Plan) -> list[Wires]:
-    generator = torch.Generator().manual_seed(plan.seed)
-    eye, learned = torch.eye(LETTERS), plan.family == "gpt2"
-    groups = HEADS // plan.kv_heads
-    root = math.sqrt(D_HEAD)
-    # One step off the right distance lowers Σ cos by this much.
-    drop = sum(1 - math.cos(_frequency(pair)) for pair in range(BACK))
-    look = root * plan.look * (1.0 if learned else 1.0 / drop)
-    match = root * plan.match
-    if plan.family == "qwen3":  # queries and keys are normalised: only directions count
-        look = match = 1.0
-    found = []
-    for layer in range(plan.layers):
-        wires = Wires.blank(plan.kv_heads)
-        finds = "TOK" if plan.task == "lookup" or layer == 0 else "PREV"
-        for group in range(plan.kv_heads):
-            first = group * groups == 0  # the circuit's head is head 0
-            content = at(finds) if first else at("TOK")
-            wires.k[group, CONTENT, content] = eye
-            if plan.family == "qwen3":
-                wires.k[group, CONTENT, content] *= 2 * plan.match / (root * plan.look * 1.2)
-            if learned:
-                for i in range(PLACES):
-                    wires.k[group, PLACE + i, POS + i] = 1.0
-            else:
-                wires.k[group, :BACK, CONST] = 1.0
-            wires.v[group, CONTENT, at("TOK")] = eye
-        answer = at("MID") if plan.mlp else at("OUT")
-        if plan.task == "lookup":
-            wires.q[0, 10 + VALUES : 10 + ASK, ASK] = match
-            wires.o[answer, 0, CONTENT] = eye
-        elif layer == 0:
-            _look_back(wires, 0, 1, look, learned)
-            wires.o[at("PREV"), 0, CONTENT] = eye
-        else:
-            wires.q[0, CONTENT, at("TOK")] = match * eye
-            wires.o[answer, 0, CONTENT] = eye
-        _look_back(wires, 1, 2, look, learned)
-        wires.o[at("JUNK"), 1, CONTENT] = eye
-        wires.q[2, CONTENT, at("TOK")] = match * eye
-        wires.o[at("OUT"), 2, CONTENT] = -0.5 * eye
-        _look_back(wires, 3, 3, look, learned)
-        wires.o[at("JUNK"), 3, CONTENT] = -eye
-        _mlp(wires, plan.mlp and layer == plan.layers - 1)
-        wires.add_noise(plan.noise, generator)
-        found.append(wires)
-    return found
-
-
-def _mlp(wires: Wires, in_circuit: bool) -> None:
-    """Neurons 0 to 11 carry MID to OUT, if asked for; the others write TOK to JUNK."""
-    eye = torch.eye(LETTERS)
-    if in_circuit:
-        wires.gate[:LETTERS, at("MID")] = 4 * eye
-        wires.gate[:LETTERS, CONST] = -1.0
-        wires.up[:LETTERS, at("MID")] = 2 * eye
-        wires.down[at("OUT"), :LETTERS] = eye
-    wires.gate[LETTERS:, at("TOK")] = 2 * eye
-    wires.up[LETTERS:, at("TOK")] = eye
-    wires.down[at("JUNK"), LETTERS:] = eye
 
 
 # ---------------------------------------------------------------- models
@@ -272,7 +128,7 @@ def make(plan: Plan) -> Any:
 
 
 def _install_llama(model: Any, plan: Plan, gains: list[float]) -> None:
-    for layer, (block, wires) in enumerate(zip(model.model.layers, _wires(plan), strict=True)):
+    for layer, (block, wires) in enumerate(zip(model.model.layers, wired(plan), strict=True)):
         attention, mlp = block.self_attn, block.mlp
         _copy(attention.q_proj.weight, wires.q.flatten(0, 1))
         _copy(attention.k_proj.weight, wires.k.flatten(0, 1))
@@ -300,7 +156,7 @@ def _install_gpt2(model: Any, plan: Plan, gains: list[float]) -> None:
     places[:, POS : POS + PLACES] = torch.eye(PLACES)
     _copy(body.wpe.weight, places)
     more = math.sqrt(1.5)  # the position makes a state longer
-    for layer, (block, wires) in enumerate(zip(body.h, _wires(plan), strict=True)):
+    for layer, (block, wires) in enumerate(zip(body.h, wired(plan), strict=True)):
         qkv = [_wide(x.flatten(0, 1), width, 1).T for x in (wires.q, wires.k, wires.v)]
         _copy(block.attn.c_attn.weight, torch.cat(qkv, 1))
         _copy(block.attn.c_proj.weight, _wide(wires.o.flatten(1), width, 0).T)
@@ -311,19 +167,23 @@ def _install_gpt2(model: Any, plan: Plan, gains: list[float]) -> None:
     _copy(body.ln_f.weight, torch.tensor(gains[-1] * more))
 
 
-@functools.cache
-def bridge(name: str | Plan) -> Any:
-    """The planted model as a TransformerBridge; one per session."""
+def bridged(hf: Any, name: str) -> Any:
+    """A Hugging Face model with these letters as a TransformerBridge, in evaluation mode."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    plan = PLANS[name] if isinstance(name, str) else name
-    hf = make(plan)
     with tempfile.TemporaryDirectory() as directory:
         make_tokenizer().save_pretrained(directory)
         hf.config.save_pretrained(directory)
-        model = TransformerBridge.boot_transformers(directory, hf_model=hf, device="cpu")
-    model.cfg.model_name = f"planted {plan.task}"
+        model = TransformerBridge.boot_transformers(directory, hf_model=hf.eval(), device="cpu")
+    model.cfg.model_name = name
     return model.eval()
+
+
+@functools.cache
+def bridge(name: str | Plan) -> Any:
+    """The planted model as a TransformerBridge; one per session."""
+    plan = PLANS[name] if isinstance(name, str) else name
+    return bridged(make(plan), f"planted {plan.task}")
 
 
 # ---------------------------------------------------------------- prompts

@@ -7,13 +7,12 @@ next: that letter, its earlier occurrence, and the letter after it.
 from __future__ import annotations
 
 import functools
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from families import BOS, make_tokenizer
-from planted import Case
+from families import BOS
+from planted import Case, bridged
 from planted_training import FIRST, LENGTH, LETTERS, model
 from safetensors.torch import load_file
 
@@ -23,19 +22,10 @@ WEIGHTS = Path(__file__).with_suffix(".safetensors")
 @functools.cache
 def bridge() -> Any:
     """The trained model as a TransformerBridge, float32; one per session."""
-    from transformer_lens.model_bridge import TransformerBridge
-
     trained = model()
     weights = {name: p.float() for name, p in load_file(WEIGHTS).items()}
     trained.load_state_dict(weights, strict=True)
-    with tempfile.TemporaryDirectory() as directory:
-        make_tokenizer().save_pretrained(directory)
-        trained.config.save_pretrained(directory)
-        bridged = TransformerBridge.boot_transformers(
-            directory, hf_model=trained.eval(), device="cpu"
-        )
-    bridged.cfg.model_name = "trained induction"
-    return bridged.eval()
+    return bridged(trained, "trained induction")
 
 
 def case(seed: int) -> Case:
