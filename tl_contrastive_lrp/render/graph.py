@@ -5,18 +5,16 @@ Inline SVG with a little script of its own: it needs neither circuitsvis' bundle
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import numpy as np
-from circuitsvis.utils.render import RenderedHTML
 from markupsafe import Markup
 
 from tl_contrastive_lrp.render import graph_marks as marks
 from tl_contrastive_lrp.render.graph_data import GraphData, GraphView, checked
 from tl_contrastive_lrp.render.graph_layout import TOP, Layout, layout
 from tl_contrastive_lrp.render.graph_matrices import attention_matrices
-from tl_contrastive_lrp.render.offline import OfflineHTML, script_hash, source, templates
+from tl_contrastive_lrp.render.offline import PlainHTML, script_hash, source, templates
 from tl_contrastive_lrp.render.text import (
     inline_script,
     printable,
@@ -24,9 +22,6 @@ from tl_contrastive_lrp.render.text import (
     signed,
     visible,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "MAX_EDGES",
@@ -43,19 +38,8 @@ MAX_EDGES = 4000
 _SECTION = "graph"  # the element of the one picture in a page of ours
 
 
-class GraphPicture(OfflineHTML):
-    """A picture that displays like circuitsvis' own, without carrying circuitsvis' bundle.
-
-    Attributes:
-        body: the markup.
-        script: JavaScript that lights up what the pointer is on; the picture is whole without it.
-    """
-
-    def __init__(self, body: str, script: str) -> None:
-        self.body = body
-        self.script = script
-        html = f"{body}<script>{script}</script>"
-        RenderedHTML.__init__(self, local_src=html, cdn_src=html)
+class GraphPicture(PlainHTML):
+    """A picture of a graph. Its script lights up what the pointer is on."""
 
 
 def graph_picture(view: GraphView, *, max_edges: int = MAX_EDGES) -> GraphPicture:

@@ -47,6 +47,21 @@ class OfflineHTML(RenderedHTML):  # type: ignore[misc, unused-ignore]  # circuit
         return str(self.local_src)
 
 
+class PlainHTML(OfflineHTML):
+    """A view of our own, which displays as circuitsvis' do but does not carry their bundle.
+
+    Attributes:
+        body: the markup, which shows what it can without its script.
+        script: JavaScript that makes it answer to the reader.
+    """
+
+    def __init__(self, body: str, script: str) -> None:
+        self.body = body
+        self.script = script
+        html = f"{body}<script>{script}</script>"
+        RenderedHTML.__init__(self, local_src=html, cdn_src=html)
+
+
 @lru_cache(maxsize=1)
 def bundle() -> str:
     """circuitsvis' JavaScript (it defines ``CircuitsVis``), ready to stand in ``<script>``.
@@ -125,11 +140,12 @@ def component(
 
 
 def page(views: Sequence[OfflineHTML], title: str) -> str:
-    """One HTML page of several views that holds the circuitsvis bundle once.
+    """One HTML page of several views that holds the circuitsvis bundle once, if any needs it.
 
     Its content security policy lets a browser run exactly these scripts and fetch nothing.
     """
-    scripts = [bundle(), *(view.script for view in views)]
+    drawn = any(not isinstance(view, PlainHTML) for view in views)
+    scripts = [*([bundle()] if drawn else []), *(view.script for view in views)]
     return (
         templates()
         .get_template("page.html")

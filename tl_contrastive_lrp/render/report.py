@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,10 @@ import numpy as np
 from markupsafe import Markup
 
 from tl_contrastive_lrp.render import tables
+from tl_contrastive_lrp.render.folds import LONG, folds_of
 from tl_contrastive_lrp.render.graph import GraphView, graph_section, section_script
 from tl_contrastive_lrp.render.offline import script_hash, source, templates
+from tl_contrastive_lrp.render.prompt import account, extremes, parts, token_rows
 from tl_contrastive_lrp.render.scale import (
     GREY,
     NEGATIVE,
@@ -20,10 +21,17 @@ from tl_contrastive_lrp.render.scale import (
     as_array,
     as_mask,
     check_tokens,
-    colours,
     span,
 )
-from tl_contrastive_lrp.render.text import inline_script, percent, script_json, signed, visible
+from tl_contrastive_lrp.render.text import (
+    inline_script,
+    packed,
+    packed_half,
+    percent,
+    script_json,
+    signed,
+    visible,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -94,6 +102,14 @@ def report_html(report: Report) -> str:
     The prompt's colours are linear in relevance; full colour is the largest magnitude among the
     tokens that are not greyed, or among all when the reader ticks the box.
 
+    A prompt of more than ``folds.LONG`` tokens is folded: runs of tokens of low relevance are
+    closed pieces (``<details>``, so they open by click, by keyboard, by the browser's own search
+    and without JavaScript) that state how many tokens they hold, what their relevance sums to and
+    how large the largest is. Closed, a piece is one text; its tokens become elements when it is
+    opened, and so do the rows of the table of all tokens. A search box finds text across tokens,
+    in closed pieces too, and opens them; rankings lead to their tokens. Hidden states are sent as
+    float16 times a unit a site, which keeps three digits.
+
     All text is escaped, and a content security policy in the page forbids every request and
     every script but the page's own.
 
@@ -109,8 +125,10 @@ def report_html(report: Report) -> str:
     delta = float(as_array(report.delta, 0, "delta"))
     greyed = as_mask(report.greyed, len(words))
     resid = _resid(report, len(words))
-    rows = _token_rows(words, ids, relevance, greyed, delta)
-    scripts = [inline_script(source("report.js"))]
+    rows = token_rows(words, ids, relevance, greyed, delta)
+    long = len(words) > LONG
+    folds = folds_of(relevance, greyed, words)
+    scripts = [_script(long)]
     if report.graph is not None:
         if list(report.graph.str_tokens) != words:
             raise ValueError("graph is of another prompt than the report: its tokens differ")
@@ -119,7 +137,7 @@ def report_html(report: Report) -> str:
     spans = [float(span(relevance, mask)) for mask in (greyed, greyed & False)]
     data = {
         "sites": [str(label) for label in report.site_labels] if resid is not None else [],
-        "resid": _packed(resid) if resid is not None else "",
+        "resid": packed(resid) if resid is not None and not long else "",
         "relevance": [float(f"{value:.6g}") for value in relevance],
         "scales": spans,
         "greyed": greyed.astype(int).tolist(),
@@ -128,6 +146,10 @@ def report_html(report: Report) -> str:
         "negative": NEGATIVE,
         "grey": GREY,
     }
+    if long:
+        data |= {"ids": ids, "delta": delta, "folds": [[f.first, f.last] for f in folds]}
+        if resid is not None:
+            data["resid"], data["units"] = packed_half(resid)
     return (
         templates()
         .get_template("report.html")
@@ -143,9 +165,13 @@ def report_html(report: Report) -> str:
             scales=[signed(scale)[1:] for scale in spans],
             greyed_count=int(greyed.sum()),
             rows=rows,
+            long=long,
+            folds=folds,
+            parts=parts(rows, folds),
+            words=account(folds, relevance),
             rankings=[
-                {"greyed": False, "sides": _extremes(rows, relevance, ~greyed)},
-                {"greyed": True, "sides": _extremes(rows, relevance, greyed | True)},
+                {"greyed": every, "sides": extremes(rows, relevance, kept, in_context=long)}
+                for every, kept in ((False, ~greyed), (True, greyed | True))
             ],
             gradient=",".join([*reversed(NEGATIVE), *POSITIVE[1:]]),
             grey=GREY,
@@ -154,58 +180,12 @@ def report_html(report: Report) -> str:
             candidates=tables.general(report.candidates or ()),
             coverage=tables.general(report.coverage),
             data=Markup(script_json(data)),
-            style=Markup(source("report.css")),
+            style=Markup(source("report.css") + (source("folded.css") if long else "")),
             graph=None if report.graph is None else graph_section(report.graph),
             scripts=[Markup(script) for script in scripts],
             hashes=Markup(" ".join(script_hash(script) for script in scripts)),
         )
     )
-
-
-def _token_rows(
-    words: list[str],
-    ids: list[int],
-    relevance: NDArray[np.float64],
-    greyed: NDArray[np.bool_],
-    delta: float,
-) -> list[dict[str, Any]]:
-    """A row per token: texts, numbers, and its look without and with greyed tokens in the scale."""
-    backs, whites = colours(relevance / span(relevance, greyed))
-    backs_all, whites_all = colours(relevance / span(relevance, greyed & False))
-    rows = []
-    for i, (word, value) in enumerate(zip(words, relevance.tolist(), strict=True)):
-        rows.append(
-            {
-                "pos": i,
-                "id": ids[i],
-                "show": visible(word),
-                "newlines": word.count("\n"),
-                "value": signed(value),
-                "share": percent(value / delta if delta else None),
-                "greyed": bool(greyed[i]),
-                "look": backs[i],
-                "white": whites[i],
-                "look_all": backs_all[i],
-                "white_all": whites_all[i],
-            }
-        )
-    return rows
-
-
-def _extremes(
-    rows: list[dict[str, Any]], relevance: NDArray[np.float64], kept: NDArray[np.bool_]
-) -> list[list[dict[str, Any]]]:
-    """The ten most positive and the ten most negative tokens among those kept, with bar widths."""
-    order = [int(i) for i in np.argsort(-relevance, kind="stable") if kept[i]]
-    sides = [
-        [i for i in order if relevance[i] > 0][:10],
-        [i for i in reversed(order) if relevance[i] < 0][:10],
-    ]
-    largest = max((abs(float(relevance[i])) for side in sides for i in side), default=1.0)
-    return [
-        [{**rows[i], "bar": round(100 * abs(float(relevance[i])) / largest, 1)} for i in side]
-        for side in sides
-    ]
 
 
 def _resid(report: Report, length: int) -> NDArray[np.float64] | None:
@@ -220,9 +200,13 @@ def _resid(report: Report, length: int) -> NDArray[np.float64] | None:
     return resid
 
 
-def _packed(array: NDArray[np.float64]) -> str:
-    """Row-major little-endian float32 in base64, for the page's script to draw from."""
-    return base64.b64encode(array.astype("<f4").tobytes()).decode()
+def _script(long: bool) -> str:
+    """The page's script; what only a long prompt needs goes into a long prompt's page alone."""
+    files = {"look": "look.js"}
+    if long:
+        files |= {"folded": "folded.js", "table": "tokens_table.js"}
+    parts = ",\n".join(f"{name}: {source(file).strip()}" for name, file in files.items())
+    return inline_script(f"({source('report.js').strip()})({{{parts}}});")
 
 
 def _quoted(tokens: Sequence[str]) -> str:

@@ -97,17 +97,22 @@ def span(values: NDArray[np.float64], greyed: NDArray[np.bool_]) -> NDArray[np.f
     return np.where(largest > 0, largest, 1.0)
 
 
-def colours(fractions: NDArray[np.float64]) -> tuple[list[str], list[bool]]:
+def colours(
+    fractions: NDArray[np.float64],
+    positive: Sequence[str] = POSITIVE,
+    negative: Sequence[str] = NEGATIVE,
+) -> tuple[list[str], list[bool]]:
     """Background colours for fractions of the scale, and whether white text reads better.
 
     Args:
         fractions: ``[pos]``, clipped to -1 … 1.
+        positive, negative: colour stops from zero to full.
 
     Returns:
         ``#rrggbb`` strings, and a bool each: white has more contrast (WCAG 2) than black.
     """
     x = np.clip(fractions, -1.0, 1.0)
-    up, down = (_mix(np.abs(x), stops) for stops in (POSITIVE, NEGATIVE))
+    up, down = (_mix(np.abs(x), stops) for stops in (positive, negative))
     rgb = np.where((x >= 0)[:, None], up, down).round().astype(int)
     linear = np.where(rgb <= 10, rgb / 255 / 12.92, ((rgb / 255 + 0.055) / 1.055) ** 2.4)
     luminance = linear @ np.array([0.2126, 0.7152, 0.0722])

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -80,3 +86,21 @@ def percent(share: float | None) -> str:
     if share is None or not math.isfinite(share):
         return "\u2013"
     return f"{100 * share:+.1f} %".replace("-", "\u2212")
+
+
+def packed(array: NDArray[np.float64]) -> str:
+    """Row-major little-endian float32 in base64, for a page's script to read."""
+    return base64.b64encode(array.astype("<f4").tobytes()).decode()
+
+
+def packed_half(array: NDArray[np.float64]) -> tuple[str, list[float]]:
+    """``[row, column]`` as float16 in base64 and a unit a row, by which it is to be multiplied.
+
+    Half the bytes, three digits; a row's largest size becomes 2**15, so that numbers keep their
+    digits down to 2**-29 of it.
+    """
+    units = np.abs(array).max(axis=1) / 2.0**15
+    units = np.where(units > 0, units, 1.0)
+    return base64.b64encode((array / units[:, None]).astype("<f2").tobytes()).decode(), (
+        units.tolist()
+    )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from tl_contrastive_lrp.render.folds import LONG
+from tl_contrastive_lrp.render.long_tokens import long_tokens
 from tl_contrastive_lrp.render.offline import OfflineHTML, component, source
 from tl_contrastive_lrp.render.scale import (
     GREY,
@@ -34,7 +36,8 @@ def colored_tokens(
     """circuitsvis' ``colored_tokens`` for relevance: red pushes to the target, blue away from it.
 
     Zero is white and the scale is symmetric: full colour is the largest magnitude among the
-    tokens that are not greyed.
+    tokens that are not greyed. A prompt of more than ``folds.LONG`` tokens is shown by
+    :func:`long_tokens`, folded, in the same colours.
 
     Args:
         str_tokens: the tokens as text, ``[pos]``; shown literally, whatever they contain.
@@ -56,9 +59,21 @@ def colored_tokens(
     tokens = check_tokens(str_tokens, array.shape[0])
     mask = as_mask(greyed, len(tokens))
     scale = float(span(array, mask))
+    legend = [_legend(target, contrast, mask, f"full colour: \u00b1{signed(scale)[1:]} logits")]
+    if len(tokens) > LONG:
+        return long_tokens(
+            tokens,
+            array[None],
+            [""],
+            np.array([scale]),
+            mask,
+            legend=legend,
+            target=target,
+            contrast=contrast,
+        )
     return component(
         "ColoredTokens",
-        legend=[_legend(target, contrast, mask, f"full colour: \u00b1{signed(scale)[1:]} logits")],
+        legend=legend,
         greyed=np.flatnonzero(mask).tolist(),
         grey=GREY,
         tokens=[inert(token) for token in tokens],
@@ -85,6 +100,8 @@ def colored_tokens_by_site(
     Relevance gathers on the last position as it nears the output, so one scale for all sites
     leaves the early ones blank. By default each site has its own scale: the largest magnitude
     among its tokens that are not greyed. The numbers in the tooltips are logits either way.
+    A prompt of more than ``folds.LONG`` tokens is shown by :func:`long_tokens`, folded, with a
+    list to choose the site from.
 
     Args:
         str_tokens: the tokens as text, ``[pos]``.
@@ -115,10 +132,15 @@ def colored_tokens_by_site(
         shared = float(span(np.abs(array).max(axis=0), mask))
         scales = np.full(len(names), shared)
         words = f"full colour: \u00b1{signed(shared)[1:]} logits"
+    first = _legend(target, contrast, mask, words)
+    if len(tokens) > LONG:
+        return long_tokens(
+            tokens, array, names, scales, mask, legend=[first], target=target, contrast=contrast
+        )
     return component(
         "ColoredTokensMulti",
         legend=[
-            _legend(target, contrast, mask, words),
+            first,
             [("", "Point at a site to show it, click to keep it. Bounds count in full colours.")],
         ],
         greyed=np.flatnonzero(mask).tolist(),

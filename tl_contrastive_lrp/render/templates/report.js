@@ -1,55 +1,48 @@
-"use strict";
-(() => {
+(parts) => {
+  "use strict";
+  // parts: functions of other files: look, and for a long prompt folded and table.
   const byId = (id) => document.getElementById(id);
   const data = JSON.parse(byId("data").textContent);
+  const {rgb, colour, dark, signed, rough, percent, unpack} = parts.look(data);
+  const grey = rgb(data.grey);
 
   // Numbers of a token, and the same token marked from the tables.
   const prompt = byId("prompt"), readout = byId("readout");
   let marked = null;
+  const words = (i) => `«${data.tokens[i]}» · id ${data.ids[i]} · position ${i} · relevance `
+    + `${signed(data.relevance[i])} · ${percent(data.relevance[i] / data.delta)} of Δℓ`
+    + (data.greyed[i] ? " · left out of the scale" : "");
   const mark = (i) => {
     if (marked) marked.classList.remove("on");
     marked = i === null ? null : prompt.querySelector(`[data-i="${i}"]`);
     if (marked) {
       marked.classList.add("on");
-      readout.textContent = marked.title;
+      if (!marked.title) marked.title = words(i);
     }
+    if (i !== null && (marked || data.ids)) readout.textContent = marked ? marked.title : words(i);
   };
   document.addEventListener("mouseover", (event) => {
     const near = event.target.closest ? event.target.closest("[data-i]") : null;
     mark(near ? near.dataset.i : null);
   });
 
-  function rgb(hex) {
-    return [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
-  }
-  const ramps = [data.positive, data.negative].map((stops) => stops.map(rgb));
-  const grey = rgb(data.grey);
-  function colour(x) {
-    const stops = ramps[x >= 0 ? 0 : 1], at = Math.min(1, Math.abs(x)) * (stops.length - 1);
-    const low = Math.min(Math.floor(at), stops.length - 2), part = at - low;
-    return stops[low].map((from, c) => Math.round(from + part * (stops[low + 1][c] - from)));
-  }
-  // Whether white text has more contrast than black (WCAG 2).
-  function dark(shade) {
-    const [r, g, b] = shade.map((c) => c <= 10 ? c / 3294.6 : ((c / 255 + 0.055) / 1.055) ** 2.4);
-    const light = 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
-    return 1.05 / light > light / 0.05;
-  }
   const include = byId("include"), gain = byId("gain"), times = byId("times");
   const counts = (i) => !data.greyed[i] || Boolean(include && include.checked);
-  const spans = [...prompt.querySelectorAll(".t")], limits = [...document.querySelectorAll(".limit")];
+  const limits = [...document.querySelectorAll(".limit")];
   const first = limits.map((limit) => limit.textContent);
+  const strength = () => [1, 1.5, 2, 3, 5, 10, 20][gain.value];
+  function shade(span, i, factor) {
+    data.scales.forEach((scale, mode) => {
+      const shade = colour(data.relevance[i] / scale * factor);
+      span.style.setProperty("--" + "ab"[mode], `rgb(${shade})`);
+      span.classList.toggle("wv"[mode], dark(shade));
+    });
+  }
   const strengthen = () => {
-    const factor = [1, 1.5, 2, 3, 5, 10, 20][gain.value];
+    const factor = strength();
     times.textContent = `×${factor}`;
     gain.setAttribute("aria-valuetext", `times ${factor}`);
-    spans.forEach((span, i) => {
-      data.scales.forEach((scale, mode) => {
-        const shade = colour(data.relevance[i] / scale * factor);
-        span.style.setProperty("--" + "ab"[mode], `rgb(${shade})`);
-        span.classList.toggle("wv"[mode], dark(shade));
-      });
-    });
+    prompt.querySelectorAll(".t").forEach((span) => shade(span, Number(span.dataset.i), factor));
     limits.forEach((limit, at) => {
       const mode = limit.classList.contains("only") ? 0 : 1;
       limit.textContent = factor === 1 ? first[at] : (data.scales[mode] / factor).toPrecision(3);
@@ -58,6 +51,22 @@
   gain.addEventListener("input", strengthen);
   if (gain.value !== "0") strengthen();  // a reload may restore the controls
   byId("switches").hidden = false;
+
+  // A long prompt: its tokens of low relevance are folded, its table is made when it is opened.
+  let jump = null;
+  if (parts.folded) {
+    const section = prompt.closest("section");
+    jump = parts.folded(section, {
+      tokens: data.tokens,
+      folds: data.folds,
+      paint: (span, i) => {
+        if (data.greyed[i]) span.classList.add("g");
+        shade(span, i, strength());
+      },
+      tell: mark,
+    }).jump;
+    parts.table(byId("rows"), data, {signed, percent});
+  }
 
   const canvas = byId("canvas");
   const draw = canvas ? siteMap(canvas) : () => {};
@@ -71,9 +80,7 @@
   }
 
   function siteMap(canvas) {
-    const raw = Uint8Array.from(atob(data.resid), (char) => char.charCodeAt(0));
-    const view = new DataView(raw.buffer);
-    const values = Float32Array.from({length: raw.length / 4}, (_, i) => view.getFloat32(4 * i, true));
+    const values = unpack(data.resid, data.units);
     const sites = data.sites.length, n = data.tokens.length;
     const labels = data.sites.map((site) => site.replace("blocks.", "").replace("hook_", ""));
     const frame = byId("map"), per = byId("per"), cell = byId("cell");
@@ -173,21 +180,31 @@
         }
       }
     }
-    canvas.addEventListener("mousemove", (event) => {
+    function under(event) {
       const box = canvas.getBoundingClientRect();
       const site = Math.floor((event.clientY - box.top) / rowHeight);
       const x = (event.clientX - box.left - left) / (width * n);
-      if (site < 0 || site >= sites || x < 0 || x >= 1) return;
-      const i = pick(site, Math.floor(x * columns));
-      const value = values[site * n + i];
-      const number = Math.abs(value) >= 0.0005 || value === 0 ? value.toFixed(3) : value.toExponential(1);
-      cell.textContent = `${data.sites[site]} · position ${i} «${data.tokens[i]}» · relevance `
-        + (value > 0 ? "+" : "") + number.replace(/-/g, "−");
-      mark(i);
+      const on = site >= 0 && site < sites && x >= 0 && x < 1;
+      return on ? {site, i: pick(site, Math.floor(x * columns))} : null;
+    }
+    canvas.addEventListener("mousemove", (event) => {
+      const on = under(event);
+      if (!on) return;
+      const value = values[on.site * n + on.i];
+      cell.textContent = `${data.sites[on.site]} · position ${on.i} «${data.tokens[on.i]}» · relevance `
+        + (data.units ? rough : signed)(value);
+      mark(on.i);
     });
+    if (jump) {
+      canvas.style.cursor = "pointer";
+      canvas.addEventListener("click", (event) => {
+        const on = under(event);
+        if (on) jump(on.i);
+      });
+    }
     per.addEventListener("change", draw);
     window.addEventListener("resize", draw);
     draw();
     return draw;
   }
-})();
+}

@@ -1,0 +1,175 @@
+"""Tokens of a long prompt coloured by relevance, folded: a view of our own.
+
+circuitsvis makes a React element a token, whether the token matters or not: at twelve thousand
+tokens a page takes seconds to open, and nothing in it can be found. Beyond ``folds.LONG`` tokens
+the same colours, legend and numbers are shown here by plain markup and a small script. Where
+there are several sites, their relevance is sent once, as float16 times a unit a site (three
+digits), and the site chosen is painted onto the one prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import numpy as np
+from markupsafe import Markup
+
+from tl_contrastive_lrp.render.folds import ranges_of, sums
+from tl_contrastive_lrp.render.offline import LegendLine, PlainHTML, source, templates
+from tl_contrastive_lrp.render.scale import GREY, LIGHT_NEGATIVE, LIGHT_POSITIVE, colours
+from tl_contrastive_lrp.render.text import (
+    inline_script,
+    packed,
+    packed_half,
+    printable,
+    script_json,
+    signed,
+    visible,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_TOP = 8  # tokens listed on either side
+_RAMPS = (("#ffffff", LIGHT_POSITIVE), ("#ffffff", LIGHT_NEGATIVE))
+
+
+def long_tokens(
+    tokens: Sequence[str],
+    values: NDArray[np.float64],
+    labels: Sequence[str],
+    scales: NDArray[np.float64],
+    greyed: NDArray[np.bool_],
+    *,
+    legend: Sequence[LegendLine],
+    target: str,
+    contrast: str,
+) -> PlainHTML:
+    """A long prompt, folded, with a search box and lists of its most relevant tokens.
+
+    Args:
+        tokens: as text, ``[pos]``.
+        values: relevance in logits, ``[site, pos]``.
+        labels: a name per site; one site has no chooser.
+        scales: relevance of full colour, ``[site]``.
+        greyed: bool per token, ``[pos]``.
+        legend: lines above the view.
+        target, contrast: words for what positive and negative relevance support.
+    """
+    # One folding for all sites: what matters at any of them, by its own scale, is shown.
+    ranges = ranges_of(np.abs(values / scales[:, None]).max(axis=0), greyed, tokens)
+    shown = [visible(token) for token in tokens]
+    uid = f"tokens-{uuid4().hex[:13]}"
+    data = _facts(values, ranges, greyed)
+    backs = colours(values[0] / scales[0], *_RAMPS)[0]
+    body = (
+        templates()
+        .get_template("long_tokens.html")
+        .render(
+            uid=uid,
+            style=Markup(source("folded.css") + source("long_tokens.css")),
+            grey=GREY,
+            legend=legend,
+            labels=[printable(label) for label in labels],
+            parts=_parts(shown, tokens, backs, greyed, ranges, data),
+            words={
+                "all": f"{len(tokens):,}",
+                "shown": f"{len(tokens) - _count(ranges):,}",
+                "folded": f"{_count(ranges):,}",
+                "pieces": f"{len(ranges):,} piece{'s' * (len(ranges) != 1)}",
+                "share": data["share"][0],
+                "total": data["total"][0],
+            },
+            folds=len(ranges),
+        )
+    )
+    units = None
+    relevance = packed(values)
+    if len(values) > 1:
+        relevance, units = packed_half(values)
+    data |= {
+        "tokens": shown,
+        "folds": ranges.tolist(),
+        "greyed": np.flatnonzero(greyed).tolist(),
+        "values": relevance,
+        "units": units,
+        "scales": scales.tolist(),
+        "labels": [printable(label) for label in labels],
+        "positive": _RAMPS[0],
+        "negative": _RAMPS[1],
+        "target": visible(target),
+        "contrast": visible(contrast),
+    }
+    parts = f"{{look: {source('look.js').strip()},\nfolded: {source('folded.js').strip()}}}"
+    call = f"({source('long_tokens.js').strip()})({script_json(uid)},{script_json(data)},{parts});"
+    return PlainHTML(body, inline_script(call))
+
+
+def _count(ranges: NDArray[np.int64]) -> int:
+    return int((ranges[:, 1] - ranges[:, 0] + 1).sum())
+
+
+def _facts(
+    values: NDArray[np.float64], ranges: NDArray[np.int64], greyed: NDArray[np.bool_]
+) -> dict[str, Any]:
+    """What the view says of every site, in words: of each piece, of all folded, of the largest."""
+    total, size = sums(values, ranges), sums(np.abs(values), ranges)
+    all_sizes = np.abs(values).sum(axis=1)
+    share = size.sum(axis=1) / np.where(all_sizes > 0, all_sizes, 1.0)
+    largest = []
+    for first, last in ranges.tolist():
+        inside = values[:, first : last + 1]
+        at = np.abs(inside).argmax(axis=1)
+        largest.append(inside[np.arange(len(values)), at])
+    columns = np.stack(largest, axis=1) if largest else np.zeros((len(values), 0))
+    return {
+        "sums": [[signed(value) for value in row] for row in total.tolist()],
+        "sizes": [[signed(value)[1:] or "0" for value in row] for row in size.tolist()],
+        "largest": [[signed(value) for value in row] for row in columns.tolist()],
+        "share": [f"{100 * value:.1f} %" for value in share.tolist()],
+        "total": [signed(value) for value in total.sum(axis=1).tolist()],
+        "tops": [_tops(row, greyed) for row in values],
+    }
+
+
+def _tops(row: NDArray[np.float64], greyed: NDArray[np.bool_]) -> list[list[tuple[int, str]]]:
+    """The positions of largest positive and of largest negative relevance, with their numbers."""
+    order = np.argsort(-np.where(greyed, 0.0, row), kind="stable")
+    ends = [order[:_TOP], order[::-1][:_TOP]]
+    kept = [[i for i in end.tolist() if not greyed[i]] for end in ends]
+    return [
+        [(i, signed(float(row[i]))) for i in side if row[i] * sign > 0]
+        for side, sign in zip(kept, (1, -1), strict=True)
+    ]
+
+
+def _parts(
+    shown: list[str],
+    tokens: Sequence[str],
+    backs: list[str],
+    greyed: NDArray[np.bool_],
+    ranges: NDArray[np.int64],
+    data: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """The prompt in order: tokens to show, then the piece after them, and so on."""
+    lines = [min(token.count("\n"), 3) for token in tokens]
+    found: list[dict[str, Any]] = []
+    at = 0
+    for index, (first, last) in enumerate([*ranges.tolist(), [len(tokens), len(tokens)]]):
+        rows = [(i, shown[i], backs[i], bool(greyed[i]), lines[i]) for i in range(at, first)]
+        fold = None
+        if index < len(ranges):
+            fold = {
+                "first": first,
+                "last": last,
+                "count": f"{last - first + 1:,} tokens",
+                "total": data["sums"][0][index],
+                "size": data["sizes"][0][index],
+                "largest": data["largest"][0][index],
+                "text": "".join(shown[i] + "\n" * lines[i] for i in range(first, last + 1)),
+            }
+        found.append({"rows": rows, "fold": fold})
+        at = last + 1
+    return found

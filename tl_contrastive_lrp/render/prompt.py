@@ -1,0 +1,126 @@
+"""The prompt as rows of a report: a token's texts, numbers and look; folded pieces; rankings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tl_contrastive_lrp.render.folds import Fold
+from tl_contrastive_lrp.render.scale import colours, span
+from tl_contrastive_lrp.render.text import percent, signed, visible
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_AROUND = 16  # characters on either side of a token shown in its context
+_LINES = 3  # most line breaks after a token
+
+
+def token_rows(
+    words: list[str],
+    ids: list[int],
+    relevance: NDArray[np.float64],
+    greyed: NDArray[np.bool_],
+    delta: float,
+) -> list[dict[str, Any]]:
+    """A row per token: texts, numbers, and its look without and with greyed tokens in the scale."""
+    backs, whites = colours(relevance / span(relevance, greyed))
+    backs_all, whites_all = colours(relevance / span(relevance, greyed & False))
+    rows = []
+    for i, (word, value) in enumerate(zip(words, relevance.tolist(), strict=True)):
+        rows.append(
+            {
+                "pos": i,
+                "id": ids[i],
+                "show": visible(word),
+                "newlines": word.count("\n"),
+                "value": signed(value),
+                "share": percent(value / delta if delta else None),
+                "greyed": bool(greyed[i]),
+                "look": backs[i],
+                "white": whites[i],
+                "look_all": backs_all[i],
+                "white_all": whites_all[i],
+            }
+        )
+    return rows
+
+
+def extremes(
+    rows: list[dict[str, Any]],
+    relevance: NDArray[np.float64],
+    kept: NDArray[np.bool_],
+    *,
+    in_context: bool = False,
+) -> list[list[dict[str, Any]]]:
+    """The ten most positive and the ten most negative tokens among those kept, with bar widths.
+
+    Args:
+        rows: of :func:`token_rows`.
+        relevance: in logits, ``[pos]``.
+        kept: bool per token, ``[pos]``.
+        in_context: add the text before and after each, as ``before`` and ``after``.
+    """
+    order = [int(i) for i in np.argsort(-relevance, kind="stable") if kept[i]]
+    sides = [
+        [i for i in order if relevance[i] > 0][:10],
+        [i for i in reversed(order) if relevance[i] < 0][:10],
+    ]
+    largest = max((abs(float(relevance[i])) for side in sides for i in side), default=1.0)
+    found = [
+        [{**rows[i], "bar": round(100 * abs(float(relevance[i])) / largest, 1)} for i in side]
+        for side in sides
+    ]
+    if in_context:
+        shown = [row["show"] for row in rows]
+        for row in (row for side in found for row in side):
+            at = row["pos"]
+            before = "".join(shown[max(0, at - _AROUND) : at])
+            after = "".join(shown[at + 1 : at + 1 + _AROUND])
+            row["before"] = before[-_AROUND:]
+            row["after"] = after[:_AROUND]
+    return found
+
+
+def parts(rows: Sequence[dict[str, Any]], folds: Sequence[Fold]) -> list[dict[str, Any]]:
+    """The prompt in order: ``rows`` of tokens to show, then the ``fold`` after them, and so on."""
+    found: list[dict[str, Any]] = []
+    at = 0
+    for index, fold in enumerate(folds):
+        inside = rows[fold.first : fold.last + 1]
+        found.append(
+            {
+                "rows": rows[at : fold.first],
+                "fold": {
+                    "index": index,
+                    "first": fold.first,
+                    "last": fold.last,
+                    "count": f"{fold.count:,} token{'s' * (fold.count != 1)}",
+                    "total": signed(fold.total),
+                    "size": signed(fold.size),
+                    "largest": signed(fold.largest),
+                    "text": "".join(
+                        row["show"] + "\n" * min(row["newlines"], _LINES) for row in inside
+                    ),
+                },
+            }
+        )
+        at = fold.last + 1
+    return [*found, {"rows": rows[at:], "fold": None}]
+
+
+def account(folds: Sequence[Fold], relevance: NDArray[np.float64]) -> dict[str, str]:
+    """What is folded, in words: how many tokens, in how many pieces, and what they hold."""
+    folded = sum(fold.count for fold in folds)
+    all_sizes = float(np.abs(relevance).sum())
+    share = sum(fold.size for fold in folds) / all_sizes if all_sizes else 0.0
+    return {
+        "all": f"{len(relevance):,}",
+        "shown": f"{len(relevance) - folded:,}",
+        "folded": f"{folded:,}",
+        "pieces": f"{len(folds):,} piece{'s' * (len(folds) != 1)}",
+        "share": f"{100 * share:.1f} %",
+        "total": signed(sum(fold.total for fold in folds)),
+    }
