@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tl_contrastive_lrp import activations, rules
 from tl_contrastive_lrp.audit_walk import Walk, walk_graph
+from tl_contrastive_lrp.backward import tap
 
 SHAPE = (4, 6)
 _G = torch.Generator().manual_seed(3)
@@ -207,7 +208,7 @@ COVERED: dict[str, Callable[[Tensor], Tensor]] = {
     "normalised weights": lambda x: half(_router(x) * (x @ SQUARE)),
     "ordinary by decision": lambda x: rules.ordinary(F.softplus(x)),
     "softmax": lambda x: x.softmax(-1),
-    "tap": lambda x: rules.tap(x, lambda *_: None),
+    "tap": lambda x: tap(x, lambda *_: None),
     "largest": lambda x: x.max(-1).values + x.amax(-1) + x.topk(2).values[:, 0],
 }  # fmt: skip
 

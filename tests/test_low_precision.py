@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import precision, rules
+from tl_contrastive_lrp import precision
 from tl_contrastive_lrp.packed import chunk_size
 from tl_contrastive_lrp.precision import WideGradient, first_gradient, in_float32, plain
+from tl_contrastive_lrp.rules_softmax import softmax_temperature
 from tl_contrastive_lrp.sites import find_sites
 from tl_contrastive_lrp.tangents import BlockCall, block_tangents
 
@@ -390,7 +391,7 @@ def test_temperature_in_float16_counts_weights_that_the_pattern_lost(keys: int) 
     scores = (4 * drawn(20, keys, dtype=torch.float32)).half().requires_grad_(True)
     pattern = F.softmax(scores, -1, dtype=torch.float32).half()
     signal = drawn(20, keys, dtype=torch.float32, seed=1)
-    y = rules.softmax_temperature(pattern, 2.0)
+    y = softmax_temperature(pattern, 2.0)
     assert torch.equal(y, pattern)
     (found,) = torch.autograd.grad(y, scores, WideGradient(signal, y.dtype))
     hot = torch.softmax(scores.detach().double() / 2, -1)

@@ -10,6 +10,7 @@ from drawn import DTYPES, F64, backward, draw
 from torch import Tensor
 
 from tl_contrastive_lrp import rules
+from tl_contrastive_lrp.backward import tap
 
 # ---------------------------------------------------------------- norms
 
@@ -155,7 +156,7 @@ def test_constant_stops_relevance() -> None:
 def test_tap_sees_the_gradient_and_changes_nothing() -> None:
     seen: list[tuple[Tensor, Tensor]] = []
     x = draw(4).requires_grad_(True)
-    tapped = rules.tap(x, lambda a, g: seen.append((a, g)))
+    tapped = tap(x, lambda a, g: seen.append((a, g)))
     assert torch.equal(tapped, x)
     (got,) = backward((tapped * 3.0).sum() + x.sum(), torch.ones((), dtype=F64), x)
     assert torch.equal(got, torch.full((4,), 4.0, dtype=F64))
@@ -169,5 +170,5 @@ def test_tap_sees_the_gradient_and_changes_nothing() -> None:
 def test_tap_is_silent_when_nothing_flows() -> None:
     seen: list[object] = []
     x = draw(4).requires_grad_(True)
-    torch.autograd.grad((rules.tap(x, lambda *a: seen.append(a)).detach() * x).sum(), x)
+    torch.autograd.grad((tap(x, lambda *a: seen.append(a)).detach() * x).sum(), x)
     assert seen == []

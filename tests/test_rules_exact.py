@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tl_contrastive_lrp import activations, rules
 from tl_contrastive_lrp.rules_softcap import softcap, softcap_ratio
+from tl_contrastive_lrp.rules_softmax import softmax_temperature
 
 # ---------------------------------------------------------------- activation ratios
 
@@ -207,7 +208,7 @@ def test_softmax_temperature_is_the_tempered_jacobian(
     scores = torch.tensor(SCORES[kind], dtype=dtype, requires_grad=True)
     g = draw(len(scores), seed=4).to(dtype)
     pattern = scores.softmax(-1)
-    out = rules.softmax_temperature(pattern, temperature)
+    out = softmax_temperature(pattern, temperature)
     assert torch.equal(out, pattern)
     (got,) = backward(out, g, scores)
     expected = _tempered_jacobian(scores.detach(), temperature) @ g.double()
@@ -223,7 +224,7 @@ def test_softmax_temperature_with_masked_keys(hidden: float, temperature: float)
     mask = torch.ones(n, n, dtype=torch.bool).tril()
     scores = free.masked_fill(~mask, hidden).requires_grad_(True)
     g = draw(2, 3, n, n, seed=1).float()
-    out = rules.softmax_temperature(scores.softmax(-1), temperature)
+    out = softmax_temperature(scores.softmax(-1), temperature)
     (got,) = backward(out, g, scores)
     assert got.isfinite().all()
     assert (got[..., ~mask] == 0).all()
@@ -242,7 +243,7 @@ def test_softmax_temperature_in_half_precision(dtype: torch.dtype) -> None:
     scores = (2 * draw(4, 8)).float().requires_grad_(True)
     pattern = scores.softmax(-1).to(dtype)
     g = draw(4, 8, seed=1).to(dtype)
-    out = rules.softmax_temperature(pattern, 2.0)
+    out = softmax_temperature(pattern, 2.0)
     assert torch.equal(out, pattern)
     (got,) = backward(out, g, scores)
     for q in range(4):
@@ -254,6 +255,6 @@ def test_softmax_temperature_in_half_precision(dtype: torch.dtype) -> None:
 def test_softmax_temperature_one_is_the_ordinary_gradient() -> None:
     scores = draw(5, 7).requires_grad_(True)
     g = draw(5, 7, seed=1)
-    (got,) = backward(rules.softmax_temperature(scores.softmax(-1), 1.0), g, scores)
+    (got,) = backward(softmax_temperature(scores.softmax(-1), 1.0), g, scores)
     (expected,) = backward(scores.softmax(-1), g, scores)
     assert torch.allclose(got, expected, rtol=1e-12, atol=1e-15)

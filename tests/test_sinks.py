@@ -10,9 +10,9 @@ from op_oracle import OpOracle
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import attach, rules
+from tl_contrastive_lrp import attach
 from tl_contrastive_lrp.errors import ModelStateError
-from tl_contrastive_lrp.rules_sinks import sink_temperature
+from tl_contrastive_lrp.rules_softmax import sink_temperature, softmax_temperature
 
 TOKENS = zoo.random_tokens()
 TARGET, CONTRAST = 7, 12
@@ -123,6 +123,6 @@ def test_the_sinks_share_matters(monkeypatch: pytest.MonkeyPatch) -> None:
         return float((relevance["hook_embed"] - wanted).abs().max() / wanted.abs().max())
 
     assert off() < 1e-5
-    blind = lambda pattern, temperature, _name: rules.softmax_temperature(pattern, temperature)  # noqa: E731
+    blind = lambda pattern, temperature, _name: softmax_temperature(pattern, temperature)  # noqa: E731
     monkeypatch.setattr(attach, "sink_temperature", blind)
     assert off() > 1e-2

@@ -26,8 +26,8 @@ from .attach_inside import attach_inside
 from .attach_norm import attach_norm
 from .attachment import Attachment, HookFn, edit, gradient, is_same
 from .errors import ModelStateError
-from .rules_sinks import sink_temperature
 from .rules_softcap import correct_softcap, softcap
+from .rules_softmax import sink_temperature, softmax_temperature
 from .rulesets import RuleSet
 from .sites import Operation, Site, is_kind
 
@@ -129,7 +129,7 @@ def _softmax(site: Site, rule_set: RuleSet) -> Attachment:
     def at_pattern(pattern: Tensor) -> Tensor:
         if sinks:
             return sink_temperature(pattern, temperature, name)
-        return rules.softmax_temperature(pattern, temperature)
+        return softmax_temperature(pattern, temperature)
 
     rule = f"temperature {temperature:g}"
     return Attachment(site, rule, "at hook_pattern", ((name, edit(at_pattern)),))

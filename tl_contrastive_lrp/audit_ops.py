@@ -123,8 +123,8 @@ RULES: dict[str, RuleNode] = {
     f"{_HOME}.rules._Weighted": RuleNode((1,)),
     f"{_HOME}.rules._Ratio": RuleNode((1,)),
     f"{_HOME}.rules._GatedProduct": RuleNode((1, 2), "product"),
-    f"{_HOME}.rules._SoftmaxTemperature": RuleNode((0,)),
-    f"{_HOME}.rules._Tap": RuleNode((0,)),
+    f"{_HOME}.rules_softmax._SoftmaxTemperature": RuleNode((0,)),
+    f"{_HOME}.backward._Tap": RuleNode((0,)),
     f"{_HOME}.rules._Ordinary": RuleNode((0,), "ordinary"),
     # TransformerLens': the scale that some models put on a residual contribution, taken off again.
     "transformer_lens.model_bridge.generalized_components.base._ScaledHookGradient": RuleNode((0,)),

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import rules
 from .attachment import Attachment, HookFn
 from .context import plan
 from .coverage_table import Coverage
 from .errors import ModelStateError
 from .placement import attached, check_ready, check_single, reading_hooks
 from .precision import first_gradient, plain
+from .rules import at_least_float32
 from .rulesets import RuleSet
 from .sites import LEAVES
 
@@ -51,7 +52,7 @@ class Reading:
 
 def relevance_of(x: Tensor, g: Tensor) -> Tensor:
     """Activation × gradient, elementwise, in float32 at least."""
-    return rules.at_least_float32(x) * rules.at_least_float32(g)
+    return at_least_float32(x) * at_least_float32(g)
 
 
 @contextmanager
@@ -72,6 +73,26 @@ def frozen_parameters(model: Any) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sink: Sink) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.sink = sink
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        ctx.sink(x.detach(), g.detach())
+        return g, None
+
+
+def tap(x: Float[Tensor, "*shape"], sink: Sink) -> Float[Tensor, "*shape"]:
+    """Call ``sink(x, g)`` inside the backward pass; values and gradients pass unchanged."""
+    out: Tensor = _Tap.apply(x, sink)
+    return out
+
+
 def _read_hook(reading: Reading) -> HookFn:
     def hook_fn(tensor: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
         if not isinstance(tensor, Tensor) or not tensor.requires_grad:
@@ -80,7 +101,7 @@ def _read_hook(reading: Reading) -> HookFn:
         if reading.fired is not None:
             reading.fired(value)
         if reading.how == "branch":
-            return rules.tap(tensor, lambda x, g: reading.sink(x, plain(g)))
+            return tap(tensor, lambda x, g: reading.sink(x, plain(g)))
         tensor.register_hook(lambda g: reading.sink(value, plain(g.detach())))
         return None
 

@@ -34,6 +34,7 @@ from . import inside_marks as marks
 from .attachment import HookFn
 from .inside_experts import clamp_bounds, clamp_ratio
 from .inside_norms import NORMS, ROOTS, NormCall, is_root
+from .rules_softmax import softmax_temperature
 from .rulesets import RuleSet
 from .sites import is_component, operations_of
 
@@ -93,7 +94,7 @@ class OperationRules(TorchFunctionMode):
         if self.rule_set.softmax == "constant":
             return pattern.detach()
         if self.rule_set.softmax == "temperature":
-            return rules.softmax_temperature(pattern, self.rule_set.temperature)
+            return softmax_temperature(pattern, self.rule_set.temperature)
         return pattern
 
     def _fire(self, name: str, tensor: Tensor) -> Tensor:

@@ -19,8 +19,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .precision import WideGradient
-
 Ratio = Callable[[Tensor], Tensor]
 
 
@@ -231,78 +229,4 @@ def gated_product(
     The uniform rule for the product is separate: ``uniform`` on the output.
     """
     out: Tensor = _GatedProduct.apply(y, gate, up, ratio)
-    return out
-
-
-# ---------------------------------------------------------------- softmax
-
-
-class _SoftmaxTemperature(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pattern: Tensor, unrounded: Tensor, temperature: float) -> Tensor:
-        ctx.save_for_backward(pattern, unrounded)
-        ctx.temperature = temperature
-        return pattern.view_as(pattern)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        pattern, unrounded = ctx.saved_tensors
-        # g' may leave float16's range where p does.
-        p = at_least_float32(unrounded if isinstance(g, WideGradient) else pattern)
-        g32 = at_least_float32(g)
-        # softmax(s/T) from softmax(s): pᵀ ∝ p^(1/T). Masked keys have p = 0 and stay 0.
-        tempered = p.pow(1.0 / ctx.temperature)
-        tempered = tempered / tempered.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
-        wanted = tempered * (g32 - (tempered * g32).sum(-1, keepdim=True))
-        # The softmax's own backward p ⊙ (g' − Σ p g') turns g' = wanted/p into `wanted`, because
-        # Σ wanted = 0. Where p underflowed to 0 the tempered weight is below 1e-19: nothing lost.
-        return torch.where(p > 0, wanted / p, torch.zeros_like(p)).to(g.dtype), None, None
-
-
-def _before_rounding(pattern: Tensor) -> Tensor:
-    """The float32 softmax that ``pattern`` was rounded from, which autograd holds; else itself.
-
-    A float16 pattern is 0 below 6e-8, where its square root, at temperature 2, still counts.
-    """
-    cast: Any = pattern.grad_fn
-    softmax: Any = cast.next_functions[0][0] if type(cast).__name__ == "ToCopyBackward0" else None
-    if type(softmax).__name__ != "SoftmaxBackward0":
-        return pattern
-    unrounded: Tensor = softmax._saved_result
-    return unrounded.detach()
-
-
-def softmax_temperature(
-    pattern: Float[Tensor, "*batch query key"], temperature: float
-) -> Float[Tensor, "*batch query key"]:
-    """Softmax gradient at a higher temperature (GIM, arXiv:2505.17630), applied to the pattern.
-
-    The scores receive pᵀ ⊙ (g − Σ pᵀ g) with pᵀ = softmax(scores/``temperature``), without the
-    factor 1/``temperature``, in place of the same expression in the pattern itself.
-    """
-    out: Tensor = _SoftmaxTemperature.apply(pattern, _before_rounding(pattern), temperature)
-    return out
-
-
-# ---------------------------------------------------------------- reading a gradient
-
-
-class _Tap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.sink = sink
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        ctx.sink(x.detach(), g.detach())
-        return g, None
-
-
-def tap(x: Float[Tensor, "*shape"], sink: Callable[[Tensor, Tensor], None]) -> Tensor:
-    """Call ``sink(x, g)`` inside the backward pass; values and gradients pass unchanged."""
-    out: Tensor = _Tap.apply(x, sink)
     return out

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import rules
-from .backward import frozen_parameters
+from .backward import frozen_parameters, tap
 from .context import plan
 from .placement import attached, public_name
 from .precision import first_gradient, plain
@@ -149,7 +148,7 @@ class _Biases:
 
         def read(output: Any) -> Tensor | None:
             usable = isinstance(output, Tensor) and output.requires_grad and output.ndim > 1
-            return rules.tap(output, sink) if usable else None
+            return tap(output, sink) if usable else None
 
         return read
 

@@ -1,0 +1,118 @@
+"""The softmax of attention with its gradient at a higher temperature (GIM, arXiv:2505.17630).
+
+The scores s receive pᵀ ⊙ (g − Σ pᵀ g) with pᵀ = softmax(s/T), without the factor 1/T, in place of
+the same expression in the pattern p itself. Values stay as they are, as in ``rules``.
+
+Attention sinks are learned logits that join every row of scores and are dropped after the softmax,
+so that the pattern's rows sum to less than 1. A rule on the pattern alone, which takes
+p ⊙ (g − Σ p g) for the gradient to come, cannot see the sinks' share; there the rule acts on the
+softmax's node itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .errors import ModelStateError
+from .precision import WideGradient
+from .rules import at_least_float32
+
+
+def _to_scores(
+    p: Float[Tensor, "*batch query key"], g: Float[Tensor, "*batch query key"], temperature: float
+) -> Float[Tensor, "*batch query key"]:
+    """pᵀ ⊙ (g − Σ pᵀ g), from the softmax ``p`` at temperature 1."""
+    # softmax(s/T) from softmax(s): pᵀ ∝ p^(1/T). Masked keys have p = 0 and stay 0.
+    tempered = p.pow(1.0 / temperature)
+    tempered = tempered / tempered.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+    return tempered * (g - (tempered * g).sum(-1, keepdim=True))
+
+
+class _SoftmaxTemperature(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pattern: Tensor, unrounded: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(pattern, unrounded)
+        ctx.temperature = temperature
+        return pattern.view_as(pattern)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        pattern, unrounded = ctx.saved_tensors
+        # g' may leave float16's range where p does.
+        p = at_least_float32(unrounded if isinstance(g, WideGradient) else pattern)
+        wanted = _to_scores(p, at_least_float32(g), ctx.temperature)
+        # The softmax's own backward p ⊙ (g' − Σ p g') turns g' = wanted/p into `wanted`, because
+        # Σ wanted = 0. Where p underflowed to 0 the tempered weight is below 1e-19: nothing lost.
+        return torch.where(p > 0, wanted / p, torch.zeros_like(p)).to(g.dtype), None, None
+
+
+def _before_rounding(pattern: Tensor) -> Tensor:
+    """The float32 softmax that ``pattern`` was rounded from, which autograd holds; else itself.
+
+    A float16 pattern is 0 below 6e-8, where its square root, at temperature 2, still counts.
+    """
+    cast: Any = pattern.grad_fn
+    softmax: Any = cast.next_functions[0][0] if type(cast).__name__ == "ToCopyBackward0" else None
+    if type(softmax).__name__ != "SoftmaxBackward0":
+        return pattern
+    unrounded: Tensor = softmax._saved_result
+    return unrounded.detach()
+
+
+def softmax_temperature(
+    pattern: Float[Tensor, "*batch query key"], temperature: float
+) -> Float[Tensor, "*batch query key"]:
+    """The rule applied to the pattern: ``pattern`` unchanged, rows of a whole softmax.
+
+    Args:
+        pattern: softmax(scores), perhaps rounded to the model's type.
+        temperature: T, above 0.
+    """
+    out: Tensor = _SoftmaxTemperature.apply(pattern, _before_rounding(pattern), temperature)
+    return out
+
+
+def _softmax_above(pattern: Tensor) -> Any:
+    """The autograd node of the softmax that the pattern was cut out of."""
+    node: Any = pattern.grad_fn
+    while node is not None and node.name() != "SoftmaxBackward0":
+        inputs = [below for below, _ in node.next_functions if below is not None]
+        node = inputs[0] if len(inputs) == 1 else None
+    return node
+
+
+def sink_temperature(
+    pattern: Float[Tensor, "*batch query key"], temperature: float, where: str
+) -> Float[Tensor, "*batch query key"]:
+    """The rule with sinks: s are the scores and the sinks' logits together, g is 0 at the sinks.
+
+    Args:
+        pattern: What is left of the softmax's result after the sink was dropped; returned as it is.
+        temperature: T, above 0.
+        where: The pattern's name in errors.
+
+    Raises:
+        ModelStateError: the pattern was not made from one softmax and constants.
+    """
+    if not pattern.requires_grad:
+        return pattern
+    softmax = _softmax_above(pattern)
+    if softmax is None:
+        raise ModelStateError(
+            f"The rule for the softmax with sinks at {where} needs the softmax that made the "
+            "pattern, and another hook replaced it. Remove that hook, or use rules='attnlrp'."
+        )
+    p = at_least_float32(softmax._saved_result.detach())  # the sinks' columns are still in it
+
+    def tempered(_sent: Any, given: tuple[Tensor, ...]) -> tuple[Tensor]:
+        wanted = _to_scores(p, at_least_float32(given[0]), temperature)
+        return (wanted.to(given[0].dtype),)
+
+    softmax.register_hook(tempered)
+    return pattern
