@@ -78,7 +78,7 @@ class OpOracle:
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_ready(model))
-            stack.enter_context(_activations(model, mode))
+            stack.enter_context(whole_activations(model, mode))
             stack.enter_context(self._recording(model))
             stack.enter_context(mode)
             logits = model(tokens, use_cache=False, **inputs).logits
@@ -192,7 +192,7 @@ def is_activation(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _activations(model: nn.Module, mode: RuleMode) -> Iterator[None]:
+def whole_activations(model: nn.Module, mode: RuleMode) -> Iterator[None]:
     """Activation modules as one operation each, however they are composed."""
     found = [m for m in model.modules() if is_activation(m)]
     try:

@@ -1,4 +1,4 @@
-"""No silent underflow in low precision: the backward is linear, and what the forward loses is said."""
+"""Low precision without silent underflow: the backward is linear, the forward's loss is said."""
 
 from __future__ import annotations
 
