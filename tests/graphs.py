@@ -14,6 +14,17 @@ from tl_contrastive_lrp.graph import AttributionGraph
 Edge = tuple[int, int, int, int, int, int, float]  # target site, source site, positions, ...
 
 
+# Three sites, two positions; edges by value and key of heads 0, 1 and 3, and position-wise.
+SPLIT: list[Edge] = [
+    (1, 0, 0, 0, -1, 0, 1.0),
+    (1, 0, 1, 0, 0, 1, 0.5),
+    (1, 0, 1, 0, 0, 2, -0.25),
+    (1, 0, 1, 0, 3, 1, 2.0),
+    (2, 1, 1, 1, -1, 0, 4.0),
+    (2, 1, 1, 0, 1, 2, -3.0),
+]
+
+
 def given(*drawn: Any, examples: int = 60, **named: Any) -> Any:
     """``hypothesis.given`` without a deadline: shared machines pause."""
 
