@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import families
 import numpy as np
@@ -24,6 +24,7 @@ from tl_contrastive_lrp.cli import options as cli_options
 from tl_contrastive_lrp.cli import terminal as cli_terminal
 from tl_contrastive_lrp.cli.command import again
 from tl_contrastive_lrp.demo import KINDS, load_demo_model
+from tl_contrastive_lrp.memory import Memory
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -263,11 +264,13 @@ def test_help_documents_every_key(run: Run, folder: Path) -> None:
     asked = run("explain", "--model", folder, "--prompt", "a", "--json").json
     text = run("explain", "--help").out
     keys = {*told, *asked, *told["target"], *told["tokens"][0], *told["ledger"][0]}
+    keys |= {*told["memory"]}
     assert [key for key in keys if not re.search(rf"\b{key}\b", text)] == []
 
 
 def test_choices_are_those_of_the_package() -> None:
     assert [rule.value for rule in cli_options.Rules] == list(clrp.RULE_SETS)
+    assert [way.value for way in cli_options.Memory] == list(get_args(Memory))
     assert [kind.value for kind in cli_options.Kind] == list(KINDS)
 
 

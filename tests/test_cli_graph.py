@@ -16,7 +16,7 @@ from cli_runs import FILE, MODEL, PROMPT, TEXT, USAGE, Run, asked, built, typed_
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp import AttributionGraph
-from tl_contrastive_lrp.cli import graph as cli_graph
+from tl_contrastive_lrp.cli import graph_made
 from tl_contrastive_lrp.cli import options as cli_options
 
 pytest_plugins = ("cli_fixtures",)
@@ -290,12 +290,14 @@ def test_help_documents_every_key_and_the_limit(run: Run, folder: Path) -> None:
     text = words(run("graph", "--help").out)
     shared = set(run("explain", *asked(folder, "--json")[1:]).json)
     inside = {*told["full"], *told["kept"], *told["pruning"][0], *told["paths"][0]}
+    inside |= {*told["kept"]["strongest_left_out"], *told["memory"]}
     wanted = {*told, *inside, *told["node_threshold"]}
     assert shared & set(told) >= {"delta", "candidates", "notes"}
     assert [key for key in wanted if not re.search(rf"\b{key}\b", text)] == []
-    assert f"up to {cli_graph.REPORT_TOKENS:,} tokens" in words(
-        run("explain", "--help").out.replace("│", " ")
-    )
+    limit = f"{graph_made.LONG:,} tokens"
+    assert f"above {limit} what pruning left" in words(text.replace("│", " "))
+    page = words(run("explain", "--help").out.replace("│", " "))
+    assert f"Above {limit} it has at most {graph_made.REPORT_EDGES:,} edges" in page
 
 
 def test_graph_takes_all_that_explain_takes() -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_runs import MODEL, PROMPT, Run, asked, built, words
+from cli_runs import FILE, MODEL, PROMPT, Run, asked, built, words
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.cli import graph as cli_graph
+from tl_contrastive_lrp.cli import graph_made
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -47,20 +47,33 @@ def test_no_graph_is_made_for_no_report(
     assert run(*explained(folder, "--no-graph")).code == 0
 
 
-def test_a_long_prompt_has_no_graph_and_says_so(
+def test_a_long_prompt_has_a_graph_pruned_on_the_way(
     run: Run, folder: Path, bridge: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    n = bridge.to_tokens(PROMPT).shape[1]
-    monkeypatch.setattr(cli_graph, "REPORT_TOKENS", n - 1)
+    n, whole = bridge.to_tokens(PROMPT).shape[1], built(bridge)
+    monkeypatch.setattr(graph_made, "LONG", n - 1)
+    monkeypatch.setattr(graph_made, "REPORT_EDGES", 7)
+    taken, real = [], clrp.attribution_graph  # the package keeps what it first finds
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        taken.append(real(*arguments, **options))
+        return taken[-1]
+
+    monkeypatch.setattr("tl_contrastive_lrp.graph_build.attribution_graph", watched)
     done = run(*explained(folder))
     assert done.code == 0
-    assert f"Note: The report has no graph, because the prompt has more than {n - 1} " in done.err
-    html = Path("r.html").read_text(encoding="utf-8")
-    assert SECTION not in html
-    assert "The report has no graph" in words(html)
-    monkeypatch.setattr(cli_graph, "REPORT_TOKENS", n)
+    assert [step.name for step in taken[0].history] == ["mass"]
+    assert len(taken[0].weight) < len(whole.weight)
+    kept = whole.prune(mass=0.85, top_k=7).connected()
+    share = sum(map(abs, kept.weight.tolist())) / sum(map(abs, whole.weight.tolist()))
+    html = words(Path("r.html").read_text(encoding="utf-8"))
+    assert f"{len(kept.weight)} edges between {int(kept.node_mask.sum())} hidden states" in html
+    assert f"lead to the prediction hold {share:.0%} of Σ|weight|" in html
+    assert f"more than {n - 1} tokens ({n})" in done.err
+    assert "comes next; --no-graph" in done.err
+    assert run(*explained(folder, "--quiet")).err == ""
+    monkeypatch.setattr(graph_made, "LONG", n)
     assert run(*explained(folder)).err == ""
-    assert SECTION in Path("r.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -69,6 +82,8 @@ def test_a_long_prompt_has_no_graph_and_says_so(
         (clrp.errors.UncoveredComponentError("no closed form"), "no closed form"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
         (MemoryError(), "not enough memory"),
+        (clrp.errors.ModelStateError("not in tiles, try memory='plain'"), "try --memory plain"),
+        (clrp.errors.FileFormatError("another run"), "another run"),
     ],
 )
 def test_a_graph_that_fails_costs_no_report(
@@ -82,7 +97,8 @@ def test_a_graph_that_fails_costs_no_report(
     assert message in told["notes"][0]
     assert told["report"] == "r.html"
     assert SECTION not in Path("r.html").read_text(encoding="utf-8")
-    assert run(*asked(folder)).code == (MODEL if "closed" in message else 1)
+    codes = {"no closed form": MODEL, "try --memory plain": MODEL, "another run": FILE}
+    assert run(*asked(folder)).code == codes.get(message, 1)
 
 
 def test_a_bug_in_the_graph_is_not_hidden(

@@ -12,7 +12,7 @@ from .terminal import shell_word
 PROGRAM = "tl-contrastive-lrp"
 _DEFAULTS = {
     "pos": -1, "rules": DEFAULT_RULES.value, "dtype": "float32", "top": 10, "granularity": "block",
-    "node_threshold": 0.0,
+    "node_threshold": 0.0, "memory": "auto",
 }  # fmt: skip
 _INLINE = 4000  # characters of standard input that are written out; a shell line has its limits
 

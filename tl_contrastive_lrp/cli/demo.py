@@ -8,9 +8,10 @@ from .exit import CliError, Code
 from .explain import explain
 from .model import quiet_libraries
 from .output import Output
-from .question import CANDIDATES, question_of
+from .question import next_logits, question_of
 from .tell import as_json, print_explained, print_json
 from .terminal import progress, say, shown, table, tell
+from .way import Way
 
 if TYPE_CHECKING:
     from ..demo import DemoCase
@@ -105,8 +106,6 @@ def run(case_name: str | None, kind: str | None, rules: str, output: Output, gra
     from ..demo import load_demo_model
 
     with progress("Loading the demo model", output.spins), quiet_libraries():
-        from ..objective import next_token_table
-
         try:
             model: Any = load_demo_model(device="cpu")
         except FileNotFoundError as error:
@@ -118,17 +117,17 @@ def run(case_name: str | None, kind: str | None, rules: str, output: Output, gra
             f"Demo case {case.id} is {tokens.shape[1]} tokens, but was recorded with "
             f"{case.n_tokens}: model and cases of this installation do not belong together.",
         )
-    candidates = next_token_table(model, tokens, k=CANDIDATES)
+    way = Way()
     question = question_of(
         model,
         tokens,
-        candidates,
+        next_logits(model, tokens, -1, output, way),
         (case.target_id,),
         (case.contrast_id,),
         pos=-1,
         model_name="demo model",
     )
-    explained = explain(model, question, rules=rules, output=output, graph=graph)
+    explained = explain(model, question, rules=rules, output=output, way=way, graph=graph)
     ranking = [int(pos) for pos in explained.result.top(case.n_tokens)["pos"]]
     decisive = [
         {

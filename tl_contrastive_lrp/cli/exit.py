@@ -67,10 +67,23 @@ def _code_of(error: Exception) -> Code | None:
     return next((code for kind, code in _CODES if isinstance(error, kind)), None)
 
 
-def _words(error: Exception) -> str:
+# How to type what the library's messages name.
+_TYPED = {
+    "memory='plain'": "--memory plain",
+    "memory='tiled'": "--memory tiled",
+    "checkpoint_dir": "--checkpoint-dir",
+    "with mass=0.85, or give threshold= or top_k=": "with --mass 0.85, --threshold or --top-k",
+}
+
+
+def words_of(error: Exception) -> str:
+    """An error as the command line says it."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
-    return str(error) or type(error).__name__
+    text = str(error) or type(error).__name__
+    for name, option in _TYPED.items():
+        text = text.replace(name, option)
+    return text
 
 
 @contextmanager
@@ -93,12 +106,12 @@ def exit_codes(debug: bool) -> Iterator[None]:
             traceback.print_exc(file=sys.stderr)
         code = _code_of(error)
         if code is not None:
-            say(f"Error: {_words(error)}")
+            say(f"Error: {words_of(error)}")
             raise typer.Exit(code) from None
         if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
             say(
-                "Error: out of memory. Explain a shorter prompt, or try --dtype bfloat16 or "
-                "--device cpu."
+                "Error: out of memory. Explain a shorter prompt, or try --memory tiled and a small "
+                "--tile, --dtype bfloat16 or --device cpu."
             )
         else:
             say(f"Unexpected error: {type(error).__name__}: {error}")

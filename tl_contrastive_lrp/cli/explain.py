@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .exit import not_finite
-from .graph import report_graph
+from .graph_made import is_long, report_graph
 from .output import Output, write
 from .question import Question
 from .terminal import progress, say
+from .way import Run, Way
 
 if TYPE_CHECKING:
     from ..attribution import Attribution
@@ -24,11 +25,12 @@ class Explained:
 
     question: Question
     result: Attribution
+    run: Run
     notes: tuple[str, ...] = ()
 
 
 def explain(
-    model: Any, question: Question, *, rules: str, output: Output, graph: bool = True
+    model: Any, question: Question, *, rules: str, output: Output, way: Way, graph: bool = True
 ) -> Explained:
     """Attribute, and write the files that were asked for.
 
@@ -37,21 +39,22 @@ def explain(
         question: What to explain.
         rules: Name of a rule set.
         output: Where to write.
+        way: How memory is used.
         graph: Whether the report, if one is asked for, shows the attribution graph too.
 
     Raises:
         CliError: relevance that is not finite; a file that cannot be written.
-        TokenError, UncoveredComponentError, ModelStateError: as ``attribute``.
+        TokenError, UncoveredComponentError, ModelStateError, FileFormatError: as ``attribute``.
     """
     from ..explain import attribute
-    from ..memory import choose
 
-    words = f"Forward and backward through {question.n_tokens} tokens"
-    choice = choose(model, question.n_tokens)
-    tiles = choice.tile is not None  # they show a bar of their own; two moving things would clash
-    if tiles and not output.quiet:
-        say(f"Memory: {choice}")
-    with progress(words, output.spins and not tiles):
+    graph = graph and output.out is not None
+    run = way.run(model, question.n_tokens, "relevance")
+    if not output.quiet:
+        run.announce()
+    words = f"Forward and backward through {question.n_tokens:,} tokens"
+    # Tiles show a bar of their own; two moving things would clash.
+    with run.interruptible(), progress(words, output.spins and not run.tiles):
         result = attribute(
             model,
             question.tokens,
@@ -60,21 +63,24 @@ def explain(
             pos=question.at,
             rules=rules,
             progress=output.spins,
+            **run.options(),
         )
     if not (math.isfinite(result.delta) and bool(result.tokens.isfinite().all())):
         raise not_finite(question.dtype)
-    notes = question.notes
+    write(output.save, result.save)  # before what else may take long
+    notes = [*question.notes, *filter(None, [run.note])]
     shown = None
-    if graph and output.out is not None:
-        shown, why_not = report_graph(model, question, rules, output)
-        if why_not:
-            notes = (*notes, why_not)
+    if graph:
+        if is_long(question) and not output.quiet:
+            say("The graph for the report comes next; --no-graph would leave it out.")
+        shown, note = report_graph(model, question, rules, output, way)
+        if note:
+            notes.append(note)
             if not output.quiet:
-                say(f"Note: {why_not}")
-    explained = Explained(question, result, notes)
+                say(f"Note: {note}")
+    explained = Explained(question, result, run, tuple(notes))
     with progress("Writing the report", output.spins and output.out is not None):
         write(output.out, lambda path: _write_report(explained, shown, path))
-        write(output.save, result.save)
     return explained
 
 

@@ -5,129 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from . import options as o
-from .exit import CliError, exit_codes, not_finite
+from .exit import exit_codes
+from .graph_made import LONG, Graphed, Pruning, is_long, made
 from .output import Output, write
 from .question import Question, ask, check_typed
 from .tell import print_json
-from .terminal import progress
-
-if TYPE_CHECKING:
-    from ..graph import AttributionGraph
-    from ..paths import Paths
-
-# A full graph grows with the square of the prompt: at 2,000 tokens it holds two million edges, or
-# 32 MB, a block. Above that it is made only when asked for.
-REPORT_TOKENS = 2000
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """Which edges stay, as ``AttributionGraph.prune`` takes it; and whether only connected ones."""
-
-    mass: float | None = None
-    threshold: float | None = None
-    relative: float | None = None
-    top_k: int | None = None
-    connected: bool = True
-
-    def check(self) -> None:
-        """Refuse what no option alone can: infinity, and two thresholds.
-
-        Raises:
-            typer.BadParameter: either of them.
-        """
-        for name in ("mass", "threshold", "relative"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise typer.BadParameter(f"--{name} must be a finite number.")
-        if self.threshold is not None and self.relative is not None:
-            raise typer.BadParameter("Give either --threshold (in logits) or --relative (to |Δℓ|).")
-
-    def of(self, graph: AttributionGraph) -> AttributionGraph:
-        """The graph that is left.
-
-        Raises:
-            typer.BadParameter: ``relative``, where Δℓ is 0.
-        """
-        if self.relative is not None and not graph.delta:
-            raise typer.BadParameter("Δℓ is 0, so nothing is relative to it: use --threshold.")
-        pruned = graph.prune(
-            mass=self.mass, threshold=self.threshold, relative=self.relative, top_k=self.top_k
-        )
-        return pruned.connected() if self.connected else pruned
-
-
-@dataclass(frozen=True)
-class Graphed:
-    """A graph, full and pruned, with what was asked.
-
-    paths are those of the full graph: pruning changes no strength.
-    """
-
-    question: Question
-    full: AttributionGraph
-    kept: AttributionGraph
-    paths: Paths
-
-
-def report_graph(
-    model: Any, question: Question, rules: str, output: Output
-) -> tuple[AttributionGraph | None, str]:
-    """The graph for the report of ``explain``: pruned and connected; or None, and why not."""
-    from ..errors import UncoveredComponentError
-
-    n = question.n_tokens
-    if n > REPORT_TOKENS:
-        return None, (
-            f"The report has no graph, because the prompt has more than {REPORT_TOKENS:,} tokens "
-            f"({n:,}); the graph command makes one."
-        )
-    try:
-        return Pruning().of(_build(model, question, rules, output)), ""
-    except (CliError, UncoveredComponentError) as error:
-        return None, f"The report has no graph: {error}"
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
-            raise
-        return None, "The report has no graph: there was not enough memory for it."
-
-
-def _build(
-    model: Any, question: Question, rules: str, output: Output, **options: Any
-) -> AttributionGraph:
-    """The full graph.
-
-    Raises:
-        CliError: relevance that is not finite.
-    """
-    from ..graph_build import attribution_graph
-
-    layers = options.get("layers")
-    # Transitions over several blocks show a bar of their own; two moving things would clash.
-    bar = layers is not None and output.spins
-    with progress(f"Edges between {question.n_tokens} tokens", output.spins and not bar):
-        try:
-            return attribution_graph(
-                model,
-                question.tokens,
-                target=question.target,
-                contrast=question.contrast,
-                pos=question.at,
-                rules=rules,
-                progress=bar,
-                **options,
-            )
-        except ValueError as error:
-            if type(error) is ValueError and re.search(r"\b(nan|inf|infinite)\b", str(error), re.I):
-                raise not_finite(question.dtype) from error
-            raise
+from .terminal import progress, say
+from .way import Way
 
 
 def _layers(text: str | None) -> list[int] | None:
@@ -145,11 +35,29 @@ def _check_layers(layers: list[int], blocks: int, heads: bool) -> None:
             f"--layers: the model has blocks 0 to {blocks - 1}; the final output ({blocks}) is "
             "always there."
         )
-    if heads and chosen != list(range(chosen[0], blocks + 1)):
+    if heads and _skips(layers, blocks):
         raise typer.BadParameter(
             "--heads splits edges within one block; with --layers that skip blocks there is no "
             "single head. Leave out one of them."
         )
+
+
+def _skips(layers: list[int] | None, blocks: int) -> bool:
+    """Whether a transition spans several blocks."""
+    return layers is not None and sorted({*layers, blocks}) != list(range(min(layers), blocks + 1))
+
+
+def _notes(question: Question, saves_made: bool) -> tuple[str, ...]:
+    if not is_long(question):
+        return question.notes
+    note = (
+        f"The prompt has more than {LONG:,} tokens ({question.n_tokens:,}), so its edges were "
+        "pruned while they came. Paths are those of the edges left then; their strengths are at "
+        "least those in the full graph."
+    )
+    if saves_made:
+        note += " --save writes that graph; --mass 1 would keep every edge."
+    return (*question.notes, note)
 
 
 def _write_page(graphed: Graphed, path: Path) -> None:
@@ -215,9 +123,15 @@ def graph_command(
     ] = False,
     top: Annotated[int, typer.Option(min=1, help="How many paths are listed.")] = 10,
     json: o.JsonOption = False,
+    memory: o.MemoryOption = o.Memory.AUTO,
+    tile: o.TileOption = None,
+    checkpoint_dir: o.CheckpointDirOption = None,
     save: Annotated[
         Path | None,
-        typer.Option(help="Write the full graph (safetensors); AttributionGraph.load reads it."),
+        typer.Option(
+            help="Write the full graph (safetensors), of a prompt above 2,000 tokens what pruning "
+            "left; AttributionGraph.load reads it."
+        ),
     ] = None,
     save_pruned: Annotated[
         bool, typer.Option("--save-pruned", help="Have --save write the pruned graph instead.")
@@ -231,18 +145,21 @@ def graph_command(
     A node is a hidden state (site, position); an edge's weight is the relevance that its target
     passes down to its source, in logits; positive pushes towards the target token. Prints what
     pruning kept and left out, the strongest paths of the full graph, and a line a site of the
-    pruned one.
+    pruned one. Above 2,000 tokens the full graph is never made: edges are pruned while they come,
+    and paths are those of what is left.
 
     **--json** prints one object. *status* is "graph", with *version, model, rules, dtype, device,
     objective, pos, target, contrast, delta, candidates, notes* as **explain --json**;
     *granularity*; *sites* (HookPoint names); *node_threshold* (*logits, relative* to |Δℓ|); *full*
     and *kept* (*nodes, edges, mass*: Σ|weight|; kept also *edge_share, mass_share*, and
-    *weakest_kept, strongest_left_out*: *logits, relative*); *pruning* (for each step *name,
-    parameters, edges_before, edges_kept, mass_before, mass_kept*); *paths* (*strength, share* of
-    Δℓ; node by node *sites, positions, tokens, relevance*; edge by edge *weights, heads, kinds*,
-    the last two null without --heads), *closed* (nodes whose edges cancel, which no path passes);
-    *metrics* (for each site of the pruned graph, as AttributionGraph.metrics); *page, saved*
-    (paths or null).
+    *weakest_kept, strongest_left_out*: *logits, relative, at_most*); *pruning* (for each step
+    *name, parameters, edges_before, edges_kept, mass_before, mass_kept*); *paths* (*strength,
+    share* of Δℓ; node by node *sites, positions, tokens, relevance*; edge by edge *weights, heads,
+    kinds*, the last two null without --heads), *closed* (nodes whose edges cancel, which no path
+    passes); *metrics* (for each site of the pruned graph, as AttributionGraph.metrics); *memory*
+    (*way, plain_bytes, free_bytes*) as **explain --json**; *page, saved* (paths or null). Above
+    2,000 tokens *nodes* of the full graph is null, and *at_most* says that *strongest_left_out* is
+    a bound.
     Without --contrast as **explain --json**.
     """
     typed = locals().copy()
@@ -258,23 +175,38 @@ def graph_command(
         raise typer.BadParameter("--layers goes with --granularity block.")
     pruning = Pruning(mass, threshold, relative, top_k, not no_connected)
     pruning.check()
-    output = Output(top, json, out, save, quiet)
+    way, output = Way.typed(typed), Output(top, json, out, save, quiet)
+    if heads and memory is o.Memory.TILED:
+        raise typer.BadParameter("--heads needs the plain way: leave out --memory tiled.")
     with exit_codes(debug):
-        bridge, question = ask("graph", typed, output)
+        bridge, question = ask("graph", typed, output, way)
+        blocks = int(bridge.cfg.n_layers)
         if chosen is not None:
-            _check_layers(chosen, int(bridge.cfg.n_layers), heads)
-        full = _build(
+            _check_layers(chosen, blocks, heads)
+        why = "--heads and --layers that skip blocks need the plain way."
+        plain_only = why if heads or _skips(chosen, blocks) else ""
+        if plain_only and memory is o.Memory.TILED:
+            raise typer.BadParameter("--layers that skip blocks need the plain way, not tiles.")
+        run = way.run(bridge, question.n_tokens, "graph", graph=True, plain_only=plain_only)
+        notes = _notes(question, save is not None and not save_pruned)
+        if not quiet:
+            run.announce()
+            for note in notes[len(question.notes) :]:
+                say(f"Note: {note}")
+        full = made(
             bridge,
             question,
             rules.value,
             output,
+            run,
+            pruning if is_long(question) else None,
             granularity=granularity.value,
             layers=chosen,
             node_threshold=node_threshold,
             heads=heads,
         )
         with progress("Pruning, and looking for paths", output.spins):
-            graphed = Graphed(question, full, pruning.of(full), full.paths(top))
+            graphed = Graphed(question, full, pruning.of(full), full.paths(top), run, notes)
             write(out, lambda path: _write_page(graphed, path))
             write(save, graphed.kept.save if save_pruned else full.save)
         from .tell_graph import graph_as_json, print_graphed

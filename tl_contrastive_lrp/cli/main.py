@@ -21,6 +21,7 @@ from .output import Output
 from .question import ask, check_typed
 from .tell import as_json, print_explained, print_json
 from .terminal import tell
+from .way import Way
 
 app = typer.Typer(
     name=PROGRAM,
@@ -71,6 +72,9 @@ def explain_command(
     rules: o.RulesOption = o.DEFAULT_RULES,
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = o.Dtype.FLOAT32,
+    memory: o.MemoryOption = o.Memory.AUTO,
+    tile: o.TileOption = None,
+    checkpoint_dir: o.CheckpointDirOption = None,
     top: o.TopOption = 10,
     json: o.JsonOption = False,
     save: o.SaveOption = None,
@@ -89,18 +93,21 @@ def explain_command(
     target also *is_top*); *delta* (Δℓ, in logits); *share_to_tokens* (how much of Δℓ reaches the
     prompt); *tokens* (for each position *pos, id, token, relevance, share, greyed*); *top*
     (positions by |relevance|); *ledger* (for each site *site, total, biases, positions, other*);
-    *candidates* (*rank, token, id, logit, probability, minus_top*); *report, saved* (paths or
-    null); *notes*. A share of Δℓ is null where Δℓ is 0. Without --contrast, *status* is
+    *candidates* (*rank, token, id, logit, probability, minus_top*); *memory* (*way*: plain or
+    tiled; *plain_bytes, free_bytes*: what the plain way needs, and what was free); *report, saved*
+    (paths or null); *notes*. A share of Δℓ is null where Δℓ is 0. Without --contrast, *status* is
     "needs_contrast", with *version, model, pos, candidates, command, notes*.
     """
     typed = locals().copy()
     check_typed(typed)
     if out is not None and out == save:
         raise typer.BadParameter("--out and --save name the same file.")
-    output = Output(top, json, out, save, quiet)
+    way, output = Way.typed(typed), Output(top, json, out, save, quiet)
     with exit_codes(debug):
-        bridge, question = ask("explain", typed, output)
-        done = explain(bridge, question, rules=rules.value, output=output, graph=not no_graph)
+        bridge, question = ask("explain", typed, output, way)
+        done = explain(
+            bridge, question, rules=rules.value, output=output, way=way, graph=not no_graph
+        )
         if json:
             print_json(as_json(done, output))
         else:

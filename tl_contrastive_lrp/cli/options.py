@@ -62,6 +62,14 @@ class Granularity(str, Enum):
     SUBLAYER = "sublayer"
 
 
+class Memory(str, Enum):
+    """Ways to use memory; spelled out here because ``memory`` needs torch."""
+
+    AUTO = "auto"
+    PLAIN = "plain"
+    TILED = "tiled"
+
+
 ModelOption = Annotated[
     str, typer.Option(help="Folder of a Hugging Face model, or its name on the hub.")
 ]
@@ -112,11 +120,29 @@ SaveOption = Annotated[
     Path | None,
     typer.Option(help="Write the whole result (safetensors); Attribution.load reads it."),
 ]
+MemoryOption = Annotated[
+    Memory,
+    typer.Option(
+        help="plain: every block's attention at once. tiled: block by block and tile by tile, in "
+        "memory linear in the prompt. auto: tiled where plain would not fit."
+    ),
+]
+TileOption = Annotated[
+    int | None, typer.Option(min=1, help="Tokens a tile. Default: what fits the memory there is.")
+]
+CheckpointDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Keep what is finished here, so that a run in tiles that was stopped goes on when the "
+        "same command is typed again."
+    ),
+]
 NoGraphOption = Annotated[
     bool,
     typer.Option(
         "--no-graph",
-        help="Leave the attribution graph out of the page; it has one up to 2,000 tokens.",
+        help="Leave the attribution graph out of the page. Above 2,000 tokens it has at most 2,000 "
+        "edges a transition.",
     ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress and no notes on stderr.")]

@@ -21,6 +21,15 @@ def check_writable(path: Path, option: str) -> None:
         raise CliError(
             Code.FILE, f"{option} {path} is a folder. Give a file name, such as {path / 'report'}."
         )
+    check_parent(path, option)
+
+
+def check_parent(path: Path, option: str) -> None:
+    """Refuse a path in a folder that does not exist or is read-only.
+
+    Raises:
+        CliError: it is.
+    """
     if not path.parent.is_dir():
         raise CliError(
             Code.FILE,

@@ -15,6 +15,7 @@ from .output import Output
 from .prompt import prompt_ids, read_prompt, token_ids, token_word
 from .tell import candidate_rows, print_candidates, print_json
 from .terminal import progress, say, shown, tell
+from .way import Way
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,13 +28,15 @@ CANDIDATES = 10
 class Question:
     """One prediction to explain: ids of both sides, and the likeliest tokens.
 
-    at is the position as typed: -1 reads "the last position" in an objective's words.
+    at is the position as typed: -1 reads "the last position" in an objective's words. delta is
+    Δℓ in the forward that the candidates are from.
     """
 
     tokens: Tensor
     candidates: pd.DataFrame
     target: tuple[int, ...]
     contrast: tuple[int, ...]
+    delta: float
     names: dict[int, str]
     at: int
     model_name: str
@@ -66,7 +69,7 @@ class Question:
 def question_of(
     model: Any,
     tokens: Tensor,
-    candidates: pd.DataFrame,
+    logits: Tensor,
     target: tuple[int, ...],
     contrast: tuple[int, ...],
     *,
@@ -74,15 +77,17 @@ def question_of(
     model_name: str,
     notes: Sequence[str] = (),
 ) -> Question:
-    """The question with what telling its answer needs."""
+    """The question with what telling its answer needs; logits [vocab] are those at ``pos``."""
+    from ..candidates import candidate_table
     from ..prompts import model_device, str_tokens
 
     both = (*target, *contrast)
     return Question(
         tokens,
-        candidates,
+        candidate_table(model, logits, CANDIDATES),
         target,
         contrast,
+        float(logits[list(target)].double().mean() - logits[list(contrast)].double().mean()),
         dict(zip(both, str_tokens(model, both), strict=True)),
         pos,
         model_name,
@@ -104,7 +109,7 @@ def check_typed(typed: dict[str, Any]) -> None:
         raise typer.BadParameter("--system and --answer go with --chat.")
 
 
-def ask(command: str, typed: dict[str, Any], output: Output) -> tuple[Any, Question]:
+def ask(command: str, typed: dict[str, Any], output: Output, way: Way) -> tuple[Any, Question]:
     """The model and the question that the options of ``command`` name.
 
     Raises:
@@ -113,19 +118,20 @@ def ask(command: str, typed: dict[str, Any], output: Output) -> tuple[Any, Quest
     """
     text = read_prompt(typed["prompt"], typed["prompt_file"], typed["strip_newline"])
     output.check()
+    way.check()
     name, device = typed["model"], typed["device"]
     where = "" if is_local(name) else " (the first use downloads it)"
     with progress(f"Loading {name}{where}", output.spins):
         model = load_model(name, device.value if device else None, typed["dtype"].value)
-        from ..objective import next_token_table
+        from ..candidates import candidate_table
 
     tokens = prompt_ids(
         model, text, chat=typed["chat"], system=typed["system"], answer=typed["answer"]
     )
     target = token_ids(model, typed["target"], "target") if typed["target"] else ()
     contrast = token_ids(model, typed["contrast"], "contrast") if typed["contrast"] else ()
-    with progress("Asking the model for its next token", output.spins):
-        candidates = next_token_table(model, tokens, k=CANDIDATES, pos=typed["pos"])
+    logits = next_logits(model, tokens, typed["pos"], output, way)
+    candidates = candidate_table(model, logits, CANDIDATES)
     ids = [int(i) for i in candidates["id"]]
     notes = _notes(model, text, typed, tokens[0].tolist(), candidates)
     if not output.quiet:
@@ -145,13 +151,23 @@ def ask(command: str, typed: dict[str, Any], output: Output) -> tuple[Any, Quest
     return model, question_of(
         model,
         tokens,
-        candidates,
+        logits,
         target or (ids[0],),
         contrast,
         pos=typed["pos"],
         model_name=name,
         notes=notes,
     )
+
+
+def next_logits(model: Any, tokens: Tensor, pos: int, output: Output, way: Way) -> Tensor:
+    """The logits [vocab] at a position, in tiles where the prompt is explained in tiles."""
+    from ..candidates import logits_at
+    from ..memory import choose
+
+    tiles = choose(model, tokens.shape[1], way.memory, way.tile).tile is not None
+    with progress("Asking the model for its next token", output.spins and not tiles):
+        return logits_at(model, tokens, pos, way.memory, way.tile, progress=output.spins)
 
 
 def _notes(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..graph import AttributionGraph
     from .explain import Explained
     from .question import Question
+    from .way import Run
 
 
 def candidate_rows(candidates: pd.DataFrame) -> list[dict[str, Any]]:
@@ -58,15 +59,17 @@ def _percent(share: float) -> str:
     return f"{100 * share:+.1f} %" if math.isfinite(share) else "-"
 
 
-def print_question(question: Question, result: Attribution | AttributionGraph) -> None:
+def print_question(question: Question, result: Attribution | AttributionGraph, run: Run) -> None:
     """Model, tokens and Δℓ in words, on stdout."""
     target, contrast = question.side(question.target), question.side(question.contrast)
     last = question.pos == question.n_tokens - 1
     where = "after the last token" if last else f"after position {question.pos}"
     tell(
-        f"{question.model_name}: {question.n_tokens} tokens, rules {result.rules}, "
+        f"{question.model_name}: {question.n_tokens:,} tokens, rules {result.rules}, "
         f"{question.dtype} on {question.device}"
     )
+    if said := run.said(result.memory):
+        tell(said)
     tell(f"Why {target} and not {contrast}, {where}?")
     tell(
         f"Δℓ = {question.logit_of(question.target)} − {question.logit_of(question.contrast)} "
@@ -81,7 +84,7 @@ def print_explained(explained: Explained, output: Output, decisive: Sequence[int
     """Δℓ in words, the tokens of largest relevance, and where the report is, on stdout."""
     result = explained.result
     n = len(result.str_tokens)
-    print_question(explained.question, result)
+    print_question(explained.question, result, explained.run)
     top = result.top(output.top).to_dict("records")
     greyed = result.greyed.tolist()
     columns = [("pos", True), ("token", False), ("relevance", True), ("share of Δℓ", True)]
@@ -119,7 +122,7 @@ def finite(value: float) -> float | None:
 
 
 def question_as_json(
-    question: Question, result: Attribution | AttributionGraph, status: str
+    question: Question, result: Attribution | AttributionGraph, run: Run, status: str
 ) -> dict[str, Any]:
     """What the JSON objects of ``explain`` and ``graph`` have in common."""
     from .. import __version__
@@ -140,6 +143,7 @@ def question_as_json(
         "target": target,
         "contrast": side(question.contrast, result.contrast_logit),
         "delta": result.delta,
+        "memory": run.as_json(result.memory),
     }
 
 
@@ -147,7 +151,7 @@ def as_json(explained: Explained, output: Output) -> dict[str, Any]:
     """The JSON object of ``--json``; the help text of ``explain`` documents it."""
     result = explained.result
     greyed = result.greyed.tolist()
-    return question_as_json(explained.question, result, "explained") | {
+    return question_as_json(explained.question, result, explained.run, "explained") | {
         "share_to_tokens": finite(result.ledger.share_to_tokens),
         "tokens": [
             {

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from .graph import Graphed
+from .graph_made import Graphed
 from .output import Output
 from .tell import candidate_rows, finite, print_question, question_as_json
 from .terminal import shown, table, tell
@@ -39,9 +39,38 @@ def _strongest_left_out(full: AttributionGraph, kept: AttributionGraph) -> float
     return float(all_of[int(differs[0]) if len(differs) else len(here)])
 
 
+def _bound(made: AttributionGraph) -> float | None:
+    """Of a graph that was pruned on the way, a size that no edge left out then exceeds.
+
+    None if all are there. Besides what the rule says, none exceeds what all of them weigh.
+    """
+    if not made.history:
+        return None
+    settings, found = dict(made.history[0].parameters), []
+    for row in made.history[0].transitions:
+        if row.edges_kept == row.edges_before:
+            continue
+        bound = row.mass_before - row.mass_kept
+        size = made.weight[made.slices[row.source, row.target]].abs()
+        if "threshold" in settings:
+            bound = min(bound, float(str(settings["threshold"])))
+        elif len(size):  # the largest stayed
+            bound = min(bound, float(size.min()))
+        found.append(bound)
+    return max(found, default=None)
+
+
+def _left_out(graphed: Graphed) -> dict[str, Any] | None:
+    """The size of the largest edge left out, or what it does not exceed."""
+    known, bound = _strongest_left_out(graphed.made, graphed.kept), _bound(graphed.made)
+    at_most = bound is not None and (known is None or known < bound)
+    found = _size(bound if at_most else known, graphed.made.delta)
+    return None if found is None else found | {"at_most": at_most}
+
+
 def _account(graphed: Graphed) -> dict[str, Any]:
     """Counts and masses of both graphs, and at which weights pruning cut."""
-    full, kept = graphed.full, graphed.kept
+    full, kept = graphed.made, graphed.kept
 
     def counts(graph: AttributionGraph) -> dict[str, Any]:
         return {
@@ -51,18 +80,22 @@ def _account(graphed: Graphed) -> dict[str, Any]:
         }
 
     whole, rest = counts(full), counts(kept)
+    if full.history:  # pruned on the way; nodes that lost all edges then were not counted
+        step = full.history[0]
+        whole = {"nodes": None, "edges": step.edges_before, "mass": step.mass_before}
     rest["edge_share"] = rest["edges"] / whole["edges"] if whole["edges"] else None
     rest["mass_share"] = rest["mass"] / whole["mass"] if whole["mass"] else None
     rest["weakest_kept"] = _size(_weakest_kept(kept), full.delta)
-    rest["strongest_left_out"] = _size(_strongest_left_out(full, kept), full.delta)
+    rest["strongest_left_out"] = _left_out(graphed)
     return {"full": whole, "kept": rest}
 
 
 def _said(size: Mapping[str, Any] | None) -> str:
-    if size is None or size["logits"] is None:
+    if size is None:
         return "none"
     relative = "" if size["relative"] is None else f" ({100 * size['relative']:.2g} % of |Δℓ|)"
-    return f"{size['logits']:.3g} logits{relative}"
+    at_most = "at most " if size.get("at_most") else ""
+    return f"{at_most}{size['logits']:.3g} logits{relative}"
 
 
 def _step(step: PruneStep) -> str:
@@ -83,15 +116,16 @@ def _share(share: float | None) -> str:
 
 def print_graphed(graphed: Graphed, output: Output, saved_pruned: bool) -> None:
     """The graph in words and tables, on stdout."""
-    full, kept = graphed.full, graphed.kept
-    print_question(graphed.question, full)
+    full, kept = graphed.made, graphed.kept
+    print_question(graphed.question, full, graphed.run)
     account = _account(graphed)
     whole, rest = account["full"], account["kept"]
     tell()
     split = ", split by head and path" if full.head is not None else ""
+    nodes = "" if whole["nodes"] is None else f"{whole['nodes']:,} nodes, "
     tell(
-        f"Full graph: {len(full.sites)} sites, {whole['nodes']:,} nodes, {whole['edges']:,} "
-        f"edges{split}, Σ|weight| {whole['mass']:.4g} logits"
+        f"Full graph: {len(full.sites)} sites, {nodes}{whole['edges']:,} edges{split}, "
+        f"Σ|weight| {whole['mass']:.4g} logits"
     )
     if full.node_threshold:
         said = _said(_size(full.node_threshold, full.delta))
@@ -108,14 +142,16 @@ def print_graphed(graphed: Graphed, output: Output, saved_pruned: bool) -> None:
     )
     tell()
     if len(graphed.paths):
-        tell("Strongest paths of the full graph, from the prompt to the prediction, in logits:")
+        of = "graph as it was made" if full.history else "full graph"
+        tell(f"Strongest paths of the {of}, from the prompt to the prediction, in logits:")
     for line in str(graphed.paths).split("\n"):
         tell(line)
     tell()
     tell("The pruned graph, site by site:")
     _print_sites(kept)
     if output.save is not None:
-        tell(f"{'Pruned' if saved_pruned else 'Full'} graph: {output.save}")
+        made = "Graph as it was made" if full.history else "Full graph"
+        tell(f"{'Pruned graph' if saved_pruned else made}: {output.save}")
     if output.out is not None:
         tell(f"Page: {output.out}")
     else:
@@ -154,7 +190,7 @@ def _print_sites(kept: AttributionGraph) -> None:
 
 def graph_as_json(graphed: Graphed, output: Output) -> dict[str, Any]:
     """The JSON object of ``graph --json``; the command's help text documents it."""
-    full, kept = graphed.full, graphed.kept
+    full, kept = graphed.made, graphed.kept
     steps = []
     for step in kept.history:
         names = ("name", "edges_before", "edges_kept", "mass_before", "mass_kept")
@@ -168,7 +204,7 @@ def graph_as_json(graphed: Graphed, output: Output) -> dict[str, Any]:
         for row in kept.metrics().to_dict("records")
     ]
     return (
-        question_as_json(graphed.question, full, "graph")
+        question_as_json(graphed.question, full, graphed.run, "graph")
         | {
             "granularity": full.granularity,
             "sites": list(full.sites),
@@ -183,6 +219,6 @@ def graph_as_json(graphed: Graphed, output: Output) -> dict[str, Any]:
             "candidates": candidate_rows(graphed.question.candidates),
             "page": None if output.out is None else str(output.out),
             "saved": None if output.save is None else str(output.save),
-            "notes": list(graphed.question.notes),
+            "notes": list(graphed.notes),
         }
     )

@@ -1,0 +1,209 @@
+"""Making the graph of a question: whole, or of a long prompt pruned while its edges come."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .exit import CliError, Code, not_finite, words_of
+from .output import Output
+from .question import Question
+from .terminal import progress
+from .way import Run, Way
+
+if TYPE_CHECKING:
+    from ..graph import AttributionGraph
+    from ..paths import Paths
+
+# A full graph grows with the square of the prompt: at 2,000 tokens it holds two million edges, or
+# 32 MB, a block. Above that edges are pruned while they come.
+LONG = 2000
+# What the report of a long prompt shows at most of a transition.
+REPORT_EDGES = 2000
+# Of the threshold that --relative means, while Δℓ is known from another forward only.
+_CAREFUL = 0.9
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Which edges stay, as ``AttributionGraph.prune`` takes it; and whether only connected ones."""
+
+    mass: float | None = None
+    threshold: float | None = None
+    relative: float | None = None
+    top_k: int | None = None
+    connected: bool = True
+
+    def check(self) -> None:
+        """Refuse what no option alone can: infinity, and two thresholds.
+
+        Raises:
+            typer.BadParameter: either of them.
+        """
+        for name in ("mass", "threshold", "relative"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise typer.BadParameter(f"--{name} must be a finite number.")
+        if self.threshold is not None and self.relative is not None:
+            raise typer.BadParameter("Give either --threshold (in logits) or --relative (to |Δℓ|).")
+
+    def on_the_way(self, delta: float) -> dict[str, float | int]:
+        """The rule to prune a long prompt's edges by while they come, as ``of`` continues it.
+
+        Each rule keeps the largest edges of a transition, so of several the strictest decides, and
+        the others can be applied to what one has left; but a share of mass only to the whole.
+
+        Args:
+            delta: Δℓ, from another forward: rounded otherwise.
+
+        Raises:
+            typer.BadParameter: ``relative``, where Δℓ is 0.
+        """
+        from ..prune import DEFAULT_MASS
+
+        if self.mass is not None:
+            return {"mass": self.mass}
+        if self.top_k is not None:
+            return {"top_k": self.top_k}
+        if self.threshold is not None:
+            return {"threshold": self.threshold}
+        if self.relative is not None:
+            self._check_delta(delta)
+            return {"threshold": _CAREFUL * self.relative * abs(delta)}
+        return {"mass": DEFAULT_MASS}
+
+    def _check_delta(self, delta: float) -> None:
+        if self.relative is not None and not delta:
+            raise typer.BadParameter("Δℓ is 0, so nothing is relative to it: use --threshold.")
+
+    def of(self, graph: AttributionGraph) -> AttributionGraph:
+        """The graph that is left.
+
+        Args:
+            graph: The full one, or one that was pruned as ``on_the_way`` says.
+
+        Raises:
+            typer.BadParameter: ``relative``, where Δℓ is 0.
+        """
+        self._check_delta(graph.delta)
+        names = ("mass", "threshold", "relative", "top_k")
+        rules = {name: value for name in names if (value := getattr(self, name)) is not None}
+        for step in graph.history:
+            if rules.pop(step.name, None) is None and "relative" in rules:
+                self._check_careful(dict(step.parameters), graph.delta)
+        pruned = graph.prune(**rules) if rules or not graph.history else graph
+        return pruned.connected() if self.connected else pruned
+
+    def _check_careful(self, done: dict[str, Any], delta: float) -> None:
+        assert self.relative is not None
+        if done["threshold"] > self.relative * abs(delta):
+            raise CliError(
+                Code.UNEXPECTED,
+                f"Δℓ is {delta:.3g}, and another where the candidates are found: too small to be "
+                "the measure of a threshold here. Use --threshold instead of --relative.",
+            )
+
+
+@dataclass(frozen=True)
+class Graphed:
+    """A graph as it was made and what pruning left of it, with what was asked.
+
+    made is the full graph, or of a long prompt one that was pruned while its edges came; paths are
+    those of made.
+    """
+
+    question: Question
+    made: AttributionGraph
+    kept: AttributionGraph
+    paths: Paths
+    run: Run
+    notes: tuple[str, ...]
+
+
+def is_long(question: Question) -> bool:
+    """Whether a graph of the prompt is pruned while it is made."""
+    return question.n_tokens > LONG
+
+
+def report_graph(
+    model: Any, question: Question, rules: str, output: Output, way: Way
+) -> tuple[AttributionGraph | None, str]:
+    """The graph for the report of ``explain``, pruned and connected, or None; and a note on it."""
+    from ..errors import FileFormatError, ModelStateError, UncoveredComponentError
+    from ..prune import DEFAULT_MASS
+
+    long = is_long(question)
+    pruning = Pruning(mass=DEFAULT_MASS, top_k=REPORT_EDGES) if long else Pruning()
+    try:
+        run = way.run(model, question.n_tokens, "report_graph", graph=True)
+        graph = made(model, question, rules, output, run, pruning if long else None)
+        kept = pruning.of(graph)
+        if not long:
+            return kept, ""
+        share = kept.mass / graph.history[0].mass_before if graph.history[0].mass_before else 1.0
+        return kept, (
+            f"The prompt has more than {LONG:,} tokens ({question.n_tokens:,}), so the report's "
+            f"graph was pruned while it was made: of each transition the largest edges, with "
+            f"{DEFAULT_MASS:.0%} of the mass, but at most {REPORT_EDGES:,}. Those that lead to the "
+            f"prediction hold {share:.0%} of Σ|weight|. The graph command makes others."
+        )
+    except (CliError, UncoveredComponentError, ModelStateError, FileFormatError) as error:
+        return None, f"The report has no graph: {words_of(error)}"
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+            raise
+        return None, "The report has no graph: there was not enough memory for it."
+
+
+def made(
+    model: Any,
+    question: Question,
+    rules: str,
+    output: Output,
+    run: Run,
+    pruning: Pruning | None = None,
+    **options: Any,
+) -> AttributionGraph:
+    """The full graph, or one that is pruned on the way.
+
+    Args:
+        model: The bridge.
+        question: What to explain.
+        rules: Name of a rule set.
+        output: Whether progress is shown.
+        run: How memory is used.
+        pruning: What ``Pruning.on_the_way`` of it keeps; None keeps all.
+        options: As for ``attribution_graph``.
+
+    Raises:
+        CliError: relevance that is not finite.
+    """
+    from ..graph_build import attribution_graph
+
+    if pruning is not None:
+        options |= pruning.on_the_way(question.delta)
+    # Tiles and transitions over several blocks show a bar of their own; two things would clash.
+    bar = output.spins and (run.tiles or options.get("layers") is not None)
+    words = f"Edges between {question.n_tokens:,} tokens"
+    with run.interruptible(), progress(words, output.spins and not bar):
+        try:
+            graph: AttributionGraph = attribution_graph(
+                model,
+                question.tokens,
+                target=question.target,
+                contrast=question.contrast,
+                pos=question.at,
+                rules=rules,
+                progress=bar,
+                **run.options(),
+                **options,
+            )
+        except ValueError as error:
+            if type(error) is ValueError and re.search(r"\b(nan|inf|infinite)\b", str(error), re.I):
+                raise not_finite(question.dtype) from error
+            raise
+    return graph
