@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .errors import FileFormatError
 from .joined import Signal
 from .memory import Choice
+from .precision import LOW
 
 _FORMAT = "tl_contrastive_lrp.checkpoint 2"
 
@@ -65,7 +67,7 @@ class Checkpoint:
             return None
         try:
             found = json.loads(self._note.read_text(encoding="utf-8"))
-            if found["format"] != _FORMAT or int(found["tile"]) < 1:
+            if found["format"] != _FORMAT or int(found["tile"]) < 1 or not found["values"]:
                 raise ValueError
             return dict(found)
         except (ValueError, KeyError, TypeError) as error:
@@ -87,18 +89,25 @@ class Checkpoint:
             FileFormatError: the folder belongs to another run.
         """
         digest = hashlib.sha256(tokens.cpu().numpy().tobytes())
-        for value in values:
-            digest.update(repr((float(value.detach()), str(value.dtype))).encode())
-        digest.update("\n".join((rules, *names, self.settings)).encode())
+        dtypes = [str(value.dtype) for value in values]
+        digest.update("\n".join((rules, *names, *dtypes, self.settings)).encode())
         question = digest.hexdigest()
+        said = [float(value.detach()) for value in values]  # tells which model it is
         found = self._read()
-        if found is not None and found["question"] != question:
+        if found is not None and not (
+            found["question"] == question
+            and (
+                found["values"] == said
+                if found["tile"] == tile
+                else _close(found["values"], said, values[0].dtype)
+            )
+        ):
             raise FileFormatError(
                 f"{self.path} belongs to another run (prompt, model, objective, rules or settings "
                 "differ). Give another checkpoint_dir, or delete that folder."
             )
         if found is None or found["tile"] != tile:
-            note = {"format": _FORMAT, "question": question, "tile": tile}
+            note = {"format": _FORMAT, "question": question, "values": said, "tile": tile}
             partial = self._note.with_suffix(".part")
             partial.write_text(json.dumps(note), encoding="utf-8")
             os.replace(partial, self._note)
@@ -157,6 +166,12 @@ class Checkpoint:
                 if reader is not None:
                     reader.restore(first, which_, edges[which_])
         return first
+
+
+def _close(before: list[float], now: list[float], dtype: torch.dtype) -> bool:
+    """The same but for the rounding that other tiles bring."""
+    slack = 0.05 if dtype in LOW else 1e-3
+    return all(abs(x - y) <= slack * max(1.0, abs(x)) for x, y in zip(before, now, strict=True))
 
 
 def checkpoint_of(

@@ -160,7 +160,9 @@ def _made(
 ) -> list[AttributionGraph]:
     """In tiles where that is chosen and works, else the plain way."""
     length = plan.tokens.shape[1]
-    choice = choose(plan.model, length, memory, tile, graph=True)
+    choice = choose(
+        plan.model, length, memory, tile, graphs=len(plan.objectives), by_head=plan.heads
+    )
     if choice.tile is not None and any(step.kind == "packed" for step in plan.steps):
         why = "layers=[...] that skip blocks need the plain way."
         if memory == "tiled":

@@ -77,13 +77,14 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def plain_bytes(model: Any, length: int, *, graph: bool = False) -> int:
+def plain_bytes(model: Any, length: int, *, graphs: int = 0, by_head: bool = False) -> int:
     """Estimate of what the plain way takes beside the model, in bytes.
 
     Args:
         model: The bridge.
         length: Tokens of the prompt.
-        graph: Whether edges are wanted too, a [pos, pos] matrix a block.
+        graphs: For how many objectives edges are wanted too, a [pos, pos] matrix a block.
+        by_head: Whether by head and path, 2 · head such matrices.
     """
     cfg = model.cfg
     layers, heads, width = int(cfg.n_layers), int(cfg.n_heads), int(cfg.d_model)
@@ -91,8 +92,10 @@ def plain_bytes(model: Any, length: int, *, graph: bool = False) -> int:
     square = heads * length * length
     numbers = layers * (_KEPT_BY_BLOCK * square + length * (_WIDTHS * width + _NEURONS * neurons))
     numbers += _PEAK * square + 2 * length * int(cfg.d_vocab)
-    if graph:
-        numbers += (layers + 3) * 4 * length * length  # the matrices, and the edges as columns
+    if graphs:
+        split = 2 * heads if by_head else 1
+        # the matrices, and the edges as columns, of which every objective has its own
+        numbers += (layers + 3) * (1 + 3 * graphs) * split * length * length
     return int(4 * numbers)
 
 
@@ -110,7 +113,8 @@ def choose(
     memory: Memory = "auto",
     tile: int | None = None,
     *,
-    graph: bool = False,
+    graphs: int = 0,
+    by_head: bool = False,
 ) -> Choice:
     """Plain or tiled, and the size of tiles.
 
@@ -120,7 +124,7 @@ def choose(
         memory: "plain" and "tiled" are done as said; "auto" takes tiles where the plain way would
             not fit what the device has free.
         tile: Positions a tile, if it is not to be chosen.
-        graph: Whether edges are wanted.
+        graphs, by_head: As for ``plain_bytes``.
 
     Raises:
         ValueError: an unknown ``memory`` or a tile that is none.
@@ -132,7 +136,7 @@ def choose(
     if tile is not None and memory == "plain":
         raise ValueError("tile= belongs to memory='tiled' (or 'auto'); leave it out.")
     free = free_bytes(model_device(model))
-    need = plain_bytes(model, length, graph=graph)
+    need = plain_bytes(model, length, graphs=graphs, by_head=by_head)
     fits = need <= _SAFE * free
     if memory == "plain" or (memory == "auto" and fits):
         return Choice(None, need, free)

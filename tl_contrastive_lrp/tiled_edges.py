@@ -100,6 +100,11 @@ def _as(x: Tensor, tangent: Tensor) -> Tensor:
     return WideGradient(tangent.float(), x.dtype) if x.dtype in LOW else tangent.to(x.dtype)
 
 
+def _by_position(relevance: Tensor | None) -> Tensor | None:
+    """Summed over hidden dimensions, where these are kept."""
+    return relevance.sum(-1) if relevance is not None and relevance.ndim > 1 else relevance
+
+
 class TiledEdges:
     """Collects the edges of the given blocks' transitions, pruned by ``rule``.
 
@@ -187,8 +192,8 @@ class TiledEdges:
         assert self._forward is not None
         start, stop = own = self._forward.bounds[tile]
         first = stop - self._forward.widths[layer][tile]
-        source = joined.of(f"blocks.{layer}.hook_resid_pre", own)
-        target = joined.of(self.targets[layer], own)
+        source = _by_position(joined.of(f"blocks.{layer}.hook_resid_pre", own))
+        target = _by_position(joined.of(self.targets[layer], own))
         edges, columns = self._edges, self._columns[which]
         total, split = edges.total, (edges.value, edges.key)
         edges.clear()
