@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 LONG = 1000
 MOST_SHOWN = 3000  # tokens: what a browser lays out at once without a pause
 
-_SHARE = 0.9  # of the sum of sizes: tokens beyond it are not worth a place of their own
+_SHARE = 0.9  # of the sum of sizes: tokens beyond it are not worth a place of their own,
+_FAINTEST = 0.01  # nor are those below this share of the largest: their colour is all but white
 _MOST, _MOST_GREYED = 150, 15  # greyed ones are large for no reason that the prompt gives
 _CONTEXT, _LINE = 8, 12  # tokens around each, and so many more where a line begins or ends there
 _FIRST, _LAST = 40, 60  # what the prompt begins with, and what the prediction follows
@@ -104,10 +105,10 @@ def sums(values: NDArray[np.float64], ranges: NDArray[np.int64]) -> NDArray[np.f
 
 
 def _largest(size: NDArray[np.float64], most: int) -> NDArray[np.int64]:
-    """The fewest positions that hold ``_SHARE`` of the sum, largest first, and no more than
-    ``most``; none whose size is 0."""
+    """The fewest positions that hold ``_SHARE`` of the sum, largest first; no more than ``most``,
+    and none below ``_FAINTEST``."""
     order = np.argsort(-size, kind="stable")[:most]
-    order = order[size[order] > 0]
+    order = order[size[order] > _FAINTEST * size.max()]
     before = np.cumsum(size[order]) - size[order]
     kept: NDArray[np.int64] = order[before < _SHARE * size.sum()]
     return kept

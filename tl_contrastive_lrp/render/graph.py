@@ -1,17 +1,22 @@
-"""A first, static picture of an attribution graph: tokens across, sites up.
+"""A picture of an attribution graph: tokens across, sites up.
 
 Inline SVG with a little script of its own: it needs neither circuitsvis' bundle nor the network.
+In a long prompt the positions that matter least share columns (``graph_folds``), and a search box
+finds the column of any text of the prompt.
 """
 
 from __future__ import annotations
 
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 from markupsafe import Markup
 
 from tl_contrastive_lrp.render import graph_marks as marks
+from tl_contrastive_lrp.render.folds import LONG
 from tl_contrastive_lrp.render.graph_data import GraphData, GraphView, checked
+from tl_contrastive_lrp.render.graph_folds import MAX_POSITIONS, account, fold_positions, tops
 from tl_contrastive_lrp.render.graph_layout import TOP, Layout, layout
 from tl_contrastive_lrp.render.graph_matrices import attention_matrices
 from tl_contrastive_lrp.render.offline import PlainHTML, script_hash, source, templates
@@ -25,6 +30,7 @@ from tl_contrastive_lrp.render.text import (
 
 __all__ = [
     "MAX_EDGES",
+    "MAX_POSITIONS",
     "GraphPicture",
     "GraphView",
     "attention_matrices",
@@ -42,7 +48,9 @@ class GraphPicture(PlainHTML):
     """A picture of a graph. Its script lights up what the pointer is on."""
 
 
-def graph_picture(view: GraphView, *, max_edges: int = MAX_EDGES) -> GraphPicture:
+def graph_picture(
+    view: GraphView, *, max_edges: int = MAX_EDGES, max_positions: int = MAX_POSITIONS
+) -> GraphPicture:
     """The graph as a layered picture: tokens across, sites up, the final node at the top.
 
     Red is positive relevance and supports the target, blue negative and supports the contrast. A
@@ -53,19 +61,25 @@ def graph_picture(view: GraphView, *, max_edges: int = MAX_EDGES) -> GraphPictur
     Args:
         view: what to draw, pruned already: an unpruned graph is a thicket.
         max_edges: of more edges the strongest are drawn, and the picture says so.
+        max_positions: in a prompt of more than ``folds.LONG`` tokens, so many positions (and the
+            final one) have a column each; the rest share columns, where relevance and edges are
+            added up, and the picture says so.
 
     Returns:
         An object that a notebook displays; its HTML is complete and fetches nothing.
 
     Raises:
-        ValueError: the view's shapes, indices or numbers do not fit, or ``max_edges`` is below 1.
+        ValueError: the view's shapes, indices or numbers do not fit, or ``max_edges`` or
+            ``max_positions`` is below 1.
         TypeError: its ``str_tokens`` is not a list of strings.
     """
     uid = f"graph-{uuid4().hex[:13]}"
-    return GraphPicture(_body(view, max_edges, uid), _script(uid))
+    return GraphPicture(_body(view, max_edges, uid, max_positions), _script(uid))
 
 
-def graph_html(view: GraphView, *, max_edges: int = MAX_EDGES) -> str:
+def graph_html(
+    view: GraphView, *, max_edges: int = MAX_EDGES, max_positions: int = MAX_POSITIONS
+) -> str:
     """The same picture as one HTML page, complete in itself.
 
     All text is escaped, and a content security policy in the page forbids every request and
@@ -84,16 +98,18 @@ def graph_html(view: GraphView, *, max_edges: int = MAX_EDGES) -> str:
                 f"{len(view.str_tokens):,} tokens",
             ],
             delta=signed(float(view.delta)),
-            body=Markup(_body(view, max_edges, _SECTION)),
+            body=Markup(_body(view, max_edges, _SECTION, max_positions)),
             script=Markup(script),
             hash=Markup(script_hash(script)),
         )
     )
 
 
-def graph_section(view: GraphView, *, max_edges: int = MAX_EDGES) -> Markup:
+def graph_section(
+    view: GraphView, *, max_edges: int = MAX_EDGES, max_positions: int = MAX_POSITIONS
+) -> Markup:
     """The same picture as markup for a page, which runs :func:`section_script` after it, once."""
-    return Markup(_body(view, max_edges, _SECTION))
+    return Markup(_body(view, max_edges, _SECTION, max_positions))
 
 
 def section_script() -> str:
@@ -110,15 +126,17 @@ def graph_title(view: GraphView) -> str:
 
 
 def _script(uid: str) -> str:
-    return inline_script(f"({source('graph.js').strip()})({script_json(uid)});")
+    find = source("find.js").strip()
+    return inline_script(f"({source('graph.js').strip()})({script_json(uid)},{find});")
 
 
-def _body(view: GraphView, max_edges: int, uid: str) -> str:
-    data = checked(view)
+def _body(view: GraphView, max_edges: int, uid: str, max_positions: int) -> str:
+    whole = checked(view)
+    data = fold_positions(whole, max_positions)
     plan = layout(data, max_edges)
     names = [marks.short(printable(str(label)), 26) for label in view.site_labels]
-    tokens = [f"\u00ab{visible(token)}\u00bb" for token in data.tokens]
-    labels = marks.labels(data, plan)
+    where = marks.places(data)
+    labels = marks.labels(data, plan, where)
     gaps = marks.gaps(plan)
     final, below = plan.column[data.final_pos], plan.below + 4
     at_right = final > plan.width / 2
@@ -147,8 +165,8 @@ def _body(view: GraphView, max_edges: int, uid: str) -> str:
                 "anchor": "end" if at_right else "start",
                 "text_x": marks.rounded(final + (12 if at_right else -12)),
             },
-            edges=marks.edges(data, plan, tokens, names),
-            nodes=marks.nodes(data, plan, tokens, names, view.sites),
+            edges=marks.edges(data, plan, where, names),
+            nodes=marks.nodes(data, plan, where, names, view.sites),
             labels=labels,
             gaps=gaps,
             rows=marks.rows(plan, names, view.sites),
@@ -163,18 +181,40 @@ def _body(view: GraphView, max_edges: int, uid: str) -> str:
             widest=signed(plan.widest)[1:],
             largest=signed(plan.largest)[1:],
             any_grey=bool(data.greyed[plan.node_pos].any()),
+            any_several=bool((data.first != data.last).any()),
             count=_count(data, plan),
-            notes=[printable(str(note)) for note in view.notes],
+            notes=[account(whole, data), *(printable(str(note)) for note in view.notes)],
+            search=_search(whole) if len(whole.tokens) > LONG else None,
+            style=Markup(source("folded.css")),
         )
     )
+
+
+def _search(data: GraphData) -> dict[str, Any]:
+    """What a long prompt's picture needs to be searched, and where to begin."""
+    sides = tops(data)
+    shown = [visible(token) for token in data.tokens]
+    return {
+        "data": Markup(script_json({"tokens": shown})),
+        "tops": [
+            [
+                {"pos": at, "token": shown[at], "value": signed(float(data.relevance[0, at]))}
+                for at in side
+            ]
+            for side in sides
+        ],
+    }
 
 
 def _count(data: GraphData, plan: Layout) -> str:
     """How many nodes and edges the picture shows, and what it leaves out."""
     drawn, nodes = len(plan.edges), len(plan.node_pos)
     words = f"{drawn:,} edge{'s' * (drawn != 1)} between {nodes:,} hidden state{'s' * (nodes != 1)}"
-    shown = int(np.isfinite(plan.column).sum())
-    where = f"at {shown:,} of {len(data.tokens):,} positions"
+    apart = data.first == data.last
+    shown = int((np.isfinite(plan.column) & apart).sum())
+    where = f"at {shown:,} of {int(data.last[-1]) + 1:,} positions"
+    if not apart.all():
+        where += " and in columns of several"
     if not drawn:
         return "No edges: nothing is left of this graph but the prediction itself."
     if not plan.left_out:

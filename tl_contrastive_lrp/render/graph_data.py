@@ -82,7 +82,11 @@ class Edges:
 
 @dataclass(frozen=True, eq=False)
 class GraphData:
-    """The arrays of a :class:`GraphView`, of one type and found to fit each other."""
+    """The arrays of a :class:`GraphView`, of one type and found to fit each other.
+
+    ``first`` and ``last`` are the positions of the prompt that a position here stands for,
+    ``[pos]``: the same one, unless several are folded into it.
+    """
 
     tokens: list[str]
     relevance: NDArray[np.float64]
@@ -90,6 +94,8 @@ class GraphData:
     edges: Edges
     final_pos: int
     delta: float
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
 
 
 def checked(view: GraphView) -> GraphData:
@@ -128,9 +134,11 @@ def checked(view: GraphView) -> GraphData:
         tokens=tokens,
         relevance=relevance,
         greyed=as_mask(view.greyed, positions),
-        edges=_merged(Edges(**columns, weight=weight), sites, positions),
+        edges=merged(Edges(**columns, weight=weight), sites, positions),
         final_pos=int(view.final_pos),
         delta=float(as_array(view.delta, 0, "delta")),
+        first=np.arange(positions),
+        last=np.arange(positions),
     )
 
 
@@ -147,7 +155,7 @@ def _index(values: Any, length: int, limit: int, what: str) -> NDArray[np.int64]
     return array.astype(np.int64)
 
 
-def _merged(edges: Edges, sites: int, positions: int) -> Edges:
+def merged(edges: Edges, sites: int, positions: int) -> Edges:
     """The same edges with those between the same two nodes added up."""
     nodes = sites * positions
     source = edges.source_site * positions + edges.source_pos

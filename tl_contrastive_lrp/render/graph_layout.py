@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,8 +80,8 @@ def layout(data: GraphData, max_edges: int) -> Layout:
     """Place the strongest ``max_edges`` edges of a graph.
 
     Widths and areas have one scale each for the whole picture. Full width is the largest |weight|
-    among edges between two positions that are not greyed: what stays at its position is most of
-    the relevance and would leave nothing to see of the rest.
+    among edges between two positions that are neither greyed nor folded: what stays at its
+    position is most of the relevance and would leave nothing to see of the rest.
     """
     every = data.edges
     size = np.abs(every.weight)
@@ -89,7 +89,8 @@ def layout(data: GraphData, max_edges: int) -> Layout:
     edges, size = every.take(kept), size[kept]
     total = float(np.abs(every.weight).sum())
     stays = edges.source_pos == edges.target_pos
-    grey = data.greyed[edges.source_pos] | data.greyed[edges.target_pos]
+    outside = data.greyed | (data.first != data.last)  # of the scales
+    grey = outside[edges.source_pos] | outside[edges.target_pos]
     widest = _scale(size, ~stays & ~grey, ~stays, ~grey)
 
     sites, positions = data.relevance.shape
@@ -107,10 +108,11 @@ def layout(data: GraphData, max_edges: int) -> Layout:
     index = order[np.searchsorted(nodes, ends, sorter=order)]
     node_site, node_pos = np.divmod(nodes, positions)
     relevance = np.abs(data.relevance[node_site, node_pos])
-    largest = _scale(relevance, ~data.greyed[node_pos])
+    largest = _scale(relevance, ~outside[node_pos])
 
     used = np.unique(node_pos)
     column, gaps, step, width = _columns(used, positions)
+    gaps = [replace(g, first=int(data.first[g.first]), last=int(data.last[g.last])) for g in gaps]
     height = float(np.clip(_TALL / max(sites - 1, 1), _LOWEST, _HIGHEST))
     row = TOP + height * np.arange(sites - 1, -1, -1, dtype=float)
     biggest = min(0.46 * step, 0.36 * height, 11.0)

@@ -19,10 +19,24 @@ if TYPE_CHECKING:
 
 UP, DOWN, _PLAIN = POSITIVE[3], NEGATIVE[3], "#8a8d96"
 _CHARACTERS = 16  # of a token below its column
+_SQUARE = math.sqrt(math.pi) / 2  # half a side over a radius, for the same area
+
+
+def places(data: GraphData) -> list[str]:
+    """What each position stands for, in words: its token and where it is, or how many."""
+    found = []
+    for token, first, last in zip(
+        data.tokens, data.first.tolist(), data.last.tolist(), strict=True
+    ):
+        if first == last:
+            found.append(f"\u00ab{visible(token)}\u00bb position {first}")
+        else:
+            found.append(f"{last - first + 1:,} tokens, positions {first} to {last}")
+    return found
 
 
 def edges(
-    data: GraphData, plan: Layout, tokens: list[str], names: list[str]
+    data: GraphData, plan: Layout, where: list[str], names: list[str]
 ) -> list[list[dict[str, Any]]]:
     """What stays at its position, then the rest: each a path, its look and its words."""
     edges = plan.edges
@@ -46,7 +60,7 @@ def edges(
         strict=True,
     )
     ends = [
-        f"{tokens[pos]} position {pos}, {names[site]}"
+        f"{where[pos]}, {names[site]}"
         for site, pos in zip(plan.node_site.tolist(), plan.node_pos.tolist(), strict=True)
     ]
     for point, thickness, opacity_, weight, stays, start, end in columns:
@@ -66,7 +80,7 @@ def edges(
 
 
 def nodes(
-    data: GraphData, plan: Layout, tokens: list[str], names: list[str], sites: Sequence[str]
+    data: GraphData, plan: Layout, where: list[str], names: list[str], sites: Sequence[str]
 ) -> list[dict[str, Any]]:
     found = []
     for site, pos, radius in zip(
@@ -74,34 +88,43 @@ def nodes(
     ):
         value = float(data.relevance[site, pos])
         place = f"{names[site]} ({printable(str(sites[site]))})"
+        several = bool(data.first[pos] != data.last[pos])
         found.append(
             {
                 "x": rounded(plan.column[pos]),
                 "y": rounded(plan.row[site]),
                 "r": rounded(radius),
-                "pos": pos,
+                "side": rounded(2 * _SQUARE * radius),
+                "left": rounded(plan.column[pos] - _SQUARE * radius),
+                "top": rounded(plan.row[site] - _SQUARE * radius),
+                "pos": int(data.first[pos]),
+                "several": several,
                 "grey": bool(data.greyed[pos]),
                 "colour": _colour(value),
-                "title": f"{tokens[pos]} position {pos} \u00b7 {place} "
-                f"\u00b7 relevance {_numbers(value, data)}",
+                "title": f"{where[pos]} \u00b7 {place} "
+                f"\u00b7 relevance {'summed ' if several else ''}{_numbers(value, data)}",
             }
         )
     return found
 
 
-def labels(data: GraphData, plan: Layout) -> list[dict[str, Any]]:
+def labels(data: GraphData, plan: Layout, where: list[str]) -> list[dict[str, Any]]:
     """Tokens below their columns."""
     labels = []
     for pos in np.flatnonzero(~np.isnan(plan.column)).tolist():
-        token = visible(data.tokens[pos])
+        first, last = int(data.first[pos]), int(data.last[pos])
+        several = first != last
+        count = f"{last - first + 1:,} tokens"
+        text = short(visible(data.tokens[pos]), _CHARACTERS)
         labels.append(
             {
                 "x": float(plan.column[pos]),
                 "at": rounded(plan.column[pos]),
-                "pos": pos,
-                "text": short(token, _CHARACTERS),
-                "full": f"\u00ab{token}\u00bb position {pos}",
-                "grey": bool(data.greyed[pos]),
+                "pos": first,
+                "last": last,
+                "text": f"\u22ef {count}" if several else text,
+                "full": f"folded: {where[pos]}" if several else where[pos],
+                "grey": several or bool(data.greyed[pos]),
                 "final": pos == data.final_pos,
             }
         )
@@ -122,6 +145,8 @@ def gaps(plan: Layout) -> list[dict[str, Any]]:
                 "width": rounded(gap.width),
                 "words": f"\u22ef {words}",
                 "title": f"{where}: no edge here is drawn",
+                "first": gap.first,
+                "last": gap.last,
             }
         )
     return found

@@ -32,6 +32,7 @@ from tl_contrastive_lrp.render.text import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_SCRIPTS = ("look", "folded", "find")
 _TOP = 8  # tokens listed on either side
 _RAMPS = (("#ffffff", LIGHT_POSITIVE), ("#ffffff", LIGHT_NEGATIVE))
 
@@ -102,8 +103,10 @@ def long_tokens(
         "target": visible(target),
         "contrast": visible(contrast),
     }
-    parts = f"{{look: {source('look.js').strip()},\nfolded: {source('folded.js').strip()}}}"
-    call = f"({source('long_tokens.js').strip()})({script_json(uid)},{script_json(data)},{parts});"
+    parts = ",\n".join(f"{name}: {source(f'{name}.js').strip()}" for name in _SCRIPTS)
+    call = (
+        f"({source('long_tokens.js').strip()})({script_json(uid)},{script_json(data)},{{{parts}}});"
+    )
     return PlainHTML(body, inline_script(call))
 
 

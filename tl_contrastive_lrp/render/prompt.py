@@ -14,7 +14,7 @@ from tl_contrastive_lrp.render.text import percent, signed, visible
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_AROUND = 16  # characters on either side of a token shown in its context
+_AROUND = 14  # characters on either side of a token shown in its context
 _LINES = 3  # most line breaks after a token
 
 

@@ -204,7 +204,7 @@ def _script(long: bool) -> str:
     """The page's script; what only a long prompt needs goes into a long prompt's page alone."""
     files = {"look": "look.js"}
     if long:
-        files |= {"folded": "folded.js", "table": "tokens_table.js"}
+        files |= {"folded": "folded.js", "find": "find.js", "table": "tokens_table.js"}
     parts = ",\n".join(f"{name}: {source(file).strip()}" for name, file in files.items())
     return inline_script(f"({source('report.js').strip()})({{{parts}}});")
 

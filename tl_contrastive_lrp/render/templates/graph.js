@@ -1,4 +1,4 @@
-(uid) => {
+(uid, find) => {
   // What the pointer is on: its words below the picture, and all that touches it.
   const root = document.getElementById(uid);
   if (!root) return;
@@ -44,6 +44,34 @@
     }
   });
   root.addEventListener("mouseleave", () => { near = null; words.textContent = rest; light([]); });
+  // A long prompt: where a position is drawn, alone or with others; search and lists lead there.
+  const island = root.querySelector(".lrp-data");
+  if (island) {
+    const tokens = JSON.parse(island.textContent).tokens;
+    const columns = [...root.querySelectorAll("[data-c]")].map((element) => {
+      const [first, last, x] = element.dataset.c.split(" ").map(Number);
+      return {element, first, last, x};
+    });
+    const show = (from, to = from) => {
+      const column = columns.find(({first, last}) => first <= from && from <= last);
+      const here = (node) => Number(nodes[node].dataset.p) === column.first;
+      const tied = edges.filter((edge) => here(edge.source) || here(edge.target));
+      light(tied);
+      root.classList.add("lit");
+      column.element.classList.add("on");
+      near = null;
+      const text = tokens.slice(from, to + 1).join("");
+      words.textContent = `«${text}» position ${from}`
+        + (column.first === column.last ? "" : ` · ${column.element.querySelector("title").textContent}`)
+        + ` · ${tied.length} of the edges drawn begin or end here`;
+      frame.scrollLeft = column.x - Number(frame.dataset.from) + 90 - frame.clientWidth / 2;
+    };
+    find(root.querySelector(".lrp-find"), tokens, {found: () => "", go: ([from, to]) => show(from, to)});
+    root.addEventListener("click", (event) => {
+      const link = event.target.closest ? event.target.closest("[data-go]") : null;
+      if (link) show(Number(link.dataset.go));
+    });
+  }
   // The prediction is what to see first; it is at the right of a wide picture.
   frame.scrollLeft = Number(frame.dataset.x) - Number(frame.dataset.from) + 180 - frame.clientWidth;
 }

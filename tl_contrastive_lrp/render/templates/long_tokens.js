@@ -19,7 +19,7 @@
     + (data.labels.length > 1 ? ` · ${data.labels[site]}` : "")
     + (greyed.has(i) ? " · left out of the scale" : "");
   const tell = (i) => { readout.textContent = words(i); };
-  const {spans} = parts.folded(root, {tokens: data.tokens, folds: data.folds, paint, tell});
+  const {spans} = parts.folded(root, {tokens: data.tokens, folds: data.folds, paint, tell, find: parts.find});
   named("box").addEventListener("mouseover", (event) => {
     const on = event.target.closest ? event.target.closest(".t") : null;
     if (!on) return;

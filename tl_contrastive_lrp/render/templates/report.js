@@ -64,6 +64,7 @@
         shade(span, i, strength());
       },
       tell: mark,
+      find: parts.find,
     }).jump;
     parts.table(byId("rows"), data, {signed, percent});
   }
