@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from _faithfulness_runs import DEFAULT, GRID, RULES
+from _faithfulness_figure import SAID, Curves, picture
+from _faithfulness_rule import FIRST, Measure, chosen, counts
+from _faithfulness_runs import RULES
 
+from tl_contrastive_lrp import DEFAULT_RULES, RULE_SETS
 from tl_contrastive_lrp.faithfulness import bootstrap_interval
 
 WORDS = Path(__file__).with_name("faithfulness_page.md")
-Curves = Mapping[tuple[str, str], np.ndarray]
 OTHERS = ("random", "recency", "integrated_gradients", "occlusion")
-SAID = {
-    "integrated_gradients": "integrated gradients",
-    "recency": "recency (later first)",
-}
 
 
 @dataclass(frozen=True)
@@ -27,11 +25,14 @@ class Found:
 
     planted: pd.DataFrame
     trained: pd.DataFrame
+    deep: pd.DataFrame
     failures: pd.DataFrame
     solved: pd.DataFrame
     removal: Mapping[tuple[str, str], pd.DataFrame]
     curves: Mapping[tuple[str, str], Curves]
     circuits: Mapping[str, pd.DataFrame]
+    sums: Mapping[str, pd.DataFrame]
+    low: Mapping[str, pd.DataFrame]
     counts: Mapping[str, int]
 
 
@@ -84,90 +85,103 @@ def pooled_table(frame: pd.DataFrame) -> str:
     return markdown(rows, ["", *RULES])
 
 
-def measures(found: Found) -> list[tuple[str, pd.DataFrame, str, list[str], bool]]:
-    """(said, frame, column, keys of a case, higher is better) of what decides."""
-    return [
-        ("planted tokens, AUROC", found.planted.query("what == 'tokens'"), "auroc",
-         ["model", "prompt"], True),
-        ("planted edges, AUROC", found.planted.query("what == 'edges'"), "auroc",
-         ["model", "prompt"], True),
-        ("planted circuits, CMD", found.circuits["planted"], "cmd", ["prompt"], False),
-        ("trained tokens, AUROC", found.trained, "auroc", ["prompt"], True),
-        ("trained circuits, CMD", found.circuits["trained"], "cmd", ["prompt"], False),
-        ("trained, area (zero)", found.removal["trained", "zero"], "area", ["prompt"], True),
-        ("trained, area (random)", found.removal["trained", "random"], "area", ["prompt"], True),
-        ("demo failures, decisive, AUROC", found.failures, "auroc", ["prompt"], True),
-        ("demo solved, decisive, AUROC", found.solved, "auroc", ["prompt"], True),
-        ("demo failures, area (zero)", found.removal["demo", "zero"], "area", ["prompt"], True),
-        ("demo failures, area (random)", found.removal["demo", "random"], "area", ["prompt"], True),
-        ("demo failures, circuits, CMD", found.circuits["demo"], "cmd", ["prompt"], False),
-    ]  # fmt: skip
-
-
-def compared(found: Found) -> tuple[str, str]:
-    """The default's mean and every other rule set's paired difference to it; the count of both."""
-    rest = RULES[1:]
-    rows, better, worse = [], dict.fromkeys(rest, 0), dict.fromkeys(rest, 0)
-    for said, frame, column, keys, higher in measures(found):
-        wide = frame.pivot(index=keys, columns="method", values=column)
-        direction = "higher" if higher else "lower"
-        row = [f"{said} ({direction} is better)", f"{wide[DEFAULT].mean():.3f}"]
-        for method in rest:
-            gap = (wide[method] - wide[DEFAULT]).to_numpy()
-            low, high = bootstrap_interval(gap)
-            text = cell(gap, signed=True)
-            sure = low > 0 or high < 0
-            good = sure and (low > 0) == higher
-            better[method] += good
-            worse[method] += sure and not good
-            row.append(f"**{text}**" if good else f"*{text}*" if sure else text)
-        rows.append(row)
-    verdict = "; ".join(f"`{m}` better on {better[m]}, worse on {worse[m]}" for m in rest)
-    return markdown(rows, ["", DEFAULT, *rest]), f"Of these {len(rows)} measures: {verdict}."
-
-
-def picture(curves: Curves, title: str) -> str:
-    """MoRF (solid) and LeRF (dashed) of some methods as SVG."""
-    width, height, left, top = 620, 340, 60, 40
-    shown = [m for m in ("attnlrp", "gim", "gradient", "integrated_gradients", "random")
-             if (m, "MoRF") in curves]  # fmt: skip
-    colours = ("#3366aa", "#cc6677", "#117733", "#997700", "#777777")
-    all_y = np.concatenate([curves[m, o] for m in shown for o in ("MoRF", "LeRF")])
-    low, high = float(min(all_y.min(), -1.0)), float(max(all_y.max(), 0.0))
-    x: Callable[[float], float] = lambda share: left + share * (width - left - 190)  # noqa: E731
-    y: Callable[[float], float] = lambda value: (  # noqa: E731
-        top + (high - value) / (high - low) * (height - top - 50)
-    )
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'font-family="sans-serif" font-size="12" role="img" aria-label="{title}">',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{left}" y="20">{title}</text>',
-        f'<text x="{left}" y="{height - 10}">share of tokens removed</text>',
+def measures(found: Found) -> list[Measure]:
+    """What decides."""
+    tokens, edges = (found.planted.query(f"what == '{what}'") for what in ("tokens", "edges"))
+    of, wired = Measure.of, ("model", "prompt")
+    rows = [
+        of("planted tokens, AUROC", tokens, "auroc", keys=wired),
+        of("planted edges, AUROC", edges, "auroc", keys=wired),
+        of("planted circuits, CMD", found.circuits["planted"], "cmd", higher=False),
     ]
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        parts.append(
-            f'<text x="{x(share):.1f}" y="{height - 30}" text-anchor="middle">{share:g}</text>'
-        )
-    for value in np.arange(np.ceil(low * 2) / 2, high + 1e-9, 0.5):
-        parts.append(f'<line x1="{left}" x2="{x(1):.1f}" y1="{y(value):.1f}" y2="{y(value):.1f}" '
-                     'stroke="#dddddd"/>')  # fmt: skip
-        parts.append(
-            f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:g}</text>'
-        )
-    for number, (method, colour) in enumerate(zip(shown, colours, strict=False)):
-        for order, dash in (("MoRF", ""), ("LeRF", ' stroke-dasharray="5 4"')):
-            points = " ".join(
-                f"{x(a):.1f},{y(b):.1f}" for a, b in zip(GRID, curves[method, order], strict=True)
-            )
-            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" '
-                         f'stroke-width="2"{dash}/>')  # fmt: skip
-        parts.append(f'<text x="{x(1) + 12:.1f}" y="{top + 18 * number + 10}" fill="{colour}">'
-                     f"{SAID.get(method, method)}</text>")  # fmt: skip
-    note = top + 18 * len(shown) + 20
-    parts.append(f'<text x="{x(1) + 12:.1f}" y="{note}">solid: MoRF</text>')
-    parts.append(f'<text x="{x(1) + 12:.1f}" y="{note + 16}">dashed: LeRF</text></svg>')
-    return "\n".join(parts) + "\n"
+    for said, frame, deepest in (("trained", found.trained, False), ("deep", found.deep, True)):
+        removal = {how: found.removal[said, how] for how in ("zero", "random")}
+        rows += [
+            of(f"{said} tokens, AUROC", frame, "auroc", deepest=deepest),
+            of(f"{said} circuits, CMD", found.circuits[said], "cmd", higher=False, deepest=deepest),
+            of(f"{said}, area (zero)", removal["zero"], "area", deepest=deepest),
+            of(f"{said}, area (random)", removal["random"], "area", deepest=deepest),
+        ]
+    return [
+        *rows,
+        of("demo failures, decisive, AUROC", found.failures, "auroc"),
+        of("demo solved, decisive, AUROC", found.solved, "auroc"),
+        of("demo failures, area (zero)", found.removal["demo", "zero"], "area"),
+        of("demo failures, area (random)", found.removal["demo", "random"], "area"),
+        of("demo failures, circuits, CMD", found.circuits["demo"], "cmd", higher=False),
+    ]
+
+
+def compared(rows: Sequence[Measure]) -> str:
+    """The mean of ``FIRST`` and every other rule set's paired difference to it."""
+    rest, lines = RULES[1:], []
+    for one in rows:
+        direction = "higher" if one.higher else "lower"
+        mean_of = one.values[FIRST].mean()
+        line = [f"{one.said} ({direction} is better)", f"{mean_of:.3f}"]
+        for method in rest:
+            text, sign = cell(one.gap(method, FIRST), signed=True), one.sign(method, FIRST)
+            line.append(f"**{text}**" if sign > 0 else f"*{text}*" if sign < 0 else text)
+        lines.append(line)
+    return markdown(lines, ["", FIRST, *rest])
+
+
+def counted(rows: Sequence[Measure]) -> str:
+    """Better and worse than AttnLRP in words, and how the named sets stand to each other."""
+    said = []
+    for method in RULES[1:]:
+        better, worse = counts(rows, method, FIRST)
+        deep, _ = counts([row for row in rows if row.deepest], method, FIRST)
+        said.append(f"`{method}` better on {better} ({deep} of them deep), worse on {worse}")
+    return f"Of these {len(rows)} measures: {'; '.join(said)}."
+
+
+def duel(rows: Sequence[Measure]) -> str:
+    """Better / worse of every named set against every other."""
+    named = list(RULE_SETS)
+    lines = [
+        [f"`{one}`"] + ["" if one == other else " / ".join(map(str, counts(rows, one, other)))
+                        for other in named]
+        for one in named
+    ]  # fmt: skip
+    return markdown(lines, ["better / worse than", *named])
+
+
+def lost(found: Found) -> dict[str, float]:
+    """Median |1 − share of Δℓ at the tokens| over all prompts of the three models."""
+    frame = pd.concat(found.sums.values())
+    return (1 - frame["share"]).abs().groupby(frame["method"]).median().to_dict()
+
+
+def low(found: Found) -> dict[str, float]:
+    """The largest median error over models and dtypes; NaN if anything was not finite."""
+    worst = {}
+    for method in RULES:
+        parts = [
+            part["off"] for frame in found.low.values()
+            for _, part in frame[frame["method"] == method].groupby("dtype")
+        ]  # fmt: skip
+        finite = all(np.isfinite(part).all() for part in parts)
+        worst[method] = max(float(part.median()) for part in parts) if finite else float("nan")
+    return worst
+
+
+def duties(found: Found) -> str:
+    """What arrives at the tokens, and errors in low precision: median (quartiles or worst)."""
+    lines = []
+    for method in RULES:
+        line = [method]
+        for frame in found.sums.values():
+            shares = frame.loc[frame["method"] == method, "share"]
+            quarter, half, most = shares.quantile([0.25, 0.5, 0.75])
+            line.append(f"{half:.2f} ({quarter:.2f} to {most:.2f})")
+        for frame in found.low.values():
+            for dtype in ("bfloat16", "float16"):
+                off = frame.loc[(frame["method"] == method) & (frame["dtype"] == dtype), "off"]
+                line.append(f"{off.median():.2f} ({off.max():.1f})")
+        lines.append(line)
+    errors = [f"{model}, {dtype}, %" for model in found.low for dtype in ("bfloat16", "float16")]
+    return markdown(lines, ["", *(f"{model}, share" for model in found.sums), *errors])
 
 
 def removal_tables(found: Found) -> str:
@@ -208,32 +222,38 @@ def mean(frame: pd.DataFrame, method: str, column: str) -> float:
 
 def written(found: Found, stem: str) -> tuple[str, str]:
     """The page (Markdown) and its figure (SVG)."""
-    differences, verdict = compared(found)
+    rows = measures(found)
     tokens = found.planted.query("what == 'tokens'")
     saturated = tokens.query("model == 'induction-saturated'")
     induction = tokens.query("model == 'induction'")
+    best = chosen(rows, list(RULE_SETS), low(found), lost(found))
+    head = ["", "AUROC", "average precision"]
     page = WORDS.read_text(encoding="utf-8").format(
         stem=stem,
         prompts=found.counts["prompts"],
         most=found.counts["most"],
         short=found.counts["short"],
         gap=found.counts["gap"],
-        default=DEFAULT,
-        differences=differences,
-        verdict=verdict,
+        chosen=best,
+        differences=compared(rows),
+        verdict=counted(rows),
+        duel=duel(rows),
+        duties=duties(found),
+        lost=", ".join(f"{m} {lost(found)[m]:.2f}" for m in RULES),
         planted=planted_table(found.planted),
         pooled=pooled_table(found.planted),
-        trained=markdown(by_method(found.trained, ["auroc", "precision"]),
-                         ["", "AUROC", "average precision"]),
+        trained=markdown(by_method(found.trained, ["auroc", "precision"]), head),
         trained_prompts=found.trained["prompt"].nunique(),
+        deep=markdown(by_method(found.deep, ["auroc", "precision"]), head),
+        deep_prompts=found.deep["prompt"].nunique(),
         decisive=decisive_tables(found),
         removal=removal_tables(found),
         circuits=circuit_tables(found),
         saturated=", ".join(f"{m} {mean(saturated, m, 'auroc'):.2f}" for m in RULES),
         keys=", ".join(f"{m} {mean(induction, m, 'auroc'):.2f}" for m in RULES),
-        failed=f"{mean(found.failures, DEFAULT, 'auroc'):.2f}",
-        solved=f"{mean(found.solved, DEFAULT, 'auroc'):.2f}",
+        failed=f"{mean(found.failures, DEFAULT_RULES, 'auroc'):.2f}",
+        solved=f"{mean(found.solved, DEFAULT_RULES, 'auroc'):.2f}",
         recency=f"{mean(found.failures, 'recency', 'auroc'):.2f}",
-    )  # fmt: skip
+    )
     title = f"Change of Δℓ / scale, zero embeddings, {found.counts['short']} demo failures"
     return page, picture(found.curves["demo", "zero"], title)

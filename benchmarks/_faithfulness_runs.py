@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import numpy as np
 import pandas as pd
 import planted
-import planted_induction
 import torch
 from planted_scores import measured
 from tqdm.auto import tqdm
@@ -21,11 +20,10 @@ from tqdm.auto import tqdm
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.faithfulness import auroc, average_precision
 
-DEFAULT = clrp.DEFAULT_RULES
 # What GIM's temperature does by itself.
 WARM = replace(clrp.RULE_SETS["attnlrp"], name="warm", softmax="temperature", temperature=2.0)
 METHODS = {**clrp.RULE_SETS, "attnlrp, T = 2": WARM}
-RULES = (DEFAULT, *(name for name in METHODS if name != DEFAULT))
+RULES = tuple(METHODS)
 GRID = np.linspace(0.0, 1.0, 21)
 
 
@@ -35,6 +33,10 @@ def asked(case: Any) -> dict[str, Any]:
         "target": case.target_id if ids else case.target,
         "contrast": case.contrast_id if ids else case.contrast,
     }
+
+
+def prompt_of(case: Any) -> Any:
+    return case.prompt if isinstance(case, clrp.DemoCase) else case.tokens
 
 
 def on_planted(seeds: Iterable[int], quiet: bool) -> pd.DataFrame:
@@ -48,17 +50,53 @@ def on_planted(seeds: Iterable[int], quiet: bool) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "prompt", "method", "what", "auroc", "precision"])
 
 
-def on_trained(seeds: Iterable[int], quiet: bool) -> pd.DataFrame:
-    """The same for the tokens of the trained induction model."""
-    rows, model = [], planted_induction.bridge()
-    for seed in tqdm(seeds, desc="trained", disable=quiet):
-        case = planted_induction.case(seed)
-        with torch.no_grad():
-            if int(model(case.tokens)[0, -1].argmax()) != case.target:
-                continue  # what it does not know it cannot have found anywhere
+def known(task: Any, seeds: Iterable[int]) -> list[Any]:
+    """The cases of a trained model that it answers right: what it does not know it cannot have
+    found anywhere."""
+    cases = [task.case(seed) for seed in seeds]
+    with torch.no_grad():
+        best = task.bridge()(torch.cat([case.tokens for case in cases]))[:, -1].argmax(-1)
+    return [
+        case for case, answer in zip(cases, best.tolist(), strict=True) if answer == case.target
+    ]
+
+
+def on_trained(model: Any, cases: Iterable[Any], quiet: bool) -> pd.DataFrame:
+    """The same for the tokens of a trained model."""
+    rows = []
+    for number, case in enumerate(tqdm(list(cases), desc="trained", disable=quiet)):
         found = [(rules, measured(model, case, METHODS[rules])["tokens"]) for rules in RULES]
-        rows += [("trained", seed, rules, "tokens", *two) for rules, two in found]
+        rows += [("trained", number, rules, "tokens", *two) for rules, two in found]
     return pd.DataFrame(rows, columns=["model", "prompt", "method", "what", "auroc", "precision"])
+
+
+def on_sums(model: Any, cases: Iterable[Any], quiet: bool) -> pd.DataFrame:
+    """Which share of Δℓ arrives at the tokens, BOS included, by prompt and method."""
+    rows = []
+    for number, case in enumerate(tqdm(list(cases), desc="sums", disable=quiet)):
+        for rules in RULES:
+            result = clrp.attribute(model, prompt_of(case), **asked(case), rules=METHODS[rules])
+            rows.append((number, rules, float(result.tokens.sum()) / result.delta))
+    return pd.DataFrame(rows, columns=["prompt", "method", "share"])
+
+
+def on_low_precision(models: Mapping[str, Any], cases: Iterable[Any], quiet: bool) -> pd.DataFrame:
+    """By how much the tokens' relevance in low precision is off that of float32 on the same
+    weights: largest difference over largest relevance, in percent; infinite if one is not finite.
+
+    models: the same model in every dtype, by what to call it.
+    """
+    rows = []
+    for dtype, model in models.items():
+        for number, case in enumerate(tqdm(list(cases), desc=dtype, disable=quiet)):
+            for rules in RULES:
+                how = {**asked(case), "rules": METHODS[rules]}
+                low = clrp.attribute(model, prompt_of(case), **how).tokens
+                with clrp.in_float32(model):
+                    high = clrp.attribute(model, prompt_of(case), **how).tokens
+                off = float(100 * (low - high).abs().max() / high.abs().max())
+                rows.append((dtype, number, rules, off if np.isfinite(off) else np.inf))
+    return pd.DataFrame(rows, columns=["dtype", "prompt", "method", "off"])
 
 
 def on_decisive(model: Any, cases: Iterable[clrp.DemoCase], quiet: bool) -> pd.DataFrame:
@@ -92,7 +130,7 @@ def on_removal(
     """Area, comprehensiveness and sufficiency by prompt and method; mean curves on ``GRID``."""
     rows, curves = [], {}
     for number, case in enumerate(tqdm(list(cases), desc=f"removal, {replace}", disable=quiet)):
-        prompt = case.prompt if isinstance(case, clrp.DemoCase) else case.tokens
+        prompt = prompt_of(case)
         how = {**asked(case), "progress": False, "replace": replace, "draws": 2}
         scores: dict[str, Any] = {
             name: clrp.attribute(model, prompt, **asked(case), rules=METHODS[name])

@@ -1,7 +1,9 @@
 """How faithful is each rule set? Writes docs/faithfulness.md: figures, seeds, intervals.
 
-Measures every rule set and simple baselines on truths that were planted, on a trained model, and
-on the demo model: AUROC and average precision of what is known, curves of removed tokens, circuits.
+Measures every rule set and simple baselines on truths that were planted, on two trained models of
+two and eight blocks, and on the demo model: AUROC and average precision of what is known, curves of
+removed tokens, circuits; and what else a default must do. Says which rule set the default has to
+be, by the rule in ``_faithfulness_rule.py``.
 
     python benchmarks/faithfulness.py
     python benchmarks/faithfulness.py --quick --out /tmp/faithfulness.md
@@ -15,12 +17,14 @@ from typing import Any
 
 import _faithfulness_runs as runs
 import pandas as pd
+import planted_deep
 import planted_induction
 import torch
 from _faithfulness_page import Found, written
 
 import tl_contrastive_lrp as clrp
 
+LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 DOCS = Path(__file__).parent.parent / "docs" / "faithfulness.md"
 
 
@@ -34,13 +38,16 @@ def measure(prompts: int, most: int, demo: int | None, quiet: bool) -> Found:
     failures, solved = clrp.load_demo_cases(), clrp.load_demo_cases(failed=False)
     if demo is not None:
         failures, solved = failures[:: 60 // demo], solved[:: 60 // demo]
-    trained = [planted_induction.case(seed) for seed in range(3 * prompts)]
+    trained = runs.known(planted_induction, range(3 * prompts))
+    deep = runs.known(planted_deep, range(3 * prompts))
+    shallow_model, deep_model = planted_induction.bridge(), planted_deep.bridge()
     short = of_length(failures, most)
     removal = {
         (what, replace): runs.on_removal(who, cases, replace, quiet)
         for what, who, cases in (
             ("demo", model, short),
-            ("trained", planted_induction.bridge(), trained),
+            ("trained", shallow_model, trained),
+            ("deep", deep_model, deep),
         )
         for replace in ("zero", "random")
     }
@@ -56,18 +63,35 @@ def measure(prompts: int, most: int, demo: int | None, quiet: bool) -> Found:
             for name, plan, cases in planted
         ),
         "trained": runs.on_circuits(
-            planted_induction.bridge(), [(c, c.tokens, c.corrupted) for c in trained], quiet
+            shallow_model, [(c, c.tokens, c.corrupted) for c in trained], quiet
         ),
+        "deep": runs.on_circuits(deep_model, [(c, c.tokens, c.corrupted) for c in deep], quiet),
         "demo": runs.on_circuits(model, (pairs := runs.corrupted_demo(model, short)), quiet),
     }
     return Found(
         planted=runs.on_planted(range(prompts), quiet),
-        trained=runs.on_trained(range(3 * prompts), quiet),
+        trained=runs.on_trained(shallow_model, trained, quiet),
+        deep=runs.on_trained(deep_model, deep, quiet),
         failures=runs.on_decisive(model, failures, quiet),
         solved=runs.on_decisive(model, solved, quiet),
         removal={key: frame for key, (frame, _) in removal.items()},
         curves={key: curves for key, (_, curves) in removal.items()},
         circuits=circuits,
+        sums={
+            "trained": runs.on_sums(shallow_model, trained, quiet),
+            "deep": runs.on_sums(deep_model, deep, quiet),
+            "demo": runs.on_sums(model, short, quiet),
+        },
+        low={
+            "deep": runs.on_low_precision(
+                {said: planted_deep.bridge(dtype) for said, dtype in LOW.items()}, deep, quiet
+            ),
+            "demo": runs.on_low_precision(
+                {said: clrp.load_demo_model(dtype=dtype) for said, dtype in LOW.items()},
+                short[::2],
+                quiet,
+            ),
+        },
         counts={"prompts": prompts, "most": most, "short": len(short), "gap": len(pairs)},
     )
 

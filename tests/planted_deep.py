@@ -20,10 +20,10 @@ WEIGHTS = Path(__file__).with_suffix(".safetensors")
 
 
 @functools.cache
-def bridge() -> Any:
-    """The trained model as a TransformerBridge, float32; one per session."""
-    trained = model()
-    weights = {name: p.float() for name, p in load_file(WEIGHTS).items()}
+def bridge(dtype: torch.dtype = torch.float32) -> Any:
+    """The trained model as a TransformerBridge; one per session and dtype."""
+    trained = model().to(dtype)
+    weights = {name: p.to(dtype) for name, p in load_file(WEIGHTS).items()}
     trained.load_state_dict(weights, strict=True)
     return bridged(trained, "trained chains")
 
