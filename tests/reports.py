@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import numpy as np
 import torch
 from browser import HOSTILE
+from numpy.typing import NDArray
 
 from tl_contrastive_lrp.render import Report
 
@@ -64,3 +68,63 @@ def planted_report() -> Report:
         resid=[[500.0, 0.5, -0.25, 0.0], [-500.0, 0.0, 0.0, 1.0]],
         site_labels=["a", "b"],
     )
+
+
+@dataclass(frozen=True)
+class Long:
+    """A long agent's log: faint noise, some tokens that matter, a text to find, hostile ones.
+
+    Attributes:
+        tokens: the prompt, ``[pos]``.
+        values: relevance in logits, ``[site, pos]``; the first row is of the tokens.
+        greyed: special tokens and the first one.
+        needle: first and last position of the only "Needle 4711".
+        hostile: first position of a run of all hostile texts, of low relevance.
+        top, bottom: position of the largest and of the most negative relevance, hostile too.
+    """
+
+    tokens: list[str]
+    values: NDArray[np.float64]
+    greyed: NDArray[np.bool_]
+    needle: tuple[int, int]
+    hostile: int
+    top: int
+    bottom: int
+
+    def report(self) -> Report:
+        n = len(self.tokens)
+        return Report(
+            title="long",
+            model_name="m",
+            rules="attnlrp",
+            objective="o",
+            str_tokens=self.tokens,
+            token_ids=range(7, 7 + n),
+            tokens=self.values[0],
+            delta=2.0,
+            greyed=self.greyed,
+            resid=self.values,
+            site_labels=[f"blocks.{site}.hook_resid_pre" for site in range(len(self.values))],
+        )
+
+
+@lru_cache(maxsize=4)
+def long_prompt(n: int = 12_374, sites: int = 9) -> Long:
+    """A log of ``n`` tokens, at least 4,000; most relevance sits on a dozen of them."""
+    rng = np.random.default_rng(5)
+    line = ["  ", '"id', '":', " ", "3", ",\n"]
+    turn = ["<|im_start|>", "tool", "\n", *line * 9, "}", "<|im_end|>", "\n"]
+    tokens = (turn * (n // len(turn) + 1))[:n]
+    values = rng.standard_t(3, (sites, n)) * 1e-4
+    for site in range(sites):
+        values[site, rng.integers(0, n, 12)] += rng.standard_normal(12)
+    hostile, needle, top, bottom = n // 2, n // 3, n // 5, n - 900
+    for at, pieces in ((hostile, HOSTILE), (needle, [" Nee", "dle", " \n", "47", "11"])):
+        tokens[at : at + len(pieces)] = pieces
+        values[:, at - 40 : at + 60] = 1e-5
+    tokens[top], tokens[bottom] = HOSTILE[1], HOSTILE[2]
+    values[0, [top, bottom]] = 4.0, -3.0
+    values[:, 0] = 50.0
+    greyed = np.array([token.startswith("<|") for token in tokens])
+    greyed[0] = True
+    return Long(tokens, values, greyed, (needle, needle + 4), hostile, top, bottom)

@@ -73,24 +73,30 @@ def ranges_of(
     """First and last position of every piece to fold, ``[fold, 2]``.
 
     Args:
-        size: how much each token matters, ``[pos]``, never negative.
+        size: how much each token matters, never negative: ``[pos]``, or ``[site, pos]`` where a
+            token is to be shown that matters at any site, by that site's own scale.
         greyed: bool per token, ``[pos]``.
         tokens: as text, ``[pos]``.
     """
-    n = len(size)
+    size = np.atleast_2d(size)
+    n = size.shape[1]
     if n <= LONG:
         return np.empty((0, 2), dtype=np.int64)
     ends = np.fromiter((("\n" in token) for token in tokens), bool, n)
     starts = np.concatenate([[0], np.flatnonzero(ends[:-1]) + 1])
-    plain = _largest(np.where(greyed, 0.0, size), _MOST)
-    grey = _largest(np.where(greyed, size, 0.0), _MOST_GREYED)
+    plain = [_largest(row, _MOST) for row in np.where(greyed, 0.0, size)]
+    grey = _largest(np.where(greyed, size.max(axis=0), 0.0), _MOST_GREYED)
+
+    def shown(most: int) -> NDArray[np.bool_]:
+        chosen = np.unique(np.concatenate([grey, *(row[:most] for row in plain)]))
+        return _shown(chosen, n, starts)
+
     # The more tokens are chosen the more are shown, so the most that fit are found by halving.
-    fits, over = 0, len(plain) + 1
+    fits, over = 0, max(map(len, plain)) + 1
     while over - fits > 1:
         middle = (fits + over) // 2
-        shown = _shown(np.concatenate([plain[:middle], grey]), n, starts)
-        fits, over = (middle, over) if shown.sum() <= MOST_SHOWN else (fits, middle)
-    return _pieces(_shown(np.concatenate([plain[:fits], grey]), n, starts), starts)
+        fits, over = (middle, over) if shown(middle).sum() <= MOST_SHOWN else (fits, middle)
+    return _pieces(shown(fits), starts)
 
 
 def sums(values: NDArray[np.float64], ranges: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -21,6 +21,7 @@ from tl_contrastive_lrp.render.offline import LegendLine, PlainHTML, source, tem
 from tl_contrastive_lrp.render.scale import GREY, LIGHT_NEGATIVE, LIGHT_POSITIVE, colours
 from tl_contrastive_lrp.render.text import (
     inline_script,
+    magnitude,
     packed,
     packed_half,
     printable,
@@ -59,8 +60,7 @@ def long_tokens(
         legend: lines above the view.
         target, contrast: words for what positive and negative relevance support.
     """
-    # One folding for all sites: what matters at any of them, by its own scale, is shown.
-    ranges = ranges_of(np.abs(values / scales[:, None]).max(axis=0), greyed, tokens)
+    ranges = ranges_of(np.abs(values), greyed, tokens)  # one folding for all sites
     shown = [visible(token) for token in tokens]
     uid = f"tokens-{uuid4().hex[:13]}"
     data = _facts(values, ranges, greyed)
@@ -129,7 +129,7 @@ def _facts(
     columns = np.stack(largest, axis=1) if largest else np.zeros((len(values), 0))
     return {
         "sums": [[signed(value) for value in row] for row in total.tolist()],
-        "sizes": [[signed(value)[1:] or "0" for value in row] for row in size.tolist()],
+        "sizes": [[magnitude(value) for value in row] for row in size.tolist()],
         "largest": [[signed(value) for value in row] for row in columns.tolist()],
         "share": [f"{100 * value:.1f} %" for value in share.tolist()],
         "total": [signed(value) for value in total.sum(axis=1).tolist()],

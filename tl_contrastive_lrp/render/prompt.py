@@ -9,7 +9,7 @@ import numpy as np
 
 from tl_contrastive_lrp.render.folds import Fold
 from tl_contrastive_lrp.render.scale import colours, span
-from tl_contrastive_lrp.render.text import percent, signed, visible
+from tl_contrastive_lrp.render.text import magnitude, percent, signed, visible
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -99,7 +99,7 @@ def parts(rows: Sequence[dict[str, Any]], folds: Sequence[Fold]) -> list[dict[st
                     "last": fold.last,
                     "count": f"{fold.count:,} token{'s' * (fold.count != 1)}",
                     "total": signed(fold.total),
-                    "size": signed(fold.size),
+                    "size": magnitude(fold.size),
                     "largest": signed(fold.largest),
                     "text": "".join(
                         row["show"] + "\n" * min(row["newlines"], _LINES) for row in inside

@@ -81,6 +81,11 @@ def signed(value: float) -> str:
     return text.replace("-", "\u2212")
 
 
+def magnitude(value: float) -> str:
+    """A number that is never negative, as :func:`signed` but without the sign."""
+    return signed(abs(value)).removeprefix("+")
+
+
 def percent(share: float | None) -> str:
     """A share as a signed percentage; a dash where there is none."""
     if share is None or not math.isfinite(share):
