@@ -186,6 +186,13 @@ def test_input_relevance_by_hand() -> None:
     assert (contrast["entropy"], contrast["top_share"], contrast["centre"]) == (0.0, 1.0, 2.0)
 
 
+def test_a_graph_s_input_is_its_first_site() -> None:
+    table = made(EDGES, 3, 3, relevance=RELEVANCE).input_metrics(top=2).set_index("part")
+    assert table.loc["all", "mass"] == 9
+    assert table.loc["all", "top_share"] == pytest.approx(8 / 9)
+    assert table.loc["contrast", "tokens"] == 0
+
+
 def test_input_relevance_at_the_edges() -> None:
     nothing = input_metrics(torch.zeros(3))
     assert nothing["mass"].tolist() == [0, 0, 0]

@@ -132,7 +132,11 @@ class GraphTools:
         return site_metrics(graph)
 
     def hubs(self, k: int = 10) -> pd.DataFrame:
-        """Positions that exchange most relevance with others; see ``metrics.py``."""
+        """Positions that exchange most relevance with others; see ``metrics.py``.
+
+        Raises:
+            ValueError: k below 1.
+        """
         graph = self._graph
         from .metrics import hubs
 
@@ -144,6 +148,16 @@ class GraphTools:
         from .metrics import graph_summary
 
         return graph_summary(graph)
+
+    def input_metrics(self, top: int = 5) -> pd.DataFrame:
+        """How the input tokens' relevance is spread: entropy, Gini, centre; see ``spread.py``.
+
+        Raises:
+            ValueError: top below 1.
+        """
+        from .spread import input_metrics
+
+        return input_metrics(self._graph.relevance[0], top)
 
     # ------------------------------------------------------------ what carries a node or an edge
 
