@@ -68,9 +68,9 @@ def one(args: argparse.Namespace) -> None:
     n = args.lengths[0]
     ids = torch.randint(0, SHAPES[args.shape]["vocab_size"], (1, n),
                         generator=torch.Generator().manual_seed(1)).to(args.device)  # fmt: skip
-    objective = clrp.logit_diff(model, 7, 11)
-    clrp.attribute(model, ids[:, :16], objective)  # what is done once: audit, imports
-    clrp.attribution_graph(model, ids[:, :16], objective)
+    objectives = [clrp.logit_diff(model, 7, 11 + i) for i in range(args.objectives)]
+    clrp.attribute(model, ids[:, :16], objectives[0])  # what is done once: audit, imports
+    clrp.attribution_graph(model, ids[:, :16], objectives[0])
     cuda = args.device.startswith("cuda")
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -78,18 +78,19 @@ def one(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     more: dict[str, Any] = {"memory": args.memory, "tile": args.tile}
     if args.what == "nodes":
-        result = clrp.attribute(model, ids, objective, **more)
-        kept, used = 0, result.memory
+        results = clrp.attribute(model, ids, objectives=objectives, progress=False, **more)
+        kept, used = 0, results[0].memory
     else:
-        graph = clrp.attribution_graph(
-            model, ids, objective, mass=args.mass, progress=False, **more
+        graphs = clrp.attribution_graph(
+            model, ids, objectives=objectives, mass=args.mass, progress=False, **more
         )
-        kept, used = len(graph.weight), graph.memory
+        kept, used = sum(len(graph.weight) for graph in graphs), graphs[0].memory
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else rss()
-    print(json.dumps({"n": n, "what": args.what, "memory": used, "seconds": round(seconds, 2),
+    print(json.dumps({"n": n, "what": args.what, "objectives": args.objectives, "memory": used,
+                      "seconds": round(seconds, 2),
                       "peak_mib": round(peak - base), "total_mib": round(peak),
                       "kept_edges": kept}))  # fmt: skip
 
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--plain-up-to", type=int, default=2048)
     parser.add_argument("--tile", type=int)
     parser.add_argument("--mass", type=float, default=0.85)
+    parser.add_argument("--objectives", type=int, default=1, help="contrasts at once")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -119,7 +121,8 @@ def main() -> None:
             command = [sys.executable, str(Path(__file__).resolve()), "--one", "--lengths", str(n),
                        "--memory", way, "--what", args.what, "--mass", str(args.mass),
                        "--shape", args.shape, "--device", args.device, "--dtype", args.dtype,
-                       "--threads", str(args.threads)]  # fmt: skip
+                       "--threads", str(args.threads),
+                       "--objectives", str(args.objectives)]  # fmt: skip
             command += ["--tile", str(args.tile)] if args.tile and way == "tiled" else []
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             print(done.stdout.strip() or f"{n} {way}: {done.stderr.strip()[-300:]}", flush=True)
