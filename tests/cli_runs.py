@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp import AttributionGraph
 from tl_contrastive_lrp.cli.exit import Code
@@ -60,6 +62,20 @@ def asked(folder: Path, *more: object) -> tuple[object, ...]:
             *more)  # fmt: skip
 
 
+COLUMNS = ("source_site", "target_site", "source_pos", "target_pos", "weight")
+
+
 def built(bridge: Any, **options: Any) -> AttributionGraph:
     """The full graph that ``asked`` is about, from the library."""
     return clrp.attribution_graph(bridge, PROMPT, target=" a", contrast=" b", **options)
+
+
+def same(a: AttributionGraph, b: AttributionGraph) -> bool:
+    return a.sites == b.sites and all(torch.equal(getattr(a, c), getattr(b, c)) for c in COLUMNS)
+
+
+def keys(graph: AttributionGraph) -> dict[tuple[object, ...], float]:
+    """Weight by ends, one edge at a time."""
+    names = [n for n in graph.edges.columns if n != "weight"]
+    rows = graph.edges.to_dict("records")
+    return {tuple(row[n] for n in names): row["weight"] for row in rows}

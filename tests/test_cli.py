@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import families
 import numpy as np
@@ -20,11 +19,8 @@ from cli_runs import PROMPT, ROOT, Run, typed_next, words
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.cli import command as cli_command
 from tl_contrastive_lrp.cli import exit as cli_exit
-from tl_contrastive_lrp.cli import options as cli_options
 from tl_contrastive_lrp.cli import terminal as cli_terminal
 from tl_contrastive_lrp.cli.command import again
-from tl_contrastive_lrp.demo import KINDS, load_demo_model
-from tl_contrastive_lrp.memory import Memory
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -241,88 +237,3 @@ def test_commands_keep_any_text(text: str) -> None:
     assert joined.split("\0")[:7] == [
         cli_command.PROGRAM, "explain", "--model", "m", "--prompt", text, "--target",
     ]  # fmt: skip
-
-
-# ---- help, progress ----------------------------------------------------------------------------
-
-
-def test_help_and_version(run: Run) -> None:
-    done = run("--help")
-    assert done.code == 0
-    for code in cli_exit.Code:
-        assert re.search(rf"\b{code.value} \w", done.out), code
-    text = words(run("explain", "--help").out)
-    for key in ("share_to_tokens", "needs_contrast", "minus_top", "is_top", "--strip-newline"):
-        assert key in text
-    assert run("--version").out == f"{cli_command.PROGRAM} {clrp.__version__}\n"
-    assert run("demo", "--help").code == 0
-    assert run().out.strip()
-
-
-def test_help_documents_every_key(run: Run, folder: Path) -> None:
-    told = run("explain", "--model", folder, "--prompt", "a", "--contrast", "z", "--json").json
-    asked = run("explain", "--model", folder, "--prompt", "a", "--json").json
-    text = run("explain", "--help").out
-    keys = {*told, *asked, *told["target"], *told["tokens"][0], *told["ledger"][0]}
-    keys |= {*told["memory"]}
-    assert [key for key in keys if not re.search(rf"\b{key}\b", text)] == []
-
-
-def test_choices_are_those_of_the_package() -> None:
-    assert [rule.value for rule in cli_options.Rules] == list(clrp.RULE_SETS)
-    assert [way.value for way in cli_options.Memory] == list(get_args(Memory))
-    assert [kind.value for kind in cli_options.Kind] == list(KINDS)
-
-
-def test_help_imports_nothing_heavy() -> None:
-    """The rooms of the command line by themselves, without the package's own imports."""
-    code = (
-        "import sys, types\n"
-        "package = types.ModuleType('tl_contrastive_lrp')\n"
-        f"package.__path__ = [{str(ROOT / 'tl_contrastive_lrp')!r}]\n"
-        "sys.modules['tl_contrastive_lrp'] = package\n"
-        "sys.argv = ['x', 'explain', '--help']\n"
-        "from tl_contrastive_lrp.cli import main\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'transformers', 'transformer_lens', 'pandas', 'numpy', 'circuitsvis'}\n"
-        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    )  # fmt: skip
-    assert "--contrast" in done.stdout
-    assert done.stderr == "[]\n"
-
-
-def test_progress_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    for stream, wanted, words_there in (
-        (Terminal(), True, True),
-        (Terminal(), False, False),
-        (io.StringIO(), True, False),
-    ):
-        monkeypatch.setattr(sys, "stderr", stream)
-        with cli_terminal.progress("Loading [red]", wanted):
-            pass
-        assert ("Loading [red]" in stream.getvalue()) == words_there
-
-
-def test_libraries_are_quiet_while_loading_and_heard_afterwards(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    import logging
-
-    from tl_contrastive_lrp.cli.model import quiet_libraries
-
-    disabled = logging.root.manager.disable
-    with quiet_libraries():
-        load_demo_model(device="cpu")
-        print("chatter")
-        print("chatter", file=sys.stderr)
-        logging.warning("chatter")
-    assert capsys.readouterr() == ("", "")
-    assert logging.root.manager.disable == disabled

@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
-import torch
-from cli_runs import FILE, MODEL, PROMPT, TEXT, USAGE, Run, asked, built, typed_next, words
+from cli_runs import (
+    FILE,
+    MODEL,
+    PROMPT,
+    TEXT,
+    USAGE,
+    Run,
+    asked,
+    built,
+    keys,
+    same,
+    typed_next,
+    words,
+)
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp import AttributionGraph
-from tl_contrastive_lrp.cli import graph_made
-from tl_contrastive_lrp.cli import options as cli_options
 
 pytest_plugins = ("cli_fixtures",)
-
-COLUMNS = ("source_site", "target_site", "source_pos", "target_pos", "weight")
-
-
-def same(a: AttributionGraph, b: AttributionGraph) -> bool:
-    return a.sites == b.sites and all(torch.equal(getattr(a, c), getattr(b, c)) for c in COLUMNS)
-
-
-def keys(graph: AttributionGraph) -> dict[tuple[object, ...], float]:
-    """Weight by ends, one edge at a time."""
-    names = [n for n in graph.edges.columns if n != "weight"]
-    rows = graph.edges.to_dict("records")
-    return {tuple(row[n] for n in names): row["weight"] for row in rows}
-
 
 # ---- what is told and written ------------------------------------------------------------
 
@@ -280,46 +274,3 @@ def test_a_full_disk_names_the_file(
     done = run(*asked(folder, "--save", "g.safetensors"))
     assert (done.code, done.out) == (FILE, "")
     assert done.err == "Error: g.safetensors cannot be written: No space left on device.\n"
-
-
-# ---- help --------------------------------------------------------------------------------
-
-
-def test_help_documents_every_key_and_the_limit(run: Run, folder: Path) -> None:
-    told = run(*asked(folder, "--json")).json
-    text = words(run("graph", "--help").out)
-    shared = set(run("explain", *asked(folder, "--json")[1:]).json)
-    inside = {*told["full"], *told["kept"], *told["pruning"][0], *told["paths"][0]}
-    inside |= {*told["kept"]["strongest_left_out"], *told["memory"]}
-    wanted = {*told, *inside, *told["node_threshold"]}
-    assert shared & set(told) >= {"delta", "candidates", "notes"}
-    assert [key for key in wanted if not re.search(rf"\b{key}\b", text)] == []
-    limit = f"{graph_made.LONG:,} tokens"
-    assert f"above {limit} what pruning left" in words(text.replace("│", " "))
-    page = words(run("explain", "--help").out.replace("│", " "))
-    assert f"Above {limit} it has at most {graph_made.REPORT_EDGES:,} edges" in page
-
-
-def test_graph_takes_all_that_explain_takes() -> None:
-    from typing import get_type_hints
-
-    from tl_contrastive_lrp.cli.graph import graph_command
-    from tl_contrastive_lrp.cli.main import explain_command
-
-    graph, explain = (
-        get_type_hints(command, include_extras=True) for command in (graph_command, explain_command)
-    )
-    assert set(explain) - set(graph) == {"no_graph"}
-    own_words = {"top", "save"}  # paths, not tokens; a graph, not a result
-    for name in set(explain) - {"no_graph"} - own_words:
-        assert graph[name] is explain[name] or graph[name] == explain[name], name
-
-
-def test_choices_are_those_of_the_package() -> None:
-    for choice in cli_options.Granularity:
-        model = families.boot("llama", torch.float32)
-        tokens = torch.tensor([[1, 5, 6]])
-        graph = clrp.attribution_graph(
-            model, tokens, target=5, contrast=6, granularity=choice.value
-        )
-        assert graph.granularity == choice.value

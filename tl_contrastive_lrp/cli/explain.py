@@ -50,8 +50,7 @@ def explain(
 
     graph = graph and output.out is not None
     run = way.run(model, question.n_tokens, "relevance")
-    if not output.quiet:
-        run.announce()
+    run.announce(output)
     words = f"Forward and backward through {question.n_tokens:,} tokens"
     # Tiles show a bar of their own; two moving things would clash.
     with run.interruptible(), progress(words, output.spins and not run.tiles):

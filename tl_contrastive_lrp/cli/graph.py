@@ -12,9 +12,9 @@ import typer
 
 from . import options as o
 from .exit import exit_codes
-from .graph_made import LONG, Graphed, Pruning, is_long, made
+from .graph_made import Graphed, Pruning, is_long, long_note, made
 from .output import Output, write
-from .question import Question, ask, check_typed
+from .question import ask, check_typed
 from .tell import print_json
 from .terminal import progress, say
 from .way import Way
@@ -45,19 +45,6 @@ def _check_layers(layers: list[int], blocks: int, heads: bool) -> None:
 def _skips(layers: list[int] | None, blocks: int) -> bool:
     """Whether a transition spans several blocks."""
     return layers is not None and sorted({*layers, blocks}) != list(range(min(layers), blocks + 1))
-
-
-def _notes(question: Question, saves_made: bool) -> tuple[str, ...]:
-    if not is_long(question):
-        return question.notes
-    note = (
-        f"The prompt has more than {LONG:,} tokens ({question.n_tokens:,}), so its edges were "
-        "pruned while they came. Paths are those of the edges left then; their strengths are at "
-        "least those in the full graph."
-    )
-    if saves_made:
-        note += " --save writes that graph; --mass 1 would keep every edge."
-    return (*question.notes, note)
 
 
 def _write_page(graphed: Graphed, path: Path) -> None:
@@ -176,23 +163,20 @@ def graph_command(
     pruning = Pruning(mass, threshold, relative, top_k, not no_connected)
     pruning.check()
     way, output = Way.typed(typed), Output(top, json, out, save, quiet)
-    if heads and memory is o.Memory.TILED:
-        raise typer.BadParameter("--heads needs the plain way: leave out --memory tiled.")
     with exit_codes(debug):
         bridge, question = ask("graph", typed, output, way)
         blocks = int(bridge.cfg.n_layers)
         if chosen is not None:
             _check_layers(chosen, blocks, heads)
-        why = "--heads and --layers that skip blocks need the plain way."
-        plain_only = why if heads or _skips(chosen, blocks) else ""
-        if plain_only and memory is o.Memory.TILED:
-            raise typer.BadParameter("--layers that skip blocks need the plain way, not tiles.")
-        run = way.run(bridge, question.n_tokens, "graph", graph=True, plain_only=plain_only)
-        notes = _notes(question, save is not None and not save_pruned)
-        if not quiet:
-            run.announce()
-            for note in notes[len(question.notes) :]:
-                say(f"Note: {note}")
+        why = "" if not _skips(chosen, blocks) else "--layers that skip blocks need the plain way."
+        if why and memory is o.Memory.TILED:
+            raise typer.BadParameter(why)
+        run = way.run(bridge, question.n_tokens, "graph", plain_only=why, graphs=1, by_head=heads)
+        run.announce(output)
+        note = long_note(question, save is not None and not save_pruned)
+        if note and not quiet:
+            say(f"Note: {note}")
+        notes = (*question.notes, *filter(None, (run.note, note)))
         full = made(
             bridge,
             question,

@@ -129,6 +129,20 @@ def is_long(question: Question) -> bool:
     return question.n_tokens > LONG
 
 
+def long_note(question: Question, saves_made: bool) -> str:
+    """What is to be said of a graph that is pruned on the way, and of the file it is saved to."""
+    if not is_long(question):
+        return ""
+    note = (
+        f"The prompt has more than {LONG:,} tokens ({question.n_tokens:,}), so its edges were "
+        "pruned while they came. Paths are those of the edges left then; their strengths are at "
+        "least those in the full graph."
+    )
+    if saves_made:
+        note += " --save writes that graph; --mass 1 would keep every edge."
+    return note
+
+
 def report_graph(
     model: Any, question: Question, rules: str, output: Output, way: Way
 ) -> tuple[AttributionGraph | None, str]:
@@ -139,7 +153,7 @@ def report_graph(
     long = is_long(question)
     pruning = Pruning(mass=DEFAULT_MASS, top_k=REPORT_EDGES) if long else Pruning()
     try:
-        run = way.run(model, question.n_tokens, "report_graph", graph=True)
+        run = way.run(model, question.n_tokens, "report_graph", graphs=1)
         graph = made(model, question, rules, output, run, pruning if long else None)
         kept = pruning.of(graph)
         if not long:

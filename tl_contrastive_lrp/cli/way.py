@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .exit import CliError, Code
-from .output import check_parent
+from .output import Output, check_parent
 from .terminal import say
 
 if TYPE_CHECKING:
@@ -57,17 +57,15 @@ class Way:
             raise CliError(Code.FILE, f"--checkpoint-dir {self.checkpoint_dir} is a file.")
         check_parent(self.checkpoint_dir, "--checkpoint-dir")
 
-    def run(
-        self, model: Any, length: int, kind: str, *, graph: bool = False, plain_only: str = ""
-    ) -> Run:
+    def run(self, model: Any, length: int, kind: str, *, plain_only: str = "", **graph: Any) -> Run:
         """What one run is told, and what it will do.
 
         Args:
             model: The bridge.
             length: Tokens of the prompt.
             kind: Name of its folder below ``checkpoint_dir``.
-            graph: Whether edges are wanted.
             plain_only: Why it cannot run in tiles, if it is known.
+            graph: What is estimated beside nodes, as for ``memory.choose``.
 
         Raises:
             FileFormatError: the folder holds something else.
@@ -82,7 +80,7 @@ class Way:
             # What was begun in tiles goes on in tiles, even if the plain way fits by now.
             if Checkpoint(folder).tile() is not None:
                 way = replace(way, memory="tiled")
-        choice = choose(model, length, way.memory, way.tile, graphs=int(graph))
+        choice = choose(model, length, way.memory, way.tile, **graph)
         if plain_only and choice.tile is not None:
             choice = instead(choice, plain_only)
         if choice.tile is None:
@@ -128,11 +126,11 @@ class Run:
             "would."
         )
 
-    def announce(self) -> None:
+    def announce(self, output: Output) -> None:
         """Say on stderr, before a run that may take long, what was chosen."""
-        if said := self.said():
+        if output.spins and (said := self.said()):
             say(said)
-        if self.note:
+        if not output.quiet and self.note:
             say(f"Note: {self.note}")
 
     def options(self) -> dict[str, Any]:
