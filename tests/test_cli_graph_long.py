@@ -100,22 +100,27 @@ def test_pruned_on_the_way_is_pruned_afterwards(
     assert said["relative"] == pytest.approx(said["logits"] / abs(full.delta), rel=1e-5)
 
 
-def test_a_bound_on_what_is_left_out_says_something(run: Run, folder: Path, bridge: Any) -> None:
-    """A threshold bounds by itself; a share of mass by the weakest that stayed, or by the rest."""
+@pytest.mark.parametrize("mass", [0.5, 0.9])
+def test_a_bound_on_what_is_left_out(run: Run, folder: Path, bridge: Any, mass: float) -> None:
+    """In a transition none is larger than the weakest that stayed, nor than all left out weigh."""
     full = built(bridge)
-    told = run(*asked(folder, "--threshold", 0.05, "--no-connected", "--json")).json
-    assert told["kept"]["strongest_left_out"]["logits"] <= 0.05
-    told = run(*asked(folder, "--mass", 0.9, "--no-connected", "--json")).json
-    pruned, bounds = full.prune(mass=0.9), []
+    pruned, bounds = full.prune(mass=mass), []
     for pair, part in full.slices.items():
         kept = pruned.weight[pruned.slices[pair]].abs()
-        if len(kept) < part.stop - part.start:
-            rest = float(full.weight[part].abs().sum()) - float(kept.sum())
-            bounds.append(min(float(kept.min()), rest))
-    said = told["kept"]["strongest_left_out"]
-    assert said["logits"] == pytest.approx(max(bounds), rel=1e-4)
+        rest = float(full.weight[part].abs().sum()) - float(kept.sum())
+        bounds.append((float(kept.min()), rest))
+    decided = {weakest < rest for weakest, rest in bounds}
+    assert decided == ({True, False} if mass == 0.5 else {True}), "both bounds decide somewhere"
+    done = run(*asked(folder, "--mass", mass, "--no-connected", "--json"))
+    said = done.json["kept"]["strongest_left_out"]
+    assert said["logits"] == pytest.approx(max(map(min, bounds)), rel=1e-4)
     assert said["at_most"] is True
-    assert "strongest left out: at most " in run(*asked(folder, "--mass", 0.9)).out
+    assert "strongest left out: at most " in run(*asked(folder, "--mass", mass)).out
+
+
+def test_bounds_of_a_threshold_and_of_nothing_left_out(run: Run, folder: Path) -> None:
+    told = run(*asked(folder, "--threshold", 0.05, "--no-connected", "--json")).json
+    assert told["kept"]["strongest_left_out"]["logits"] <= 0.05
     told = run(*asked(folder, "--mass", 1, "--no-connected", "--json")).json
     assert told["kept"]["strongest_left_out"] is None
 
