@@ -25,12 +25,18 @@ def largest(size: Float[Tensor, " item"], count: int) -> Bool[Tensor, " item"]:
     return mask
 
 
-def fewest(size: Float[Tensor, " item"], share: float) -> int:
+def fewest(size: Float[Tensor, " item"], share: float, total: float | None = None) -> int:
     """How few of the largest values, none negative, hold ``share`` (0 to 1) of their sum.
 
     The smallest m with Σ_{i ≤ m} x_(i) ≥ share · Σ x, sorted downwards, added up in float64.
+
+    Args:
+        size: The values.
+        share: Of the sum.
+        total: The sum, where ``size`` holds only the largest of all values.
     """
     falling = np.sort(size.numpy())[::-1].cumsum(dtype=np.float64)
     if not len(falling) or share == 0:
         return 0
-    return min(int(np.searchsorted(falling, share * falling[-1])) + 1, len(falling))
+    total = falling[-1] if total is None else total
+    return min(int(np.searchsorted(falling, share * total)) + 1, len(falling))

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .prune_steps import Kept, PruneStep
-from .ranking import largest
+from .ranking import fewest, largest
 
 # Slack for adding up in another order than the final choice does.
 _CAREFUL = 1 - 1e-9
@@ -179,12 +179,9 @@ class Selection:
     def _wanted(self, size: Tensor) -> int:
         if self.rule.top_k is not None:
             return self.rule.top_k
-        if self.rule.mass is None or self.rule.mass == 1 or not len(size):
+        if self.rule.mass is None or self.rule.mass == 1:
             return len(size)
-        if self.rule.mass == 0:
-            return 0
-        falling = np.sort(size.numpy())[::-1].cumsum(dtype=np.float64)
-        return int(np.searchsorted(falling, self.rule.mass * self.mass)) + 1
+        return fewest(size, self.rule.mass, self.mass)
 
     def saved(self) -> dict[str, Tensor]:
         """What was chosen and counted, as tensors."""
