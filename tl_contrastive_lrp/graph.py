@@ -218,6 +218,21 @@ class AttributionGraph(GraphTools):
             raise ValueError(f"Site {site} is outside the graph's {len(self.sites)} sites.")
         return site % len(self.sites)
 
+    def transition(self, source: int | str, target: int | str) -> tuple[int, int]:
+        """One of ``transitions``, its sites given by name or index.
+
+        Raises:
+            ValueError: there is no such site or transition.
+        """
+        pair = (self.site_index(source), self.site_index(target))
+        if pair not in self.slices:
+            near = [self.sites[s] for s, t in self.transitions if t == pair[1]]
+            raise ValueError(
+                f"The graph has no transition {self.sites[pair[0]]} -> {self.sites[pair[1]]}; "
+                f"into the latter it has those from {', '.join(near) or 'no site'}."
+            )
+        return pair
+
     @property
     def edges(self) -> pd.DataFrame:
         """An edge a row: source_site, source_pos, target_site, target_pos, weight [, head, path].

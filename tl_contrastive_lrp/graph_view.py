@@ -120,12 +120,7 @@ def matrices_of(
         kind = pair[0] * len(graph.sites) + pair[1]
         chosen = np.ones(len(weight), dtype=bool)
     else:
-        ends = (graph.site_index(transition[0]), graph.site_index(transition[1]))
-        if ends not in graph.transitions:
-            raise ValueError(
-                f"The graph has no transition {graph.sites[ends[0]]} -> {graph.sites[ends[1]]}; "
-                "graph.transitions lists those it has."
-            )
+        ends = graph.transition(*transition)
         chosen = (pair[0] == ends[0]) & (pair[1] == ends[1])
         kind = np.zeros(len(weight), dtype=np.int64)
         if graph.head is not None:

@@ -65,14 +65,7 @@ def transition_matrix(
     path: str | int | None,
 ) -> Float[Tensor, "target_pos source_pos"]:
     """See ``AttributionGraph.matrix``."""
-    pair = (graph.site_index(source), graph.site_index(target))
-    if pair not in graph.slices:
-        near = [graph.sites[s] for s, t in graph.transitions if t == pair[1]]
-        raise ValueError(
-            f"The graph has no transition {graph.sites[pair[0]]} -> {graph.sites[pair[1]]}; "
-            f"into the latter it has those from {', '.join(near) or 'no site'}."
-        )
-    part = graph.slices[pair]
+    part = graph.slices[graph.transition(source, target)]
     n = len(graph.str_tokens)
     index = graph.target_pos[part].long() * n + graph.source_pos[part]
     weight = graph.weight[part]
