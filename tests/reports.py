@@ -118,13 +118,14 @@ def long_prompt(n: int = 12_374, sites: int = 9) -> Long:
     values = rng.standard_t(3, (sites, n)) * 1e-4
     for site in range(sites):
         values[site, rng.integers(0, n, 12)] += rng.standard_normal(12)
+    values *= 0.6 ** np.arange(sites)[:, None]
     hostile, needle, top, bottom = n // 2, n // 3, n // 5, n - 900
     for at, pieces in ((hostile, HOSTILE), (needle, [" Nee", "dle", " \n", "47", "11"])):
         tokens[at : at + len(pieces)] = pieces
         values[:, at - 40 : at + 60] = 1e-5
-    tokens[top], tokens[bottom] = HOSTILE[1], HOSTILE[2]
+    tokens[top - 1 : top + 2], tokens[bottom] = ["<i>", HOSTILE[1], "<i>"], HOSTILE[2]
     values[0, [top, bottom]] = 4.0, -3.0
-    values[:, 0] = 50.0
+    values[:, 0] = 50.0 * 0.8 ** np.arange(sites)
     greyed = np.array([token.startswith("<|") for token in tokens])
     greyed[0] = True
     return Long(tokens, values, greyed, (needle, needle + 4), hostile, top, bottom)

@@ -130,6 +130,7 @@ def test_pieces_are_apart_in_order_and_hold_no_token_that_matters(
 
 
 def test_prompts_up_to_a_thousand_tokens_are_shown_whole() -> None:
+    assert LONG == 1000
     values = np.zeros(LONG + 1)
     values[500] = 1.0
     grey = values > 2

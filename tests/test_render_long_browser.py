@@ -120,10 +120,11 @@ def test_search_opens_what_is_folded_and_goes_round(tmp_path: Path) -> None:
       one('.lrp-previous').click();
       await wait();
       const again = now();
-      const none = await find('nowhere (.*)');
+      const spaced = await find('3, "ID": 3');
+      const none = await find('(.*)');
       const marks = all('.lrp-hit,.lrp-now').length;
       press('Escape');
-      return {hidden, shown, still, needle, several, last, first, again, none, marks,
+      return {hidden, shown, still, needle, several, last, first, again, spaced, none, marks,
         cleared: one('.lrp-query').value + count()};
     """
     found = probe(body, needle=long.needle[0])
@@ -143,6 +144,9 @@ def test_search_opens_what_is_folded_and_goes_round(tmp_path: Path) -> None:
     assert answer["last"] == [[ends[-1]], f"{len(ends)} of {len(ends)}"]
     assert answer["first"] == [[ends[0]], f"1 of {len(ends)}"]
     assert answer["again"] == [ends[-1]]
+    whole = "".join(visible(token) for token in long.tokens)
+    times = whole.count('3,↵··"id":·3')
+    assert answer["spaced"].startswith(f"{times:,} found")
     assert (answer["none"], answer["marks"], answer["cleared"]) == ("not in the prompt", 0, "")
 
 
@@ -197,7 +201,7 @@ def test_hostile_tokens_stay_text_wherever_they_are_shown(tmp_path: Path) -> Non
       input.dispatchEvent(new Event('change'));
       await wait();
       const rows = all('#rows tbody tr').map(row => row.children[1].textContent);
-      return {found, rows, images: all('img,svg').length,
+      return {found, rows, images: all('img,svg,i').length,
         numbers: all('#rows tbody tr')[1].textContent};
     """
     shown = probe(body, **{"from": long.hostile - 1})
