@@ -117,6 +117,10 @@ def test_columns_refuse_what_does_not_fit() -> None:
     plain.add_diagonal(0, 1, torch.ones(2))
     with pytest.raises(ValueError, match="twice"):
         plain.add_dense(0, 1, torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"shape \(3,\) is no matrix"):
+        plain.add_dense(1, 2, torch.ones(3))
+    with pytest.raises(TypeError, match="needs relevance and special"):
+        AttributionGraph.from_columns(**plain.columns(), token_ids=torch.arange(2))
     with pytest.raises(ValueError, match="at least one"):
         EdgeColumns().columns()
     with pytest.raises(ValueError, match="nan"):

@@ -92,8 +92,9 @@ def test_hubs_by_hand() -> None:
     assert hubs["token"].tolist() == [" t0", " t2"]
     assert made(EDGES, 3, 3).hubs(1)["pos"].tolist() == [0]
     assert made(EDGES[:1], 3, 3).hubs().empty
-    with pytest.raises(ValueError, match="k=0"):
-        made(EDGES, 3, 3).hubs(0)
+    for k in (0, 2.5):
+        with pytest.raises(ValueError, match=f"k={k}"):
+            made(EDGES, 3, 3).hubs(k)
 
 
 @given(edge_lists())

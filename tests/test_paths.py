@@ -196,8 +196,9 @@ def test_no_path_at_all() -> None:
     assert len(found) == 0
     assert str(found) == "0 paths from the first site reach the final node."
     assert found.to_frame().empty
-    with pytest.raises(ValueError, match="k=0"):
-        made(EDGES, 3, 3, split=True).paths(0)
+    for k in (0, 2.5):
+        with pytest.raises(ValueError, match=f"k={k}"):
+            made(EDGES, 3, 3, split=True).paths(k)
 
 
 @pytest.mark.parametrize(

@@ -197,10 +197,17 @@ def test_subgraphs() -> None:
     assert listed(top) == edges[4:]
     assert "sites 1, 2" in str(top)
     assert listed(graph.subgraph(positions=[])) == []
+    assert listed(graph.subgraph(positions=0, sites=[0, 1])) == [edges[0]]
+    assert listed(graph.subgraph(sites=1)) == []
+    with pytest.raises(TypeError, match="integer"):
+        graph.subgraph(positions=[0.7])
     mask = torch.tensor([True, False, False, False, False, True])
     chosen = graph.where(mask)
     assert listed(chosen) == [edges[0], edges[5]]
     assert "chosen edges: kept 2 of 6 edges" in str(chosen)
+    for bad in (mask[:2], torch.tensor([0, 5]), [True]):
+        with pytest.raises(ValueError, match=r"one bool an edge, \(6,\)"):
+            graph.where(bad)
 
 
 @pytest.mark.parametrize(

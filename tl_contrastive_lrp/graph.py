@@ -122,6 +122,7 @@ class AttributionGraph(GraphTools):
 
         Raises:
             ValueError: what is given breaks what a graph promises; edges that are the same.
+            TypeError: a field is missing.
         """
         given = {
             "weight": weight, "source_site": source_site, "target_site": target_site,
@@ -133,6 +134,9 @@ class AttributionGraph(GraphTools):
             pairs = torch.stack([columns["target_site"], columns["source_site"]], dim=1)
             found = torch.unique_consecutive(pairs, dim=0).tolist()
             transitions = [(source, target) for target, source in found]
+        missing = {"relevance", "token_ids", "special"} - set(facts)
+        if missing:
+            raise TypeError(f"A graph needs {' and '.join(sorted(missing))}.")
         for name in ("relevance", "token_ids", "special"):
             facts[name] = facts[name].detach().cpu()
         if final_pos is None:

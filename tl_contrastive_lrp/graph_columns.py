@@ -53,10 +53,13 @@ class EdgeColumns:
         """A transition that is not split by heads.
 
         Raises:
-            ValueError: the graph's edges are split by heads, or the transition is there already.
+            ValueError: the graph's edges are split by heads, the transition is there already, or
+                no matrix.
         """
         if self.with_heads:
             raise ValueError("Edges are split by heads here: give this transition by add_split.")
+        if matrix.ndim != 2:
+            raise ValueError(f"A transition of shape {tuple(matrix.shape)} is no matrix.")
         matrix = _rows(matrix.detach(), live)
         target_pos, source_pos = torch.nonzero(matrix, as_tuple=True)
         self._add(source, target, target_pos, source_pos, matrix[target_pos, source_pos])

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -85,9 +86,9 @@ class GraphTools:
     def subgraph(
         self,
         *,
-        positions: Iterable[int] | None = None,
-        sites: Iterable[int | str] | None = None,
-        tokens: Iterable[str] | None = None,
+        positions: int | Iterable[int] | None = None,
+        sites: int | str | Iterable[int | str] | None = None,
+        tokens: str | Iterable[str] | None = None,
     ) -> AttributionGraph:
         """Only edges both of whose ends are at these positions, sites, or texts of tokens.
 
@@ -101,8 +102,18 @@ class GraphTools:
     def where(
         self, mask: Bool[Tensor, " edge"], steps: Iterable[PruneStep] = ()
     ) -> AttributionGraph:
-        """A graph of the edges in ``mask``; without ``steps`` its history says "chosen edges"."""
+        """A graph of the edges in ``mask``; without ``steps`` its history says "chosen edges".
+
+        Raises:
+            ValueError: the mask does not say of every edge whether to keep it.
+        """
         graph = self._graph
+        mask = torch.as_tensor(mask)
+        if mask.dtype != torch.bool or mask.shape != graph.weight.shape:
+            raise ValueError(
+                f"The mask is {mask.dtype} of shape {tuple(mask.shape)}; give one bool an edge, "
+                f"({len(graph.weight)},), such as graph.weight > 0."
+            )
         steps = tuple(steps) or (step_of(graph, "chosen edges", {}, mask),)
         names = [name for name in (*ORDER, "weight") if getattr(graph, name) is not None]
         kept: dict[str, Any] = {name: getattr(graph, name)[mask] for name in names}

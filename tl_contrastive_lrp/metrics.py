@@ -8,6 +8,7 @@ by itself (``graph.merge_heads()`` first counts pairs of nodes).
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,12 +166,12 @@ def hubs(graph: AttributionGraph, k: int = 10) -> pd.DataFrame:
         share: mass / Σ over all positions of mass.
 
     Raises:
-        ValueError: k below 1.
+        ValueError: k is no whole number, or below 1.
     """
     import pandas as pd
 
-    if k < 1:
-        raise ValueError(f"k={k} must be 1 or more.")
+    if not isinstance(k, Integral) or k < 1:
+        raise ValueError(f"k={k} must be a whole number, 1 or more.")
     taken, given = (of_site.sum(0) for of_site in _exchanged(graph))
     both = taken + given
     order = torch.sort(both, descending=True, stable=True).indices[:k]

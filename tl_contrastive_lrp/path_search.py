@@ -6,6 +6,7 @@ What a path's strength is, ``paths`` says.
 from __future__ import annotations
 
 import heapq
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,10 +33,10 @@ def strongest_paths(graph: AttributionGraph, k: int = 10) -> Paths:
         k: How many; fewer come back where there are fewer.
 
     Raises:
-        ValueError: k below 1.
+        ValueError: k is no whole number, or below 1.
     """
-    if k < 1:
-        raise ValueError(f"k={k} must be 1 or more.")
+    if not isinstance(k, Integral) or k < 1:
+        raise ValueError(f"k={k} must be a whole number, 1 or more.")
     shares, closed = _edge_shares(graph)
     size = shares.abs().log_()
     best = _best(graph, size)

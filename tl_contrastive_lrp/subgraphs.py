@@ -5,7 +5,9 @@ As in ``prune``, each rule returns a mask over the edges with its account and ch
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,34 +35,35 @@ def connected(graph: AttributionGraph) -> Pruned:
 def within(
     graph: AttributionGraph,
     *,
-    positions: Iterable[int] | None = None,
-    sites: Iterable[int | str] | None = None,
-    tokens: Iterable[str] | None = None,
+    positions: int | Iterable[int] | None = None,
+    sites: int | str | Iterable[int | str] | None = None,
+    tokens: str | Iterable[str] | None = None,
 ) -> Pruned:
     """Keep edges both of whose ends are at given sites and positions.
 
     Args:
         graph: Any graph.
-        positions: Positions in the prompt; negative ones count from the end.
-        sites: HookPoint names or indices.
-        tokens: Texts of tokens, exactly as in ``str_tokens``: every position that holds one.
-            With ``positions`` too, a position must satisfy both.
+        positions: Positions in the prompt, or one; negative ones count from the end.
+        sites: HookPoint names or indices, or one.
+        tokens: Texts of tokens, or one, exactly as in ``str_tokens``: every position that holds
+            one. With ``positions`` too, a position must satisfy both.
 
     Raises:
         ValueError: a position, site or token that the graph does not have, or nothing given.
+        TypeError: a position that is no whole number.
     """
     n = len(graph.str_tokens)
     at = torch.ones(n, dtype=torch.bool)
     said: dict[str, str] = {}
     if positions is not None:
-        wanted = [int(p) for p in positions]
+        wanted = [operator.index(p) for p in _each(positions)]
         outside = [p for p in wanted if not -n <= p < n]
         if outside:
             raise ValueError(f"Position {outside[0]} is outside the prompt's {n} tokens.")
         at &= torch.zeros(n, dtype=torch.bool).index_fill(0, torch.tensor(wanted).long() % n, True)
         said["positions"] = _listed(sorted({p % n for p in wanted}))
     if tokens is not None:
-        texts = {tokens} if isinstance(tokens, str) else set(tokens)
+        texts = set(_each(tokens))
         missing = sorted(texts - set(graph.str_tokens))
         if missing:
             raise ValueError(
@@ -70,9 +73,7 @@ def within(
         said["tokens"] = _listed(sorted(map(repr, texts)))
     kept_sites = torch.ones(len(graph.sites), dtype=torch.bool)
     if sites is not None:
-        indices = sorted(
-            {graph.site_index(s) for s in ([sites] if isinstance(sites, str) else sites)}
-        )
+        indices = sorted({graph.site_index(site) for site in _each(sites)})
         kept_sites = torch.zeros_like(kept_sites).index_fill(0, torch.tensor(indices).long(), True)
         said["sites"] = _listed(indices)
     if not said:
@@ -80,6 +81,10 @@ def within(
     node = (kept_sites[:, None] & at[None]).flatten()
     mask = node[graph.source_node] & node[graph.target_node]
     return mask, step_of(graph, "subgraph", said, mask)
+
+
+def _each(given: Any) -> Iterable[Any]:
+    return [given] if isinstance(given, str | Integral) else given
 
 
 def _few(graph: AttributionGraph) -> str:
