@@ -35,7 +35,7 @@ def long_view(n: int = N, edges: int = 40_000) -> GraphView:
         source[at], target[at], weight[at] = hub, n - 1, 1.0 + at
     if edges > 1200:  # together more than any hub, most of them folded
         many = slice(1000, 1200)
-        source[many], target[many], weight[many] = np.arange(6200, 6400) % n, n - 1, 0.2
+        source[many], target[many], weight[many] = np.arange(6200, 6400) % n, n - 1, 0.9
     source[len(hubs)], target[len(hubs)], weight[len(hubs)] = 0, n - 1, 99.0
     site = rng.integers(0, 2, edges)
     tokens = [f" t{i % 50}" for i in range(n)]
