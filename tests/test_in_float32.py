@@ -19,7 +19,7 @@ def test_in_float32_leaves_no_rounding(name: str, dtype: torch.dtype) -> None:
     before = [(p, p.data_ptr(), p.dtype) for p in model.original_model.parameters()]
     target, contrast = extremes(name, dtype)
     with in_float32(model):
-        result = clrp.attribute(model, TOKENS, target=target, contrast=contrast)
+        result = clrp.attribute(model, TOKENS, target=target, contrast=contrast, rules="attnlrp")
         assert all(p.dtype == torch.float32 for p in model.original_model.parameters())
     true = truth(name, dtype, "attnlrp").relevance
     wanted = torch.stack([true[site].sum(-1)[0] for site in result.sites])

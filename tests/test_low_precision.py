@@ -117,7 +117,7 @@ def test_edges_are_near_float64_on_the_same_weights(name: str) -> None:
     ends = extremes(name, dtype)
     true = EdgeTruth(rounded(name, dtype), TOKENS, contrast_seed(TOKENS, *ends, VOCAB), "attnlrp")
     graph = clrp.attribution_graph(
-        boot(name, dtype), TOKENS, target=ends[0], contrast=ends[1], progress=False
+        boot(name, dtype), TOKENS, target=ends[0], contrast=ends[1], rules="attnlrp"
     )
     between = []  # different positions, for which a transition's diagonal is no measure
     for source, target in zip(graph.sites, graph.sites[1:], strict=False):
