@@ -153,3 +153,41 @@ def visit(folder: Path, html: str, probe: str = "null") -> Visit:
 
 def document(body: str) -> str:
     return f"<!doctype html><html><head><meta charset=utf-8></head><body>{body}</body></html>"
+
+
+# What probes of a long prompt use: waiting, its spans, whether one can be seen, searching.
+TOOLS = """
+  const wait = () => new Promise(done => setTimeout(done, 250));
+  const all = (what) => [...document.querySelectorAll(what)];
+  const one = (what) => document.querySelector(what);
+  const size = () => document.querySelectorAll('*').length;
+  const spans = () => all('.lrp-box .t');
+  const token = (i) => one(`.lrp-box .t[data-i="${i}"]`);
+  const seen = (i) => {
+    const span = token(i), box = one('.lrp-box').getBoundingClientRect();
+    if (!span || !span.checkVisibility()) return false;
+    const at = span.getBoundingClientRect();
+    return at.height > 0 && at.top >= Math.max(0, box.top)
+      && at.bottom <= Math.min(innerHeight, box.bottom);
+  };
+  const now = () => all('.lrp-now').map(span => Number(span.dataset.i));
+  const count = () => one('.lrp-count').textContent;
+  const find = async (text) => {
+    one('.lrp-query').value = text;
+    one('.lrp-query').dispatchEvent(new Event('input'));
+    await wait();
+    return count();
+  };
+  const press = (key, more = {}) => document.activeElement.dispatchEvent(
+    new KeyboardEvent('keydown', {key, bubbles: true, cancelable: true, ...more}));
+  const enter = async (more = {}) => {
+    one('.lrp-query').focus();
+    press('Enter', more);
+    await wait();
+  };
+"""
+
+
+def probe(body: str, **given: int) -> str:
+    """A probe for :func:`visit` of a page with a long prompt, with ``TOOLS`` and these numbers."""
+    return f"(async () => {{const given = {json.dumps(given)};{TOOLS}{body}}})()"

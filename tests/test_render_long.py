@@ -144,6 +144,30 @@ def test_prompts_up_to_a_thousand_tokens_are_shown_whole() -> None:
     assert "CircuitsVis.render" in view.script
 
 
+def test_a_long_prompt_without_faint_tokens_is_shown_whole_and_says_so() -> None:
+    n = LONG + 1
+    values = 1 + np.random.default_rng(0).random(n)
+    for html in (
+        colored_tokens(["x"] * n, values).body,
+        report_html(replace(long_prompt().report(), **whole(n), tokens=values)),
+    ):
+        seen = check(html, ["x"] * n, values)
+        assert seen.pieces == []
+        assert "This prompt is long; all of its 1,001 tokens are shown." in html
+        assert "nothing is folded" in html
+
+
+def whole(n: int) -> dict[str, Any]:
+    """Fields of a report of ``n`` tokens that are all "x"."""
+    return {
+        "str_tokens": ["x"] * n,
+        "token_ids": range(n),
+        "greyed": None,
+        "resid": None,
+        "site_labels": [],
+    }
+
+
 def test_greyed_tokens_do_not_crowd_out_the_others() -> None:
     n = 5000
     values = np.full(n, 1e-6)

@@ -2,55 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from browser import HOSTILE, browser, document, visit
+from browser import HOSTILE, browser, document, probe, visit
 from reports import long_prompt
 
 from tl_contrastive_lrp.render import colored_tokens, colored_tokens_by_site, page, report_html
-from tl_contrastive_lrp.render.folds import MOST_SHOWN
+from tl_contrastive_lrp.render.folds import LONG, MOST_SHOWN
 from tl_contrastive_lrp.render.scale import colours
 from tl_contrastive_lrp.render.text import signed, visible
-
-# What every probe uses: waiting, the spans of the prompt, whether one can be seen, searching.
-TOOLS = """
-  const wait = () => new Promise(done => setTimeout(done, 250));
-  const all = (what) => [...document.querySelectorAll(what)];
-  const one = (what) => document.querySelector(what);
-  const size = () => document.querySelectorAll('*').length;
-  const spans = () => all('.lrp-box .t');
-  const token = (i) => one(`.lrp-box .t[data-i="${i}"]`);
-  const seen = (i) => {
-    const span = token(i), box = one('.lrp-box').getBoundingClientRect();
-    if (!span || !span.checkVisibility()) return false;
-    const at = span.getBoundingClientRect();
-    return at.height > 0 && at.top >= Math.max(0, box.top)
-      && at.bottom <= Math.min(innerHeight, box.bottom);
-  };
-  const now = () => all('.lrp-now').map(span => Number(span.dataset.i));
-  const count = () => one('.lrp-count').textContent;
-  const find = async (text) => {
-    one('.lrp-query').value = text;
-    one('.lrp-query').dispatchEvent(new Event('input'));
-    await wait();
-    return count();
-  };
-  const press = (key, more = {}) => document.activeElement.dispatchEvent(
-    new KeyboardEvent('keydown', {key, bubbles: true, cancelable: true, ...more}));
-  const enter = async (more = {}) => {
-    one('.lrp-query').focus();
-    press('Enter', more);
-    await wait();
-  };
-"""
-
-
-def probe(body: str, **given: int) -> str:
-    return f"(async () => {{const given = {json.dumps(given)};{TOOLS}{body}}})()"
 
 
 def rgb(shade: str) -> str:
@@ -295,3 +258,19 @@ def test_long_views_open_alone_under_the_policy_of_their_page(tmp_path: Path) ->
     assert seen.requests == []
     assert 'role="search">' in seen.dom
     assert seen.dom.count('class="colored-tokens"') == 1
+
+
+@browser
+def test_sites_can_be_chosen_where_nothing_is_folded(tmp_path: Path) -> None:
+    rows = 1 + np.random.default_rng(0).random((2, LONG + 1))
+    rows[1] = -rows[1]
+    view = colored_tokens_by_site(["x"] * (LONG + 1), rows, ["a", "b"])
+    body = """
+      const colour = () => getComputedStyle(token(0)).backgroundColor;
+      const first = colour();
+      one('.lrp-later').click();
+      return [first === colour(), one('.lrp-site').value, all('.lrp-fold').length,
+        await find('xxx'), getComputedStyle(one('.lrp-open')).display];
+    """
+    answer = visit(tmp_path, document(view._repr_html_()), probe(body)).probe
+    assert answer == [False, "b", 0, f"{(LONG + 1) // 3} found", "none"]

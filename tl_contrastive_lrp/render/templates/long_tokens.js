@@ -55,8 +55,10 @@
       const [first, last] = data.folds[k];
       piece.firstElementChild.title = `positions ${first} to ${last} · Σ|relevance| ${data.sizes[site][k]}`;
     });
-    named("share").textContent = data.share[site];
-    named("total").textContent = data.total[site];
+    if (data.folds.length) {
+      named("share").textContent = data.share[site];
+      named("total").textContent = data.total[site];
+    }
     spans().forEach((span) => paint(span, Number(span.dataset.i)));
     readout.textContent = data.labels[site];
     list();
