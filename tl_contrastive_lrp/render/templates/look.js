@@ -27,15 +27,24 @@
     ? (share >= 0 ? "+" : "") + minus((100 * share).toFixed(1)) + " %" : "–";
   // Numbers packed in base64: float32, or float16 times a unit a row.
   function unpack(text, units) {
-    const raw = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
-    const view = new DataView(raw.buffer);
-    if (!units) return Float32Array.from({length: raw.length / 4}, (_, i) => view.getFloat32(4 * i, true));
-    const length = raw.length / 2, row = length / units.length;
-    return Float32Array.from({length}, (_, i) => {
-      const bits = view.getUint16(2 * i, true), power = (bits >> 10) & 31, part = bits & 1023;
-      const size = power ? 2 ** (power - 25) * (1024 + part) : 2 ** -24 * part;
-      return (bits & 0x8000 ? -size : size) * units[Math.floor(i / row)];
-    });
+    const raw = atob(text), bytes = new Uint8Array(raw.length);
+    for (let i = 0; i < bytes.length; i++) bytes[i] = raw.charCodeAt(i);
+    if (!units) {
+      const view = new DataView(bytes.buffer), values = new Float32Array(bytes.length / 4);
+      for (let i = 0; i < values.length; i++) values[i] = view.getFloat32(4 * i, true);
+      return values;
+    }
+    const values = new Float32Array(bytes.length / 2), row = values.length / units.length;
+    // Of each power its value; the lowest one has no leading bit.
+    const steps = Array.from({length: 32}, (_, power) => 2 ** (Math.max(power, 1) - 25));
+    for (let site = 0, i = 0; site < units.length; site++) {
+      for (const end = i + row; i < end; i++) {
+        const high = bytes[2 * i + 1], power = (high >> 2) & 31;
+        const size = ((power ? 1024 : 0) + ((high & 3) << 8) + bytes[2 * i]) * steps[power];
+        values[i] = (high & 0x80 ? -size : size) * units[site];
+      }
+    }
+    return values;
   }
   return {rgb, colour, dark, signed, rough, percent, unpack};
 }
