@@ -105,6 +105,8 @@ def test_what_tiles_cannot_do_is_refused() -> None:
         clrp.attribution_graph(model, ids, objective, mass=0.5, top_k=3)
     with pytest.raises(ValueError, match="share from 0 to 1"):
         clrp.attribution_graph(model, ids, objective, mass=1.5)
+    with pytest.raises(ValueError, match=r"top_k=2\.5 must be a whole number"):
+        clrp.attribution_graph(model, ids, objective, top_k=2.5)
 
 
 # ---------------------------------------------------------------- streaming alone

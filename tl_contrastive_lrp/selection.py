@@ -12,6 +12,7 @@ is what k entries seen already reach.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -46,8 +47,8 @@ class Rule:
             raise ValueError(f"mass={self.mass} must be a share from 0 to 1, such as 0.85.")
         if self.threshold is not None and not 0 <= self.threshold < float("inf"):
             raise ValueError(f"threshold={self.threshold} must be a finite number, 0 or more.")
-        if self.top_k is not None and self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must be 0 or more.")
+        if self.top_k is not None and (not isinstance(self.top_k, Integral) or self.top_k < 0):
+            raise ValueError(f"top_k={self.top_k} must be a whole number, 0 or more.")
 
     def __bool__(self) -> bool:
         return any(x is not None for x in (self.mass, self.threshold, self.top_k))
