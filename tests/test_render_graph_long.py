@@ -75,7 +75,11 @@ def test_folding_keeps_every_sum_and_the_busiest_positions() -> None:
             assert data.relevance[site, column] == pytest.approx(inside)
     # Each edge of the whole graph, put where its ends are folded to, the slow way.
     sums: dict[tuple[int, ...], float] = {}
-    ends = {i: c for c, (a, b) in enumerate(zip(data.first, data.last)) for i in range(a, b + 1)}  # noqa: B905
+    ends = {
+        i: c
+        for c, (a, b) in enumerate(zip(data.first, data.last, strict=True))
+        for i in range(a, b + 1)
+    }
     edges = whole.edges
     for s, i, t, j, weight in zip(
         edges.source_site, edges.source_pos, edges.target_site, edges.target_pos, edges.weight,
