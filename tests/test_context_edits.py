@@ -20,6 +20,7 @@ EDITS: dict[str, Callable[[Tensor], Tensor]] = {
     "scale": lambda t: 1.7 * t,
     "bend": lambda t: t + 0.2 * torch.sin(3.0 * t),
 }
+RULES = ("attnlrp", "gim")
 EDITED = ("hook_in", "ln1.hook_in", "ln1.hook_out", "attn.q.hook_out", "attn.k.hook_out",
           "attn.v.hook_out", "attn.hook_pattern", "attn.o.hook_in", "attn.hook_out", "ln2.hook_in",
           "ln2.hook_out", "mlp.in.hook_out", "mlp.out.hook_in", "mlp.hook_out",
@@ -32,10 +33,12 @@ PLACES = {
 }
 
 
-def _compare(name: str, point: str, edit: Callable[[Tensor], Tensor], order: str) -> None:
+def _compare(
+    name: str, point: str, edit: Callable[[Tensor], Tensor], order: str, rules: str
+) -> None:
     """Logits, and the gradient at every node downstream and upstream of the edit."""
     model, ids = boot(name), random_tokens(2)
-    written = Written(make_hf(name), {point: edit} if point else {})
+    written = Written(make_hf(name), {point: edit} if point else {}, rules)
     logits = written.run(ids)
     delta(logits).backward()
     assert written.edits == {}
@@ -48,11 +51,11 @@ def _compare(name: str, point: str, edit: Callable[[Tensor], Tensor], order: str
     with true_float64(model):
         plain = model.run_with_hooks(ids, fwd_hooks=edits)
         if order == "user inside":
-            with clrp.lrp(model), model.hooks(fwd_hooks=[leaf(kept), *edits, *readers]):
+            with clrp.lrp(model, rules), model.hooks(fwd_hooks=[leaf(kept), *edits, *readers]):
                 got = model(ids)
         else:
             hooks = model.hooks(fwd_hooks=[leaf(kept), *edits])
-            with hooks, clrp.lrp(model), model.hooks(fwd_hooks=readers):
+            with hooks, clrp.lrp(model, rules), model.hooks(fwd_hooks=readers):
                 got = model(ids)
         assert torch.equal(got, plain)
         assert off(got, logits) < 1e-10
@@ -68,33 +71,36 @@ def _compare(name: str, point: str, edit: Callable[[Tensor], Tensor], order: str
         assert error < 1e-9 * largest, (node, error / largest)
 
 
+@pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("name", PLACES)
-def test_the_written_computation_is_attnlrp(name: str) -> None:
-    _compare(name, "", lambda t: t, "user inside")
+def test_the_written_computation_is_the_rule_sets(name: str, rules: str) -> None:
+    _compare(name, "", lambda t: t, "user inside", rules)
 
 
+@pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("order", ["user inside", "user outside"])
 @pytest.mark.parametrize("point", sorted({p for places in PLACES.values() for p in places}))
 @pytest.mark.parametrize("name", PLACES)
-def test_edits_of_activations(name: str, point: str, order: str) -> None:
+def test_edits_of_activations(name: str, point: str, order: str, rules: str) -> None:
     if point not in PLACES[name]:
         pytest.skip(f"{name} has no {point}")
     for kind, edit in EDITS.items():
         try:
-            _compare(name, f"blocks.0.{point}", edit, order)
+            _compare(name, f"blocks.0.{point}", edit, order, rules)
         except AssertionError as error:
             raise AssertionError(f"edit {kind!r} of {point}: {error}") from error
 
 
+@pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("order", ["user inside", "user outside"])
 @pytest.mark.parametrize("point", ["hook_normalized", "hook_scale"])
 @pytest.mark.parametrize("name", PLACES)
 @pytest.mark.filterwarnings("ignore:A forward hook edited hook_scale/hook_normalized")
-def test_edits_of_a_norms_statistics(name: str, point: str, order: str) -> None:
+def test_edits_of_a_norms_statistics(name: str, point: str, order: str, rules: str) -> None:
     """TransformerLens leaves its native norm for these: relevance is right, or it is refused."""
     for kind, edit in EDITS.items():
         try:
-            _compare(name, f"blocks.0.ln2.{point}", edit, order)
+            _compare(name, f"blocks.0.ln2.{point}", edit, order, rules)
         except ModelStateError as error:
             # the norm of gpt2 is not native: nothing to refuse
             if name == "gpt2" or point not in str(error):

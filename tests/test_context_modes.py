@@ -182,7 +182,8 @@ def test_compatibility_mode_refuses_rules_inside_rules() -> None:
 
 @pytest.mark.parametrize("point", ["mlp.gate.hook_out", "mlp.in.hook_out", "mlp.hook_pre"])
 @pytest.mark.parametrize("order", ["user inside", "user outside"])
-def test_compatibility_mode_edits(point: str, order: str) -> None:
+@pytest.mark.parametrize("rules", ["attnlrp", "gim"])
+def test_compatibility_mode_edits(point: str, order: str, rules: str) -> None:
     """The MLP that TransformerLens computes itself: an edit is followed, or refused."""
     ids, name = random_tokens(), f"blocks.0.{point}"
     plain, model = boot("qwen3", torch.float64), _compatible("qwen3", torch.float64)
@@ -190,12 +191,15 @@ def test_compatibility_mode_edits(point: str, order: str) -> None:
     def edit(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         return torch.where(torch.arange(9)[None, :, None] == 4, -0.5 * tensor, tensor)
 
-    with clrp.lrp(plain):
+    with clrp.lrp(plain, rules):
         wanted = input_gradient(plain, ids, [(name, edit)])
     if order == "user outside":
-        with model.hooks(fwd_hooks=[(name, edit)]), clrp.lrp(model):
+        with model.hooks(fwd_hooks=[(name, edit)]), clrp.lrp(model, rules):
             got = input_gradient(model, ids, [])
         assert off(got, wanted) < 3e-6
+    elif rules == "gim":  # no rule has read anything here: nothing to refuse
+        with clrp.lrp(model, rules):
+            assert off(input_gradient(model, ids, [(name, edit)]), wanted) < 3e-6
     else:
-        with clrp.lrp(model), pytest.raises(ModelStateError, match="changed the value"):
+        with clrp.lrp(model, rules), pytest.raises(ModelStateError, match="changed the value"):
             input_gradient(model, ids, [(name, edit)])

@@ -1,4 +1,4 @@
-"""AttnLRP on small decoders, written out: what a user's edits inside the rules must give.
+"""AttnLRP and GIM on small decoders, written out: what a user's edits inside the rules must give.
 
 Each family's forward in plain torch, with every rule as a detached factor, and every named value
 passed through ``at`` where a user's hook may change it. It shares no code with the package.
@@ -15,9 +15,12 @@ from torch import Tensor
 
 
 class Written:
-    """AttnLRP on a small decoder, from its state dict and configuration, in plain torch."""
+    """``rules`` on a small decoder, from its state dict and configuration, in plain torch."""
 
-    def __init__(self, hf: Any, edits: dict[str, Callable[[Tensor], Tensor]]) -> None:
+    def __init__(
+        self, hf: Any, edits: dict[str, Callable[[Tensor], Tensor]], rules: str = "attnlrp"
+    ) -> None:
+        self.gim = {"attnlrp": False, "gim": True}[rules]
         self.w = {k: v.detach() for k, v in hf.state_dict().items()}
         self.c = hf.config
         self.kind = hf.config.model_type
@@ -46,11 +49,21 @@ class Written:
         y = y + self.w[f"{key}.bias"] if gpt2 else y
         return self.at(f"{name}.hook_out", y)
 
-    @staticmethod
-    def identity(x: Tensor, y: Tensor) -> Tensor:
-        """Identity rule: y = x ⊙ (y/x held constant); no x of these tests is 0 unless y is."""
+    def identity(self, x: Tensor, y: Tensor) -> Tensor:
+        """Identity rule: y = x ⊙ (y/x held constant); no x of these tests is 0 unless y is. GIM has
+        the gradient there."""
+        if self.gim:
+            return y
         ratio = torch.where(x == 0, torch.full_like(x, 0.5), y / x).detach()
         return x * ratio
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """GIM: the gradient of T · softmax(s/T), for T = 2."""
+        p = scores.softmax(-1)
+        if not self.gim:
+            return p
+        warm = 2 * (scores / 2).softmax(-1)
+        return p.detach() + warm - warm.detach()
 
     @staticmethod
     def half(y: Tensor) -> Tensor:
@@ -109,7 +122,7 @@ class Written:
         if self.kind == "gemma2" and self.c.layer_types[i] == "sliding_attention":
             hidden = hidden | (rows - columns >= self.c.sliding_window)
         scores = self.half(scores).masked_fill(hidden, torch.finfo(x.dtype).min)
-        pattern = self.at(f"{at}.hook_pattern", scores.softmax(-1))
+        pattern = self.at(f"{at}.hook_pattern", self.softmax(scores))
         z = self.at(f"{at}.o.hook_in", self.half(torch.einsum("bhqk,bkhd->bqhd", pattern, v)))
         out = self.linear(z.flatten(2), f"{key}.c_proj" if gpt2 else f"{key}.o_proj")
         return self.at(f"{at}.hook_out", out)

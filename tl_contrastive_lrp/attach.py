@@ -27,7 +27,7 @@ from .attach_norm import attach_norm
 from .attachment import Attachment, HookFn, edit, gradient, is_same
 from .errors import ModelStateError
 from .rules_softcap import correct_softcap, softcap
-from .rules_softmax import sink_temperature, softmax_temperature
+from .rules_softmax import sink_temperature, softmax_temperature, was_changed
 from .rulesets import RuleSet
 from .sites import Operation, Site, is_kind
 
@@ -127,7 +127,7 @@ def _softmax(site: Site, rule_set: RuleSet) -> Attachment:
     sinks = getattr(site.component.original_component, "sinks", None) is not None
 
     def at_pattern(pattern: Tensor) -> Tensor:
-        if sinks:
+        if sinks or was_changed(pattern):
             return sink_temperature(pattern, temperature, name)
         return softmax_temperature(pattern, temperature)
 

@@ -34,7 +34,7 @@ from . import inside_marks as marks
 from .attachment import HookFn
 from .inside_experts import clamp_bounds, clamp_ratio
 from .inside_norms import NORMS, ROOTS, NormCall, is_root
-from .rules_softmax import softmax_temperature
+from .rules_softmax import sink_temperature, softmax_temperature, was_changed
 from .rulesets import RuleSet
 from .sites import is_component, operations_of
 
@@ -94,6 +94,8 @@ class OperationRules(TorchFunctionMode):
         if self.rule_set.softmax == "constant":
             return pattern.detach()
         if self.rule_set.softmax == "temperature":
+            if was_changed(pattern):
+                return sink_temperature(pattern, self.rule_set.temperature, "hook_pattern")
             return softmax_temperature(pattern, self.rule_set.temperature)
         return pattern
 

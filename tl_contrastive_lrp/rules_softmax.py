@@ -6,7 +6,7 @@ the same expression in the pattern p itself. Values stay as they are, as in ``ru
 Attention sinks are learned logits that join every row of scores and are dropped after the softmax,
 so that the pattern's rows sum to less than 1. A rule on the pattern alone, which takes
 p ⊙ (g − Σ p g) for the gradient to come, cannot see the sinks' share; there the rule acts on the
-softmax's node itself.
+softmax's node itself. So it does where a hook of the user's changed the pattern before the rule.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from .errors import ModelStateError
 from .precision import WideGradient
 from .rules import at_least_float32
+
+_RULED = "temperature"  # marks a softmax's autograd node that has its rule
 
 
 def _to_scores(
@@ -57,12 +59,24 @@ def _before_rounding(pattern: Tensor) -> Tensor:
 
     A float16 pattern is 0 below 6e-8, where its square root, at temperature 2, still counts.
     """
-    cast: Any = pattern.grad_fn
-    softmax: Any = cast.next_functions[0][0] if type(cast).__name__ == "ToCopyBackward0" else None
-    if type(softmax).__name__ != "SoftmaxBackward0":
+    softmax = _own_softmax(pattern)
+    if softmax is None or softmax is pattern.grad_fn:
         return pattern
     unrounded: Tensor = softmax._saved_result
     return unrounded.detach()
+
+
+def _own_softmax(pattern: Tensor) -> Any:
+    """The autograd node of the softmax whose result the pattern is, perhaps rounded; else None."""
+    node: Any = pattern.grad_fn
+    if type(node).__name__ == "ToCopyBackward0":
+        node = node.next_functions[0][0]
+    return node if type(node).__name__ == "SoftmaxBackward0" else None
+
+
+def was_changed(pattern: Tensor) -> bool:
+    """More than rounding lies between a softmax and ``pattern``: a sink, or an edit."""
+    return pattern.grad_fn is not None and _own_softmax(pattern) is None
 
 
 def softmax_temperature(
@@ -74,40 +88,53 @@ def softmax_temperature(
         pattern: softmax(scores), perhaps rounded to the model's type.
         temperature: T, above 0.
     """
+    softmax = _own_softmax(pattern)
+    if softmax is not None:
+        softmax.metadata[_RULED] = True
     out: Tensor = _SoftmaxTemperature.apply(pattern, _before_rounding(pattern), temperature)
     return out
 
 
 def _softmax_above(pattern: Tensor) -> Any:
-    """The autograd node of the softmax that the pattern was cut out of."""
-    node: Any = pattern.grad_fn
-    while node is not None and node.name() != "SoftmaxBackward0":
-        inputs = [below for below, _ in node.next_functions if below is not None]
-        node = inputs[0] if len(inputs) == 1 else None
-    return node
+    """The autograd node of the only softmax without a rule that the pattern was made from."""
+    found, seen, left = set(), set(), [pattern.grad_fn]
+    while left:
+        node: Any = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "SoftmaxBackward0":
+            found.add(node)
+        else:
+            left += [below for below, _ in node.next_functions]
+    softmax = found.pop() if len(found) == 1 else None
+    return None if softmax is None or _RULED in softmax.metadata else softmax
 
 
 def sink_temperature(
     pattern: Float[Tensor, "*batch query key"], temperature: float, where: str
 ) -> Float[Tensor, "*batch query key"]:
-    """The rule with sinks: s are the scores and the sinks' logits together, g is 0 at the sinks.
+    """The rule at the softmax itself. With sinks, s are the scores and the sinks' logits together,
+    and g is 0 at the sinks; under a user's edit, g is what the edit passes on.
 
     Args:
-        pattern: What is left of the softmax's result after the sink was dropped; returned as it is.
+        pattern: What is left of the softmax's result after the sink was dropped, or an edit of it;
+            returned as it is.
         temperature: T, above 0.
         where: The pattern's name in errors.
 
     Raises:
-        ModelStateError: the pattern was not made from one softmax and constants.
+        ModelStateError: the pattern was not made from one softmax that has no rule yet.
     """
-    if not pattern.requires_grad:
+    if pattern.grad_fn is None:  # a constant or a leaf: nothing goes further back
         return pattern
     softmax = _softmax_above(pattern)
     if softmax is None:
         raise ModelStateError(
-            f"The rule for the softmax with sinks at {where} needs the softmax that made the "
-            "pattern, and another hook replaced it. Remove that hook, or use rules='attnlrp'."
+            f"The rule for the softmax at {where} needs the softmax that made the pattern, and "
+            "another hook replaced it. Remove that hook, or use rules='attnlrp'."
         )
+    softmax.metadata[_RULED] = True
     p = at_least_float32(softmax._saved_result.detach())  # the sinks' columns are still in it
 
     def tempered(_sent: Any, given: tuple[Tensor, ...]) -> tuple[Tensor]:
