@@ -87,8 +87,16 @@ def test_a_replaced_pattern_is_refused() -> None:
     made_up = draw(3, 5).requires_grad_() * draw(3, 5, seed=1).requires_grad_()
     with pytest.raises(ModelStateError, match=r"blocks\.3\.attn\.hook_pattern"):
         sink_temperature(made_up, 2.0, "blocks.3.attn.hook_pattern")
-    constant = draw(3, 5)
-    assert sink_temperature(constant, 2.0, "here") is constant
+    for end in (draw(3, 5), draw(3, 5).requires_grad_()):  # nothing goes further back
+        assert sink_temperature(end, 2.0, "here") is end
+
+
+def test_a_softmax_gets_the_rule_once() -> None:
+    """A pattern that is put in place of another layer's would bring its softmax the rule again."""
+    pattern = draw(3, 5).requires_grad_().softmax(-1)
+    softmax_temperature(pattern, 2.0)
+    with pytest.raises(ModelStateError, match="another hook replaced it"):
+        sink_temperature(2.0 * pattern, 2.0, "blocks.1.attn.hook_pattern")
 
 
 # ---------------------------------------------------------------- the family
