@@ -78,7 +78,7 @@ def test_circuits_grow_by_weight_or_by_given_scores() -> None:
     assert other.points[1].delta != pytest.approx(curve.points[1].delta, abs=1e-3)
     assert drawn[0].cpr == pytest.approx(drawn[1].cpr, abs=1e-12)
     assert drawn[0].cpr != pytest.approx(drawn[2].cpr, abs=1e-6)
-    assert (curve.name, same.name, drawn[0].name) == ("attnlrp", "scores", "random")
+    assert (curve.name, same.name, drawn[0].name) == (clrp.DEFAULT_RULES, "scores", "random")
 
 
 def test_edges_without_weight_come_last() -> None:

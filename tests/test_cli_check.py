@@ -35,7 +35,7 @@ def test_a_covered_model_is_listed(run: Run, folder: Path) -> None:
     done = run("check", folder)
     assert done.code == 0
     first, *rest = done.out.splitlines()
-    assert first == f"{folder} (LlamaForCausalLM): covered, rules attnlrp, float32"
+    assert first == f"{folder} (LlamaForCausalLM): covered, rules {clrp.DEFAULT_RULES}, float32"
     for component in ("blocks.0-1.attn", "blocks.0-1.mlp", "blocks.0-1.ln1", "ln_final"):
         assert any(line.split()[:1] == [component] for line in rest), component
     assert "is linear or has its rule" in done.out

@@ -143,7 +143,7 @@ def test_the_softcap_number_is_the_configs_own_again() -> None:
     model = boot("gemma2", torch.float32)
     config = model.original_model.config
     attention = model.blocks[0].attn.original_component
-    with clrp.lrp(model):
+    with clrp.lrp(model, "attnlrp"):
         assert type(config.final_logit_softcapping) is not float
     assert type(config.final_logit_softcapping) is float
     assert config.final_logit_softcapping == 3.0

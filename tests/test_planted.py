@@ -182,7 +182,7 @@ def test_the_trained_models_have_learned_their_tasks(task: Any) -> None:
 
 def test_five_letters_decide_in_the_deep_model() -> None:
     """By intervention: other chains may be any, but none of the five can be another letter (what is
-    left may still be guessed: one of three letters is no first letter of a pair)."""
+    left may still be guessed: a prompt holds three ends)."""
     model, kept, changed = planted_deep.bridge(), 0, []
     for seed in range(40):
         case = planted_deep.case(seed)

@@ -229,7 +229,7 @@ def test_bad_input(call: Callable[[Any], object], error: type[Exception], words:
 def test_it_reads_well() -> None:
     v = verify(boot("qwen2", torch.float32), random_tokens()[0])
     text = str(v)
-    assert text.startswith(f"{v.model_name}: ok (float32, rules attnlrp, 9 tokens")
+    assert text.startswith(f"{v.model_name}: ok (float32, rules {clrp.DEFAULT_RULES}, 9 tokens")
     assert len(text.splitlines()) == 1 + len(NAMES)
     for check, line in zip(v.checks, text.splitlines()[1:], strict=True):
         assert line.split()[:2] == [check.name, check.verdict]

@@ -101,7 +101,7 @@ RULE_SETS: dict[str, RuleSet] = {
 }  # fmt: skip
 
 # What is used where nobody names rules; why this one: docs/faithfulness.md.
-DEFAULT_RULES: Final = "attnlrp"
+DEFAULT_RULES: Final = "gim"
 
 
 def get_rule_set(rules: str | RuleSet) -> RuleSet:

@@ -35,7 +35,7 @@ class Rules(str, Enum):
     GRADIENT = "gradient"
 
 
-DEFAULT_RULES = Rules.ATTNLRP  # that of ``rulesets``
+DEFAULT_RULES = Rules.GIM  # that of ``rulesets``
 
 
 class Device(str, Enum):
