@@ -46,8 +46,8 @@ def test_hook_list_refuses_a_saturated_softcap() -> None:
     model = fresh("gemma2")
     model.original_model.config.final_logit_softcapping = 0.05
     with pytest.raises(ModelStateError, match="saturated"):
-        input_gradient(model, random_tokens(), clrp.lrp_hooks(model))
-    with clrp.lrp(model):
+        input_gradient(model, random_tokens(), clrp.lrp_hooks(model, "attnlrp"))
+    with clrp.lrp(model, "attnlrp"):
         assert input_gradient(model, random_tokens(), []).isfinite().all()
 
 
@@ -62,7 +62,7 @@ def test_hook_list_refuses_an_edit_after_its_reading(
 ) -> None:
     model = boot(name, torch.float32)
     user = (point, lambda tensor, hook: edit(tensor))  # noqa: ARG005
-    hooks = clrp.lrp_hooks(model)
+    hooks = clrp.lrp_hooks(model, "attnlrp")
     with pytest.raises(ModelStateError, match="changed the value"):
         input_gradient(model, random_tokens(), [*hooks, user])
     assert input_gradient(model, random_tokens(), [user, *hooks]).isfinite().all()
@@ -70,14 +70,31 @@ def test_hook_list_refuses_an_edit_after_its_reading(
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("point", ["mlp.gate.hook_out", "mlp.in.hook_out", "attn.hook_pattern"])
+def test_hook_list_of_gim_follows_edits(point: str, order: str) -> None:
+    """No rule of GIM's reads an activation's input, so there is nothing to refuse."""
+    model, ids, at = boot("qwen3", torch.float64), random_tokens(), f"blocks.0.{point}"
+    written = Written(make_hf("qwen3"), {at: lambda t: 1.7 * t + 0.2}, "gim")
+    user = (at, lambda tensor, hook: 1.7 * tensor + 0.2)  # noqa: ARG005
+    hooks = clrp.lrp_hooks(model, "gim")
+    with true_float64(model):
+        got = input_gradient(model, ids, [user, *hooks] if order == "before" else [*hooks, user])
+    delta(written.run(ids)).backward()
+    assert off(got, written.nodes["embed.hook_out"].grad) < 1e-9
+
+
+@pytest.mark.parametrize("rules", ["attnlrp", "gim"])
+@pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("point", ["hook_scale", "hook_normalized", "hook_out"])
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
 @pytest.mark.filterwarnings("ignore:A forward hook edited hook_scale/hook_normalized")
-def test_hook_list_follows_or_refuses_edits_of_a_norm(name: str, point: str, order: str) -> None:
+def test_hook_list_follows_or_refuses_edits_of_a_norm(
+    name: str, point: str, order: str, rules: str
+) -> None:
     model, ids = boot(name, torch.float64), random_tokens()
     at = f"blocks.0.ln2.{point}"
-    written = Written(make_hf("qwen3"), {at: patch}) if name == "qwen3" else None
-    user, hooks = (at, lambda tensor, hook: patch(tensor)), clrp.lrp_hooks(model)  # noqa: ARG005
+    written = Written(make_hf("qwen3"), {at: patch}, rules) if name == "qwen3" else None
+    user, hooks = (at, lambda tensor, hook: patch(tensor)), clrp.lrp_hooks(model, rules)  # noqa: ARG005
     listed = [user, *hooks] if order == "before" else [*hooks, user]
     if (point, order) in (("hook_out", "after"), ("hook_scale", "before")):
         with true_float64(model):

@@ -125,7 +125,7 @@ def test_the_packed_route_equals_the_closed_form_on_adjacent_sites() -> None:
     objective = clrp.logit_diff(model, 7, 12)
     graph = clrp.attribution_graph(model, TOKENS, objective)
     pairs = [(graph.sites[0], graph.sites[1]), (graph.sites[1], graph.sites[2])]
-    packed = packed_edges(model, TOKENS, objective, RULE_SETS["attnlrp"], pairs, progress=False)
+    packed = packed_edges(model, TOKENS, objective, RULE_SETS[graph.rules], pairs, progress=False)
     for pair in pairs:
         wanted = graph.matrix(*pair)
         assert (packed[pair] - wanted).abs().max() <= 1e-5 * wanted.abs().max()
