@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rules", choices=clrp.RULE_SETS, default=clrp.DEFAULT_RULES)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = random_bridge(options.layers, options.d_model, options.heads, max(options.pos))
@@ -71,15 +72,17 @@ def main() -> None:
     names = [f"blocks.{i}.{at}" for i in range(options.layers) for at in
              ("hook_resid_pre", "attn.hook_z", "mlp.hook_post", "hook_resid_post")]  # fmt: skip
     print(f"{options.layers} layers, d_model {options.d_model}, {options.threads} thread(s), "
-          f"median of {options.repeats}; seconds, and ratio to plain")  # fmt: skip
+          f"{options.rules}, median of {options.repeats}; seconds, and ratio to plain")  # fmt: skip
     print(f"{'pos':>6} {'plain':>8} {'relevance':>10} {'ratio':>6} {'attribute':>10} {'ratio':>6}")
     for pos in options.pos:
         tokens = torch.randint(4, model.cfg.d_vocab, (1, pos))
         objective = clrp.logit_diff(model, 7, 12)
         runs = {
             "plain": lambda: plain(model, tokens, objective, names),
-            "relevance": lambda: clrp.run_with_relevance(model, tokens, objective, names),
-            "attribute": lambda: clrp.attribute(model, tokens, objective),
+            "relevance": lambda: clrp.run_with_relevance(
+                model, tokens, objective, names, rules=options.rules
+            ),
+            "attribute": lambda: clrp.attribute(model, tokens, objective, rules=options.rules),
         }
         t = measure(runs, options.repeats)
         print(f"{pos:>6} {t['plain']:>8.3f} {t['relevance']:>10.3f} "

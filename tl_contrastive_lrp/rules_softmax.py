@@ -27,12 +27,14 @@ _RULED = "temperature"  # marks a softmax's autograd node that has its rule
 
 def _to_scores(
     p: Float[Tensor, "*batch query key"], g: Float[Tensor, "*batch query key"], temperature: float
-) -> Float[Tensor, "*batch query key"]:
-    """pᵀ ⊙ (g − Σ pᵀ g), from the softmax ``p`` at temperature 1."""
-    # softmax(s/T) from softmax(s): pᵀ ∝ p^(1/T). Masked keys have p = 0 and stay 0.
+) -> tuple[Float[Tensor, "*batch query key"], Float[Tensor, "*batch query key"]]:
+    """pᵀ ⊙ (g − Σ pᵀ g), from the softmax ``p`` at temperature 1; and pᵀ, whose memory is free."""
+    # softmax(s/T) from softmax(s): pᵀ ∝ p^(1/T). Masked keys have p = 0 and stay 0. In place: new
+    # memory of a pattern's size costs more than what is computed in it.
     tempered = p.pow(1.0 / temperature)
-    tempered = tempered / tempered.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
-    return tempered * (g - (tempered * g).sum(-1, keepdim=True))
+    tempered.div_(tempered.sum(-1, keepdim=True).clamp_min_(torch.finfo(p.dtype).tiny))
+    sent = tempered * g
+    return sent.addcmul_(tempered, sent.sum(-1, keepdim=True), value=-1.0), tempered
 
 
 class _SoftmaxTemperature(torch.autograd.Function):
@@ -48,10 +50,12 @@ class _SoftmaxTemperature(torch.autograd.Function):
         pattern, unrounded = ctx.saved_tensors
         # g' may leave float16's range where p does.
         p = at_least_float32(unrounded if isinstance(g, WideGradient) else pattern)
-        wanted = _to_scores(p, at_least_float32(g), ctx.temperature)
+        wanted, spare = _to_scores(p, at_least_float32(g), ctx.temperature)
         # The softmax's own backward p ⊙ (g' − Σ p g') turns g' = wanted/p into `wanted`, because
-        # Σ wanted = 0. Where p underflowed to 0 the tempered weight is below 1e-19: nothing lost.
-        return torch.where(p > 0, wanted / p, torch.zeros_like(p)).to(g.dtype), None, None
+        # Σ wanted = 0. Where p is 0, so is wanted; below the least normal number, where the
+        # tempered weight is at most 1e-19, something is lost, but nothing that counts.
+        least = torch.finfo(p.dtype).tiny
+        return wanted.div_(spare.copy_(p).clamp_min_(least)).to(g.dtype), None, None
 
 
 def _before_rounding(pattern: Tensor) -> Tensor:
@@ -138,7 +142,7 @@ def sink_temperature(
     p = at_least_float32(softmax._saved_result.detach())  # the sinks' columns are still in it
 
     def tempered(_sent: Any, given: tuple[Tensor, ...]) -> tuple[Tensor]:
-        wanted = _to_scores(p, at_least_float32(given[0]), temperature)
+        wanted, _ = _to_scores(p, at_least_float32(given[0]), temperature)
         return (wanted.to(given[0].dtype),)
 
     softmax.register_hook(tempered)
