@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,17 +19,29 @@ WINDOWS = ("sliding_window", "window_size", "local_attention", "attention_chunk_
 _LENGTHS = ("n_positions", "max_position_embeddings", "max_seq_len")
 
 
-def boot(name: str, window: int, dtype: torch.dtype = torch.float32) -> Any:
-    """A row of the zoo that takes 1,024 positions, with windows of this size where it has any.
-
-    Weights do not depend on ``dtype``. Not kept for the session.
-    """
+@contextmanager
+def _long(name: str, window: int) -> Iterator[str]:
     changes = {**dict.fromkeys(_LENGTHS, 1024), **dict.fromkeys(WINDOWS, window)}
     row = zoo.ROWS[name]
     kwargs = {key: changes.get(key, value) for key, value in row.kwargs.items()}
     long = dataclasses.replace(row, name=f"{name}-long-{window}", kwargs=kwargs)
     with mock.patch.dict(zoo.ROWS, {long.name: long}):
-        return zoo.build.boot.__wrapped__(long.name, dtype)
+        yield long.name
+
+
+def boot(name: str, window: int, dtype: torch.dtype = torch.float32) -> Any:
+    """A row of the zoo that takes 1,024 positions, with windows of this size where it has any.
+
+    Weights do not depend on ``dtype``. Not kept for the session.
+    """
+    with _long(name, window) as long:
+        return zoo.build.boot.__wrapped__(long, dtype)
+
+
+def saved(name: str, window: int) -> Path:
+    """The folder of that model."""
+    with _long(name, window) as long:
+        return zoo.saved(long)
 
 
 def has_window(name: str) -> bool:

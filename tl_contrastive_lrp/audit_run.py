@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .audit_cuts import Cuts, repeated_blocks
 from .audit_report import Audit, Finding
 from .audit_walk import Found, walk_graph
+from .offload import input_device
 from .sites import module_names
 
 _TOKENS = 4
@@ -114,7 +115,7 @@ def _finding(found: Found, owners: _Owners, others: dict[int, nn.Module]) -> Fin
 
 def some_tokens(model: Any) -> Tensor:
     """Different from each other and from any positions, so that their lookups can be told."""
-    device = next(iter(model.original_model.parameters())).device
+    device = input_device(model)
     return ((torch.arange(_TOKENS, device=device) * 4 + 9) % int(model.cfg.d_vocab))[None]
 
 

@@ -194,7 +194,7 @@ def _transition(
                 raise
             chunk = max(1, chunk // 2)
             continue
-        edges[part] = (at_least_float32(back[:, 0]) * h).sum(-1)
+        edges[part.to(edges.device)] = (at_least_float32(back[:, 0]) * h).sum(-1)
         done += len(part)
         if bar is not None:
             bar.update(len(part))

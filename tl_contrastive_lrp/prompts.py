@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .errors import PromptError, TokenError
+from .offload import input_device
 
 
 def vocab_size(model: Any) -> int:
@@ -33,9 +34,13 @@ def model_name(model: Any) -> str:
 
 
 def model_device(model: Any) -> torch.device:
-    """Device that token ids must be on."""
-    device: torch.device = next(iter(model.original_model.parameters())).device
-    return device
+    """Device that token ids must be on.
+
+    Raises:
+        ModelStateError: weights on several devices, or without numbers, that nothing brings
+            together.
+    """
+    return input_device(model)
 
 
 def to_tokens(model: Any, prompt: str | list[str] | Tensor) -> Int[Tensor, "batch pos"]:
@@ -46,7 +51,8 @@ def to_tokens(model: Any, prompt: str | list[str] | Tensor) -> Int[Tensor, "batc
 
     Raises:
         PromptError: empty, not integer, not of shape [pos] or [batch, pos], out of range, or
-            texts of different lengths, longer than the model's context.
+            texts of different lengths, longer than the model's context, or on another device.
+        ModelStateError: as ``model_device``.
     """
     many = isinstance(prompt, list)
     if many and any(not isinstance(text, str) for text in prompt):
