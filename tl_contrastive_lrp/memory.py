@@ -7,8 +7,11 @@ The plain way (``backward.run``) keeps every block's attention for the backward:
 
 from __future__ import annotations
 
+import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,6 +32,7 @@ _SAFE = 0.7  # share of the free memory that is used
 _BUDGET = 1 << 30  # bytes of one tile's activations, where memory is plenty
 _BY_TILE = 12.0  # [head, tile, pos] tensors alive in the backward of one tile
 _TILES = (16, 1024)
+_TRIMMED_EVERY = 4  # tiles
 _BY_EDGE = 40  # bytes of an edge's columns, and of putting them together
 
 
@@ -75,6 +79,26 @@ def free_bytes(device: torch.device) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except (OSError, TypeError):  # no such library to ask, as on Windows
+        return None
+    return found
+
+
+def give_back(tile: int = 0) -> None:
+    """Have the C library give memory that is free inside the process back to the system.
+
+    Tensors whose size changes from tile to tile leave holes that glibc keeps, more than a GiB of
+    them. Done at some tiles only, since what is given back has to be asked for again.
+    """
+    trim = _malloc_trim()
+    if trim is not None and tile % _TRIMMED_EVERY == 0:
+        trim(0)
 
 
 def plain_bytes(model: Any, length: int, *, graphs: int = 0, by_head: bool = False) -> int:

@@ -129,7 +129,7 @@ class Selection:
         part = tuple(x.to(torch.int32) for x in (rows + row, columns + column, *slots))
         self._parts.append(tuple(x.cpu() for x in self._above((*part, weights))))
         self._held += len(self._parts[-1][-1])
-        if self._held > max(2 * self._tidy, 1 << 20):
+        if self._held > max(1.5 * self._tidy, 1 << 20):
             self._parts = [self._above(part) for part in self._parts]
             self._held = self._tidy = sum(len(part[-1]) for part in self._parts)
 
@@ -167,15 +167,19 @@ class Selection:
     def chosen(self) -> tuple[Tensor, ...]:
         """Target positions, source positions, by heads slots, and weights of the edges to keep.
 
-        In order.
+        In order. Nothing is to be added afterwards; all else is let go.
         """
         if not self._parts:
             none = torch.zeros(0, dtype=torch.int32)
             return none, none, torch.zeros(0)
-        self._parts = [tuple(torch.cat(x[::-1]) for x in zip(*self._parts, strict=True))]
-        (part,) = self._parts
+        self._tau = max(self._tau, self._bound(0, self._parts[0][-1].dtype))
+        above = [self._above(part) for part in reversed(self._parts)]
+        self._parts = []  # before the copy
+        part = tuple(torch.cat(x) for x in zip(*above, strict=True))
         keep = largest(part[-1].abs(), self._wanted(part[-1].abs()))
-        return tuple(x[keep] for x in part)
+        self._parts = [tuple(x[keep] for x in part)]
+        self._masses = self._counts = None
+        return self._parts[0]
 
     def _wanted(self, size: Tensor) -> int:
         if self.rule.top_k is not None:

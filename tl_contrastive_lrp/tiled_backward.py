@@ -22,6 +22,7 @@ from .attachment import Attachment, HookFn
 from .backward import Reading, arranged
 from .errors import ModelStateError
 from .joined import Joined, Signal
+from .memory import give_back
 from .placement import attached, reading_hooks
 from .precision import LOW, WideGradient, plain
 from .rules import at_least_float32
@@ -42,6 +43,8 @@ class TileReader(Protocol):
     def begin_tile(self, layer: int, tile: int, cache: Any) -> None: ...
 
     def end_tile(self, layer: int, tile: int, joined: Joined, which: int) -> None: ...
+
+    def end_layer(self, layer: int) -> None: ...
 
     def saved(self, layer: int, which: int) -> dict[str, Tensor]: ...
 
@@ -114,8 +117,11 @@ class Backward:
         if reader is not None:
             reader.begin_layer(layer, forward)
         for tile in reversed(range(len(forward.bounds))):
+            give_back(tile)
             self._tile(layer, tile, flows, mine, hooks)
             self.step()
+        if reader is not None:
+            reader.end_layer(layer)
         for signal, flow in zip(self.signals, flows, strict=True):
             signal.g = flow.g_in
 

@@ -222,6 +222,12 @@ class TiledEdges:
             rows[~live.to(rows.device)] = 0
         self.found[which][layer].add(rows, start, first, unseen)
 
+    def end_layer(self, layer: int) -> None:
+        """Choose, so that only what is kept stays in memory."""
+        for found in self.found:
+            found[layer].chosen()
+        self._moving = self._cache = None
+
     def saved(self, layer: int, which: int) -> dict[str, Tensor]:
         return self.found[which][layer].saved()
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from .memory import give_back
 from .tile_bounds import Range, is_wanted, tiles_of
 from .tile_masks import Packed
 
@@ -217,7 +218,8 @@ def prefill(
     recorder = _Recorder(found, cache, leaves)
     logits = found.parts
     with recorder.on(model.blocks):
-        for start, stop in bounds:
+        for tile, (start, stop) in enumerate(bounds):
+            give_back(tile)
             if start >= wanted[-1][1]:  # by causality, without a part in what is wanted
                 step()
                 continue
