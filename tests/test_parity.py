@@ -61,13 +61,15 @@ def test_float32(name: str, rules: str) -> None:
     assert errors[worst] <= 1e-5, (worst, errors[worst])
 
 
+@pytest.mark.parametrize("rules", ["attnlrp", "gim"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_left_padded_batch(name: str) -> None:
+def test_left_padded_batch(name: str, rules: str) -> None:
     model = boot(name)
     tokens, mask = left_padded()
     objective = clrp.logit_diff(model, TARGET, CONTRAST)
     with true_float64(model):
-        _, relevance = clrp.run_with_relevance(model, tokens, objective, attention_mask=mask)
-    errors = _largest_errors(relevance, _oracle(name, "attnlrp", tokens, mask))
+        how = {"attention_mask": mask, "rules": rules}
+        _, relevance = clrp.run_with_relevance(model, tokens, objective, **how)
+    errors = _largest_errors(relevance, _oracle(name, rules, tokens, mask))
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] <= 1e-10, (worst, errors[worst])
