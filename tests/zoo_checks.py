@@ -21,7 +21,7 @@ from tl_contrastive_lrp.errors import UncoveredComponentError
 TARGET, CONTRAST = 7, 12
 TOKENS = zoo.random_tokens()
 RULES = ("attnlrp", "cplrp", "relp", "gim", "gradient")
-GRAPH_RULES = ("attnlrp", "cplrp")
+GRAPH_RULES = ("attnlrp", "cplrp", "gim")
 
 
 @dataclass
