@@ -56,6 +56,10 @@ _TWO_INPUTS = (
     "second sequence of tokens, and relevance is defined here for one prompt and one stack. Use a "
     "decoder-only model or an encoder, or explain this one by activation patching."
 )
+_POST_NORM = (
+    "in OPT's post-norm blocks (opt-350m) TransformerLens gives what a hook returns at ln2.hook_out "
+    "another shape, so that the model fails with any hook there that returns a value."
+)
 _STACKS = (
     "its layers are {} instead of one stack model.blocks, and some run several times in a forward, "
     "so a HookPoint holds no single hidden state."
@@ -86,6 +90,8 @@ def _refuse_shape(model: Any, found: dict[str, Any]) -> None:
     if two:
         kind = type(model.original_model).__name__
         raise UncoveredComponentError(f"No rule covers this model ({kind}): {_TWO_INPUTS}")
+    if getattr(config, "do_layer_norm_before", True) is False:
+        raise refusal("model", model.original_model, _POST_NORM)
     heads = dict.fromkeys(path.split(".")[0] for path in found)
     stacks = [head for head in heads if head.endswith("blocks") and head != "blocks"]
     if stacks and "blocks" not in heads:
