@@ -57,8 +57,8 @@ _TWO_INPUTS = (
     "decoder-only model or an encoder, or explain this one by activation patching."
 )
 _POST_NORM = (
-    "in OPT's post-norm blocks (opt-350m) TransformerLens gives what a hook returns at ln2.hook_out "
-    "another shape, so that the model fails with any hook there that returns a value."
+    "in OPT's post-norm blocks (opt-350m) TransformerLens gives what a hook returns at "
+    "ln2.hook_out another shape, so that the model fails with any hook there that returns a value."
 )
 _STACKS = (
     "its layers are {} instead of one stack model.blocks, and some run several times in a forward, "
