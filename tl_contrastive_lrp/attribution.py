@@ -135,6 +135,8 @@ class Attribution:
     def show(self, *, include_special: bool = False) -> RenderedHTML:
         """The prompt's tokens coloured by relevance, as circuitsvis shows them, without network.
 
+        Of more than 1,000 tokens, runs of faint ones are folded into pieces that open with a click.
+
         Args:
             include_special: Colour special tokens and the first token too, and let them count in
                 the colour scale.
