@@ -112,14 +112,16 @@ def test_a_full_gpu_halves_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(model, tokens, wanted, bounds, *more)
 
     monkeypatch.setattr(tiles, "prefill", full)
-    got = candidates.logits_at(model, ids, memory="tiled", tile=48, progress=False)
+    with pytest.warns(UserWarning, match="ran out of memory; going on with tiles of 24") as said:
+        got = candidates.logits_at(model, ids, memory="tiled", tile=48, progress=False)
+    assert len(said) == 1
     assert tried[-2:] == [24, 12]
     with torch.no_grad():
         assert torch.allclose(got, model(ids)[0, -1], atol=1e-5)
     tried.clear()
     monkeypatch.setattr(tiles, "check_tileable", lambda *_: None)
-    monkeypatch.setattr(candidates, "_LEAST_TILE", 30)
-    with pytest.raises(torch.OutOfMemoryError):
+    monkeypatch.setattr(memory, "_TILES", (30, 1024))
+    with pytest.warns(UserWarning, match="ran out"), pytest.raises(torch.OutOfMemoryError):
         candidates.logits_at(model, ids, memory="tiled", tile=48, progress=False)
     assert tried == [48, 24]
 

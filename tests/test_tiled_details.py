@@ -11,6 +11,8 @@ from families import FAMILIES, boot, random_tokens
 from tiling import LIMIT, PLAIN, TILED
 
 import tl_contrastive_lrp as clrp
+from tl_contrastive_lrp.selection import Rule
+from tl_contrastive_lrp.tiled_graph import _diagonal
 
 COLUMNS = ("target_site", "source_site", "target_pos", "source_pos", "head", "path")
 
@@ -60,6 +62,15 @@ def test_pruned_edges_by_head_are_the_same(name: str, pruning: dict[str, Any]) -
     (wanted,), (got,) = plain.history, tiled.history
     for one, other in zip(wanted.transitions, got.transitions, strict=True):
         assert (one.edges_before, one.edges_kept) == (other.edges_before, other.edges_kept)
+
+
+@pytest.mark.parametrize(("threshold", "kept"), [(0.0, [0, 2, 3]), (0.5, [3])])
+def test_what_arrives_in_parts_that_cancel_is_passed_on(threshold: float, kept: list[int]) -> None:
+    """Between attention and MLP a state may hold 0 in sum; its position's share still goes on."""
+    source, target = torch.tensor([1.0, 0.0, -2.0, 3.0]), torch.tensor([0.0, 1.0, 0.0, 3.0])
+    rows, columns, weights = _diagonal(Rule(), source, target, threshold).chosen()
+    assert rows.tolist() == columns.tolist() == kept
+    assert weights.tolist() == source[kept].tolist()
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "zoo:youtu", "zoo:mixtral"])

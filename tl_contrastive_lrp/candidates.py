@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import TokenError
-from .memory import Memory, cannot, choose, instead
+from .memory import Memory, cannot, choose, in_smaller_tiles, instead
 from .prompts import str_tokens, to_single_prompt
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 _PEAK = 4.0
 _WIDTHS = 8.0  # [pos, d_model] tensors
 _NEURONS = 3.0  # [pos, d_mlp] tensors
-_LEAST_TILE = 16
 
 
 def forward_bytes(model: Any, length: int) -> int:
@@ -89,19 +88,16 @@ def _in_tiles(
 
     check_tileable(model, tokens)
     wanted = ((pos, pos + 1),)
-    while True:
-        bounds = tiles_of(tokens.shape[1], tile, wanted)
-        try:
-            with (
-                torch.no_grad(),
-                tqdm(total=len(bounds), desc="Prompt", unit="tile", disable=not progress) as bar,
-            ):
-                return prefill(model, tokens, wanted, bounds, {}, bar.update).logits()[0, 0]
-        except torch.OutOfMemoryError:
-            if tile <= _LEAST_TILE:
-                raise
-            tile //= 2
-        torch.cuda.empty_cache()
+
+    def attempt(smaller: int) -> Float[Tensor, " vocab"]:
+        bounds = tiles_of(tokens.shape[1], smaller, wanted)
+        with (
+            torch.no_grad(),
+            tqdm(total=len(bounds), desc="Prompt", unit="tile", disable=not progress) as bar,
+        ):
+            return prefill(model, tokens, wanted, bounds, {}, bar.update).logits()[0, 0]
+
+    return in_smaller_tiles(attempt, tile)
 
 
 def candidate_table(model: Any, logits: Float[Tensor, " vocab"], k: int) -> pd.DataFrame:

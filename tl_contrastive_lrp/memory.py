@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -20,6 +21,7 @@ from .errors import ModelStateError
 from .prompts import model_device
 
 Memory = Literal["auto", "plain", "tiled"]
+T = TypeVar("T")
 
 # Float32 tensors of [head, pos, pos] that the plain way keeps a block, and beside them at its
 # peak. Measured on four blocks of eight heads (benchmarks/long_context.py): 442 MiB at 1,024 and
@@ -79,6 +81,31 @@ def free_bytes(device: torch.device) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def in_smaller_tiles(attempt: Callable[[int], T], tile: int) -> T:
+    """What ``attempt`` gives for a tile, halved with one warning until the GPU has room for it.
+
+    Raises:
+        torch.OutOfMemoryError: tiles of 16 positions do not fit either.
+    """
+    warned = False
+    while True:
+        try:
+            return attempt(tile)
+        except torch.OutOfMemoryError:
+            if tile <= _TILES[0]:
+                raise
+            tile //= 2
+            if not warned:
+                warnings.warn(
+                    f"The GPU ran out of memory; going on with tiles of {tile} positions (and "
+                    "smaller ones, if need be).",
+                    stacklevel=4,
+                )
+            warned = True
+        if torch.cuda.is_available():  # not before the error has let go of its tensors
+            torch.cuda.empty_cache()
 
 
 @cache

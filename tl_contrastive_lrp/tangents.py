@@ -64,7 +64,8 @@ def _reusable(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _tangent(x: Tensor) -> Tensor:
+def tangent_of(x: Tensor) -> Tensor:
+    """The derivative that a dual number carries, 0 where it carries none."""
     tangent: Tensor | None = forward_ad.unpack_dual(x).tangent
     return torch.zeros_like(x) if tangent is None else tangent
 
@@ -74,7 +75,8 @@ def _primal(x: Tensor) -> Tensor:
     return primal
 
 
-def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
+def dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    """A value with its derivative."""
     made: Tensor = forward_ad.make_dual(primal, tangent)
     return made
 
@@ -98,8 +100,8 @@ def _norm_hooks(site: Site) -> list[tuple[str, HookFn]]:
     def rebuild(output: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         normalized, scale = seen["normalized"], seen["scale"]
         value = _primal(normalized)
-        moved = _tangent(normalized) + value * _tangent(scale) / _primal(scale)
-        return _dual(_primal(output), (norm_weight(site.component, value) * moved).to(output.dtype))
+        moved = tangent_of(normalized) + value * tangent_of(scale) / _primal(scale)
+        return dual(_primal(output), (norm_weight(site.component, value) * moved).to(output.dtype))
 
     return [
         (f"{site.path}.hook_scale", observe("scale")),
@@ -122,7 +124,7 @@ class _CapOperand:
 
     def __rmul__(self, tanh: Tensor) -> Tensor:
         ratio = softcap_ratio(_primal(self.x) / self.cap)
-        return _dual(_primal(tanh * self.cap), _tangent(self.x) * ratio)
+        return dual(_primal(tanh * self.cap), tangent_of(self.x) * ratio)
 
 
 @contextmanager
@@ -149,13 +151,13 @@ class _Linear(OperationRules):
         ratio = self.ratio(name, args, kwargs)
         if ratio is not None:
             x = args[0]
-            return _dual(_primal(out), _tangent(x) * ratio(_primal(x)))
+            return dual(_primal(out), tangent_of(x) * ratio(_primal(x)))
         if self.rule_set.norm != "ln":
             return out
         if name in NORMS:
             call = NormCall.of(name, args, kwargs)
-            moved = call.moved(_tangent(call.x))
-            return _dual(_primal(out), moved.to(out.dtype))
+            moved = call.moved(tangent_of(call.x))
+            return dual(_primal(out), moved.to(out.dtype))
         return _primal(out) if is_root(name, args, out) else out
 
 
@@ -173,13 +175,13 @@ class _Seam(_Linear):
         if not self.states or not self.states[-1]:
             return func(*args, **kwargs)
         if name == "softmax":
-            self.read["scores"] = self.by_head(_tangent(args[0]))[0]
+            self.read["scores"] = self.by_head(tangent_of(args[0]))[0]
             self.after_softmax = True
             return _primal(func(*args, **kwargs))
         if name not in MATRIX_PRODUCTS:
             return super().__torch_function__(func, types, args, kwargs)
         if self.after_softmax:
-            self.read["v"] = self.by_head(_tangent(args[-1]))[0].transpose(0, 1)
+            self.read["v"] = self.by_head(tangent_of(args[-1]))[0].transpose(0, 1)
             raise _Stop
         *first, query, key = args
         return func(*first, _primal(query), key, **kwargs)
@@ -206,13 +208,13 @@ def block_tangents(
     read: dict[str, Tensor] = {}
 
     def start(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return _dual(_primal(tensor), wide(_primal(tensor).clone()))
+        return dual(_primal(tensor), wide(_primal(tensor).clone()))
 
     def read_value(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
-        read["v"] = plain(_tangent(tensor))[0]
+        read["v"] = plain(tangent_of(tensor))[0]
 
     def read_scores(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
-        read["scores"] = plain(_tangent(tensor))[0]
+        read["scores"] = plain(tangent_of(tensor))[0]
         raise _Stop
 
     hooks: list[tuple[str, HookFn]] = [(f"{prefix}hook_in", start)]

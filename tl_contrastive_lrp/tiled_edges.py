@@ -11,31 +11,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from .backward import Reading
 from .edge_slots import slots
 from .edges import BlockEdges, biased_blocks, edge_readings, needs_tangents
 from .joined import Joined
-from .precision import LOW, WideGradient, plain
+from .precision import plain
 from .rules import at_least_float32
 from .rulesets import RuleSet
 from .selection import Rule, Selection
 from .sites import Site
-from .tangents import BlockCall, block_tangents
+from .tangents import BlockCall, block_tangents, dual, tangent_of
 from .tile_cache import Enough, ReplayCache
+from .tiled_backward import as_gradient
 from .tiles import Prefill
-
-
-def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
-    made: Tensor = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]
-    return made
-
-
-def _tangent(x: Tensor) -> Tensor:
-    found = forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
-    return torch.zeros_like(x) if found is None else plain(found)
 
 
 class _Moving:
@@ -86,18 +76,13 @@ class _DualCache(ReplayCache):
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         if self.stop:
-            self.moving.keys[..., self.at, :] = _tangent(k)
-            self.moving.values[..., self.at, :] = _tangent(v)
+            self.moving.keys[..., self.at, :] = plain(tangent_of(k))
+            self.moving.values[..., self.at, :] = plain(tangent_of(v))
             raise Enough
         if not self.past[0].shape[-2]:
             return k, v
-        before = [_dual(x, _as(x, t)) for x, t in self.found]
+        before = [dual(x, as_gradient(t, x)) for x, t in self.found]
         return tuple(torch.cat([p, x], dim=-2) for p, x in zip(before, (k, v), strict=True))
-
-
-def _as(x: Tensor, tangent: Tensor) -> Tensor:
-    """A tangent kept in float32 beside values of a low type."""
-    return WideGradient(tangent.float(), x.dtype) if x.dtype in LOW else tangent.to(x.dtype)
 
 
 def _by_position(relevance: Tensor | None) -> Tensor | None:

@@ -5,7 +5,6 @@ The counterpart of ``backward.run_each``, with the same values in memory linear 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from .context import plan
 from .coverage_table import Coverage
 from .errors import ModelStateError
 from .joined import Joined, Signal
+from .memory import in_smaller_tiles
 from .objective import Objective
 from .placement import attached, check_ready, check_single, reading_hooks
 from .precision import first_gradient, plain
@@ -32,7 +32,6 @@ from .tile_bounds import position_of, tiles_of, wanted_positions
 from .tiled_backward import Backward, TileReader, as_gradient, is_of_block
 from .tiles import Prefill, check_tileable, prefill
 
-LEAST = 16  # positions a tile; smaller ones save no memory to speak of
 Objectives = Sequence[Callable[[Tensor], Tensor]]
 
 
@@ -119,24 +118,12 @@ def run_tiled(
     run = _Run(
         model, tokens, objectives, sums, reader, checkpoint, *plan(model, rule_set), n_layers
     )
-    warned = False
-    while True:
-        try:
-            return _attempt(run, tile, progress)
-        except torch.OutOfMemoryError:
-            if tile <= LEAST:
-                raise
-            tile //= 2
-            if not warned:
-                warnings.warn(
-                    f"The GPU ran out of memory; going on with tiles of {tile} positions (and "
-                    "smaller ones, if need be).",
-                    stacklevel=3,
-                )
-            warned = True
+
+    def attempt(smaller: int) -> list[TiledResult]:
         run.drop_unfinished()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        return _attempt(run, smaller, progress)
+
+    return in_smaller_tiles(attempt, tile)
 
 
 def _attempt(run: _Run, tile: int, progress: bool) -> list[TiledResult]:
