@@ -1,4 +1,8 @@
-"""Shared by all tests: one thread, no network, and a way to see what a model was left with."""
+"""Shared by all tests: threads, no network, and a way to see what a model was left with.
+
+Torch computes on TEST_THREADS threads, 1 if that is not set. Tests whose outcome could hang on how
+a processor rounds are marked ``numerical``; ``.ci/run`` runs those again with other kernels.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +18,21 @@ from typing import Any
 import pytest
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# Text, pictures, files and the command line; a new file is numerical unless it is named here.
+NOT_NUMERICAL = (
+    "test_attribution_files", "test_audit", "test_cli", "test_demo", "test_families_page",
+    "test_graph_files", "test_mutations", "test_readme", "test_refusals", "test_render",
+    "test_rooms", "test_shown", "test_tiled_killed", "test_versions",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not item.path.name.startswith(NOT_NUMERICAL):
+            item.add_marker(pytest.mark.numerical)
+
 
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 

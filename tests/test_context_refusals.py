@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import boot, make_hf, random_tokens
-from hooking import Snapshot, delta, fresh
+from families import boot, make_hf, random_tokens, true_float64
+from hooking import Snapshot, delta, fresh, off
+from rounding import PROMISED
 from torch import Tensor, nn
 
 import tl_contrastive_lrp as clrp
@@ -145,13 +146,13 @@ def test_per_head_inputs_are_refused_where_no_hook_reaches(flag: str) -> None:
 @pytest.mark.parametrize("flag", ["use_split_qkv_input", "use_attn_in"])
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma2"])
 def test_per_head_inputs_change_no_relevance(name: str, flag: str) -> None:
-    model, ids = fresh(name), random_tokens()
+    model, ids = fresh(name, torch.float64), random_tokens()
     objective = clrp.logit_diff(model, 7, 12)
-    _, wanted = clrp.run_with_relevance(model, ids, objective, "hook_embed")
-    getattr(model, f"set_{flag}")(True)
-    _, got = clrp.run_with_relevance(model, ids, objective, "hook_embed")
-    error = (got["hook_embed"] - wanted["hook_embed"]).abs().max()
-    assert error <= 1e-6 * wanted["hook_embed"].abs().max()
+    with true_float64(model):
+        _, wanted = clrp.run_with_relevance(model, ids, objective, "hook_embed")
+        getattr(model, f"set_{flag}")(True)
+        _, got = clrp.run_with_relevance(model, ids, objective, "hook_embed")
+    assert off(got["hook_embed"], wanted["hook_embed"]) <= PROMISED[torch.float64]
 
 
 @pytest.mark.parametrize("thing", [None, 3, nn.Linear(2, 2), "gpt2"], ids=repr)

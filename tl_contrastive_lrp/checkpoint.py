@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import FileFormatError
-from .joined import Signal
+from .joined import Signal, laid_out
 from .memory import Choice
 from .precision import LOW
 
@@ -150,7 +150,7 @@ class Checkpoint:
         while first and self._file(first - 1).exists():
             first -= 1
             try:
-                tensors = load_file(self._file(first))
+                tensors = {k: laid_out(x) for k, x in load_file(self._file(first)).items()}
                 found = [tensors.pop(f"{which}|g") for which in range(len(signals))]
             except (SafetensorError, KeyError, OSError) as error:
                 raise FileFormatError(f"{self._file(first)} is damaged; delete it.") from error
@@ -162,7 +162,7 @@ class Checkpoint:
                 else:
                     signals[int(which)].joined.kept[name] = tensor
             for which_, (signal, g) in enumerate(zip(signals, found, strict=True)):
-                signal.g = g.to(signal.g)
+                signal.g = laid_out(g, signal.g)
                 if reader is not None:
                     reader.restore(first, which_, edges[which_])
         return first

@@ -10,6 +10,22 @@ from torch import Tensor
 from .tile_bounds import Range
 
 
+def laid_out(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """A copy that lies in memory as what torch computes does: contiguous, in its own allocation.
+
+    Matrix kernels may add up in another order where their operands lie otherwise (MKL promises
+    the same bits only for operands aligned alike), and tensors read from a file lie wherever the
+    file's header ends. What goes on from a file goes through here, and so does what goes on from
+    a block that was just run: both bring the next block the same shapes, strides and alignment.
+
+    Args:
+        x: What to copy, of any strides.
+        like: Whose dtype and device to take; ``x``'s own if left out.
+    """
+    like = x if like is None else like
+    return torch.empty(x.shape, dtype=like.dtype, device=like.device).copy_(x)
+
+
 @dataclass(eq=False)
 class Joined:
     """What was read of one objective's backward, by name.

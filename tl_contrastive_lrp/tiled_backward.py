@@ -21,7 +21,7 @@ from torch import Tensor
 from .attachment import Attachment, HookFn
 from .backward import Reading, arranged
 from .errors import ModelStateError
-from .joined import Joined, Signal
+from .joined import Joined, Signal, laid_out
 from .memory import give_back
 from .placement import attached, reading_hooks
 from .precision import LOW, WideGradient, plain
@@ -123,7 +123,7 @@ class Backward:
         if reader is not None:
             reader.end_layer(layer)
         for signal, flow in zip(self.signals, flows, strict=True):
-            signal.g = flow.g_in
+            signal.g = laid_out(flow.g_in)
 
     def _tile(
         self,
