@@ -1,7 +1,8 @@
 """Shared by all tests: threads, no network, and a way to see what a model was left with.
 
 Torch computes on TEST_THREADS threads, 1 if that is not set. Tests whose outcome could hang on how
-a processor rounds are marked ``numerical``; ``.ci/run`` runs those again with other kernels.
+a processor rounds are marked ``numerical``; ``.ci/run`` runs those again with other kernels, with
+fewer of the many families (TEST_EVERY).
 """
 
 from __future__ import annotations
@@ -28,10 +29,20 @@ NOT_NUMERICAL = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# Nearly a hundred families each, minutes long; TEST_EVERY=n takes every n-th test of these files.
+MANY_FAMILIES = ("test_fuzz", "test_op_oracle", "test_tiled_families", "test_zoo")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if not item.path.name.startswith(NOT_NUMERICAL):
             item.add_marker(pytest.mark.numerical)
+    every = int(os.environ.get("TEST_EVERY", "1"))
+    many = [item for item in items if item.path.name.startswith(MANY_FAMILIES)]
+    left_out = set(many) - set(many[::every])
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")

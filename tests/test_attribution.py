@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, boot, random_tokens
+from families import FAMILIES, boot, random_tokens, true_float64
+from rounding import PROMISED
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import PromptError, TokenError
@@ -30,10 +31,11 @@ def result() -> clrp.Attribution:
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_fields_equal_run_with_relevance(name: str, rules: str) -> None:
-    model, ids = boot(name, torch.float32), random_tokens()
+    model, ids = boot(name, torch.float64), random_tokens()
     objective = clrp.logit_diff(model, 7, 11)
-    result = clrp.attribute(model, ids, objective, rules=rules, neurons=True)
-    logits, r = clrp.run_with_relevance(model, ids, objective, rules=rules)
+    with true_float64(model):
+        result = clrp.attribute(model, ids, objective, rules=rules, neurons=True)
+        logits, r = clrp.run_with_relevance(model, ids, objective, rules=rules)
     n = model.cfg.n_layers
     assert result.sites == (
         *(f"blocks.{i}.hook_resid_pre" for i in range(n)), f"blocks.{n - 1}.hook_resid_post"
@@ -52,7 +54,8 @@ def test_fields_equal_run_with_relevance(name: str, rules: str) -> None:
         pairs.append((result.neurons[i], r[f"blocks.{i}.mlp.hook_post"][0]))
     for got, wanted in pairs:
         assert got.device.type == "cpu"
-        assert float((got - wanted).abs().max()) < 2e-6 * max(largest, 1.0)
+        error = float((got - wanted).abs().max())
+        assert error <= PROMISED[torch.float64] * max(largest, 1.0)
     assert result.token_ids.tolist() == ids[0].tolist()
     target, contrast = float(logits[0, -1, 7]), float(logits[0, -1, 11])
     assert math.isclose(result.target_logit, target, rel_tol=1e-6)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import snapshot_of
 from families import boot, random_tokens, saved
+from rounding import PROMISED
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
@@ -53,7 +54,7 @@ def test_on_another_device_it_is_what_the_cpu_gives(
     (found,) = [x for x in pretended if (x.get("name"), x.get("how")) == (name, how)]
     assert found["devices"] == (["other:0"] if how == "alone" else ["cpu", "other:0"])
     assert found["off"].keys() == RUNS
-    assert max(found["off"].values()) <= 1e-6
+    assert max(found["off"].values()) <= PROMISED[torch.float32]  # weights lie elsewhere
     assert found["where"] == ["cpu"]
 
 

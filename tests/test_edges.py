@@ -294,7 +294,7 @@ def test_a_target_whose_relevance_adds_up_to_zero_still_passes_it_on() -> None:
             slack = share * float(r[pair[0]].abs().sum(-1).max())  # its terms, as in test_float32
             matrix = g.matrix(*pair)
             assert (matrix.sum(0) - g.relevance[row]).abs().max() <= slack, pair
-        assert matrix[-1].abs().max() > 1000 * slack, "what it passes on would be missed"
+        assert matrix[-1].abs().max() > 100 * slack, "what it passes on would be missed"
 
 
 def _last(model: Any, case: Any) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import VOCAB, boot, hf_model, make_tokenizer, random_tokens
+from families import VOCAB, boot, hf_model, make_tokenizer, random_tokens, true_float64
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import PromptError, TokenError
@@ -23,10 +23,11 @@ def model() -> Any:
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])
 @pytest.mark.parametrize("pos", [-1, 2])
 def test_next_token_table(name: str, pos: int) -> None:
-    model, ids = boot(name, torch.float32), random_tokens()
-    frame = clrp.next_token_table(model, ids, k=7, pos=pos)
-    with torch.no_grad():
-        logits = hf_model(name, torch.float32)(ids).logits[0, pos].double()
+    model, wrapped, ids = boot(name, torch.float64), hf_model(name), random_tokens()
+    with true_float64(model):
+        frame = clrp.next_token_table(model, ids, k=7, pos=pos)
+    with torch.no_grad(), true_float64(wrapped):
+        logits = wrapped(ids).logits[0, pos]
     order = sorted(range(VOCAB), key=lambda i: -float(logits[i]))[:7]
     exponentials = (logits - logits.max()).exp()
     tokenizer = make_tokenizer()
@@ -40,7 +41,7 @@ def test_next_token_table(name: str, pos: int) -> None:
         ("minus_top", logits - logits.max()),
     ]:
         wanted = [float(values[i]) for i in order]
-        assert np.allclose(frame[column], wanted, rtol=1e-5, atol=2e-6), column
+        assert np.allclose(frame[column], wanted, rtol=1e-10, atol=1e-10), column
 
 
 def test_next_token_table_takes_text_and_any_k(model: Any) -> None:

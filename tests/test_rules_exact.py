@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import mpmath
 import pytest
+import rounding
 import torch
 from drawn import DTYPES, F64, backward, draw
 from torch import Tensor
@@ -212,8 +213,10 @@ def test_softmax_temperature_is_the_tempered_jacobian(
     assert torch.equal(out, pattern)
     (got,) = backward(out, g, scores)
     expected = _tempered_jacobian(scores.detach(), temperature) @ g.double()
-    tolerance = 1e-13 if dtype == F64 else 2e-6
-    assert (got.double() - expected).abs().max() <= tolerance * g.abs().max()
+    # Of the largest terms p_T·|g|: an exponential turns each rounding of a score (at most 8 in size
+    # where p_T counts) into one of its own; 4 keys twice; root, quotient, product, difference.
+    tolerance = rounding.apart(float(g.abs().max()), 8 + 2 * 4 + 4, dtype)
+    assert (got.double() - expected).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("hidden", [-math.inf, torch.finfo(torch.float32).min], ids=["inf", "min"])
