@@ -104,7 +104,8 @@ class Checkpoint:
         ):
             raise FileFormatError(
                 f"{self.path} belongs to another run (prompt, model, objective, rules or settings "
-                "differ). Give another checkpoint_dir, or delete that folder."
+                "differ, or the processor or number of threads, which round differently). Give "
+                "another checkpoint_dir, or delete that folder."
             )
         if found is None or found["tile"] != tile:
             note = {"format": _FORMAT, "question": question, "values": said, "tile": tile}
