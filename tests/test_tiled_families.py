@@ -17,6 +17,7 @@ import pytest
 import torch
 import zoo
 from long_zoo import LENGTH, boot, float64_throughout, has_window
+from rounding import PROMISED
 from test_zoo import COVERED
 from tiling import assert_same
 from torch import Tensor
@@ -27,7 +28,7 @@ from tl_contrastive_lrp.errors import ModelStateError
 from tl_contrastive_lrp.explain import without_neurons
 from tl_contrastive_lrp.tile_cache import NotTileable
 
-LIMIT = 1e-5
+LIMIT = PROMISED[torch.float32]
 IDS = zoo.random_tokens(LENGTH)
 TARGET, CONTRAST = 7, 12
 

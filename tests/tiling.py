@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from rounding import PROMISED
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
@@ -11,7 +13,7 @@ import tl_contrastive_lrp as clrp
 TILED: dict[str, Any] = {"memory": "tiled", "tile": 7, "progress": False}
 PLAIN: dict[str, Any] = {"memory": "plain"}
 FIELDS = ("tokens", "resid", "heads", "neurons")
-LIMIT = 1e-5
+LIMIT = PROMISED[torch.float32]
 
 
 def both(
