@@ -21,10 +21,11 @@ from .attachment import Attachment, HookFn
 from .context import plan
 from .coverage_table import Coverage
 from .errors import ModelStateError
+from .hook_rules import rules_in_hooks
 from .placement import attached, check_ready, check_single, reading_hooks
 from .precision import first_gradient, plain
 from .rules import at_least_float32
-from .rulesets import RuleSet
+from .rulesets import RuleSet, get_rule_set
 from .sites import LEAVES
 
 Sink = Callable[[Tensor, Tensor], None]
@@ -197,6 +198,7 @@ def run_each(
     with frozen_parameters(model):
         with (
             ExitStack() as stack,
+            rules_in_hooks(model, get_rule_set(rule_set), coverage),
             reading_hooks(model, [*starts, *before]),
             attached(model, attachments),
             reading_hooks(model, after),

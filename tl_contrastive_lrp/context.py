@@ -15,9 +15,10 @@ from .attachment import Attachment, HookFn, edit
 from .audit_model import require_clean
 from .coverage_table import Coverage
 from .errors import ModelStateError
+from .hook_rules import rules_in_hooks
 from .placement import attached, check_ready, check_single, marked, place, public_name
 from .precision import is_low, watch
-from .rulesets import DEFAULT_RULES, RuleSet
+from .rulesets import DEFAULT_RULES, RuleSet, get_rule_set
 from .sites import LEAVES
 
 
@@ -104,5 +105,9 @@ def lrp(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Iterator[Coverage]:
     hook_dict = model.hook_dict
     inputs = LEAVES if is_low(model, (torch.float16,)) else ()
     watched = [(public_name(hook_dict, n), edit(watch)) for n in inputs if n in hook_dict]
-    with attached(model, attachments), model.hooks(fwd_hooks=watched):
+    with (
+        rules_in_hooks(model, get_rule_set(rules), report, later=True),
+        attached(model, attachments),
+        model.hooks(fwd_hooks=watched),
+    ):
         yield report
