@@ -20,11 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .placement import _MARK
 
 Kind = Literal["forward", "forward_pre", "backward", "backward_pre"]
+How = Literal["looked", "in place", "returned", "gradient"]
 _TABLES: dict[Kind, str] = {
     "forward": "_forward_hooks",
     "forward_pre": "_forward_pre_hooks",
@@ -80,20 +82,21 @@ class Call:
     Attributes:
         hook: Which hook.
         how: "looked": returned None or the very tensor, and wrote nothing into it; "in place":
-            wrote into it; "returned": gave back something else.
+            wrote into it; "returned": gave back something else; "gradient": registered a torch
+            hook on the tensor, to read or change its gradient, and did nothing more.
         changed: Whether any value is another one afterwards. An edit may change none (it writes
             what was there, or into an empty range) and yet change gradients.
         cut: Whether it was given a tensor with a gradient and returned one without.
     """
 
     hook: UserHook
-    how: Literal["looked", "in place", "returned"]
+    how: How
     changed: bool
     cut: bool
 
     @property
     def looked_only(self) -> bool:
-        """Whether the model computed as without the hook."""
+        """Whether the model and its backward computed as without the hook."""
         return self.how == "looked"
 
 
@@ -230,49 +233,75 @@ def _tensors(value: Any) -> list[Tensor]:
     return []
 
 
-def _watched(hook: UserHook, fn: Callable[..., Any], seen: list[Call]) -> Callable[..., Any]:
+def _as_in_backward(value: Any) -> Any:
+    """A tensor's copy that requires a gradient, as it does where a backward follows."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
+        return value
+    return value.detach().requires_grad_(True).clone()
+
+
+def _asks_for_gradient(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and (bool(tensor._backward_hooks) or tensor.retains_grad)
+
+
+def _watched(
+    hook: UserHook, fn: Callable[..., Any], seen: list[Call], gradients: bool
+) -> Callable[..., Any]:
+    at = -1 if hook.kind == "forward" else 0  # among the arguments: its output, or its input
+
     def watching(module: Any, *args: Any) -> Any:
-        given = args[-1] if hook.kind == "forward" else args[0]
-        tensors = _tensors(given)
-        states = [_state(x) for x in tensors]
-        conversion = getattr(module, "hook_conversion", None)
-        looking = _Conversion(conversion) if conversion is not None else None
-        if looking is not None:
-            module.hook_conversion = looking
-        try:
-            returned = fn(module, *args)
-        finally:
+        shown = list(args)
+        with torch.set_grad_enabled(gradients or torch.is_grad_enabled()):
+            if gradients:
+                shown[at] = _as_in_backward(shown[at])
+            given = shown[at]
+            tensors = _tensors(given)
+            states = [_state(x) for x in tensors]
+            conversion = getattr(module, "hook_conversion", None)
+            looking = _Conversion(conversion) if conversion is not None else None
             if looking is not None:
-                module.hook_conversion = conversion
+                module.hook_conversion = looking
+            try:
+                returned = fn(module, *shown)
+            finally:
+                if looking is not None:
+                    module.hook_conversion = conversion
         written = [_written(x, state) for x, state in zip(tensors, states, strict=True)]
-        changed = any(now for _, now in written)
-        how: Literal["looked", "in place", "returned"] = "looked"
+        changed, cut = any(now for _, now in written), False
+        how: How = "looked"
         if any(touched for touched, _ in written):
             how = "in place"
-        cut = False
-        same = returned is None or returned is given or (looking is not None and looking.same)
-        if not same:
+        if returned is not None and returned is not given and not (looking and looking.same):
             after = _tensors(returned)
-            if how == "looked":
-                how = "returned"
+            how = "returned" if how == "looked" else how
             changed = len(after) != len(states) or not all(
                 _equal(x.detach(), state[1]) for x, state in zip(after, states, strict=True)
             )
             cut = any(x.requires_grad for x in tensors) and not any(x.requires_grad for x in after)
+        elif how == "looked" and any(
+            _asks_for_gradient(x) for x in (*tensors, looking and looking.given)
+        ):
+            how = "gradient"
         seen.append(Call(hook, how, changed, cut))
-        return returned
+        if how == "looked":
+            return None if gradients else returned
+        if given is args[at]:
+            return returned
+        return given if returned is None else returned
 
     return watching
 
 
 @contextmanager
-def observed(hooks: Iterable[UserHook]) -> Iterator[list[Call]]:
+def observed(hooks: Iterable[UserHook], *, gradients: bool = False) -> Iterator[list[Call]]:
     """Note what forward hooks do while the block runs the model; values stay what they are.
 
     Costs a copy and a comparison of each value that a hook is given.
 
     Args:
         hooks: From ``user_hooks``; backward ones are left alone.
+        gradients: In a forward without gradients, show each hook a tensor that requires one all
+            the same, as it would see where a backward follows.
 
     Yields:
         A list that each call of a hook is added to, in the order of the forward.
@@ -281,7 +310,9 @@ def observed(hooks: Iterable[UserHook]) -> Iterator[list[Call]]:
     watched = [(hook, hook.table[hook.key]) for hook in hooks if hook.is_forward]
     try:
         for hook, fn in watched:
-            hook.table[hook.key] = _watched(hook, fn, seen)  # in its old place among others
+            hook.table[hook.key] = _watched(
+                hook, fn, seen, gradients
+            )  # in its old place among others
         yield seen
     finally:
         for hook, fn in watched:
