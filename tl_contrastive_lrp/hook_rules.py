@@ -240,12 +240,16 @@ class HookWatch:
         rows: What they computed, for the coverage report.
     """
 
-    rule_set: RuleSet
-    report: Coverage | None = None
     edits: dict[str, dict[str, None]] = field(default_factory=dict)
     rows: dict[CoverageRow, None] = field(default_factory=dict)
-    _begun: int = field(default_factory=_sequence)
+    _rule_set: RuleSet = field(init=False)
+    _report: Coverage | None = field(init=False)
+    _begun: int = field(init=False)
     _leaves: dict[int, Tensor] = field(default_factory=dict)
+
+    def begin(self, rule_set: RuleSet, report: Coverage | None) -> None:
+        """Forwards are watched from here on; older nodes of autograd's belong to others."""
+        self._rule_set, self._report, self._begun = rule_set, report, _sequence()
 
     def edited(self, prefix: str) -> bool:
         """Whether a hook function edited something at a HookPoint whose name begins so."""
@@ -269,7 +273,7 @@ class HookWatch:
         versions = [_version(x) for x in given]
         origin = _Origin(given, self._leaves, self._begun)
         was_computed = any(map(origin.computed, given))
-        operations = _HookOperations(self.rule_set, origin)
+        operations = _HookOperations(self._rule_set, origin)
         cuts = Cuts(lambda: None, origin.computed)
         with operations.on(), cuts:
             returned = run()
@@ -294,7 +298,7 @@ class HookWatch:
         refused = [
             found
             for found in walker.found.values()
-            if not _may_keep_gradient(found, walker.infos[found.node], self.rule_set)
+            if not _may_keep_gradient(found, walker.infos[found.node], self._rule_set)
         ]
         if refused:
             lines = dict.fromkeys(f"  {f.operation}: {f.why}." for f in refused)
@@ -339,8 +343,8 @@ class HookWatch:
         name = f"user hook {name_of(user)}"
         made = [CoverageRow(point, name, *row) for row in rows]
         self.rows.update(dict.fromkeys(made))
-        if self.report is not None:
-            self.report.add(made)
+        if self._report is not None:
+            self._report.add(made)
 
 
 _BY_RULE = {
@@ -379,9 +383,27 @@ def is_package_hook(function: Any) -> bool:
     return is_rule(function) or module.startswith(f"{home}.")
 
 
+def hooked_points(model: Any) -> frozenset[str]:
+    """Names in ``model.hook_dict`` of the HookPoints with a forward hook of the user's."""
+    found = []
+    for name, point in model.hook_dict.items():
+        if not getattr(point, "_forward_hooks", None):
+            continue
+        functions = {h.hook.id: h.user_hook for h in point.fwd_hooks}
+        own = (functions.get(key) or fn for key, fn in point._forward_hooks.items())
+        if not all(map(is_package_hook, own)):
+            found.append(name)
+    return frozenset(found)
+
+
 @contextmanager
 def rules_in_hooks(
-    model: Any, rule_set: RuleSet, report: Coverage | None = None, *, later: bool = False
+    model: Any,
+    rule_set: RuleSet,
+    report: Coverage | None = None,
+    *,
+    later: bool = False,
+    watch: HookWatch | None = None,
 ) -> Iterator[HookWatch]:
     """The rules inside the user's hook functions, for the block.
 
@@ -390,12 +412,14 @@ def rules_in_hooks(
         rule_set: Which rules.
         report: Rows are added to it as hook functions run.
         later: Also those that are added inside the block.
+        watch: What to note them in; a new one if None.
 
     Raises:
         UncoveredComponentError: inside the block, when a hook function has computed something
             without a rule.
     """
-    watch = HookWatch(rule_set, report)
+    watch = HookWatch() if watch is None else watch
+    watch.begin(rule_set, report)
     points = list({id(p): p for p in model.hook_dict.values()}.values())
     replaced: list[tuple[Any, int, Any]] = []
 
