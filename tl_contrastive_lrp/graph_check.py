@@ -117,8 +117,8 @@ class HookedEdges:
     Gaussian, not signs: since the diagonal of A is what is left of its column, an edge that is
     wrong by e shows as e·(w_j − w_i). Two independent draws.
 
-    Both sides are float32 sums of up to ``n`` terms, a dozen one after the other; rounding of such a
-    sum stays below √n · eps of the sum of absolute terms, save with negligible probability, and
+    Both sides are float32 sums of up to ``n`` terms, a dozen one after the other. Rounding of one
+    stays below √n · eps of its sum of absolute terms, save with negligible probability, and
     ``_LAYERS_OF_SUMS`` bounds how many there are.
 
     Attributes:

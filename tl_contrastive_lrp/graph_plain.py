@@ -70,7 +70,8 @@ def plain_graphs(plan: GraphPlan) -> list[AttributionGraph]:
                     ends = plan.sites[step.source], plan.sites[step.target]
                     relevance = nodes[-1][0][step.source]
                     found = edges[step.block].total if step.kind == "attention" else None
-                    check.require(model, *ends, _matrix(found, relevance), watch)
+                    matrix = _matrix(None if found is None else found.cpu().clone(), relevance)
+                    check.require(model, *ends, matrix, watch)
         columns.append(_columns(plan, edges, nodes[-1][0]))
         for found in edges.values():
             found.clear()
@@ -176,5 +177,5 @@ def _matrix(
     """What attention passes between positions, and on the diagonal what is left."""
     if total is None:
         return torch.diag(relevance)
-    off = total.cpu().clone().fill_diagonal_(0.0)
+    off = total.fill_diagonal_(0.0)
     return off + torch.diag(relevance - off.sum(0))
