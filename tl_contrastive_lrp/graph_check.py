@@ -206,7 +206,9 @@ class HookedEdges:
         error, terms = self.error(source, target, edges)
         terms = max(terms, int(getattr(model.cfg, "d_mlp", None) or 0))
         eps = torch.finfo(torch.float32).eps
-        limit = _LIMIT_LOW if is_low(model) else _LAYERS_OF_SUMS * eps * math.sqrt(terms)
+        limit = _LAYERS_OF_SUMS * eps * math.sqrt(terms)
+        if is_low(model):  # the values themselves are rounded, by half an eps at each step
+            limit += torch.finfo(self._at[source].dtype).eps if source in self._at else 0.0
         if error <= limit:
             return
         hooks = ", ".join(
