@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .attachment import HookFn
-from .audit_model import audit
+from .audit_model import audit_of
 from .audit_report import Audit
 from .audit_run import hooks_aside, same_random_numbers, some_tokens
 from .backward import Reading, run
@@ -82,7 +82,7 @@ def require_closed_form(model: Any, rule_set: RuleSet) -> None:
     Raises:
         UncoveredComponentError: names the blocks.
     """
-    report = audit(model)
+    report = audit_of(model)
     known = _known.get(model)
     good = known[1] if known is not None and known[0] is report else set[RuleSet]()
     if rule_set in good:

@@ -396,6 +396,18 @@ def hooked_points(model: Any) -> frozenset[str]:
     return frozenset(found)
 
 
+def rows_to_come(model: Any) -> list[CoverageRow]:
+    """A row for every hook function of the user's, before any has run."""
+    rows: dict[CoverageRow, None] = {}
+    for name in hooked_points(model):
+        point = model.hook_dict[name]
+        for handle in point.fwd_hooks:
+            if not is_package_hook(handle.user_hook):
+                shown = f"user hook {name_of(handle.user_hook)}"
+                rows[CoverageRow(str(point.name), shown, "?", "?", "seen when it runs")] = None
+    return list(rows)
+
+
 @contextmanager
 def rules_in_hooks(
     model: Any,
