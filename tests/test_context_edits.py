@@ -18,7 +18,8 @@ EDITS: dict[str, Callable[[Tensor], Tensor]] = {
     "patch": patch,
     "steer": lambda t: t + 0.3,
     "scale": lambda t: 1.7 * t,
-    "bend": lambda t: t + 0.2 * torch.sin(3.0 * t),
+    # no rule is known for a sine: its ordinary gradient has to be asked for
+    "bend": lambda t: t + 0.2 * clrp.rules.ordinary(torch.sin(3.0 * t)),
 }
 RULES = ("attnlrp", "gim")
 EDITED = ("hook_in", "ln1.hook_in", "ln1.hook_out", "attn.q.hook_out", "attn.k.hook_out",

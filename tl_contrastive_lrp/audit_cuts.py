@@ -37,10 +37,21 @@ _FIRST_ONLY = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 
 
 class Cuts(TorchFunctionMode):
-    """Follows cut-off values while it is active; ``found`` lists those that were used."""
+    """Follows cut-off values while it is active; ``found`` lists those that were used.
 
-    def __init__(self, at_work: Callable[[], nn.Module | None]) -> None:
+    Args:
+        at_work: The module at work now.
+        computed: Whether a tensor carries a gradient to the input; any gradient counts if None,
+            which is right where parameters are frozen.
+    """
+
+    def __init__(
+        self,
+        at_work: Callable[[], nn.Module | None],
+        computed: Callable[[Tensor], bool] | None = None,
+    ) -> None:
         super().__init__()
+        self._computed = computed or (lambda x: x.requires_grad)
         self.found: dict[Cut, None] = {}
         self._at_work = at_work
         self._cut: dict[int, tuple[Tensor, Cut]] = {}  # holds the tensors, so that ids stay theirs
@@ -52,7 +63,7 @@ class Cuts(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         takes = (args[:1],) if name in _FIRST_ONLY else (args, tuple(kwargs.values()))
         inputs = [] if name in _VALUE_FREE else list(_tensors(takes))
-        computed = any(x.requires_grad for x in inputs)
+        computed = any(self._computed(x) for x in inputs)
         # What carries a gradient by now is the result of an autograd Function, made inside it.
         hidden = [x for x in inputs if not x.requires_grad]
         known = [self._cut[id(x)][1] for x in hidden if id(x) in self._cut]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from . import placement
 from .audit_report import Audit, Finding, not_run, refusal
 from .audit_run import examine, remember, remembered
 from .errors import ModelStateError, UncoveredComponentError
+from .hook_rules import hooked_points
 from .sites import LEAVES, require_bridge
 
 __all__ = ["Audit", "Finding", "audit", "require_clean"]
@@ -25,6 +27,9 @@ def audit(model: Any) -> Audit:
     known, and what the model hides from autograd, is a finding. The answer is kept until the
     model's components or flags change.
 
+    Hook functions that the user has on HookPoints are set aside, and named in ``hooks``: they are
+    judged call by call where they run, under the rules of that run.
+
     What it cannot see: operations that a longer prompt would take another way, and whether a rule's
     closed form is that of its activation; ``verify`` measures these on a prompt.
 
@@ -35,6 +40,15 @@ def audit(model: Any) -> Audit:
         ModelStateError: training mode, or rules already on, if the model has to run.
         UncoveredComponentError: a component that is refused before anything runs, or a model that
             does not run on token ids alone.
+    """
+    return replace(audit_of(model), hooks=tuple(sorted(hooked_points(model))))
+
+
+def audit_of(model: Any) -> Audit:
+    """``audit`` of the model by itself: the same object until the model changes.
+
+    Raises:
+        ModelStateError, UncoveredComponentError: as ``audit``.
     """
     require_bridge(model)
     known = remembered(model)
@@ -59,6 +73,6 @@ def require_clean(model: Any) -> None:
     Raises:
         UncoveredComponentError: names every operation that is not accounted for.
     """
-    report = audit(model)
+    report = audit_of(model)
     if not report.clean:
         raise refusal(report)

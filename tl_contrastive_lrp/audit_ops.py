@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+    """Names separated by spaces, as a set."""
     return frozenset(text.split())
 
 
 # Linear in all computed inputs together: moves, copies, sums and masks with constant conditions.
-LINEAR: frozenset[str] = _words("""
+LINEAR: frozenset[str] = words("""
     Add Sub Rsub Neg Sum Mean Cumsum Nansum Trace
     Alias View UnsafeView ReshapeAlias ReshapeCopy Squeeze Unsqueeze Expand ExpandCopy Transpose T
     Permute Movedim Select Slice Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes Unbind Stack
@@ -31,7 +32,7 @@ LINEAR: frozenset[str] = _words("""
     Complex
     """)
 # The largest, the k largest, a sorting: which elements is a constant, their values are linear.
-SELECTING: frozenset[str] = _words("Topk Sort Max Min Amax Amin Kthvalue")
+SELECTING: frozenset[str] = words("Topk Sort Max Min Amax Amin Kthvalue")
 
 # Products: positions of the factors. Other positions are added. With one computed factor the
 # operation is linear.
@@ -69,31 +70,28 @@ _ACTIVATION = "it is an activation function without the identity rule"
 _ELEMENTWISE = "it is not linear and has no rule"
 _FLAT = "its gradient is zero almost everywhere, so relevance would vanish here"
 
+NORMS: frozenset[str] = words("""
+    NativeLayerNorm NativeGroupNorm NativeBatchNorm CudnnBatchNorm RmsNorm FusedRmsNorm
+    Norm LinalgVectorNorm Rsqrt Sqrt Var Std VarMean StdMean Reciprocal
+    """)
+ACTIVATIONS: frozenset[str] = words("""
+    Silu Gelu Relu Tanh Sigmoid Softplus Elu Celu Selu LeakyRelu PreluKernel Hardswish
+    Hardsigmoid Hardtanh Mish LogSigmoid Threshold Glu Softshrink Hardshrink
+    """)
+
 # Known to be nonlinear, and why that matters.
 NONLINEAR: dict[str, str] = {
+    **dict.fromkeys(NORMS, _NORM),
+    **dict.fromkeys(ACTIVATIONS, _ACTIVATION),
     **dict.fromkeys(
-        _words(
-            "NativeLayerNorm NativeGroupNorm NativeBatchNorm CudnnBatchNorm RmsNorm FusedRmsNorm "
-            "Norm LinalgVectorNorm Rsqrt Sqrt Var Std VarMean StdMean Reciprocal"
-        ),
-        _NORM,
-    ),
-    **dict.fromkeys(
-        _words(
-            "Silu Gelu Relu Tanh Sigmoid Softplus Elu Celu Selu LeakyRelu PreluKernel Hardswish "
-            "Hardsigmoid Hardtanh Mish LogSigmoid Threshold Glu Softshrink Hardshrink"
-        ),
-        _ACTIVATION,
-    ),
-    **dict.fromkeys(
-        _words(
+        words(
             "Pow Exp Exp2 Expm1 Log Log1P Log2 Logsumexp LogSoftmax Abs Clamp ClampMin ClampMax "
             "Maximum Minimum Erf Erfc Sin Cos Atan Prod Cumprod Hypot Sgn Lerp"
         ),
         _ELEMENTWISE,
     ),
     "Div": "it divides by a computed value",
-    **dict.fromkeys(_words("Div2 Div3 Round Floor Ceil Trunc Sign Fmod Remainder"), _FLAT),
+    **dict.fromkeys(words("Div2 Div3 Round Floor Ceil Trunc Sign Fmod Remainder"), _FLAT),
     "NativeDropout": "dropout is on; call model.eval() first",
 }
 

@@ -43,11 +43,26 @@ class Audit:
         counts: How many operations of each kind were looked at, by autograd's name.
         ordinary: (component, operation) of what is not linear and keeps its ordinary gradient
             because that is its rule: softmaxes, and sigmoids and quotients that weigh something.
+        hooks: HookPoints that carry hook functions of the user's. They are no part of this audit:
+            each is judged on its own call, in every run under rules, when it has computed
+            something.
     """
 
     findings: tuple[Finding, ...]
     counts: dict[str, int]
     ordinary: tuple[tuple[str, str], ...] = ()
+    hooks: tuple[str, ...] = ()
+
+    @property
+    def of_hooks(self) -> str:
+        """What to say of ``hooks``; empty if there are none."""
+        if not self.hooks:
+            return ""
+        points = ", ".join(self.hooks[:4]) + (", ..." if len(self.hooks) > 4 else "")
+        return (
+            f"the hooks that you put at {points} are not part of this audit; what they compute is "
+            "checked in every run, and listed in its coverage"
+        )
 
     @property
     def clean(self) -> bool:
@@ -84,10 +99,12 @@ class Audit:
 
     def __str__(self) -> str:
         n = sum(self.counts.values())
+        note = [f"note: {self.of_hooks}."] if self.hooks else []
         if self.clean:
-            return f"audit: clean; each of {n} operations is linear or has its rule"
+            clean = f"audit: clean; each of {n} operations is linear or has its rule"
+            return "\n".join([clean, *note])
         lines = [_line(f) for f in self.summary()]
-        return "\n".join([f"audit: {len(lines)} findings among {n} operations", *lines])
+        return "\n".join([f"audit: {len(lines)} findings among {n} operations", *lines, *note])
 
 
 def _line(f: Finding) -> str:

@@ -54,12 +54,22 @@ def _signature(model: Any) -> object:
     )
     own = [(type(module), vars(module)) for module in model.original_model.modules()]
     modules = tuple(
-        (id(kind), values.get("_use_processed_weights"), "forward" in values)
+        (
+            id(kind),
+            values.get("_use_processed_weights"),
+            "forward" in values,
+            () if kind.__name__ == "HookPoint" else _torch_hooks(values),
+        )
         for kind, values in own
     )
     config = getattr(model.original_model, "config", None)
     attention = getattr(config, "_attn_implementation", None)
     return flags, getattr(model, "compatibility_mode", None), attention, modules
+
+
+def _torch_hooks(values: dict[str, Any]) -> tuple[int, ...]:
+    """Of a user's own torch hooks on a module, which are part of the model that is audited."""
+    return (*values["_forward_pre_hooks"], *values["_forward_hooks"])
 
 
 def examine(

@@ -47,7 +47,7 @@ class Walk:
     leaves: int
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """What the path to a node promised.
 
     halved: The halving that waits for its product.
@@ -60,10 +60,10 @@ class _State(NamedTuple):
     weight: bool = False
 
 
-_FRESH = _State()
-_WEIGHT = _State(weight=True)
+_FRESH = State()
+_WEIGHT = State(weight=True)
 
-_UNHALVED = (
+UNHALVED = (
     "it multiplies two computed tensors, and no uniform (half) rule shares the relevance out "
     "between them"
 )
@@ -79,7 +79,7 @@ _OTHER_LEAF = "a tensor beside the embeddings requires a gradient, so relevance 
 _SCALED = "its gradient is scaled by something other than a half"
 
 
-class _Info(NamedTuple):
+class Info(NamedTuple):
     """What is known of a node by itself, whatever the path."""
 
     operation: str
@@ -100,15 +100,15 @@ def _parsed(name: str) -> tuple[str, str]:
     return _NAMES[name]
 
 
-def _info(node: Node) -> _Info:
+def _info(node: Node) -> Info:
     below = tuple((i, n) for i, (n, _) in enumerate(node.next_functions) if n is not None)
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         function = node._forward_cls  # type: ignore[attr-defined]
         rule = ops.RULES.get(f"{function.__module__}.{function.__qualname__}")
-        return _Info(function.__qualname__.lstrip("_"), "", rule, below)
+        return Info(function.__qualname__.lstrip("_"), "", rule, below)
     stem, full = _parsed(node.name())
     exact = full if full in ops.NONLINEAR else stem
-    return _Info(stem, exact, None, below)
+    return Info(stem, exact, None, below)
 
 
 def walk_graph(logits: Tensor, leaves: Iterable[Tensor]) -> Walk:
@@ -118,24 +118,26 @@ def walk_graph(logits: Tensor, leaves: Iterable[Tensor]) -> Walk:
         logits: What relevance starts from, computed with the rules on and parameters frozen.
         leaves: The tensors it ends at, such as the embeddings [batch, pos, d_model].
     """
-    walker = _Walker({id(leaf) for leaf in leaves})
+    walker = Walker({id(leaf) for leaf in leaves})
     walker.run(logits.grad_fn)
     counts = Counter(info.operation for info in walker.infos.values())
     ordinary = tuple(Found(node, walker.infos[node].operation, "") for node in walker.ordinary)
     return Walk(tuple(walker.found.values()), ordinary, dict(counts), len(walker.reached))
 
 
-class _Walker:
+class Walker:
+    """One walk; what was met is in its attributes, by node."""
+
     def __init__(self, leaves: Collection[int]) -> None:
         self.leaves = leaves
         self.reached: set[int] = set()
-        self.infos: dict[Node, _Info] = {}  # holds the nodes, so that they stay themselves
+        self.infos: dict[Node, Info] = {}  # holds the nodes, so that they stay themselves
         self.found: dict[tuple[Node, str], Found] = {}
         self.ordinary: dict[Node, None] = {}
-        self.todo: list[tuple[Node, _State]] = []
+        self.todo: list[tuple[Node, State]] = []
 
     def run(self, root: Node | None) -> None:
-        seen: set[tuple[Node, _State]] = set()
+        seen: set[tuple[Node, State]] = set()
         if root is not None:
             self.todo.append((root, _FRESH))
         while self.todo:
@@ -146,47 +148,54 @@ class _Walker:
             node, state = step
             info = self.infos.get(node)
             if info is None:
-                info = self.infos[node] = _info(node)
-            self._visit(node, info, state)
+                info = self.infos[node] = self.look(node)
+            self.visit(node, info, state)
+
+    def look(self, node: Node) -> Info:
+        """What is known of a node by itself."""
+        return _info(node)
 
     def _find(self, node: Node, why: str) -> None:
         info = self.infos[node]
         operation = "halving" if info.rule and info.rule.effect == "halve" else info.operation
         self.found.setdefault((node, why), Found(node, operation, why))
 
-    def _settle(self, state: _State) -> None:
+    def settle(self, state: State) -> None:
         """From here on, a halving that still waits has missed its product."""
         if state.halved is not None:
             self._find(state.halved, _STRAY)
 
-    def _go(self, below: Iterable[tuple[int, Node]], state: _State) -> None:
+    def go(self, below: Iterable[tuple[int, Node]], state: State) -> None:
+        """Visit these nodes later."""
         self.todo.extend((node, state) for _, node in below)
 
-    def _visit(self, node: Node, info: _Info, state: _State) -> None:
+    def visit(self, node: Node, info: Info, state: State) -> None:
+        """Judge a node that was reached by a path with this ``state``, and go on below it."""
         key = info.key
         if info.rule is not None:
             self._rule(node, info, info.rule, state)
         elif key in ops.LINEAR or key in ops.SELECTING:
-            self._go(info.below, state)
+            self.go(info.below, state)
         elif key in ops.PRODUCTS:
             self._product(node, info, state)
         elif key in ops.SOFTMAXES:
-            self._settle(state)
+            self.settle(state)
             self.ordinary[node] = None
-            self._go(info.below, _FRESH)
+            self.go(info.below, _FRESH)
         elif key == "AccumulateGrad":
             self._leaf(node, state)
         elif key == "CopySlices":
             if not _only_copies(node):
                 self._find(node, _OVERWRITTEN)
-            self._go(info.below, state)
+            self.go(info.below, state)
         elif key == "Div" and all(position == 0 for position, _ in info.below):
-            self._go(info.below, state)
+            self.go(info.below, state)
         else:
-            self._nonlinear(node, info, state)
+            self.nonlinear(node, info, state)
 
-    def _nonlinear(self, node: Node, info: _Info, state: _State) -> None:
-        self._settle(state)
+    def nonlinear(self, node: Node, info: Info, state: State) -> None:
+        """Judge a node that is in none of the linear tables."""
+        self.settle(state)
         by_decision = state.ordinary or (info.key in ops.GATES and state.weight)
         if info.key.startswith(ops.FUSED_ATTENTION):
             self._find(node, _FUSED)
@@ -196,43 +205,43 @@ class _Walker:
             self.ordinary[node] = None
         else:
             self._find(node, ops.NONLINEAR[info.key])
-        self._go(info.below, _State(weight=state.weight))
+        self.go(info.below, State(weight=state.weight))
 
-    def _product(self, node: Node, info: _Info, state: _State) -> None:
+    def _product(self, node: Node, info: Info, state: State) -> None:
         positions = ops.PRODUCTS[info.key]
         factors = [step for step in info.below if step[0] in positions]
         addends = [step for step in info.below if step[0] not in positions]
         if len(factors) > 1:
             if state.halved is None:
-                self._find(node, _UNHALVED)
-            self._go(factors, _WEIGHT)
+                self._find(node, UNHALVED)
+            self.go(factors, _WEIGHT)
         elif info.key not in ops.MIXING:
-            self._go(factors, state)
+            self.go(factors, state)
         elif factors:
-            self._settle(state)
-            self._go(factors, _FRESH)
-        self._go(addends, state)
+            self.settle(state)
+            self.go(factors, _FRESH)
+        self.go(addends, state)
 
-    def _rule(self, node: Node, info: _Info, rule: ops.RuleNode, state: _State) -> None:
+    def _rule(self, node: Node, info: Info, rule: ops.RuleNode, state: State) -> None:
         below = [step for step in info.below if step[0] in rule.follow]
         if rule.effect == "halve":
             if state.halved is not None:
                 self._find(node, _TWICE)
             if getattr(node, "factor", None) != 0.5:
                 self._find(node, _SCALED)
-            self._go(below, state._replace(halved=node))
+            self.go(below, state._replace(halved=node))
         elif rule.effect == "product":
             if state.halved is None:
-                self._find(node, _UNHALVED)
-            self._go(below, _FRESH)
+                self._find(node, UNHALVED)
+            self.go(below, _FRESH)
         elif rule.effect == "norm":
-            self._settle(state)
-            self._go(below, _FRESH)
+            self.settle(state)
+            self.go(below, _FRESH)
         else:
-            self._go(below, state._replace(ordinary=state.ordinary or rule.effect == "ordinary"))
+            self.go(below, state._replace(ordinary=state.ordinary or rule.effect == "ordinary"))
 
-    def _leaf(self, node: Node, state: _State) -> None:
-        self._settle(state)
+    def _leaf(self, node: Node, state: State) -> None:
+        self.settle(state)
         if id(node.variable) in self.leaves:
             self.reached.add(id(node.variable))
         else:

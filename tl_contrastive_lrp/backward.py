@@ -21,10 +21,11 @@ from .attachment import Attachment, HookFn
 from .context import plan
 from .coverage_table import Coverage
 from .errors import ModelStateError
+from .hook_rules import HookWatch, rules_in_hooks
 from .placement import attached, check_ready, check_single, reading_hooks
 from .precision import first_gradient, plain
 from .rules import at_least_float32
-from .rulesets import RuleSet
+from .rulesets import RuleSet, get_rule_set
 from .sites import LEAVES
 
 Sink = Callable[[Tensor, Tensor], None]
@@ -163,6 +164,7 @@ def run_each(
     readings: Iterable[Reading],
     scopes: Iterable[AbstractContextManager[None]] = (),
     then: Callable[[int], None] | None = None,
+    hook_watch: HookWatch | None = None,
     **forward_kwargs: Any,
 ) -> tuple[Tensor, list[Tensor], Coverage]:
     """One forward, and for each objective a backward; sinks are called on the way back.
@@ -171,6 +173,8 @@ def run_each(
 
     Args:
         then: Called after each backward, with the number of its objective.
+        hook_watch: Notes what the user's hook functions do. If one edits, the graph is kept for
+            ``then``, also after the last backward.
 
     Returns:
         The logits [batch, pos, vocab] and the objectives' values [], all detached, and the
@@ -197,6 +201,7 @@ def run_each(
     with frozen_parameters(model):
         with (
             ExitStack() as stack,
+            rules_in_hooks(model, get_rule_set(rule_set), coverage, watch=hook_watch),
             reading_hooks(model, [*starts, *before]),
             attached(model, attachments),
             reading_hooks(model, after),
@@ -208,8 +213,9 @@ def run_each(
         ends = [logits, *leaves.values()] if logits.requires_grad else []
         for which, value in enumerate(values):
             begin, more = first_gradient(model, value), which + 1 < len(values)
+            keep = more or (hook_watch is not None and bool(hook_watch.edits))
             if not ends or (
-                torch.autograd.grad(value, ends, begin, allow_unused=True, retain_graph=more)[0]
+                torch.autograd.grad(value, ends, begin, allow_unused=True, retain_graph=keep)[0]
                 is None
             ):
                 raise ModelStateError(

@@ -14,26 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import TokenError
-from .memory import Memory, cannot, choose, in_smaller_tiles, instead
+from .memory import Memory, cannot, choose, fits_forward, forward_bytes, in_smaller_tiles, instead
 from .prompts import str_tokens, to_single_prompt
+from .user_hooks import user_hooks
 
 if TYPE_CHECKING:
     import pandas as pd
-
-# Float32 tensors of [head, pos, pos] that a forward without gradients holds at its peak. Measured
-# on eight heads: 2.5 such tensors in all at 2,048 tokens, 2.3 at 4,096; more with soft-caps.
-_PEAK = 4.0
-_WIDTHS = 8.0  # [pos, d_model] tensors
-_NEURONS = 3.0  # [pos, d_mlp] tensors
-
-
-def forward_bytes(model: Any, length: int) -> int:
-    """Estimate of what a plain forward without gradients takes beside the model, in bytes."""
-    cfg = model.cfg
-    width = int(cfg.d_model)
-    neurons = int(getattr(cfg, "d_mlp", None) or 4 * width)
-    by_position = _WIDTHS * width + _NEURONS * neurons + 2 * int(cfg.d_vocab)
-    return int(4 * length * (_PEAK * int(cfg.n_heads) * length + by_position))
 
 
 def logits_at(
@@ -63,7 +49,9 @@ def logits_at(
     if not -length <= pos < length:
         raise TokenError(f"Position {pos} does not exist in a prompt of {length} tokens.")
     choice = choose(model, length, memory, tile)
-    if choice.tile is not None:
+    # Whether a user's hook works in tiles is seen in a plain forward: that is all that is wanted.
+    plainly = memory == "auto" and fits_forward(model, length) and bool(user_hooks(model))
+    if choice.tile is not None and not plainly:
         from .tile_cache import NotTileable
 
         try:
@@ -84,9 +72,9 @@ def _in_tiles(
     from tqdm.auto import tqdm
 
     from .tile_bounds import tiles_of
+    from .tile_hooks import without_lookers
     from .tiles import check_tileable, prefill
 
-    check_tileable(model, tokens)
     wanted = ((pos, pos + 1),)
 
     def attempt(smaller: int) -> Float[Tensor, " vocab"]:
@@ -97,7 +85,9 @@ def _in_tiles(
         ):
             return prefill(model, tokens, wanted, bounds, {}, bar.update).logits()[0, 0]
 
-    return in_smaller_tiles(attempt, tile)
+    with without_lookers(model, tokens, backward=False):
+        check_tileable(model, tokens)
+        return in_smaller_tiles(attempt, tile)
 
 
 def candidate_table(model: Any, logits: Float[Tensor, " vocab"], k: int) -> pd.DataFrame:

@@ -15,9 +15,10 @@ from .attachment import Attachment, HookFn, edit
 from .audit_model import require_clean
 from .coverage_table import Coverage
 from .errors import ModelStateError
+from .hook_rules import rows_to_come, rules_in_hooks
 from .placement import attached, check_ready, check_single, marked, place, public_name
 from .precision import is_low, watch
-from .rulesets import DEFAULT_RULES, RuleSet
+from .rulesets import DEFAULT_RULES, RuleSet, get_rule_set
 from .sites import LEAVES
 
 
@@ -35,17 +36,23 @@ def plan(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Cove
 def coverage(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Coverage:
     """Which component of ``model`` would get which rule, without attaching anything.
 
+    What your own hooks compute is seen only when they run: they have a row that says so here, and
+    their rules in the coverage that ``lrp`` yields and results carry.
+
     Raises:
         UncoveredComponentError: a component that no rule covers.
     """
-    return plan(model, rules)[1]
+    report = plan(model, rules)[1]
+    report.add(rows_to_come(model))
+    return report
 
 
 def lrp_hooks(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> list[tuple[str, HookFn]]:
     """The rules as hooks for ``model.run_with_hooks(fwd_hooks=...)`` or ``model.hooks(...)``.
 
-    List your own hooks that edit values before these. The forward is unchanged by one bit; only
-    gradients differ. ``lrp`` is the more robust form: prefer it where a context manager fits.
+    List your own hooks that edit values before these; what those compute is not looked at here, and
+    keeps its ordinary gradient. The forward is unchanged by one bit; only gradients differ.
+    ``lrp`` is the more robust form: prefer it where a context manager fits.
 
     Returns:
         (hook_name, hook_function) pairs.
@@ -87,15 +94,20 @@ def lrp(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Iterator[Coverage]:
     gradients works on relevance inside, ``attribution_patch`` for one (relevance patching,
     arXiv:2508.21258).
 
+    Your own hook functions, put on before or inside, are part of the model: what they compute gets
+    the rules too, operation by operation, or is refused when it has run. What has no rule can be
+    given one in the hook (``clrp.rules``), or made a constant with ``.detach()``.
+
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
         rules: "attnlrp", "cplrp", "relp", "gim", "gradient", or a ``RuleSet``.
 
     Yields:
-        Coverage: which component got which rule.
+        Coverage: which component got which rule. What your hooks compute is added as they run.
 
     Raises:
-        UncoveredComponentError: a component that no rule covers.
+        UncoveredComponentError: a component that no rule covers; in the block, an operation in one
+            of your hooks.
         ModelStateError: training mode, gradients off, or rules already on.
     """
     check_ready(model, "lrp")
@@ -104,5 +116,9 @@ def lrp(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Iterator[Coverage]:
     hook_dict = model.hook_dict
     inputs = LEAVES if is_low(model, (torch.float16,)) else ()
     watched = [(public_name(hook_dict, n), edit(watch)) for n in inputs if n in hook_dict]
-    with attached(model, attachments), model.hooks(fwd_hooks=watched):
+    with (
+        rules_in_hooks(model, get_rule_set(rules), report, later=True),
+        attached(model, attachments),
+        model.hooks(fwd_hooks=watched),
+    ):
         yield report

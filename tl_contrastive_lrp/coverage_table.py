@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,11 +28,16 @@ class Coverage:
 
     Attributes:
         rules: Name of the rule set.
-        rows: One per operation, in the model's order.
+        rows: One per operation, in the model's order; behind them what the user's own hook
+            functions compute, added when they have run.
     """
 
     rules: str
     rows: tuple[CoverageRow, ...]
+
+    def add(self, rows: Iterable[CoverageRow]) -> None:
+        """Add what the user's hook functions turned out to compute; equal rows are kept once."""
+        object.__setattr__(self, "rows", tuple(dict.fromkeys((*self.rows, *rows))))
 
     def to_frame(self) -> pd.DataFrame:
         """The rows as a DataFrame with the columns of ``CoverageRow``."""

@@ -23,7 +23,8 @@ layer but what autograd itself keeps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .backward import Reading
+from .precision import plain
 from .rules import at_least_float32
 from .rulesets import RuleSet
 from .sites import Site, components, scores_are_biased
@@ -110,6 +112,47 @@ def needs_tangents(
     return rule_set.norm == "gradient" or layer in biased
 
 
+@dataclass(eq=False)
+class HookedBlock:
+    """A block on which the user has hooks.
+
+    Attributes:
+        layer: Index of the block.
+        edited: Whether one of them did more than look, once the forward has run.
+        quiet: Whether gradients are to be ignored now.
+        at_z: Called with (pattern·v, its gradient), [1, pos, head, d_head], in the backward: as
+            attention made it, before any hook.
+    """
+
+    layer: int
+    edited: Callable[[], bool]
+    quiet: Callable[[], bool]
+    at_z: Callable[[Tensor, Tensor], None] | None = None
+
+    @contextmanager
+    def before_hooks(self, model: Any) -> Iterator[None]:
+        """Reads there while the model runs inside."""
+
+        def pre_hook(point: Any, args: tuple[Any, ...]) -> None:
+            z = args[0]
+            if self.at_z is None or not isinstance(z, Tensor) or not z.requires_grad:
+                return
+            value, convert = z.detach(), getattr(point.hook_conversion, "convert", lambda x: x)
+
+            def read(g: Tensor) -> None:
+                if self.at_z is not None and not self.quiet():
+                    self.at_z(convert(value), convert(plain(g.detach())))
+
+            z.register_hook(read)
+
+        point = model.hook_dict[f"blocks.{self.layer}.attn.o.hook_in"]
+        handle = point.register_forward_pre_hook(pre_hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
 def edge_readings(
     model: Any,
     edges: BlockEdges,
@@ -119,6 +162,7 @@ def edge_readings(
     biased: frozenset[int],
     seen: Callable[[], Tensor] | None = None,
     moved: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    hooked: HookedBlock | None = None,
 ) -> list[Reading]:
     """What to read in the backward so that ``edges`` is filled.
 
@@ -131,6 +175,9 @@ def edge_readings(
         biased: ``biased_blocks(model)``.
         seen: Gives v of all sources, [source, kv_head, d_head], where a run computes only some.
         moved: Gives what ``block_tangents`` gives, likewise.
+        hooked: Where the user has hooks in the block. What they add to keys, values or scores
+            takes no relevance, as biases do not, so tangents are needed where they edit; and the
+            gradient at pattern·v is read before they change it.
     """
     prefix = f"blocks.{edges.layer}.attn."
     constant_pattern = rule_set.softmax == "constant"
@@ -152,8 +199,13 @@ def edge_readings(
         site.operation == "attention" and f"{site.path}." == prefix for site in sites
     )
 
+    early = hooked is not None and not by_operation
+
+    def by_tangents() -> bool:
+        return tangents or (hooked is not None and hooked.edited())
+
     def at_z(_: Tensor, g: Tensor) -> None:
-        if tangents:
+        if by_tangents():
             v, kept["scores"] = (
                 block_tangents(model, edges.layer, call, sites, rule_set)
                 if moved is None
@@ -165,20 +217,24 @@ def edge_readings(
         g_z = at_least_float32(g[0])
         g_z = g_z if by_operation else g_z.transpose(0, 1)
         v = at_least_float32(v).transpose(0, 1).repeat_interleave(len(g_z) // v.shape[1], dim=0)
-        edges.add("value", pattern, g_z @ v.transpose(-1, -2), value_share)
+        # upstream of the user's hooks the rule has halved the gradient already
+        share = 1.0 if early else value_share
+        edges.add("value", pattern, g_z @ v.transpose(-1, -2), share)
 
     def at_pattern(x: Tensor, g: Tensor) -> None:
         edges.add("value", x[0], g[0])
 
     def at_scores(x: Tensor, g: Tensor) -> None:
-        edges.add("key", kept.pop("scores") if tangents else x[0], g[0], key_share)
+        edges.add("key", kept.pop("scores") if by_tangents() else x[0], g[0], key_share)
 
     readings = []
-    if tangents or constant_pattern:
-        readings += [
-            Reading(f"{prefix}hook_pattern", ignore, fired=keep("pattern")),
-            Reading(f"{prefix}z" if by_operation else f"{prefix}o.hook_in", at_z),
-        ]
+    if tangents or constant_pattern or hooked is not None:
+        readings.append(Reading(f"{prefix}hook_pattern", ignore, fired=keep("pattern")))
+        if early:
+            assert hooked is not None
+            hooked.at_z = at_z
+        else:
+            readings.append(Reading(f"{prefix}z" if by_operation else f"{prefix}o.hook_in", at_z))
         if not tangents and seen is None:
             readings.append(Reading(f"{prefix}v.hook_out", ignore, fired=keep("v")))
     else:

@@ -10,11 +10,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .backward import run_each
-from .edges import BlockEdges, biased_blocks, edge_readings
+from .edges import BlockEdges, HookedBlock, biased_blocks, edge_readings
 from .graph import AttributionGraph
-from .graph_check import require_closed_form
+from .graph_check import HookedEdges, require_closed_form
 from .graph_columns import EdgeColumns
 from .graph_plan import GraphPlan
+from .hook_rules import HookWatch, hooked_points
 from .objective import described
 from .packed import packed_edges
 from .tangents import BlockCall
@@ -31,11 +32,26 @@ def plain_graphs(plan: GraphPlan) -> list[AttributionGraph]:
     sums, by_head = plan.sums()
     biased = biased_blocks(model)
     calls = {block: BlockCall() for block in edges}
+    points, watch = hooked_points(model), HookWatch()
+    check = HookedEdges(plan.sites)
+    hooked = {
+        block: HookedBlock(block, partial(watch.edited, prefix), lambda: check.quiet)
+        for block in edges
+        if any(name.startswith(prefix := f"blocks.{block}.") for name in points)
+    }
     readings = [
         reading
         for block, found in edges.items()
-        for reading in edge_readings(model, found, plan.covered, rule_set, calls[block], biased)
+        for reading in edge_readings(
+            model, found, plan.covered, rule_set, calls[block], biased, hooked=hooked.get(block)
+        )
     ]
+    scopes = [call.recorded(model.blocks[block]) for block, call in calls.items()]
+    read_all = [*sums.readings, *readings]
+    if points:
+        read_all = [check.listening(reading) for reading in read_all]
+        scopes += [block.before_hooks(model) for block in hooked.values() if block.at_z is not None]
+        scopes.append(check.recorded(model))
     if edges:
         require_closed_form(model, rule_set)
     nodes: list[tuple[Float[Tensor, "site pos"], dict[str, Any]]] = []
@@ -48,6 +64,14 @@ def plain_graphs(plan: GraphPlan) -> list[AttributionGraph]:
     def read(which: int) -> None:
         """Take what one backward brought, before the next."""
         nodes.append(plan.nodes(sums.take(), by_head))
+        if watch.edits:
+            for step in plan.steps:
+                if step.kind != "packed":
+                    ends = plan.sites[step.source], plan.sites[step.target]
+                    relevance = nodes[-1][0][step.source]
+                    found = edges[step.block].total if step.kind == "attention" else None
+                    matrix = _matrix(None if found is None else found.cpu().clone(), relevance)
+                    check.require(model, *ends, matrix, watch)
         columns.append(_columns(plan, edges, nodes[-1][0]))
         for found in edges.values():
             found.clear()
@@ -59,9 +83,10 @@ def plain_graphs(plan: GraphPlan) -> list[AttributionGraph]:
         plan.tokens,
         plan.objectives,
         rule_set,
-        [*sums.readings, *readings],
-        [call.recorded(model.blocks[block]) for block, call in calls.items()],
+        read_all,
+        scopes,
         then=read,
+        hook_watch=watch,
     )
     sums.warn_of_underflow()
     graphs = []
@@ -143,5 +168,14 @@ def _add_block(
         )
         columns.add_split(*ends, value, key, relevance - total.sum(0), live)
         return
-    total.fill_diagonal_(0.0)
-    columns.add_dense(*ends, total + torch.diag(relevance - total.sum(0)), live)
+    columns.add_dense(*ends, _matrix(total, relevance), live)
+
+
+def _matrix(
+    total: Float[Tensor, "target source"] | None, relevance: Float[Tensor, " source"]
+) -> Float[Tensor, "target source"]:
+    """What attention passes between positions, and on the diagonal what is left."""
+    if total is None:
+        return torch.diag(relevance)
+    off = total.fill_diagonal_(0.0)
+    return off + torch.diag(relevance - off.sum(0))

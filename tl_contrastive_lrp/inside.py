@@ -66,7 +66,10 @@ class OperationRules(TorchFunctionMode):
         if not self.states or not self.states[-1]:
             return func(*args, **kwargs)
         handler = _HANDLERS.get(getattr(func, "__name__", ""))
-        out = func(*args, **kwargs) if handler is None else handler(self, func, args, kwargs)
+        if handler is None:
+            out = func(*args, **kwargs)
+        else:
+            out = getattr(self, handler.__name__)(func, args, kwargs)
         return marks.pass_on((*args, *kwargs.values()), out)
 
     # ------------------------------------------------------------ weights of routers and gates

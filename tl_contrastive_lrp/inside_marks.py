@@ -37,6 +37,12 @@ def new_weight(made: Tensor, *, constant: bool) -> Tensor:
     return _marked(weight, _MADE, made)
 
 
+def unsure_weight(made: Tensor, *, constant: bool) -> Tensor:
+    """As ``new_weight``, where only its use will tell whether it is one."""
+    weight = made.detach() if constant else _marked(made, _WEIGHT)
+    return _marked(weight, _MADE, made)
+
+
 def _marked(tensor: Tensor, mark: str, value: Any = True) -> Tensor:
     setattr(tensor, mark, value)
     return tensor

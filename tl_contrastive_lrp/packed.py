@@ -21,6 +21,7 @@ from torch import Tensor
 from .attachment import HookFn
 from .backward import frozen_parameters
 from .context import plan
+from .hook_rules import rules_in_hooks
 from .memory import free_bytes
 from .placement import attached, check_ready, check_single, reading_hooks
 from .precision import first_gradient, is_low, plain
@@ -70,7 +71,11 @@ def _recorded(
     starts = [(n, start) for n in LEAVES if n in hook_dict]
     keeps = [(name, keep(name)) for name in names]
     with frozen_parameters(model):
-        with reading_hooks(model, [*starts, *keeps]), attached(model, attachments):
+        with (
+            rules_in_hooks(model, rule_set),
+            reading_hooks(model, [*starts, *keeps]),
+            attached(model, attachments),
+        ):
             value = objective(model(tokens))
         first, ends = first_gradient(model, value), [seen[n] for n in names]
         gradients = torch.autograd.grad(value, ends, first, retain_graph=True)

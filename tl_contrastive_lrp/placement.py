@@ -61,7 +61,7 @@ def check_single(model: Any) -> None:
             )
     for name, hook_point in model.hook_dict.items():
         for handle in hook_point.fwd_hooks:
-            if getattr(handle.user_hook, _MARK, False):
+            if is_rule(handle.user_hook):
                 raise ModelStateError(
                     f"Rules are already on this model (at {name}); a second set on top would "
                     "apply them twice. Leave the other clrp.lrp(...) block first, or reset "
@@ -82,6 +82,11 @@ def public_name(hook_dict: Mapping[str, Any], name: str) -> str:
 
 def _mark_only(tensor: Any, hook: Any) -> None:
     """Shows that rules are on, where none of them is a hook."""
+
+
+def is_rule(fn: Any) -> bool:
+    """Whether a hook function is one of the rules."""
+    return bool(getattr(fn, _MARK, False))
 
 
 def marked(fn: HookFn) -> HookFn:

@@ -98,6 +98,19 @@ def _refuse_shape(model: Any, found: dict[str, Any]) -> None:
         raise refusal("model", model.original_model, _STACKS.format(" and ".join(stacks)))
 
 
+def _refuse_replaced(path: str, component: nn.Module) -> None:
+    """Refuse a module in a HookPoint's place, as SAELens' bridge puts autoencoders there."""
+    for name, module in component._modules.items():
+        point = name.startswith("hook_") and isinstance(module, nn.Module)
+        if point and not hasattr(module, "fwd_hooks"):
+            raise UncoveredComponentError(
+                f"{path}.{name} is no HookPoint: a {type(module).__name__} stands in its place, so "
+                "nothing can be read or ruled there. Put the HookPoint back (SAELens: "
+                "model.reset_saes()) and run the module in a hook function instead: with "
+                f"model.hooks(fwd_hooks=[({f'{path}.{name}'!r}, lambda x, hook: sae(x))]): ..."
+            )
+
+
 def _why(component: Any) -> str | None:
     bridges = [base.__name__ for base in type(component).__mro__]
     wrapped = type(component.original_component).__name__
@@ -125,6 +138,7 @@ def refuse_known(model: Any, found: dict[str, Any]) -> None:
         if why is not None:
             raise refusal(path, module, why)
     for path, component in found.items():
+        _refuse_replaced(path, component)
         why = _why(component)
         if why is not None:
             raise refusal(path, component.original_component, why)

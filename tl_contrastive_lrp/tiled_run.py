@@ -29,6 +29,7 @@ from .rulesets import RuleSet
 from .sites import LEAVES
 from .sums import Sums
 from .tile_bounds import position_of, tiles_of, wanted_positions
+from .tile_hooks import without_lookers
 from .tiled_backward import Backward, TileReader, as_gradient, is_of_block
 from .tiles import Prefill, check_tileable, prefill
 
@@ -113,17 +114,17 @@ def run_tiled(
     """
     check_ready(model, "Relevance")
     check_single(model)
-    check_tileable(model, tokens)
     n_layers = int(model.cfg.n_layers)
-    run = _Run(
-        model, tokens, objectives, sums, reader, checkpoint, *plan(model, rule_set), n_layers
-    )
+    placed = plan(model, rule_set)
+    run = _Run(model, tokens, objectives, sums, reader, checkpoint, *placed, n_layers)
 
     def attempt(smaller: int) -> list[TiledResult]:
         run.drop_unfinished()
         return _attempt(run, smaller, progress)
 
-    return in_smaller_tiles(attempt, tile)
+    with without_lookers(model, tokens):
+        check_tileable(model, tokens)
+        return in_smaller_tiles(attempt, tile)
 
 
 def _attempt(run: _Run, tile: int, progress: bool) -> list[TiledResult]:

@@ -18,8 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from .backward import frozen_parameters, tap
 from .context import plan
+from .hook_rules import rules_in_hooks
 from .placement import attached, public_name
 from .precision import first_gradient, plain
+from .rulesets import get_rule_set
 from .sites import LEAVES, components, module_names
 
 
@@ -83,6 +85,7 @@ def account_for(model: Any, tokens: Tensor, objective: Callable[[Tensor], Tensor
     with frozen_parameters(model), ExitStack() as stack:
         stack.enter_context(biases.differentiable())
         lookups = stack.enter_context(_other_embeddings(model))
+        stack.enter_context(rules_in_hooks(model, get_rule_set("cplrp")))
         stack.enter_context(model.hooks(fwd_hooks=leaf_hooks(model, inputs)))
         stack.enter_context(constants)
         with attached(model, attachments), biases.tapped(model):

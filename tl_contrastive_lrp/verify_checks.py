@@ -18,6 +18,7 @@ from .audit_model import audit
 from .backward import frozen_parameters
 from .context import plan
 from .errors import UncoveredComponentError
+from .hook_rules import rules_in_hooks
 from .placement import attached, public_name
 from .precision import in_float32, is_low
 from .rulesets import RuleSet
@@ -37,12 +38,13 @@ def check_audit(model: Any) -> Check:
     found = report.summary()
     shown = "; ".join(f"{f.component}: {f.operation}: {f.why}" for f in found[:3])
     more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+    aside = f"; {report.of_hooks}" if report.hooks else ""
     return judged(
         "audit",
         float(len(found)),
         0.0,
         1.0,
-        f"each of {n} operations between logits and embeddings is linear or has its rule",
+        f"each of {n} operations between logits and embeddings is linear or has its rule{aside}",
         f"operations without a rule: {shown}{more}",
     )
 
@@ -66,6 +68,7 @@ def check_forward(model: Any, tokens: Tensor, rule_set: RuleSet) -> Check:
         )
     with (
         frozen_parameters(model),
+        rules_in_hooks(model, rule_set),
         model.hooks(fwd_hooks=leaf_hooks(model, {})),
         attached(model, attachments),
     ):
