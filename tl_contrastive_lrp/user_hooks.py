@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .handed_on import constant_leaf, started
 from .placement import _MARK
 
 Kind = Literal["forward", "forward_pre", "backward", "backward_pre"]
@@ -317,4 +318,55 @@ def observed(hooks: Iterable[UserHook], *, gradients: bool = False) -> Iterator[
     finally:
         for hook, fn in watched:
             if hook.key in hook.table:  # it may have removed itself
+                hook.table[hook.key] = fn
+
+
+def _restarting(
+    hook: UserHook, fn: Callable[..., Any], constants: list[Tensor]
+) -> Callable[..., Any]:
+    at = -1 if hook.kind == "forward" else 0
+
+    def restarting(module: Any, *args: Any) -> Any:
+        had = any(x.requires_grad for x in _tensors(args[at]))
+        returned = fn(module, *args)
+        if not had or not torch.is_grad_enabled():
+            return returned
+
+        def of(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                if value.requires_grad or not value.is_floating_point():
+                    return value
+                constants.append(constant_leaf(value))
+                return started(constants[-1])
+            if type(value) in (tuple, list):
+                return type(value)(map(of, value))
+            return value
+
+        return returned if any(x.requires_grad for x in _tensors(returned)) else of(returned)
+
+    return restarting
+
+
+@contextmanager
+def restarted(hooks: Iterable[UserHook]) -> Iterator[list[Tensor]]:
+    """A constant that a hook puts in the place of a computed value starts a gradient of its own.
+
+    So relevance can be read at it and below it, as at any other value; what lies above it is cut
+    off all the same.
+
+    Args:
+        hooks: From ``user_hooks``.
+
+    Yields:
+        The constants of the forward inside the block, as leaves.
+    """
+    constants: list[Tensor] = []
+    wrapped = [(hook, hook.table[hook.key]) for hook in hooks if hook.is_forward]
+    try:
+        for hook, fn in wrapped:
+            hook.table[hook.key] = _restarting(hook, fn, constants)
+        yield constants
+    finally:
+        for hook, fn in wrapped:
+            if hook.key in hook.table:
                 hook.table[hook.key] = fn
