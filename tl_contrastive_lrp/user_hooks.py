@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,14 @@ _TABLES: dict[Kind, str] = {
 }
 _LIBRARIES = ("transformer_lens.", "transformers.", "accelerate.", "torch.", "tl_contrastive_lrp.")
 _MISSING = object()
+_OWN = "_tl_contrastive_lrp_own"
+_Fn = TypeVar("_Fn", bound=Callable[..., Any])
+
+
+def as_own(fn: _Fn) -> _Fn:
+    """Mark a hook function as no user's: it is left on the model where theirs are set aside."""
+    setattr(fn, _OWN, True)
+    return fn
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +159,9 @@ def user_hooks(model: Any) -> tuple[UserHook, ...]:
             for key, registered in getattr(point, attribute).items():
                 handle = given.get(key)
                 if handle is not None and (
-                    _is_own(handle) or getattr(handle.user_hook, _MARK, False)
+                    _is_own(handle)
+                    or getattr(handle.user_hook, _MARK, False)
+                    or getattr(handle.user_hook, _OWN, False)
                 ):
                     continue
                 fn = registered if handle is None else handle.user_hook or registered
