@@ -19,7 +19,7 @@ from tl_contrastive_lrp.render.scale import (
     check_tokens,
     span,
 )
-from tl_contrastive_lrp.render.text import inert, signed
+from tl_contrastive_lrp.render.text import inert, part_marks, signed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -76,7 +76,7 @@ def colored_tokens(
         legend=legend,
         greyed=np.flatnonzero(mask).tolist(),
         grey=GREY,
-        tokens=[inert(token) for token in tokens],
+        tokens=_inert_tokens(tokens),
         values=_short(array),
         minValue=-scale,
         maxValue=scale,
@@ -151,12 +151,19 @@ def colored_tokens_by_site(
             "positive": LIGHT_POSITIVE,
             "negative": LIGHT_NEGATIVE,
         },
-        tokens=[inert(token) for token in tokens],
+        tokens=_inert_tokens(tokens),
         values=_short(array.T),
         labels=names,
         positiveBounds=[1.0] * len(names),
         negativeBounds=[-1.0] * len(names),
     )
+
+
+def _inert_tokens(tokens: Sequence[str]) -> list[str]:
+    return [
+        (inert(token) if token or not mark else "") + mark
+        for token, mark in zip(tokens, part_marks(tokens), strict=True)
+    ]
 
 
 def _legend(
