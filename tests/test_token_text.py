@@ -15,7 +15,11 @@ from tokenizer_forms import FORMS, TEXTS, boot
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.cli.prompt import token_ids, token_word
 from tl_contrastive_lrp.errors import TokenError
+from tl_contrastive_lrp.graph_view import view_of
 from tl_contrastive_lrp.prompts import str_tokens, to_token_ids, token_names
+from tl_contrastive_lrp.render.graph import graph_html
+from tl_contrastive_lrp.render.text import part_marks, script_json, visible_tokens, with_parts
+from tl_contrastive_lrp.report import report_of
 from tl_contrastive_lrp.token_text import printed
 
 SENTENCEPIECE = ("llama2", "gemma", "t5", "unigram-bytes")
@@ -216,6 +220,39 @@ def test_a_character_of_several_tokens_is_whole_at_the_first(form: str) -> None:
     assert texts[at + 4 :] == ("b",)
     cut = str_tokens(model, ids[: at + 2])  # in the middle of the character
     assert cut[at:] == ("<0xF0>", "<0x92>")
+
+
+def test_parts_of_a_character_are_marked_in_pictures() -> None:
+    """Version 0.1 showed U+FFFD for each; now the character, once, and which part each token is."""
+    model = boot("gpt2")
+    ids = torch.tensor(model.tokenizer("a🦀, ж")["input_ids"])
+    texts = str_tokens(model, ids.tolist())
+    at = texts.index("🦀")
+    marks = ["¹⁄₄", "²⁄₄", "³⁄₄", "⁴⁄₄"]
+    assert part_marks(texts)[at : at + 5] == [*marks, ""]
+    assert visible_tokens(texts)[at : at + 4] == ["🦀¹⁄₄", *marks[1:]]
+    assert with_parts(texts)[at : at + 4] == [f"🦀{mark}" for mark in marks]
+    result = clrp.attribute(model, ids, clrp.top_logit(), progress=False)
+    report = report_of(result)
+    shown = re.findall(r'data-i="(\d+)"[^>]*title="«([^»]*)»[^>]*>([^<]*)</span>', report)
+    for part, mark in enumerate(marks):
+        assert (str(at + part), f"🦀{mark}", ("" if part else "🦀") + mark) in shown
+    assert "of the tokens that make one character" in report
+    assert "\ufffd" not in report
+    picture = result.show().local_src
+    assert all(f'"{script_json(mark)[1:-1]}"' in picture for mark in marks[1:])
+    assert "of the tokens that make one character" in picture
+    view = graph_html(view_of(clrp.attribution_graph(model, ids, clrp.top_logit())))
+    assert all(f"🦀{mark}" in view for mark in marks)
+
+
+def test_only_empty_texts_after_a_long_character_are_parts_of_it() -> None:
+    assert part_marks(["", "a", "", "é", "", "", "<s>", ""]) == [
+        "", "", "", "¹⁄₂", "²⁄₂", "", "", "",
+    ]  # fmt: skip
+    assert part_marks([]) == []
+    assert with_parts(["a", "", " é", ""]) == ["a", "", " é¹⁄₂", "é²⁄₂"]
+    assert visible_tokens(["a", "", "é", ""]) == ["a", "∅", "é¹⁄₂", "²⁄₂"]
 
 
 def test_tokens_added_later_are_seen() -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _ABOVE, _BELOW = "\u2070\u00b9\u00b2\u00b3\u2074", "\u2080\u2081\u2082\u2083\u2084"
+PARTS = "\u00b2\u2044\u2083: the second of the tokens that make one character, here three"
 _SPACE_RUN = re.compile(" {2,}")
 
 
