@@ -239,7 +239,7 @@ def test_strings_need_a_tokenizer(model: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(type(model), "tokenizer", None)
     with pytest.raises(TokenError, match="no tokenizer"):
         clrp.logit_diff(model, "a", B)
-    assert "#5" in str(clrp.logit_diff(model, A, B))
+    assert "id:5" in str(clrp.logit_diff(model, A, B))
 
 
 # ---------------------------------------------------------------- words

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import TokenError
 from .memory import Memory, cannot, choose, fits_forward, forward_bytes, in_smaller_tiles, instead
-from .prompts import str_tokens, to_single_prompt
+from .prompts import to_single_prompt, token_names
 from .user_hooks import user_hooks
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def candidate_table(model: Any, logits: Float[Tensor, " vocab"], k: int) -> pd.D
     return pd.DataFrame(
         {
             "rank": range(len(ids)),
-            "token": str_tokens(model, ids),
+            "token": token_names(model, ids),
             "id": ids,
             "logit": top.values.cpu().numpy(),
             "probability": exact.softmax(-1)[top.indices].cpu().numpy(),
@@ -131,6 +131,7 @@ def next_token_table(
 
     Returns:
         Columns rank (from 0), token, id, logit, probability, minus_top (logit − highest logit).
+        Given as a target or contrast, what stands in ``token`` means that token.
 
     Raises:
         PromptError: the prompt is empty or not one prompt.

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import TokenError
-from .prompts import str_tokens, to_token_ids, vocab_size
+from .prompts import to_token_ids, token_names, vocab_size
 from .rules import at_least_float32
 
 Contrast = Literal["tokens", "top_k", "mean", "none"]
@@ -39,7 +39,8 @@ class Objective:
             mean of all logits, or nothing.
         k: For ``versus="top_k"``.
         pos: Position whose logits count, negative from the end, or one for each row of a batch.
-        names: Text of each target and contrast token, for printing.
+        names: Name of each target and contrast token, for printing: typed back, it means that
+            token (``prompts.token_names``).
     """
 
     target: tuple[int, ...]
@@ -91,7 +92,7 @@ class Objective:
         return at_least_float32(rows)
 
     def _describe(self) -> tuple[str, str]:
-        texts = self.names or tuple(f"#{i}" for i in (*self.target, *self.contrast))
+        texts = self.names or tuple(f"id:{i}" for i in (*self.target, *self.contrast))
         quoted = [repr(text) for text in texts]
 
         def term(some: list[str]) -> str:
@@ -142,31 +143,31 @@ def logit_diff(model: Any, target: object, contrast: object, pos: Pos = -1) -> O
 
     Args:
         model: A ``TransformerBridge``.
-        target: What the model preferred: a single-token string, an id, or a set of these (a set
-            counts as its mean logit).
+        target: What the model preferred: a single-token string, an id (also as text, ``id:123``),
+            or a set of these (a set counts as its mean logit). A leading space counts.
         contrast: What it should have preferred, likewise.
         pos: Position whose next token is explained; one for each row of a batch, if they differ.
 
     Raises:
-        TokenError: a string that is not one token, an id out of range, the same token on both
-            sides.
+        TokenError: a string that is not one token or may be several, an id out of range, the
+            same token on both sides.
     """
     targets = to_token_ids(model, target, "target")
     contrasts = to_token_ids(model, contrast, "contrast")
     both = sorted(set(targets) & set(contrasts))
     if both:
         raise TokenError(
-            f"Target and contrast share the token {str_tokens(model, both)[0]!r} (id {both[0]}); "
+            f"Target and contrast share the token {token_names(model, both)[0]!r} (id {both[0]}); "
             "their difference would cancel it. Give two different tokens."
         )
-    names = str_tokens(model, (*targets, *contrasts))
+    names = token_names(model, (*targets, *contrasts))
     return Objective(targets, contrasts, "tokens", pos=_pos(pos), names=names)
 
 
 def target_logit(model: Any, target: object, pos: Pos = -1) -> Objective:
     """The logit of one token (or the mean of a set), contrasted with nothing."""
     ids = to_token_ids(model, target, "target")
-    return Objective(ids, (), "none", pos=_pos(pos), names=str_tokens(model, ids))
+    return Objective(ids, (), "none", pos=_pos(pos), names=token_names(model, ids))
 
 
 def top_logit(pos: Pos = -1) -> Objective:
@@ -184,13 +185,13 @@ def logit_minus_top_k(model: Any, target: object, k: int, pos: Pos = -1) -> Obje
     others = vocab_size(model) - len(ids)
     if not 1 <= k <= others:
         raise TokenError(f"k={k} must lie between 1 and the {others} other tokens.")
-    return Objective(ids, (), "top_k", k, _pos(pos), str_tokens(model, ids))
+    return Objective(ids, (), "top_k", k, _pos(pos), token_names(model, ids))
 
 
 def logit_minus_mean(model: Any, target: object, pos: Pos = -1) -> Objective:
     """The target's logit minus the mean of all logits."""
     ids = to_token_ids(model, target, "target")
-    return Objective(ids, (), "mean", pos=_pos(pos), names=str_tokens(model, ids))
+    return Objective(ids, (), "mean", pos=_pos(pos), names=token_names(model, ids))
 
 
 def question(

@@ -13,6 +13,14 @@ from torch import Tensor
 
 from .errors import PromptError, TokenError
 from .offload import input_device
+from .token_text import (
+    is_text_of,
+    own_text,
+    readings,
+    texts_in_context,
+    token_name,
+    written_id,
+)
 
 
 def vocab_size(model: Any) -> int:
@@ -21,10 +29,24 @@ def vocab_size(model: Any) -> int:
 
 
 def str_tokens(model: Any, ids: Iterable[int]) -> tuple[str, ...]:
-    """The text of each token by itself, or ``#id`` where the model has no tokenizer."""
+    """What each token of a prompt contributes to its text; joined, they are the prompt's text.
+
+    The tokens that share a character show it at the first of them and are empty after it. Without
+    a tokenizer, and where it does not know an id, the text is ``id:123``.
+    """
     if model.tokenizer is None:
-        return tuple(f"#{i}" for i in ids)
-    return tuple(str(model.tokenizer.decode([i])) for i in ids)
+        return tuple(f"id:{i}" for i in ids)
+    return texts_in_context(model.tokenizer, ids)
+
+
+def token_names(model: Any, ids: Iterable[int]) -> tuple[str, ...]:
+    """A text for each token by itself that, typed as a target or contrast, means that token.
+
+    No two ids have the same one. See ``token_text`` for how it is chosen.
+    """
+    if model.tokenizer is None:
+        return tuple(f"id:{i}" for i in ids)
+    return tuple(token_name(model.tokenizer, int(i)) for i in ids)
 
 
 def model_name(model: Any) -> str:
@@ -131,24 +153,56 @@ def to_single_prompt(model: Any, prompt: str | Tensor) -> Int[Tensor, "1 pos"]:
     return tokens
 
 
+def _typed_id(model: Any, text: str, role: str) -> int:
+    """The id that a text names."""
+    tokenizer, written = model.tokenizer, written_id(text)
+    if written is not None:
+        found, said = written
+        if said is not None and not (tokenizer is not None and is_text_of(tokenizer, found, said)):
+            own = None if tokenizer is None else own_text(tokenizer, found)
+            raise TokenError(
+                f"The {role} {text!r} contradicts itself: id {found} is "
+                f"{'a token without a name' if own is None else repr(own)}, not {said!r}. "
+                f"For the id, give 'id:{found}'."
+            )
+        return found
+    if tokenizer is None:
+        raise TokenError(f"This model has no tokenizer; give the {role} as a token id.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise TokenError(f"The {role} {text!r} holds half a character, which is no text.") from None
+    meant = readings(tokenizer, text)
+    if len(meant) == 1:
+        return meant[0]
+    if meant:
+        ways = "; or ".join(
+            f"{_short_name(model, i)!r} for {tokenizer.convert_ids_to_tokens(i)!r} of the "
+            f"vocabulary (id {i})"
+            for i in meant
+        )
+        raise TokenError(f"The {role} {text!r} is ambiguous. Give {ways}.")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    if len(ids) == 1:
+        raise TokenError(f"The {role} {text!r} is not in the model's vocabulary.")
+    pieces = ", ".join(map(repr, token_names(model, ids)))
+    raise TokenError(
+        f"The {role} {text!r} is {len(ids)} tokens ({pieces or 'none'}), not one. Give one of them "
+        "(mind a leading space), its id, also written id:123, or explain the first token where "
+        "the two answers differ."
+    )
+
+
+def _short_name(model: Any, token_id: int) -> str:
+    name = token_names(model, [token_id])[0]
+    return name if written_id(name) is None else f"id:{token_id}"
+
+
 def _single_id(model: Any, token: object, role: str) -> int:
     if isinstance(token, Tensor) and token.ndim == 0 and not token.dtype.is_floating_point:
         token = token.item()
     if isinstance(token, str):
-        if model.tokenizer is None:
-            raise TokenError(f"This model has no tokenizer; give the {role} as a token id.")
-        ids = model.to_tokens(token, prepend_bos=False)[0].tolist() if token else []
-        if len(ids) != 1:
-            pieces = ", ".join(map(repr, str_tokens(model, ids)))
-            raise TokenError(
-                f"The {role} {token!r} is {len(ids)} tokens ({pieces or 'none'}), not one. Give "
-                "one of them (mind a leading space), its id, or explain the first token where the "
-                "two answers differ."
-            )
-        unknown = model.tokenizer.unk_token_id
-        if ids[0] == unknown and token != model.tokenizer.unk_token:
-            raise TokenError(f"The {role} {token!r} is not in the model's vocabulary.")
-        return int(ids[0])
+        token = _typed_id(model, token, role)
     if isinstance(token, bool) or not isinstance(token, Integral):
         raise TokenError(
             f"The {role} must be a single-token string, a token id, or a set of these; "
@@ -165,12 +219,14 @@ def to_token_ids(model: Any, tokens: object, role: str) -> tuple[int, ...]:
     """One token or a set of tokens as sorted, distinct ids.
 
     Args:
-        tokens: A single-token string, an id, or a list, tuple, set or 1-d tensor of these.
+        tokens: A single-token string, an id (a number, or text such as ``id:123``), or a list,
+            tuple, set or 1-d tensor of these. A string is read as ``token_text`` says: a token's
+            own text, an entry of the vocabulary, or what the tokenizer makes one token of.
         role: What the error messages call it ("target", "contrast").
 
     Raises:
-        TokenError: a string that is not one token (its tokens are shown), an id out of range, an
-            empty set.
+        TokenError: a string that is not one token (its tokens are shown) or may be several (what
+            to give for each is shown), an id out of range, an empty set.
     """
     if isinstance(tokens, Tensor) and tokens.ndim == 1:
         tokens = tokens.tolist()

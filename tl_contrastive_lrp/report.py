@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .graph_view import view_of
 from .render.report import Report, report_html
 from .render.text import visible
+from .token_text import printed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +55,7 @@ def report_of(
         resid=result.resid,
         site_labels=result.sites,
         heads=result.heads,
-        candidates=None if candidates is None else _rows(candidates),
+        candidates=None if candidates is None else _typable(_rows(candidates)),
         ledger=_rows(result.ledger.to_frame()),
         coverage=[vars(row) for row in result.coverage.summary()],
         graph=None if graph is None else view_of(graph),
@@ -64,6 +65,16 @@ def report_of(
 
 def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
+
+
+def _typable(candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with names that can be read off the page and typed."""
+    return [
+        row | {"token": printed(str(row["token"]), int(row["id"]))}
+        if {"token", "id"} <= row.keys()
+        else row
+        for row in candidates
+    ]
 
 
 def _title(result: Attribution) -> str:

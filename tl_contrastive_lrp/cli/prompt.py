@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -122,17 +121,11 @@ def _chat_ids(tokenizer: Any, text: str, system: str | None, answer: str) -> lis
     return list(ids[0] if ids and isinstance(ids[0], Sequence) else ids)
 
 
-def token_argument(text: str) -> str | int:
-    """``id:123`` is the id 123; all else is a token's text."""
-    found = re.fullmatch(r"id:(\d+)", text)
-    return int(found[1]) if found else text
-
-
 def token_ids(model: Any, texts: Sequence[str], role: str) -> tuple[int, ...]:
     """The ids that ``--target`` or ``--contrast`` name.
 
     Raises:
-        TokenError: a text that is not one token, or an id out of range.
+        TokenError: a text that is not one token or may be several, or an id out of range.
     """
     from ..errors import TokenError
     from ..prompts import to_token_ids
@@ -142,27 +135,15 @@ def token_ids(model: Any, texts: Sequence[str], role: str) -> tuple[int, ...]:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise TokenError(f"The {role} holds bytes that are no UTF-8 text.") from None
-    try:
-        return to_token_ids(model, [token_argument(text) for text in texts], role)
-    except TokenError as error:
-        raise TokenError(f"{error} On the command line an id is written id:123.") from None
+    return to_token_ids(model, list(texts), role)
 
 
 def token_word(model: Any, token_id: int) -> str:
-    """How to name a token on the command line: its text where that is safe, else ``id:123``."""
-    from ..errors import TokenError
-    from ..prompts import str_tokens, to_token_ids
+    """How to name a token on the command line: its name where that is safe, else ``id:123``."""
+    from ..prompts import token_names
+    from ..token_text import printed, written_id
 
-    text = str_tokens(model, [token_id])[0]
-    try:
-        if (
-            plain(text) == text
-            and text.strip("\n\t")
-            and not {"\n", "\t"} & set(text)
-            and isinstance(token_argument(text), str)
-            and to_token_ids(model, text, "token") == (token_id,)
-        ):
-            return text
-    except TokenError:
-        pass
+    name = token_names(model, [token_id])[0]
+    if written_id(name) is None and printed(name, token_id) == name == plain(name):
+        return name
     return f"id:{token_id}"

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..token_text import printed
 from .command import again
 from .exit import Code
 from .model import is_local, load_model
 from .output import Output
 from .prompt import prompt_ids, read_prompt, token_ids, token_word
 from .tell import candidate_rows, print_candidates, print_json
-from .terminal import progress, say, shown, tell
+from .terminal import progress, say, tell
 from .way import Way
 
 if TYPE_CHECKING:
@@ -58,11 +59,11 @@ class Question:
 
     def side(self, ids: Sequence[int]) -> str:
         """One side's tokens in words."""
-        return " or ".join(f"«{shown(self.names[i])}»" for i in ids)
+        return " or ".join(f"«{printed(self.names[i], i)}»" for i in ids)
 
     def logit_of(self, ids: Sequence[int]) -> str:
         """One side's term of Δℓ in words."""
-        names = ", ".join(f"«{shown(self.names[i])}»" for i in ids)
+        names = ", ".join(f"«{printed(self.names[i], i)}»" for i in ids)
         return f"logit of {names}" if len(ids) == 1 else f"mean logit of {{{names}}}"
 
 
@@ -79,7 +80,7 @@ def question_of(
 ) -> Question:
     """The question with what telling its answer needs; logits [vocab] are those at ``pos``."""
     from ..candidates import candidate_table
-    from ..prompts import model_device, str_tokens
+    from ..prompts import model_device, token_names
 
     both = (*target, *contrast)
     return Question(
@@ -88,7 +89,7 @@ def question_of(
         target,
         contrast,
         float(logits[list(target)].double().mean() - logits[list(contrast)].double().mean()),
-        dict(zip(both, str_tokens(model, both), strict=True)),
+        dict(zip(both, token_names(model, both), strict=True)),
         pos,
         model_name,
         str(next(iter(model.original_model.parameters())).dtype).removeprefix("torch."),

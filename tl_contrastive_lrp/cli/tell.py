@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..token_text import printed
 from .output import Output
 from .terminal import shown, table, tell
 
@@ -36,7 +37,7 @@ def print_candidates(candidates: pd.DataFrame) -> None:
         [
             (
                 str(row["rank"]),
-                shown(row["token"]),
+                printed(row["token"], row["id"]),
                 str(row["id"]),
                 f"{row['logit']:.3f}",
                 f"{100 * row['probability']:.2f} %",
@@ -82,16 +83,19 @@ def print_question(question: Question, result: Attribution | AttributionGraph, r
 
 def print_explained(explained: Explained, output: Output, decisive: Sequence[int] = ()) -> None:
     """Δℓ in words, the tokens of largest relevance, and where the report is, on stdout."""
+    from ..render.text import with_parts
+
     result = explained.result
     n = len(result.str_tokens)
     print_question(explained.question, result, explained.run)
     top = result.top(output.top).to_dict("records")
     greyed = result.greyed.tolist()
+    texts = with_parts(result.str_tokens)
     columns = [("pos", True), ("token", False), ("relevance", True), ("share of Δℓ", True)]
     rows = [
         [
             str(row["pos"]),
-            shown(row["token"]) + (" *" if greyed[row["pos"]] else ""),
+            shown(texts[row["pos"]]) + (" *" if greyed[row["pos"]] else ""),
             _number(row["relevance"]),
             _percent(row["share"]),
         ]

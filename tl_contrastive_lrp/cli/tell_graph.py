@@ -161,7 +161,9 @@ def print_graphed(graphed: Graphed, output: Output, saved_pruned: bool) -> None:
 def _print_sites(kept: AttributionGraph) -> None:
     """A line a site of the pruned graph."""
     from ..graph_view import site_labels
+    from ..render.text import with_parts
 
+    texts = with_parts(kept.str_tokens)
     columns = [("site", False)]
     columns += [(name, True) for name in ("nodes", "edges in", "Σ|weight|", "stay", "lookback")]
     columns.append(("hub", False))
@@ -178,7 +180,7 @@ def _print_sites(kept: AttributionGraph) -> None:
                 f"{row['mass']:.4g}",
                 _share(finite(row["verticality"])),
                 f"{row['lookback']:.1f}" if math.isfinite(row["lookback"]) else "-",
-                f"{hub} «{shown(kept.str_tokens[hub])}»" if hub >= 0 else "-",
+                f"{hub} «{shown(texts[hub])}»" if hub >= 0 else "-",
             )
         )
     table(columns, rows)

@@ -7,7 +7,7 @@ finds the column of any text of the prompt.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
@@ -26,7 +26,11 @@ from tl_contrastive_lrp.render.text import (
     script_json,
     signed,
     visible,
+    visible_tokens,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
     "MAX_EDGES",
@@ -184,21 +188,24 @@ def _body(view: GraphView, max_edges: int, uid: str, max_positions: int) -> str:
             any_several=bool((data.first != data.last).any()),
             count=_count(data, plan),
             notes=[account(whole, data), *(printable(str(note)) for note in view.notes)],
-            search=_search(whole) if len(whole.tokens) > LONG else None,
+            search=_search(whole, view.str_tokens) if len(whole.tokens) > LONG else None,
             style=Markup(source("folded.css")),
         )
     )
 
 
-def _search(data: GraphData) -> dict[str, Any]:
+def _search(data: GraphData, str_tokens: Sequence[str]) -> dict[str, Any]:
     """What a long prompt's picture needs to be searched, and where to begin."""
     sides = tops(data)
-    shown = [visible(token) for token in data.tokens]
     return {
-        "data": Markup(script_json({"tokens": shown})),
+        "data": Markup(script_json({"tokens": visible_tokens(str_tokens)})),
         "tops": [
             [
-                {"pos": at, "token": shown[at], "value": signed(float(data.relevance[0, at]))}
+                {
+                    "pos": at,
+                    "token": visible(data.tokens[at]),
+                    "value": signed(float(data.relevance[0, at])),
+                }
                 for at in side
             ]
             for side in sides

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tl_contrastive_lrp.render.scale import as_array, as_mask, check_tokens
+from tl_contrastive_lrp.render.text import with_parts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -84,6 +85,8 @@ class Edges:
 class GraphData:
     """The arrays of a :class:`GraphView`, of one type and found to fit each other.
 
+    ``tokens`` are as each reads by itself, parts of a character marked.
+
     ``first`` and ``last`` are the positions of the prompt that a position here stands for,
     ``[pos]``: the same one, unless several are folded into it.
     """
@@ -108,7 +111,7 @@ def checked(view: GraphView) -> GraphData:
     """
     relevance = as_array(view.relevance, 2, "relevance")
     sites, positions = relevance.shape
-    tokens = check_tokens(view.str_tokens, positions)
+    tokens = with_parts(check_tokens(view.str_tokens, positions))
     for name in ("sites", "site_labels"):
         if len(getattr(view, name)) != sites:
             raise ValueError(f"{len(getattr(view, name))} {name}, but relevance for {sites} sites")

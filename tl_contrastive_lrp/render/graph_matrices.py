@@ -16,7 +16,7 @@ from tl_contrastive_lrp.render.scale import (
     as_mask,
     check_tokens,
 )
-from tl_contrastive_lrp.render.text import printable, signed, visible
+from tl_contrastive_lrp.render.text import printable, signed, visible, with_parts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,7 +69,7 @@ def attention_matrices(
     count, length = len(array), array.shape[1]
     if array.shape[2] != length:
         raise ValueError(f"matrices must be square, got shape {array.shape}")
-    tokens = [visible(token) for token in check_tokens(str_tokens, length)]
+    tokens = [visible(token) for token in with_parts(check_tokens(str_tokens, length))]
     if len(labels) != count or not count:
         raise ValueError(f"{len(labels)} labels, but {count} matrices")
     if positions is not None and len(positions) != length:

@@ -28,6 +28,7 @@ from tl_contrastive_lrp.render.text import (
     script_json,
     signed,
     visible,
+    visible_tokens,
 )
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def long_tokens(
         target, contrast: words for what positive and negative relevance support.
     """
     ranges = ranges_of(np.abs(values), greyed, tokens)  # one folding for all sites
-    shown = [visible(token) for token in tokens]
+    shown = visible_tokens(tokens)
     uid = f"tokens-{uuid4().hex[:13]}"
     data = _facts(values, ranges, greyed)
     backs = colours(values[0] / scales[0], *_RAMPS)[0]

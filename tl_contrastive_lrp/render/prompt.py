@@ -9,7 +9,14 @@ import numpy as np
 
 from tl_contrastive_lrp.render.folds import Fold
 from tl_contrastive_lrp.render.scale import colours, span
-from tl_contrastive_lrp.render.text import magnitude, percent, signed, visible
+from tl_contrastive_lrp.render.text import (
+    magnitude,
+    percent,
+    signed,
+    visible,
+    visible_tokens,
+    with_parts,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,12 +36,14 @@ def token_rows(
     backs, whites = colours(relevance / span(relevance, greyed))
     backs_all, whites_all = colours(relevance / span(relevance, greyed & False))
     rows = []
+    shown, alone = visible_tokens(words), with_parts(words)
     for i, (word, value) in enumerate(zip(words, relevance.tolist(), strict=True)):
         rows.append(
             {
                 "pos": i,
                 "id": ids[i],
-                "show": visible(word),
+                "show": shown[i],
+                "name": visible(alone[i]),
                 "newlines": word.count("\n"),
                 "value": signed(value),
                 "share": percent(value / delta if delta else None),

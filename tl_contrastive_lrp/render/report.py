@@ -24,9 +24,11 @@ from tl_contrastive_lrp.render.scale import (
     span,
 )
 from tl_contrastive_lrp.render.text import (
+    PARTS,
     inline_script,
     packed,
     packed_half,
+    part_marks,
     percent,
     script_json,
     signed,
@@ -165,6 +167,7 @@ def report_html(report: Report) -> str:
             scales=[signed(scale)[1:] for scale in spans],
             greyed_count=int(greyed.sum()),
             rows=rows,
+            parts_note=PARTS if any(part_marks(words)) else "",
             long=long,
             folds=folds,
             parts=parts(rows, folds),

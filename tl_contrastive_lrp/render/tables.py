@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tl_contrastive_lrp.render.scale import as_array, colours
-from tl_contrastive_lrp.render.text import percent, printable, signed, visible
+from tl_contrastive_lrp.render.text import percent, printable, signed, visible, with_parts
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ def heads(values: Any, tokens: Sequence[str]) -> Heads | None:
     sums = array.sum(axis=-1)
     largest = float(np.abs(sums).max()) or 1.0
     backs, whites = colours(sums.ravel() / largest)
+    alone = with_parts(tokens)
     strongest = np.abs(array).argmax(axis=-1)
     rows = []
     for layer in range(sums.shape[0]):
@@ -109,7 +110,7 @@ def heads(values: Any, tokens: Sequence[str]) -> Heads | None:
                     "look": backs[flat],
                     "white": whites[flat],
                     "at": at,
-                    "token": visible(tokens[at]),
+                    "token": visible(alone[at]),
                     "there": signed(float(array[layer, head, at])),
                 }
             )

@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_ABOVE, _BELOW = "\u2070\u00b9\u00b2\u00b3\u2074", "\u2080\u2081\u2082\u2083\u2084"
+PARTS = "\u00b2\u2044\u2083: the second of the tokens that make one character, here three"
 _SPACE_RUN = re.compile(" {2,}")
 
 
@@ -58,6 +62,48 @@ def visible(token: str) -> str:
     if not text.strip(" "):
         return "\u00b7" * len(text)
     return _SPACE_RUN.sub(lambda run: "\u00b7" * len(run[0]), text)
+
+
+def part_marks(tokens: Sequence[str]) -> list[str]:
+    """A mark for every token that holds a part of a character: ``¹⁄₃``, ``²⁄₃``, ``³⁄₃``.
+
+    A character of several tokens stands whole in the text of the first, and the texts of the
+    others are empty (``tl_contrastive_lrp.token_text``). So empty texts after a character that
+    UTF-8 writes with several bytes are its parts, as many as it has bytes at most. All other
+    tokens have the mark "".
+    """
+    marks = [""] * len(tokens)
+    for at in [i for i, token in enumerate(tokens) if not token and i and tokens[i - 1]]:
+        most = len(tokens[at - 1][-1].encode("utf-8", "surrogatepass"))
+        count = 1
+        while count < most and at + count - 1 < len(tokens) and not tokens[at + count - 1]:
+            count += 1
+        if count > 1:
+            for part in range(count):
+                marks[at - 1 + part] = f"{_ABOVE[part + 1]}\u2044{_BELOW[count]}"
+    return marks
+
+
+def visible_tokens(tokens: Sequence[str]) -> list[str]:
+    """The tokens of a prompt, each on one line, as they read one after another.
+
+    As ``visible``, and the parts of a character are marked: "你¹⁄₃", "²⁄₃", "³⁄₃".
+    """
+    return [
+        (visible(token) if token or not mark else "") + mark
+        for token, mark in zip(tokens, part_marks(tokens), strict=True)
+    ]
+
+
+def with_parts(tokens: Sequence[str]) -> list[str]:
+    """The tokens' texts as they read by themselves: part of a character with it, "你²⁄₃"."""
+    found: list[str] = []
+    character = ""
+    for token, mark in zip(tokens, part_marks(tokens), strict=True):
+        if token:
+            character = token[-1]
+        found.append((token or character if mark else token) + mark)
+    return found
 
 
 def inert(token: str) -> str:

@@ -19,7 +19,7 @@ from tl_contrastive_lrp.render.scale import (
     check_tokens,
     span,
 )
-from tl_contrastive_lrp.render.text import inert, signed
+from tl_contrastive_lrp.render.text import PARTS, inert, part_marks, signed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,7 +59,9 @@ def colored_tokens(
     tokens = check_tokens(str_tokens, array.shape[0])
     mask = as_mask(greyed, len(tokens))
     scale = float(span(array, mask))
-    legend = [_legend(target, contrast, mask, f"full colour: \u00b1{signed(scale)[1:]} logits")]
+    legend = [
+        _legend(tokens, target, contrast, mask, f"full colour: \u00b1{signed(scale)[1:]} logits")
+    ]
     if len(tokens) > LONG:
         return long_tokens(
             tokens,
@@ -76,7 +78,7 @@ def colored_tokens(
         legend=legend,
         greyed=np.flatnonzero(mask).tolist(),
         grey=GREY,
-        tokens=[inert(token) for token in tokens],
+        tokens=_inert_tokens(tokens),
         values=_short(array),
         minValue=-scale,
         maxValue=scale,
@@ -132,7 +134,7 @@ def colored_tokens_by_site(
         shared = float(span(np.abs(array).max(axis=0), mask))
         scales = np.full(len(names), shared)
         words = f"full colour: \u00b1{signed(shared)[1:]} logits"
-    first = _legend(target, contrast, mask, words)
+    first = _legend(tokens, target, contrast, mask, words)
     if len(tokens) > LONG:
         return long_tokens(
             tokens, array, names, scales, mask, legend=[first], target=target, contrast=contrast
@@ -151,7 +153,7 @@ def colored_tokens_by_site(
             "positive": LIGHT_POSITIVE,
             "negative": LIGHT_NEGATIVE,
         },
-        tokens=[inert(token) for token in tokens],
+        tokens=_inert_tokens(tokens),
         values=_short(array.T),
         labels=names,
         positiveBounds=[1.0] * len(names),
@@ -159,8 +161,15 @@ def colored_tokens_by_site(
     )
 
 
+def _inert_tokens(tokens: Sequence[str]) -> list[str]:
+    return [
+        (inert(token) if token or not mark else "") + mark
+        for token, mark in zip(tokens, part_marks(tokens), strict=True)
+    ]
+
+
 def _legend(
-    target: str, contrast: str, mask: NDArray[np.bool_], full: str
+    tokens: Sequence[str], target: str, contrast: str, mask: NDArray[np.bool_], full: str
 ) -> list[tuple[str, str]]:
     line = [
         (LIGHT_POSITIVE, f"red, positive: supports {target}"),
@@ -168,6 +177,8 @@ def _legend(
     ]
     if mask.any():
         line.append((GREY, "grey: special and first tokens, left out of the scale"))
+    if any(part_marks(tokens)):
+        line.append(("", PARTS))
     return [*line, ("", full)]
 
 

@@ -1,12 +1,13 @@
 (bar, tokens, page) => {
   // A search box over tokens: text is found across them, whatever case it is in. What is shown in
-  // place of whitespace is found by whitespace, and any run of it by any other.
+  // place of whitespace is found by whitespace, and any run of it by any other; the marks of a
+  // character's parts are no text.
   //
   // page: found(hits) is told all hits [[first token, last token], ...] and returns more words for
   // their count; go(hit) shows one.
   const named = (name) => bar.querySelector(`.lrp-${name}`);
   const query = named("query"), count = named("count");
-  const plain = (text) => (text === "∅" ? "" : text).replace(/[↵␍]/g, "\n").replace(/⇥/g, "\t")
+  const plain = (text) => (text === "∅" ? "" : text).replace(/[¹²³⁴]⁄[₂₃₄]/g, "").replace(/[↵␍]/g, "\n").replace(/⇥/g, "\t")
     .replace(/·/g, " ").toLowerCase();
   const starts = new Uint32Array(tokens.length);
   const pieces = tokens.map(plain);
