@@ -18,8 +18,17 @@ from weakref import WeakKeyDictionary
 
 from .errors import PromptError, SpecialTokenWarning
 
+
+@dataclass(frozen=True)
+class Own:
+    """What a tokenizer, as Hugging Face loads it alone, puts around a text."""
+
+    bos: bool
+    eos: bool
+
+
 _said: MutableMapping[Any, set[str]] = WeakKeyDictionary()
-_own: MutableMapping[Any, bool | None] = WeakKeyDictionary()
+_alone: MutableMapping[Any, Own | None] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,8 @@ def tokenised(model: Any, text: str, prepend_bos: bool | None = None) -> Tokenis
     before = _leading(tokenizer, ids) - _leading(tokenizer, within)
     if before < 1 and prepend_bos:
         raise PromptError(
-            f"prepend_bos=True: the tokenizer has no BOS token that it could put before this text "
-            f"(bos_token is {tokenizer.bos_token!r}). Leave prepend_bos out."
+            "prepend_bos=True cannot be done: TransformerLens puts no BOS token before this text "
+            f"(the tokenizer's is {tokenizer.bos_token!r}). Use prepend_bos=False."
         )
     notes = _notes(model, prepend_bos, begins, before)
     if ids[max(before, 0) :][: len(within)] != within:
@@ -108,7 +117,7 @@ def warn_once(model: Any, notes: tuple[Note, ...]) -> None:
 
 def _notes(model: Any, asked: bool | None, begins: bool, before: int) -> list[Note]:
     tokenizer, notes = model.tokenizer, []
-    bos = repr(tokenizer.bos_token)
+    bos, own = repr(tokenizer.bos_token), own_tokens(model)
     default = bool(getattr(model.cfg, "default_prepend_bos", True))
     if begins and before > 0:
         notes.append(
@@ -118,45 +127,44 @@ def _notes(model: Any, asked: bool | None, begins: bool, before: int) -> list[No
                 "prepend_bos=True puts another one before it. prepend_bos=False leaves that out.",
             )
         )
-    elif begins and asked is None and (default or begins_with_bos(model) is not False):
+    elif begins and asked is None and (default or (own is None or own.bos)):
         who = "model.to_tokens(text)" if default else "the model's own tokenizer"
         notes.append(
             Note(
                 "not doubled",
                 f"The text begins with the BOS token {bos}, as a chat template writes it, so no "
                 f"second one was put before it ({who} would). prepend_bos=True puts it there; "
-                "prepend_bos=False says that none is wanted, and this message does not come.",
+                "prepend_bos=False leaves the text as it is, without this message.",
             )
         )
     elif asked is None and not begins:
-        own = begins_with_bos(model)
-        if before > 0 and own is not True:
-            why = (
-                "The model's own tokenizer does not begin texts so"
-                if own is False
-                else "Whether the model's own tokenizer begins texts so cannot be told, because "
-                "its files cannot be read again"
+        if before > 0 and (own is None or not own.bos):
+            who = (
+                "The model's own tokenizer would not"
+                if own is not None
+                else "Whether the model's own tokenizer would cannot be told, because its files "
+                "cannot be read again"
             )
             notes.append(
                 Note(
                     "prepended",
                     f"TransformerLens put the BOS token {bos} before the prompt, because "
-                    f"model.cfg.default_prepend_bos is True. {why}, and a model that was trained "
-                    "without may answer differently. prepend_bos=False leaves it out; "
-                    "prepend_bos=True keeps it, and this message does not come.",
+                    f"model.cfg.default_prepend_bos is True. {who}, and a model that was trained "
+                    "without it may answer differently. prepend_bos=False leaves it out; "
+                    "prepend_bos=True keeps it, without this message.",
                 )
             )
-        elif before < 1 and own:
+        elif before < 1 and own is not None and own.bos:
             notes.append(
                 Note(
                     "left out",
                     f"TransformerLens left out the BOS token {bos} that the model's own tokenizer "
                     "puts before a text, because model.cfg.default_prepend_bos is False. "
-                    "prepend_bos=True puts it there; prepend_bos=False leaves it out, and this "
-                    "message does not come.",
+                    "prepend_bos=True puts it there; prepend_bos=False leaves it out, without "
+                    "this message.",
                 )
             )
-    if getattr(model.cfg, "tokenizer_appends_eos", False):
+    if own is not None and own.eos:
         notes.append(
             Note(
                 "eos",
@@ -168,32 +176,39 @@ def _notes(model: Any, asked: bool | None, begins: bool, before: int) -> list[No
     return notes
 
 
-def begins_with_bos(model: Any) -> bool | None:
-    """Whether the model's tokenizer, as Hugging Face loads it alone, puts a BOS token first.
+def own_tokens(model: Any) -> Own | None:
+    """What the model's tokenizer, as Hugging Face loads it alone, puts around a text.
 
     None where TransformerLens has loaded it again and its files can no longer be read.
     """
     tokenizer = model.tokenizer
-    if not _puts_bos(tokenizer):
-        return False  # TransformerLens adds, and never takes away
     if tokenizer.init_kwargs.get("add_bos_token") is not True or not tokenizer.name_or_path:
-        return True  # as it was loaded: loading it again would have left its mark
-    if tokenizer not in _own:
-        _own[tokenizer] = _loaded_alone(tokenizer)
-    return _own[tokenizer]
+        return _around(tokenizer)  # loading it again would have left this mark
+    if tokenizer not in _alone:
+        _alone[tokenizer] = _loaded_alone(tokenizer)
+    return _alone[tokenizer]
 
 
-def _loaded_alone(tokenizer: Any) -> bool | None:
+def _loaded_alone(tokenizer: Any) -> Own | None:
     from transformers import AutoTokenizer
 
     settings = {k: v for k in ("revision", "subfolder") if (v := tokenizer.init_kwargs.get(k))}
     try:
-        alone = AutoTokenizer.from_pretrained(
-            tokenizer.name_or_path, local_files_only=True, trust_remote_code=False, **settings
+        return _around(
+            AutoTokenizer.from_pretrained(
+                tokenizer.name_or_path, local_files_only=True, trust_remote_code=False, **settings
+            )
         )
     except Exception:  # no files, or code of its own that it would have to run
         return None
-    return _puts_bos(alone)
+
+
+def _around(tokenizer: Any) -> Own:
+    ids = _ids(tokenizer, "a")
+    several = len(ids) > 1
+    return Own(
+        several and ids[0] in _firsts(tokenizer), several and ids[-1] == tokenizer.eos_token_id
+    )
 
 
 def _ids(tokenizer: Any, text: str, **settings: Any) -> list[int]:
@@ -204,11 +219,6 @@ def _firsts(tokenizer: Any) -> set[int]:
     """What TransformerLens counts as a BOS token: BERT's CLS too."""
     found = (tokenizer.bos_token_id, getattr(tokenizer, "cls_token_id", None))
     return {i for i in found if i is not None}
-
-
-def _puts_bos(tokenizer: Any) -> bool:
-    ids = _ids(tokenizer, "a")
-    return len(ids) > 1 and ids[0] in _firsts(tokenizer)
 
 
 def _leading(tokenizer: Any, ids: list[int]) -> int:
@@ -227,7 +237,7 @@ def _ends(model: Any, ids: list[int]) -> int:
 def _check_config(model: Any, chosen: bool) -> None:
     """Refuse a tokenizer exchanged or changed after the model was loaded, where it matters."""
     said = bool(getattr(model.cfg, "tokenizer_prepends_bos", True))
-    does = _puts_bos(model.tokenizer)
+    does = _around(model.tokenizer).bos
     if said == does or (said and chosen):
         return
     wrong = (

@@ -189,6 +189,33 @@ def to_single_prompt(
     return single_prompt(model, prompt, prepend_bos).tokens
 
 
+def continuation_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text that goes on with another: no special tokens are added, and no space.
+
+    Tokenizers of SentencePiece's kind put a space before the first word, as if a new text began.
+    Theirs is read off behind a character that no piece of the vocabulary joins to the text.
+
+    Raises:
+        PromptError: there is no such character.
+    """
+
+    def ids_of(part: str) -> list[int]:
+        return list(tokenizer(part, add_special_tokens=False)["input_ids"])
+
+    first = "".join(tokenizer.convert_ids_to_tokens(ids_of("a")))
+    if not text or not first.startswith(("\u2581", "\u0120")):  # as vocabularies write a space
+        return ids_of(text)
+    for anchor in ("\x01", "\n", "|", "\u00a7", "=", ";"):
+        before, whole = ids_of(anchor), ids_of(anchor + text)
+        told = tokenizer.unk_token_id not in before and tokenizer.decode(before).strip(" ") != ""
+        if told and whole[: len(before)] == before:
+            return whole[len(before) :]
+    raise PromptError(
+        "The answer cannot be tokenised as what follows the prompt: the tokenizer joins its "
+        "beginning to whatever comes before. Give the whole text, or ids."
+    )
+
+
 def _single_id(model: Any, token: object, role: str) -> int:
     if isinstance(token, Tensor) and token.ndim == 0 and not token.dtype.is_floating_point:
         token = token.item()
