@@ -43,7 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama that puts BOS first, with a chat template."""
     path = families.save_family("llama", tmp_path_factory.mktemp("cli") / "llama")
-    tokenizer = families.make_tokenizer()
+    tokenizer = families.make_tokenizer(bos_first=True)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(path)
     return path

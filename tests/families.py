@@ -34,7 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import transformers
 from float64 import true_float64
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 __all__ = [
     "ALL", "FAMILIES", "VARIANTS", "boot", "bos_id", "hf_model", "left_padded", "make_hf",
@@ -182,11 +182,14 @@ def make_hf(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any
     return model.eval()
 
 
-def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+def make_tokenizer(bos_first: bool = False) -> transformers.PreTrainedTokenizerFast:
     """Byte-level BPE of 48 tokens: four special ones, a space, a to z, and " a" to " q".
 
     So " a" is one token and " z" or "ab" are two. Byte-level because Hugging Face loads any
     Qwen2 directory with its own byte-level class, whatever the directory asks for.
+
+    Args:
+        bos_first: Have it put BOS before a text, as Llama's and Gemma's tokenizers do.
     """
     letters = [chr(ord("a") + i) for i in range(26)]
     merges = [(SPACE, letter) for letter in letters[: VOCAB - 31]]
@@ -194,6 +197,10 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
+    if bos_first:
+        core.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS)]
+        )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
         unk_token="<unk>", model_max_length=64, clean_up_tokenization_spaces=False,
@@ -201,10 +208,13 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def save_family(name: str, directory: str | Path, seed: int = 0) -> Path:
-    """Write model (float32) and tokenizer as a local Hugging Face directory; return its path."""
+    """Write model (float32) and tokenizer as a local Hugging Face directory; return its path.
+
+    The tokenizer puts BOS first where TransformerLens has it so for the family (all but Qwen).
+    """
     directory = Path(directory)
     make_hf(name, torch.float32, seed).save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
+    make_tokenizer(bos_first=not name.startswith("qwen")).save_pretrained(directory)
     return directory
 
 

@@ -55,6 +55,8 @@ class Attribution:
         pos: Position whose next token is explained, from 0.
         target_is_top: Whether the target is what the model writes there greedily.
         memory: "plain", or "tiled (tile N)" where the backward was done N positions at a time.
+        prepended_bos: Whether a BOS token that the text does not hold was put before it; None where
+            ids were given (or by a version that did not say).
     """
 
     tokens: Float[Tensor, " pos"]
@@ -78,6 +80,7 @@ class Attribution:
     pos: int
     target_is_top: bool
     memory: str = "plain"
+    prepended_bos: bool | None = None
 
     def __post_init__(self) -> None:
         pos = len(self.str_tokens)
@@ -177,6 +180,8 @@ class Attribution:
         """Write the result to a safetensors file; ``load`` reads it back exactly."""
         tensors: dict[str, Tensor | None] = {name: getattr(self, name) for name in _TENSORS}
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
+        if self.prepended_bos is None:
+            del rest["prepended_bos"]  # a field that the first files do not have
         rest |= {"coverage": asdict(self.coverage), "ledger": asdict(self.ledger)}
         return write_result(path, _FILE, tensors, rest)
 

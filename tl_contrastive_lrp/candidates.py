@@ -118,6 +118,7 @@ def next_token_table(
     memory: Memory = "auto",
     tile: int | None = None,
     progress: bool = True,
+    prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """The ``k`` likeliest next tokens, to choose a contrast from.
 
@@ -128,10 +129,14 @@ def next_token_table(
         pos: The position after which they come, negative from the end.
         memory, tile: As for ``attribute``: a long prompt goes tile by tile, without gradients.
         progress: Show a bar where tiles are used.
+        prepend_bos: Whether a text begins with the BOS token, as for ``attribute``.
 
     Returns:
         Columns rank (from 0), token, id, logit, probability, minus_top (logit − highest logit).
         Given as a target or contrast, what stands in ``token`` means that token.
+
+    Warns:
+        SpecialTokenWarning: as ``attribute``.
 
     Raises:
         PromptError: the prompt is empty or not one prompt.
@@ -141,6 +146,6 @@ def next_token_table(
     """
     if k < 1:
         raise TokenError(f"k={k} lists no candidates; use 1 or more.")
-    tokens = to_single_prompt(model, prompt)
+    tokens = to_single_prompt(model, prompt, prepend_bos)
     logits = logits_at(model, tokens, pos, memory, tile, progress=progress)
     return candidate_table(model, logits, k)

@@ -42,6 +42,7 @@ class CircuitSetting:
         corrupted: str | Tensor | None,
         mean_over: Tensor | None,
         batch_size: int,
+        prepend_bos: bool | None = None,
     ) -> CircuitSetting:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be 1 or more.")
@@ -54,7 +55,9 @@ class CircuitSetting:
         tokens = to_tokens(model, graph.token_ids.to(model_device(model)))
         given = corrupted if mean_over is None else mean_over
         assert given is not None
-        prompts = to_tokens(model, given)
+        if prepend_bos is None and isinstance(given, str):
+            prepend_bos = graph.prepended_bos
+        prompts = to_tokens(model, given, prepend_bos)
         if prompts.shape[1] != tokens.shape[1] or (mean_over is None and len(prompts) != 1):
             raise PromptError(
                 f"The reference has shape {list(prompts.shape)} and the graph's prompt "

@@ -48,6 +48,7 @@ def circuit_faithfulness(
     corrupted: str | Tensor | None = None,
     mean_over: Tensor | None = None,
     batch_size: int = 8,
+    prepend_bos: bool | None = None,
 ) -> CircuitFaithfulness:
     """The share of Δℓ that a circuit recovers when every edge outside it is ablated.
 
@@ -63,6 +64,8 @@ def circuit_faithfulness(
             ids [pos] or [1, pos]: ablated states are those of its run; or
         mean_over: Token ids [prompt, pos] of several prompts: ablated states are their means.
         batch_size: Prompts a forward pass, for ``mean_over``.
+        prepend_bos: Whether ``corrupted``, if a text, begins with the BOS token, as for
+            ``attribute``. None: as it was decided for the graph's own prompt, if that was a text.
 
     Raises:
         ValueError: the graph is not of this model, prompt and objective, or spans several blocks a
@@ -72,7 +75,7 @@ def circuit_faithfulness(
     """
     setting = CircuitSetting.of(
         model, circuit, question(model, objective, target, contrast, pos), corrupted, mean_over,
-        batch_size,
+        batch_size, prepend_bos,
     )  # fmt: skip
     keep = setting.space.held(circuit)
     return setting.measured(keep[None], 1, progress=False)[0]
@@ -94,6 +97,7 @@ def circuit_curve(
     name: str | None = None,
     batch_size: int = 4,
     progress: bool = True,
+    prepend_bos: bool | None = None,
 ) -> CircuitCurve:
     """Recovered share of Δℓ over the kept share of all possible edges, and CPR and CMD.
 
@@ -108,13 +112,14 @@ def circuit_curve(
         name: Of the ranking; the graph's rule set, or ``by``, if None.
         batch_size: Circuits (and prompts of ``mean_over``) a forward pass.
         progress: Show a bar.
+        prepend_bos: As for ``circuit_faithfulness``.
 
     Raises:
         ValueError, PromptError, ...: as ``circuit_faithfulness``; a fraction outside 0 to 1.
     """
     setting = CircuitSetting.of(
         model, graph, question(model, objective, target, contrast, pos), corrupted, mean_over,
-        batch_size,
+        batch_size, prepend_bos,
     )  # fmt: skip
     shares = sorted({0.0, 1.0, *map(float, fractions)})
     if shares[0] < 0 or shares[-1] > 1 or not all(map(math.isfinite, shares)):

@@ -1,4 +1,4 @@
-"""The errors this package raises on purpose, so that callers can catch them by name.
+"""The errors this package raises on purpose, and its warnings, so that callers can name them.
 
 Each message says what is wrong, where, and what to type instead.
 """
@@ -28,3 +28,7 @@ class VersionError(ImportError):
 
 class FileFormatError(ValueError):
     """A file is damaged or was not written by this package."""
+
+
+class SpecialTokenWarning(UserWarning):
+    """A prompt's ids begin or end otherwise than the model's own tokenizer has it."""

@@ -20,7 +20,7 @@ from .ledger import Ledger
 from .memory import Memory, choose
 from .objective import questions
 from .offload import loaded
-from .prompts import model_name, str_tokens, to_single_prompt
+from .prompts import model_name, single_prompt, special_ids, str_tokens
 from .rulesets import DEFAULT_RULES, RuleSet
 from .sites import LEAVES, components, is_kind, require_bridge
 from .sums import Sums
@@ -92,6 +92,7 @@ class Settings(TypedDict, total=False):
     tile: int | None
     progress: bool
     checkpoint_dir: str | os.PathLike[str] | None
+    prepend_bos: bool | None
 
 
 @overload
@@ -131,6 +132,7 @@ def attribute(
     tile: int | None = None,
     progress: bool = True,
     checkpoint_dir: str | os.PathLike[str] | None = None,
+    prepend_bos: bool | None = None,
 ) -> Attribution | list[Attribution]:
     """Why did the model prefer one token over another?
 
@@ -152,13 +154,21 @@ def attribute(
         progress: Show a bar where tiles are used.
         checkpoint_dir: A folder of its own for what is finished, so that a run in tiles that was
             stopped goes on from there with the same result.
+        prepend_bos: Whether a text begins with the BOS token, as in ``model.to_tokens``. None: the
+            model's default, ``model.cfg.default_prepend_bos``, but no second one before a text that
+            begins with it, as a chat template's output does. Ids are taken as they are.
 
     Returns:
         An ``Attribution``: relevance in logits, positive for the target. With ``objectives``, one
         for each.
 
+    Warns:
+        SpecialTokenWarning: once a model and kind, where a text's ids begin or end otherwise than
+            the model's own tokenizer has it and ``prepend_bos`` does not say so.
+
     Raises:
-        TypeError: neither or both of an objective and a target with contrast.
+        TypeError: neither or both of an objective and a target with contrast; ``prepend_bos`` is no
+            bool.
         ValueError: ``neurons`` of a model with experts; an unknown ``memory`` or a wrong ``tile``;
             no objectives.
         FileFormatError: ``checkpoint_dir`` holds something else.
@@ -166,7 +176,8 @@ def attribute(
     """
     require_bridge(model)
     asked = questions(model, objective, objectives, target, contrast, pos)
-    tokens = to_single_prompt(model, prompt)
+    given = single_prompt(model, prompt, prepend_bos)
+    tokens = given.tokens
     n_layers = int(model.cfg.n_layers)
 
     sums, biases, hook_dict = Sums(), _biases(model), model.hook_dict
@@ -192,12 +203,12 @@ def attribute(
     )  # fmt: skip
     sums.warn_of_underflow()
     ids = tokens[0].cpu()
-    special_ids = list(model.tokenizer.all_special_ids) if model.tokenizer is not None else []
     prompt_facts: dict[str, Any] = {
         "token_ids": ids,
-        "special": special_mask(ids, special_ids),
+        "special": special_mask(ids, special_ids(model)),
         "str_tokens": str_tokens(model, ids.tolist()),
         "model_name": model_name(model),
+        "prepended_bos": given.prepended_bos,
     }
     made = [
         Attribution(**prompt_facts, **_facts(model, *pair, heads, by_neuron, list(biases)))

@@ -61,6 +61,8 @@ class AttributionGraph(GraphTools):
             hidden dimension [site, pos, d_model], MLP neuron [layer, pos, d_mlp] and head output
             [layer, head, pos].
         memory: "plain", or "tiled (tile N)" where the backward was done N positions at a time.
+        prepended_bos: Whether a BOS token that the text does not hold was put before it; None where
+            ids were given (or by a version that did not say).
     """
 
     sites: tuple[str, ...]
@@ -93,6 +95,7 @@ class AttributionGraph(GraphTools):
     neurons: Float[Tensor, "layer pos d_mlp"] | None = None
     head_relevance: Float[Tensor, "layer head pos"] | None = None
     memory: str = "plain"
+    prepended_bos: bool | None = None
 
     def __post_init__(self) -> None:
         check_graph(self)

@@ -20,7 +20,7 @@ from .graph_plain import plain_graphs
 from .graph_plan import Granularity, GraphPlan, transitions
 from .memory import Memory, cannot, choose, instead, require_room
 from .objective import questions
-from .prompts import to_single_prompt
+from .prompts import single_prompt
 from .rulesets import DEFAULT_RULES, RuleSet, get_rule_set
 from .selection import Rule
 from .sites import find_sites
@@ -45,6 +45,7 @@ class Settings(TypedDict, total=False):
     memory: Memory
     tile: int | None
     checkpoint_dir: str | os.PathLike[str] | None
+    prepend_bos: bool | None
 
 
 @overload
@@ -91,6 +92,7 @@ def attribution_graph(
     memory: Memory = "auto",
     tile: int | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
+    prepend_bos: bool | None = None,
 ) -> AttributionGraph | list[AttributionGraph]:
     """How the relevance of one prediction flows between tokens and layers.
 
@@ -120,9 +122,13 @@ def attribution_graph(
             a long prompt, whose full graph would not fit. In tiles they are chosen while the edges
             come, with the same result.
         memory, tile, checkpoint_dir: As for ``attribute``. Tiles go with adjacent sites only.
+        prepend_bos: Whether a text begins with the BOS token, as for ``attribute``.
 
     Returns:
         An ``AttributionGraph``; with ``objectives``, one for each.
+
+    Warns:
+        SpecialTokenWarning: as ``attribute``.
 
     Raises:
         ValueError: layers or granularity that do not fit the model; several prunings; tiles with
@@ -131,11 +137,11 @@ def attribution_graph(
             ``attribute``.
     """
     asked = questions(model, objective, objectives, target, contrast, pos)
-    tokens = to_single_prompt(model, prompt)
+    given = single_prompt(model, prompt, prepend_bos)
     sites, steps = transitions(model, granularity, layers, heads)
     plan = GraphPlan(
         model=model,
-        tokens=tokens,
+        tokens=given.tokens,
         objectives=asked,
         rule_set=get_rule_set(rules),
         covered=find_sites(model),
@@ -147,6 +153,7 @@ def attribution_graph(
         heads=heads,
         details=details,
         progress=progress,
+        prepended_bos=given.prepended_bos,
     )
     made = _made(plan, memory, tile, checkpoint_dir)
     return made if objectives is not None else made[0]

@@ -38,6 +38,8 @@ def save(graph: AttributionGraph, path: str | os.PathLike[str]) -> Path:
     """See ``AttributionGraph.save``."""
     tensors: dict[str, Tensor | None] = {name: getattr(graph, name) for name in _TENSORS}
     rest = {f.name: getattr(graph, f.name) for f in fields(graph) if f.name not in _TENSORS}
+    if graph.prepended_bos is None:
+        del rest["prepended_bos"]  # a field that the first files do not have
     rest["coverage"] = asdict(graph.coverage)
     rest["history"] = [asdict(step) for step in graph.history]
     return write_result(path, _FILE, tensors, rest)

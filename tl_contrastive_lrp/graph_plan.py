@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .attribution import special_mask
 from .explain import add_heads, residual_sites, without_neurons
-from .prompts import model_name, str_tokens
+from .prompts import model_name, special_ids, str_tokens
 from .rulesets import RuleSet
 from .selection import Rule
 from .sites import Site
@@ -48,6 +48,7 @@ class GraphPlan:
         granularity: As the graph says it.
         rule: Which edges to keep.
         node_threshold, heads, details, progress: As for ``attribution_graph``.
+        prepended_bos: As in the graph.
     """
 
     model: Any
@@ -63,6 +64,7 @@ class GraphPlan:
     heads: bool
     details: bool
     progress: bool
+    prepended_bos: bool | None = None
 
     @property
     def reads_neurons(self) -> bool:
@@ -100,16 +102,16 @@ class GraphPlan:
 
     def facts(self, objective: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """What the graph says of the model, its prompt and what was asked."""
-        ids, tokenizer = self.tokens[0].cpu(), self.model.tokenizer
-        special_ids = list(tokenizer.all_special_ids) if tokenizer is not None else []
+        ids = self.tokens[0].cpu()
         return {
             "sites": self.sites,
             "granularity": self.granularity,
             "node_threshold": float(self.node_threshold),
             "token_ids": ids,
-            "special": special_mask(ids, special_ids),
+            "special": special_mask(ids, special_ids(self.model)),
             "str_tokens": str_tokens(self.model, ids.tolist()),
             "model_name": model_name(self.model),
+            "prepended_bos": self.prepended_bos,
             "final_pos": int(getattr(objective, "pos", -1)) % len(ids),
         }
 

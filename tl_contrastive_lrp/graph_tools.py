@@ -6,7 +6,7 @@ The work is done elsewhere, in pure functions; these methods only give it a name
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .paths import Paths
     from .refine import Node
     from .render.offline import OfflineHTML
+    from .rulesets import RuleSet
 
 
 class GraphTools:
@@ -179,12 +180,21 @@ class GraphTools:
         return explain_node(self._graph, site, pos, k)
 
     def explain_edge(
-        self, source: Node, target: Node, k: int = 10, **model_and_objective: Any
+        self,
+        source: Node,
+        target: Node,
+        k: int = 10,
+        *,
+        model: Any = None,
+        objective: Callable[[Tensor], Tensor] | None = None,
+        rules: str | RuleSet | None = None,
     ) -> pd.DataFrame:
         """Heads, by value and by key, and dimensions that carry an edge; see ``refine.py``."""
         from .refine import explain_edge
 
-        return explain_edge(self._graph, source, target, k, **model_and_objective)
+        return explain_edge(
+            self._graph, source, target, k, model=model, objective=objective, rules=rules
+        )
 
     # ------------------------------------------------------------ pictures
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .bos import tokenised, warn_once
 from .errors import PromptError, TokenError
 from .offload import input_device
 from .token_text import (
@@ -26,6 +28,19 @@ from .token_text import (
 def vocab_size(model: Any) -> int:
     """Number of logits the model gives for a position."""
     return int(model.cfg.d_vocab)
+
+
+def special_ids(model: Any) -> list[int]:
+    """Ids of the tokenizer's special tokens, sorted; none without a tokenizer.
+
+    Those that it has a role for (BOS, EOS, padding, ...), and those that tokenizer.json or
+    tokenizer_config.json mark as special without a role, such as ``<|im_start|>``.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        return []
+    marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(marked.union(tokenizer.all_special_ids))
 
 
 def str_tokens(model: Any, ids: Iterable[int]) -> tuple[str, ...]:
@@ -65,32 +80,46 @@ def model_device(model: Any) -> torch.device:
     return input_device(model)
 
 
-def to_tokens(model: Any, prompt: str | list[str] | Tensor) -> Int[Tensor, "batch pos"]:
+def to_tokens(
+    model: Any, prompt: str | list[str] | Tensor, prepend_bos: bool | None = None
+) -> Int[Tensor, "batch pos"]:
     """Token ids of a prompt or a batch, on the model's device.
 
-    Strings go through ``model.to_tokens`` with TransformerLens' defaults for the BOS token; tensors
-    are taken as they are.
+    Texts become the ids of ``model.to_tokens(text, prepend_bos=...)``; see ``bos.tokenised`` for
+    what is said, and for a text that begins with the BOS token. Tensors are taken as they are.
+
+    Warns:
+        SpecialTokenWarning: once a model and kind, where the ids of a text begin or end otherwise
+            than its own tokenizer has it, unless ``prepend_bos`` says so.
 
     Raises:
         PromptError: empty, not integer, not of shape [pos] or [batch, pos], out of range, or
-            texts of different lengths, longer than the model's context, or on another device.
+            texts of different lengths, longer than the model's context, or on another device;
+            ``prepend_bos=True`` with ids, or where it cannot be done.
+        TypeError: ``prepend_bos`` is neither None nor a bool.
         ModelStateError: as ``model_device``.
     """
-    many = isinstance(prompt, list)
-    if many and any(not isinstance(text, str) for text in prompt):
+    return _checked(model, prompt, prepend_bos)[0]
+
+
+def _checked(
+    model: Any, prompt: str | list[str] | Tensor, prepend_bos: bool | None
+) -> tuple[Int[Tensor, "batch pos"], bool | None]:
+    """``to_tokens``, and whether a BOS token was put before all texts (None of ids)."""
+    if isinstance(prompt, list) and any(not isinstance(text, str) for text in prompt):
         raise PromptError(
             "The prompt is a list of something other than texts; give token ids as a tensor, "
             "torch.tensor(ids)."
         )
+    prepended: bool | None = None
     if isinstance(prompt, str | list):
-        if not prompt or not all(isinstance(text, str) and text for text in prompt):
+        texts = prompt if isinstance(prompt, list) else [prompt]
+        if not texts or not all(texts):
             raise PromptError("The prompt is empty. Give the text (or ids) the model continued.")
         if model.tokenizer is None:
             raise PromptError("This model has no tokenizer; give the prompt as a tensor of ids.")
-        tokens = model.to_tokens(prompt, truncate=False)  # by default it cuts without a word
-        lengths = (
-            {model.to_tokens(text, truncate=False).shape[-1] for text in prompt} if many else set()
-        )
+        rows = [tokenised(model, text, prepend_bos) for text in texts]
+        lengths = {len(row.ids) for row in rows}
         if len(lengths) > 1:
             # TransformerLens pads on the right by default, and the last position is then a pad.
             raise PromptError(
@@ -98,13 +127,21 @@ def to_tokens(model: Any, prompt: str | list[str] | Tensor) -> Int[Tensor, "batc
                 "padding would be explained. Pad on the left yourself and give "
                 "attention_mask=..., use texts of one length, or loop over them."
             )
+        tokens = torch.tensor([row.ids for row in rows], dtype=torch.long)
+        prepended = all(row.prepended_bos for row in rows)
+        notes = tuple(note for row in rows for note in row.notes)
     elif isinstance(prompt, Tensor):
         if prompt.dtype.is_floating_point or prompt.dtype in (torch.bool, torch.complex64):
             raise PromptError(
                 f"The prompt is a tensor of {prompt.dtype}; token ids are integers, as from "
                 "model.to_tokens(text)."
             )
-        tokens = prompt[None] if prompt.ndim == 1 else prompt
+        if prepend_bos:
+            raise PromptError(
+                "prepend_bos=True is for texts; the prompt is a tensor of ids, which are taken as "
+                "they are. Leave it out, or give ids that begin with the BOS token."
+            )
+        tokens, notes = prompt[None] if prompt.ndim == 1 else prompt, ()
         if tokens.ndim != 2:
             raise PromptError(
                 f"The prompt has shape {list(prompt.shape)}; use [pos] or [batch, pos]."
@@ -135,22 +172,70 @@ def to_tokens(model: Any, prompt: str | list[str] | Tensor) -> Int[Tensor, "batc
             f"use tokens.to({str(device)!r})."
         )
     ids: Tensor = tokens.to(device).long()
-    return ids
+    warn_once(model, notes)  # of a prompt that is explained
+    return ids, prepended
 
 
-def to_single_prompt(model: Any, prompt: str | Tensor) -> Int[Tensor, "1 pos"]:
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One prompt, checked.
+
+    Attributes:
+        tokens: Its ids, on the model's device.
+        prepended_bos: Whether a BOS token was put before the text; None where ids were given.
+    """
+
+    tokens: Int[Tensor, "1 pos"]
+    prepended_bos: bool | None
+
+
+def single_prompt(model: Any, prompt: str | Tensor, prepend_bos: bool | None = None) -> Prompt:
     """Like ``to_tokens``, for exactly one prompt.
 
     Raises:
         PromptError: also for a batch of several prompts.
     """
-    tokens = to_tokens(model, prompt)
+    tokens, prepended = _checked(model, prompt, prepend_bos)
     if tokens.shape[0] != 1:
         raise PromptError(
             f"One prompt is explained at a time, got a batch of {tokens.shape[0]}. Loop over the "
             "rows, or use run_with_relevance, which takes batches."
         )
-    return tokens
+    return Prompt(tokens, prepended)
+
+
+def to_single_prompt(
+    model: Any, prompt: str | Tensor, prepend_bos: bool | None = None
+) -> Int[Tensor, "1 pos"]:
+    """The ids of ``single_prompt``."""
+    return single_prompt(model, prompt, prepend_bos).tokens
+
+
+def continuation_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text that goes on with another: no special tokens are added, and no space.
+
+    Tokenizers of SentencePiece's kind put a space before the first word, as if a new text began.
+    Theirs is read off behind a character that no piece of the vocabulary joins to the text.
+
+    Raises:
+        PromptError: there is no such character.
+    """
+
+    def ids_of(part: str) -> list[int]:
+        return list(tokenizer(part, add_special_tokens=False)["input_ids"])
+
+    first = "".join(tokenizer.convert_ids_to_tokens(ids_of("a")))
+    if not text or not first.startswith(("\u2581", "\u0120")):  # as vocabularies write a space
+        return ids_of(text)
+    for anchor in ("\x01", "\n", "|", "\u00a7", "=", ";"):
+        before, whole = ids_of(anchor), ids_of(anchor + text)
+        told = tokenizer.unk_token_id not in before and tokenizer.decode(before).strip(" ") != ""
+        if told and whole[: len(before)] == before:
+            return whole[len(before) :]
+    raise PromptError(
+        "The answer cannot be tokenised as what follows the prompt: the tokenizer joins its "
+        "beginning to whatever comes before. Give the whole text, or ids."
+    )
 
 
 def _typed_id(model: Any, text: str, role: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,6 +70,59 @@ def _select(model: Any, names_filter: NamesFilter, rule_set: RuleSet) -> list[st
     return wanted
 
 
+# Keywords of TransformerLens' forward and run_with_cache that a run for relevance cannot honour.
+_REFUSED = {
+    "input": "the tokens are given already",
+    "input_ids": "the tokens are given already",
+    "inputs_embeds": "the tokens are given already; edit embeddings with a hook at hook_embed",
+    "return_type": "the model's logits are returned; the objective makes a number of them",
+    "loss_per_token": "the model's logits are returned; the objective makes a number of them",
+    "padding_side": "texts of one length need no padding; pad ids yourself and give attention_mask",
+    "start_at_layer": "relevance starts at the embeddings of these tokens",
+    "stop_at_layer": "relevance needs the logits; choose what is kept with names_filter",
+    "pos_slice": "all positions are kept; slice the cache that is returned",
+    "incl_bwd": "the cache holds relevance, which one backward pass brings",
+    "return_cache_object": "an ActivationCache is returned; its cache_dict is the dictionary",
+    "reset_hooks_end": "your hooks stay, and the package's own are always removed",
+    "clear_contexts": "no hook's context is touched",
+    "device": "the cache lies where the model runs; move it with cache.to(device)",
+}
+
+
+# What transformers' forwards take among their nameless keywords, and which changes no logit.
+_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
+
+
+def _keywords(model: Any) -> set[str]:
+    """What the bridge's forward names, and the wrapped model's."""
+    forwards = (type(model).forward, model.original_model.forward)
+    named = [p for f in forwards for p in inspect.signature(f).parameters.values()]
+    loose = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {p.name for p in named if p.kind not in loose}.union(_OUTPUTS) - {"self", *_REFUSED}
+
+
+def _check_keywords(model: Any, given: dict[str, Any]) -> None:
+    """Refuse what the model's forward would swallow without a word.
+
+    Raises:
+        TypeError: names the keyword, and what was probably meant.
+    """
+    if not given:
+        return
+    known = _keywords(model)
+    for name, value in given.items():
+        if name in known or (name == "return_type" and value == "logits"):
+            continue
+        if name in _REFUSED:
+            raise TypeError(f"run_with_relevance cannot honour {name}=: {_REFUSED[name]}.")
+        own = set(inspect.signature(run_with_relevance).parameters) - {"forward_kwargs"}
+        near = difflib.get_close_matches(name, sorted(known | own), n=1)
+        meant = f" Did you mean {near[0]}=?" if near else ""
+        raise TypeError(
+            f"Neither run_with_relevance nor this model's forward names a keyword {name!r}.{meant}"
+        )
+
+
 def run_with_relevance(
     model: Any,
     tokens: str | list[str] | Tensor,
@@ -76,6 +131,7 @@ def run_with_relevance(
     *,
     rules: str | RuleSet = DEFAULT_RULES,
     remove_batch_dim: bool = False,
+    prepend_bos: bool | None = None,
     **forward_kwargs: Any,
 ) -> tuple[Float[Tensor, "batch pos vocab"], ActivationCache]:
     """Run the model and return its logits and the relevance of every activation.
@@ -93,15 +149,22 @@ def run_with_relevance(
         names_filter: As in ``run_with_cache``: a name, names, a predicate, or None for all.
         rules: Name of a rule set, or a ``RuleSet``.
         remove_batch_dim: Drop the batch dimension of a single prompt from the cache.
-        **forward_kwargs: Passed to the model, e.g. ``attention_mask`` [batch, pos].
+        prepend_bos: Whether texts begin with the BOS token, as for ``attribute``.
+        **forward_kwargs: Passed to the model's forward, e.g. ``attention_mask`` [batch, pos].
+
+    Warns:
+        SpecialTokenWarning: as ``attribute``.
 
     Raises:
+        TypeError: a keyword that the model's forward does not name, or that would have it return
+            something else than the logits of these tokens.
         ValueError: a name that does not exist or where there is no relevance.
         PromptError, ModelStateError, UncoveredComponentError: see ``lrp``.
     """
     require_bridge(model)
     rule_set = get_rule_set(rules)
-    ids = to_tokens(model, tokens)
+    _check_keywords(model, forward_kwargs)
+    ids = to_tokens(model, tokens, prepend_bos)
     names = _select(model, names_filter, rule_set)
     cache: dict[str, Tensor] = {}
     logits, _, _ = run(

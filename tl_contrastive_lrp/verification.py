@@ -90,6 +90,7 @@ def verify(
     rules: str | RuleSet = DEFAULT_RULES,
     *,
     objective: Callable[[Tensor], Tensor] | None = None,
+    prepend_bos: bool | None = None,
 ) -> Verification:
     """Measure on one prompt whether relevance of this model is what its rules say.
 
@@ -110,6 +111,10 @@ def verify(
         prompt: Text, or token ids [pos] or [1, pos].
         rules: Name of a rule set, or a ``RuleSet``.
         objective: What to explain; by default the top token against the second, after the prompt.
+        prepend_bos: Whether a text begins with the BOS token, as for ``attribute``.
+
+    Warns:
+        SpecialTokenWarning: as ``attribute``.
 
     Raises:
         PromptError, ModelStateError, TypeError, ValueError: as ``attribute``. A model that the
@@ -117,7 +122,7 @@ def verify(
     """
     require_bridge(model)
     rule_set = get_rule_set(rules)
-    tokens = to_single_prompt(model, prompt)
+    tokens = to_single_prompt(model, prompt, prepend_bos)
     check_ready(model, "verify")
     check_single(model)
     with torch.no_grad():

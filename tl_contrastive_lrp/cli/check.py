@@ -10,6 +10,7 @@ import typer
 from . import options as o
 from .exit import CliError, Code, exit_codes
 from .model import checked_device, load_model, quiet_libraries
+from .prompt import special_notes
 from .tell import finite, print_json
 from .terminal import progress, say, table, tell
 
@@ -41,6 +42,7 @@ def check_command(
     model: ModelArgument,
     verify: VerifyOption = False,
     prompt: CheckPromptOption = None,
+    prepend_bos: o.PrependBosOption = None,
     rules: o.RulesOption = o.DEFAULT_RULES,
     config_only: ConfigOnlyOption = False,
     device: o.DeviceOption = None,
@@ -66,6 +68,8 @@ def check_command(
         raise typer.BadParameter("--prompt is for --verify; add it.")
     if prompt == "":
         raise typer.BadParameter("--prompt is empty.")
+    if prepend_bos is not None and prompt is None:
+        raise typer.BadParameter("--prepend-bos and --no-prepend-bos go with --prompt.")
     with exit_codes(debug):
         spins = not (quiet or json)
         with progress("Loading the model", spins):
@@ -74,12 +78,14 @@ def check_command(
             raise CliError(
                 Code.USAGE, "There is no tokenizer with random weights: leave --prompt out."
             )
+        if prompt is not None:
+            notes = (*notes, *special_notes(bridge, prompt, prepend_bos))
         with progress("Following every operation", spins):
             coverage, audit, why = _examined(bridge, rules.value)
         verification = None
         if verify and why is None and audit is not None and audit.clean:
             with progress("Measuring", spins):
-                verification = _verified(bridge, prompt, rules.value)
+                verification = _verified(bridge, prompt, rules.value, prepend_bos)
         found = _Checked(bridge, rules.value, dtype.value, coverage, audit, why, verification)
         if json:
             print_json(found.as_json(model, "random" if random else "checkpoint", notes))
@@ -116,7 +122,9 @@ def _examined(bridge: Any, rules: str) -> tuple[Coverage | None, Audit | None, s
         return None, None, str(error)
 
 
-def _verified(bridge: Any, prompt: str | None, rules: str) -> Verification:
+def _verified(
+    bridge: Any, prompt: str | None, rules: str, prepend_bos: bool | None
+) -> Verification:
     import torch
 
     from ..verification import verify
@@ -127,7 +135,7 @@ def _verified(bridge: Any, prompt: str | None, rules: str) -> Verification:
         ids = (torch.arange(n) * 7 + 3) % int(bridge.cfg.d_vocab)
         ids = ids.to(next(iter(bridge.original_model.parameters())).device)
     with quiet_libraries():
-        return verify(bridge, ids, rules)
+        return verify(bridge, ids, rules, prepend_bos=prepend_bos)
 
 
 class _Checked:

@@ -72,6 +72,8 @@ _TYPED = {
     "memory='plain'": "--memory plain",
     "memory='tiled'": "--memory tiled",
     "checkpoint_dir": "--checkpoint-dir",
+    "prepend_bos=True": "--prepend-bos",
+    "prepend_bos=False": "--no-prepend-bos",
     "with mass=0.85, or give threshold= or top_k=": "with --mass 0.85, --threshold or --top-k",
 }
 
@@ -80,7 +82,11 @@ def words_of(error: Exception) -> str:
     """An error as the command line says it."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
-    text = str(error) or type(error).__name__
+    return typed_words(str(error) or type(error).__name__)
+
+
+def typed_words(text: str) -> str:
+    """A message of the library, with the options of the command line in it."""
     for name, option in _TYPED.items():
         text = text.replace(name, option)
     return text

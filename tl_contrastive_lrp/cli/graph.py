@@ -64,6 +64,7 @@ def graph_command(
     chat: o.ChatOption = False,
     system: o.SystemOption = None,
     answer: o.AnswerOption = "",
+    prepend_bos: o.PrependBosOption = None,
     target: o.TargetOption = None,
     contrast: o.ContrastOption = None,
     pos: o.PosOption = -1,

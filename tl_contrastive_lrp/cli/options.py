@@ -89,6 +89,15 @@ SystemOption = Annotated[str | None, typer.Option(help="System message, with --c
 AnswerOption = Annotated[
     str, typer.Option(help="What the assistant had written so far, with --chat.")
 ]
+PrependBosOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--prepend-bos/--no-prepend-bos",
+        help="Whether the prompt begins with the BOS token. Default: as TransformerLens has it for "
+        "the model, but never a second one.",
+        show_default=False,
+    ),
+]
 TargetOption = Annotated[
     list[str] | None,
     typer.Option(

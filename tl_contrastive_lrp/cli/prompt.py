@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .exit import CliError, Code
+from .exit import CliError, Code, typed_words
 from .terminal import plain, say
 
 if TYPE_CHECKING:
@@ -58,7 +58,13 @@ def _decoded(file: str) -> str:
 
 
 def prompt_ids(
-    model: Any, text: str, *, chat: bool = False, system: str | None = None, answer: str = ""
+    model: Any,
+    text: str,
+    *,
+    chat: bool = False,
+    system: str | None = None,
+    answer: str = "",
+    prepend_bos: bool | None = None,
 ) -> Tensor:
     """Token ids [1, pos] of the prompt, whole.
 
@@ -68,23 +74,26 @@ def prompt_ids(
         chat: Put it into the tokenizer's chat template. The template's own ids are explained: no
             BOS is added to them.
         system: The system message, with ``chat``.
-        answer: What the assistant has written so far, with ``chat``.
+        answer: What the assistant has written so far, with ``chat``: its tokens follow the
+            template's, character by character as typed.
+        prepend_bos: As for ``attribute``, without ``chat``.
 
     Raises:
         CliError: no chat template, or one that refuses; a prompt longer than the context.
-        PromptError: an empty prompt.
+        PromptError: an empty prompt; a BOS token that cannot be put before it.
     """
     import torch
 
+    from ..bos import tokenised
     from ..prompts import model_device, to_single_prompt
 
     if not text:
         to_single_prompt(model, text)  # says what is wrong
     if chat:
         ids = _chat_ids(model.tokenizer, text, system, answer)
-        tokens = torch.tensor([ids], device=model_device(model))
     else:
-        tokens = model.to_tokens(text, truncate=False)
+        ids = tokenised(model, text, prepend_bos).ids
+    tokens = torch.tensor([ids], device=model_device(model))
     limit = int(model.cfg.n_ctx)
     if tokens.shape[1] > limit:
         raise CliError(
@@ -95,6 +104,13 @@ def prompt_ids(
     return to_single_prompt(model, tokens)
 
 
+def special_notes(model: Any, text: str, prepend_bos: bool | None) -> list[str]:
+    """Where a text's ids begin or end otherwise than the model's own tokenizer has it."""
+    from ..bos import tokenised
+
+    return [typed_words(note.says) for note in tokenised(model, text, prepend_bos).notes]
+
+
 def _chat_ids(tokenizer: Any, text: str, system: str | None, answer: str) -> list[int]:
     if not tokenizer.chat_template:
         raise CliError(
@@ -102,23 +118,20 @@ def _chat_ids(tokenizer: Any, text: str, system: str | None, answer: str) -> lis
             "This model's tokenizer has no chat template. Leave out --chat and give the whole "
             "prompt, in the format the model was trained on.",
         )
+    from ..prompts import continuation_ids
+
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": text})
     try:
-        if answer:
-            whole = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-            encoded: Any = tokenizer(whole + answer, add_special_tokens=False)
-        else:
-            encoded = tokenizer.apply_chat_template(
-                messages, tokenize=True, add_generation_prompt=True
-            )
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True
+        )
     except Exception as error:  # a template may raise anything
         remedy = " Some templates know no system message: try without --system." if system else ""
         raise CliError(Code.PROMPT, f"The chat template refuses: {error}.{remedy}") from error
     ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
-    return list(ids[0] if ids and isinstance(ids[0], Sequence) else ids)
+    ids = list(ids[0] if ids and isinstance(ids[0], Sequence) else ids)
+    return [*ids, *continuation_ids(tokenizer, answer)] if answer else ids
 
 
 def token_ids(model: Any, texts: Sequence[str], role: str) -> tuple[int, ...]:

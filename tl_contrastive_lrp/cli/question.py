@@ -13,7 +13,7 @@ from .command import again
 from .exit import Code
 from .model import is_local, load_model
 from .output import Output
-from .prompt import prompt_ids, read_prompt, token_ids, token_word
+from .prompt import prompt_ids, read_prompt, special_notes, token_ids, token_word
 from .tell import candidate_rows, print_candidates, print_json
 from .terminal import progress, say, tell
 from .way import Way
@@ -108,6 +108,11 @@ def check_typed(typed: dict[str, Any]) -> None:
         raise typer.BadParameter("Give the prompt with either --prompt or --prompt-file.")
     if not typed["chat"] and (typed["system"] is not None or typed["answer"]):
         raise typer.BadParameter("--system and --answer go with --chat.")
+    if typed["chat"] and typed["prepend_bos"] is not None:
+        raise typer.BadParameter(
+            "--prepend-bos and --no-prepend-bos are for a prompt without --chat: the chat template "
+            "says whether it begins with the BOS token."
+        )
 
 
 def ask(command: str, typed: dict[str, Any], output: Output, way: Way) -> tuple[Any, Question]:
@@ -127,7 +132,12 @@ def ask(command: str, typed: dict[str, Any], output: Output, way: Way) -> tuple[
         from ..candidates import candidate_table
 
     tokens = prompt_ids(
-        model, text, chat=typed["chat"], system=typed["system"], answer=typed["answer"]
+        model,
+        text,
+        chat=typed["chat"],
+        system=typed["system"],
+        answer=typed["answer"],
+        prepend_bos=typed["prepend_bos"],
     )
     target = token_ids(model, typed["target"], "target") if typed["target"] else ()
     contrast = token_ids(model, typed["contrast"], "contrast") if typed["contrast"] else ()
@@ -180,8 +190,10 @@ def _notes(
         notes.append(
             "The file's last newline is part of the prompt; --strip-newline leaves it out."
         )
+    if not typed["chat"]:
+        notes += special_notes(model, text, typed["prepend_bos"])
     bos = model.tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
+    if bos is not None and ids[:2] == [bos, bos] and typed["prepend_bos"] is None:
         notes.append("The prompt begins with two BOS tokens: leave the BOS out of its text.")
     likely = set(candidates["token"])
     for role in ("target", "contrast"):

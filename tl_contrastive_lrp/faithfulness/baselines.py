@@ -42,6 +42,7 @@ def baseline_scores(
     include_special: bool = False,
     batch_size: int = 16,
     progress: bool = True,
+    prepend_bos: bool | None = None,
 ) -> dict[str, Float[Tensor, " pos"]]:
     """Simple scores of a prompt's tokens, by name, for ``faithfulness_curves``.
 
@@ -55,6 +56,7 @@ def baseline_scores(
             them 0.
         batch_size: Prompts a forward pass.
         progress: Show a bar.
+        prepend_bos: Whether a text begins with the BOS token, as for ``attribute``.
 
     Raises:
         ValueError: an unknown name, or an argument out of range.
@@ -72,6 +74,7 @@ def baseline_scores(
     setting = removal(
         model, prompt, objective, replace=replace, draws=draws, seed=seed, exclude=exclude,
         include_special=include_special, batch_size=batch_size, progress=progress,
+        prepend_bos=prepend_bos,
     )  # fmt: skip
     n = setting.tokens.shape[1]
     made: dict[str, Callable[[], Tensor]] = {

@@ -171,6 +171,7 @@ def faithfulness_curves(
     steps: int = 20,
     batch_size: int = 16,
     progress: bool = True,
+    prepend_bos: bool | None = None,
 ) -> FaithfulnessCurves:
     """Remove the prompt's tokens by their scores, most relevant first and least relevant first.
 
@@ -190,6 +191,7 @@ def faithfulness_curves(
         steps: How many steps a curve has, at most one a token.
         batch_size: Prompts a forward pass.
         progress: Show a bar.
+        prepend_bos: Whether a text begins with the BOS token, as for ``attribute``.
 
     Raises:
         ValueError: scores of another length or not finite; an argument out of range; nothing to
@@ -200,6 +202,7 @@ def faithfulness_curves(
     setting = removal(
         model, prompt, objective, replace=replace, draws=draws, pool=pool, seed=seed,
         exclude=exclude, include_special=include_special, batch_size=batch_size, progress=progress,
+        prepend_bos=prepend_bos,
     )  # fmt: skip
     if steps < 1:
         raise ValueError(f"steps={steps} must be 1 or more.")

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..attribution import special_mask
 from ..errors import PromptError
 from ..placement import public_name
-from ..prompts import to_single_prompt, to_tokens, vocab_size
+from ..prompts import special_ids, to_single_prompt, to_tokens, vocab_size
 from ..sites import require_bridge
 
 Replace = Literal["zero", "random"]
@@ -97,6 +97,7 @@ def removal(
     include_special: bool = False,
     batch_size: int = 16,
     progress: bool = True,
+    prepend_bos: bool | None = None,
 ) -> Removal:
     """A ``Removal`` of checked arguments; see ``faithfulness_curves`` for what they mean.
 
@@ -105,14 +106,14 @@ def removal(
         ValueError: another argument is out of range, or nothing is left to remove.
     """
     require_bridge(model)
-    tokens = to_single_prompt(model, prompt)
+    tokens = to_single_prompt(model, prompt, prepend_bos)
     n = tokens.shape[1]
     if batch_size < 1 or draws < 1:
         raise ValueError(f"batch_size={batch_size} and draws={draws} must be 1 or more.")
-    special_ids = list(model.tokenizer.all_special_ids) if model.tokenizer is not None else []
+    special = special_ids(model)
     kept = torch.zeros(n, dtype=torch.bool)
     if not include_special:
-        kept |= special_mask(tokens[0].cpu(), special_ids)
+        kept |= special_mask(tokens[0].cpu(), special)
         kept[0] = True
     excluded = [int(p) for p in exclude]
     outside = [p for p in excluded if not -n <= p < n]
@@ -124,7 +125,7 @@ def removal(
             "Nothing is left to remove: every token is special, the first one, or excluded. "
             "Use include_special=True, or exclude fewer."
         )
-    stand_ins, how = _stand_ins(model, tokens, replace, draws, pool, seed, special_ids)
+    stand_ins, how = _stand_ins(model, tokens, replace, draws, pool, seed, special)
     return Removal(model, tokens, objective, ~kept, stand_ins, how, batch_size, progress)
 
 
@@ -135,7 +136,7 @@ def _stand_ins(
     draws: int,
     pool: Tensor | None,
     seed: int,
-    special_ids: list[int],
+    special: list[int],
 ) -> tuple[Tensor | None, str]:
     if isinstance(replace, Tensor):
         given = to_tokens(model, replace)
@@ -156,7 +157,7 @@ def _stand_ins(
         if model.tokenizer is not None:  # embeddings beyond the tokenizer's words were never used
             known = min(known, len(model.tokenizer))
         pool = torch.arange(known)
-        pool = pool[~torch.isin(pool, torch.tensor(special_ids, dtype=pool.dtype))]
+        pool = pool[~torch.isin(pool, torch.tensor(special, dtype=pool.dtype))]
     pool = to_tokens(model, pool.flatten().to(tokens.device))[0].cpu()
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(pool), (draws, tokens.shape[1]), generator=generator)
