@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import TokenError
 from .memory import Memory, cannot, choose, in_smaller_tiles, instead
+from .objective import one_position
 from .prompts import str_tokens, to_single_prompt
 
 if TYPE_CHECKING:
@@ -60,14 +61,13 @@ def logits_at(
         ModelStateError: it cannot run in tiles, and plainly it does not fit or was not asked for.
     """
     length = int(tokens.shape[1])
-    if not -length <= pos < length:
-        raise TokenError(f"Position {pos} does not exist in a prompt of {length} tokens.")
+    pos = one_position(pos, length)
     choice = choose(model, length, memory, tile)
     if choice.tile is not None:
         from .tile_cache import NotTileable
 
         try:
-            return _in_tiles(model, tokens, pos % length, choice.tile, progress)
+            return _in_tiles(model, tokens, pos, choice.tile, progress)
         except NotTileable as error:
             choice = replace(choice, plain_bytes=forward_bytes(model, length))
             if memory == "tiled":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .attribution import special_mask
 from .explain import add_heads, residual_sites, without_neurons
+from .objective import positions_of
 from .prompts import model_name, str_tokens
 from .rulesets import RuleSet
 from .selection import Rule
@@ -98,8 +99,13 @@ class GraphPlan:
             "neurons": torch.stack(neurons),
         }
 
-    def facts(self, objective: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """What the graph says of the model, its prompt and what was asked."""
+    def facts(self, objective: Callable[[Tensor], Tensor], logits: Tensor) -> dict[str, Any]:
+        """What the graph says of the model, its prompt and what was asked.
+
+        Raises:
+            ModelStateError: no position can be found that the objective explains.
+        """
+        *earlier, last = positions_of(objective, logits, self.tokens.shape[1])
         ids, tokenizer = self.tokens[0].cpu(), self.model.tokenizer
         special_ids = list(tokenizer.all_special_ids) if tokenizer is not None else []
         return {
@@ -110,7 +116,8 @@ class GraphPlan:
             "special": special_mask(ids, special_ids),
             "str_tokens": str_tokens(self.model, ids.tolist()),
             "model_name": model_name(self.model),
-            "final_pos": int(getattr(objective, "pos", -1)) % len(ids),
+            "final_pos": last,
+            "earlier_final_pos": tuple(earlier),
         }
 
 
