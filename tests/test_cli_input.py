@@ -153,6 +153,7 @@ def test_every_token_can_be_named(hostile: Path) -> None:
         ({"--prompt": ""}, TEXT, "The prompt is empty"),
         ({"--prompt": "a" * 70}, TEXT, "context is 64"),
         ({"--pos": "40"}, TEXT, "Position 40 does not exist"),
+        ({"--pos": "[-1]"}, USAGE, "as an integer"),
         ({"--prompt": "a\udcffb"}, TEXT, "no UTF-8"),
         ({"--target": "\udcff"}, TEXT, "no UTF-8"),
         ({"--out": "no/r.html"}, FILE, "mkdir -p no"),

@@ -59,6 +59,23 @@ def long_view(n: int = N, edges: int = 40_000) -> GraphView:
     )
 
 
+@pytest.mark.parametrize("few", [True, False])
+def test_of_several_final_nodes_the_strongest_have_columns(few: bool) -> None:
+    """All positions may be explained: the picture stays small, and marks each one's column."""
+    earlier = [3, 1500] if few else list(range(N - 1))
+    view = replace(long_view(), earlier_final_pos=earlier)
+    view.relevance[-1, 1500] = 5.0
+    data = fold_positions(checked(view), 20)
+    apart = set(data.first[data.first == data.last].tolist())
+    assert {1500, N - 1} <= apart
+    assert len(data.first) <= 2 * (20 + 2 + 1) + 1
+    assert data.finals[-1] == data.final_pos
+    column = {c for c in range(len(data.first)) for p in (*earlier, N - 1)
+              if data.first[c] <= p <= data.last[c]}  # fmt: skip
+    assert set(data.finals.tolist()) == column
+    assert graph_html(view, max_positions=20).count('<circle class="on"') == len(column)
+
+
 def test_folding_keeps_every_sum_and_the_busiest_positions() -> None:
     view = long_view()
     whole = checked(view)

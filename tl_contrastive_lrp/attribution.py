@@ -6,6 +6,7 @@ The file is safetensors: tensors plus one JSON text, no pickle, nothing executab
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,11 +53,15 @@ class Attribution:
         coverage: Which component got which rule.
         ledger: Where Δℓ went.
         model_name: As TransformerLens calls the model.
-        pos: Position whose next token is explained, from 0.
-        target_is_top: Whether the target is what the model writes there greedily.
+        pos: Position whose next token is explained, from 0; of several the last, so that by
+            causality nothing behind it has relevance.
+        target_is_top: Whether the target is what the model writes there greedily; False of an
+            objective that has no target tokens.
         memory: "plain", or "tiled (tile N)" where the backward was done N positions at a time.
         prepended_bos: Whether a BOS token that the text does not hold was put before it; None where
             ids were given (or by a version that did not say).
+        earlier_pos: The other positions explained, rising, where the objective is a function of
+            several; ``positions`` is all of them.
     """
 
     tokens: Float[Tensor, " pos"]
@@ -81,9 +86,11 @@ class Attribution:
     target_is_top: bool
     memory: str = "plain"
     prepended_bos: bool | None = None
+    earlier_pos: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         pos = len(self.str_tokens)
+        check_earlier("pos", self.pos, "earlier_pos", self.earlier_pos)
         wanted = {
             "tokens": (pos,),
             "resid": (len(self.sites), pos),
@@ -97,6 +104,11 @@ class Attribution:
                 raise ValueError(f"Attribution.{name} has shape {found}, not {shape}.")
         if self.neurons is not None and tuple(self.neurons.shape[:2]) != (self.heads.shape[0], pos):
             raise ValueError(f"Attribution.neurons has shape {tuple(self.neurons.shape)}.")
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Every position explained, rising: one, but for objectives that are functions of more."""
+        return (*self.earlier_pos, self.pos)
 
     @property
     def greyed(self) -> Bool[Tensor, " pos"]:
@@ -183,6 +195,8 @@ class Attribution:
         if self.prepended_bos is None:
             del rest["prepended_bos"]  # a field that the first files do not have
         rest |= {"coverage": asdict(self.coverage), "ledger": asdict(self.ledger)}
+        if not self.earlier_pos:  # as version 0.1 writes and reads it
+            del rest["earlier_pos"]
         return write_result(path, _FILE, tensors, rest)
 
     @classmethod
@@ -200,6 +214,19 @@ class Attribution:
             data["coverage"] = coverage_from(data["coverage"])
             data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
             return cls(**data, **{name: tensors.get(name) for name in _TENSORS})  # type: ignore[arg-type]
+
+
+def check_earlier(name: str, pos: int, others: str, earlier: tuple[int, ...]) -> None:
+    """Look at further positions explained.
+
+    Raises:
+        ValueError: they are not whole numbers from 0 that rise and lie before ``pos``.
+    """
+    whole = all(isinstance(p, int) and not isinstance(p, bool) for p in earlier)
+    if earlier and not (whole and all(a < b for a, b in pairwise((-1, *earlier, pos)))):
+        raise ValueError(
+            f"{others}={earlier!r} must be positions from 0 that rise and lie before {name}={pos}."
+        )
 
 
 def special_mask(token_ids: Tensor, special_ids: list[int]) -> Bool[Tensor, " pos"]:

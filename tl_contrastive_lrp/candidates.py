@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import TokenError
 from .memory import Memory, cannot, choose, fits_forward, forward_bytes, in_smaller_tiles, instead
+from .objective import one_position
 from .prompts import to_single_prompt, token_names
 from .user_hooks import user_hooks
 
@@ -46,8 +47,7 @@ def logits_at(
         ModelStateError: it cannot run in tiles, and plainly it does not fit or was not asked for.
     """
     length = int(tokens.shape[1])
-    if not -length <= pos < length:
-        raise TokenError(f"Position {pos} does not exist in a prompt of {length} tokens.")
+    pos = one_position(pos, length)
     choice = choose(model, length, memory, tile)
     # Whether a user's hook works in tiles is seen in a plain forward: that is all that is wanted.
     plainly = memory == "auto" and fits_forward(model, length) and bool(user_hooks(model))
@@ -55,7 +55,7 @@ def logits_at(
         from .tile_cache import NotTileable
 
         try:
-            return _in_tiles(model, tokens, pos % length, choice.tile, progress)
+            return _in_tiles(model, tokens, pos, choice.tile, progress)
         except NotTileable as error:
             choice = replace(choice, plain_bytes=forward_bytes(model, length))
             if memory == "tiled":

@@ -2,8 +2,8 @@
 
 An edge joins the state of a source site at position i to that of the next site at position j ≥ i,
 as in ``AttributionGraph``. All that the attention masks allow count, also those to which the
-explanation gave no weight, but not those that cannot reach the position explained: targets after
-it, and in the last transitions all targets but it.
+explanation gave no weight, but not those that cannot reach a position explained: targets after
+the last of them, and in the last transitions all other targets.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class EdgeSpace:
             )
         rows = torch.arange(len(graph.str_tokens))
         allowed = [mask & (rows <= graph.final_pos)[:, None] for mask in visible]
-        allowed[-1] = allowed[-1] & (rows == graph.final_pos)[:, None]
+        allowed[-1] = allowed[-1] & torch.isin(rows, torch.tensor(graph.final_positions))[:, None]
         return cls(tuple(allowed), heads if graph.head is not None else 0, between)
 
     @property

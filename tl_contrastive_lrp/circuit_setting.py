@@ -15,6 +15,7 @@ from .circuit_edges import EdgeSpace
 from .circuit_results import CircuitFaithfulness
 from .circuit_runs import chunks, reference_states, run_circuits, visible_positions
 from .errors import PromptError
+from .objective import Objective, in_words, positions_of, read_rows
 from .prompts import model_device, to_tokens
 from .sites import find_sites
 
@@ -32,6 +33,7 @@ class CircuitSetting:
     references: dict[str, Float[Tensor, "pos d_model"]]
     space: EdgeSpace
     ablation: str
+    positions: tuple[int, ...]
 
     @classmethod
     def of(
@@ -73,9 +75,34 @@ class CircuitSetting:
                 f"The graph explains Δℓ = {graph.delta:+.4f}, but this model and objective give "
                 f"{delta:+.4f} at its prompt. Give the model and the objective it was made with."
             )
+        explained = set(graph.final_positions)
+        other = sorted(set(positions_of(objective, logits, tokens.shape[1])) - explained)
+        if other:
+            raise ValueError(
+                f"The graph explains position {in_words(graph.final_positions)}, but this "
+                f"objective reads the logits at {in_words(other)}. Give the objective that the "
+                "graph was made with, or make the graph again."
+            )
         states = reference_states(model, prompts, batch_size)
         ablation = "corrupted" if mean_over is None else "mean"
-        return cls(model, objective, tokens, states, space, ablation)
+        return cls(model, objective, tokens, states, space, ablation, graph.final_positions)
+
+    def _delta(self, logits: Float[Tensor, "1 pos vocab"]) -> float:
+        """The objective of one circuit's run, whose other positions mean nothing.
+
+        Raises:
+            ValueError: it reads other positions now than the graph explains.
+        """
+        if not isinstance(self.objective, Objective):
+            read = torch.nonzero(read_rows(self.objective, logits)[0])[:, 0].tolist()
+            other = sorted(set(read) - set(self.positions))
+            if other:
+                raise ValueError(
+                    "This objective reads other positions when edges are ablated: the logits at "
+                    f"{in_words(other)}, while the graph explains {in_words(self.positions)}. Use "
+                    "one whose positions do not hang on the logits (a maximum over positions does)."
+                )
+        return float(self.objective(logits))
 
     def measured(
         self, keep: Bool[Tensor, "circuit possible"], batch_size: int, progress: bool
@@ -90,7 +117,7 @@ class CircuitSetting:
         for piece in tqdm(pieces, desc="circuits", leave=False, disable=not progress):
             masks = self.space.masks(whole[piece.start : piece.stop])
             logits = run_circuits(self.model, self.tokens, self.references, masks)
-            deltas += [float(self.objective(row[None])) for row in logits]
+            deltas += [self._delta(row[None]) for row in logits]
         empty, full = deltas[:2]
         size = max(abs(empty), abs(full))
         if abs(full - empty) <= 1e-5 * max(size, 1e-3):

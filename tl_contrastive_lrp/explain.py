@@ -18,7 +18,7 @@ from .attribution import Attribution, special_mask
 from .chosen import Ran, run_chosen
 from .ledger import Ledger
 from .memory import Memory, choose
-from .objective import questions
+from .objective import Objective, positions_of, questions
 from .offload import loaded
 from .prompts import model_name, single_prompt, special_ids, str_tokens
 from .rulesets import DEFAULT_RULES, RuleSet
@@ -139,12 +139,15 @@ def attribute(
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
         prompt: Text, or token ids [pos] or [1, pos].
-        objective: As from ``logit_diff``; or give ``target`` and ``contrast`` instead.
+        objective: As from ``logit_diff``, or any differentiable function of the logits
+            [1, pos, vocab] → scalar, also of several positions (``positions`` of the result says
+            which); or give ``target`` and ``contrast`` instead.
         objectives: Several, as a list; they share the forward, and in tiles every block's second
             run, so each further one costs a backward only.
         target: The token the model preferred (usually wrong), as for ``logit_diff``.
         contrast: The token it should have preferred.
-        pos: Position whose next token is explained, with ``target`` and ``contrast``.
+        pos: Position whose next token is explained, with ``target`` and ``contrast``; negative
+            counts from the end.
         rules: Name of a rule set, or a ``RuleSet``.
         neurons: Also keep every MLP neuron's relevance at every position.
         memory: "plain" keeps every block's attention for one backward; "tiled" goes block by
@@ -240,7 +243,8 @@ def _facts(
         positions,
         float(ran.value),
     )
-    at = int(getattr(objective, "pos", -1)) % len(embedded)
+    *earlier, at = positions_of(objective, ran.logits, len(embedded))
+    target = objective.target if isinstance(objective, Objective) else ()
     top = int(ran.logits[0, ran.row(at)].argmax())
     return {
         "tokens": embedded,
@@ -252,7 +256,8 @@ def _facts(
         "coverage": ran.coverage,
         "ledger": ledger,
         "pos": at,
-        "target_is_top": top in getattr(objective, "target", ()),
+        "earlier_pos": tuple(earlier),
+        "target_is_top": top in target,
         "memory": ran.memory,
         **ran.described(objective),
     }

@@ -49,7 +49,8 @@ class AttributionGraph(GraphTools):
         path: int8: 0 position-wise, 1 by value, 2 by key; None as ``head``.
         transitions: Pairs (source, target) of sites that were computed, sorted by (target,
             source); a pruned graph keeps those that lost all edges.
-        final_pos: Position whose next token is explained; with the last site, the final node.
+        final_pos: Position whose next token is explained; with the last site, the final node. Of
+            several the last, so that by causality nothing behind it has relevance.
         delta: Δℓ, the objective's value.
         target_logit, contrast_logit, objective, target, contrast, rules, coverage, model_name: As
             in ``Attribution``.
@@ -63,6 +64,8 @@ class AttributionGraph(GraphTools):
         memory: "plain", or "tiled (tile N)" where the backward was done N positions at a time.
         prepended_bos: Whether a BOS token that the text does not hold was put before it; None where
             ids were given (or by a version that did not say).
+        earlier_final_pos: The other positions explained, rising, where the objective is a function
+            of several; ``final_positions`` is all of them, each a final node.
     """
 
     sites: tuple[str, ...]
@@ -96,6 +99,7 @@ class AttributionGraph(GraphTools):
     head_relevance: Float[Tensor, "layer head pos"] | None = None
     memory: str = "plain"
     prepended_bos: bool | None = None
+    earlier_final_pos: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_graph(self)
@@ -120,7 +124,8 @@ class AttributionGraph(GraphTools):
         Args:
             weight, source_site, target_site, source_pos, target_pos, head, path: The edges.
             transitions: Pairs (source, target) that were computed; those with an edge if None.
-            final_pos: Position explained; if None, the only one with relevance at the last site.
+            final_pos: Position explained (of several the last, with ``earlier_final_pos=`` the
+                others); if None, the only one with relevance at the last site.
             facts: All other fields.
 
         Raises:
@@ -147,7 +152,8 @@ class AttributionGraph(GraphTools):
             if len(explained) != 1:
                 raise ValueError(
                     f"{len(explained)} positions have relevance at the last site; "
-                    "say with final_pos= which one is explained."
+                    "say with final_pos= which one is explained (of several the last, and with "
+                    "earlier_final_pos= the others)."
                 )
             final_pos = explained[0]
         return cls(
@@ -174,6 +180,11 @@ class AttributionGraph(GraphTools):
 
     # ------------------------------------------------------------ looking
 
+    @property
+    def final_positions(self) -> tuple[int, ...]:
+        """Every position explained, rising: one, but for objectives that are functions of more."""
+        return (*self.earlier_final_pos, self.final_pos)
+
     @cached_property
     def slices(self) -> dict[tuple[int, int], slice]:
         """Where each transition's edges are in the columns, in the columns' order."""
@@ -197,11 +208,11 @@ class AttributionGraph(GraphTools):
 
     @property
     def node_mask(self) -> Bool[Tensor, "site pos"]:
-        """Which nodes are in the graph: those with an edge, and the final node."""
+        """Which nodes are in the graph: those with an edge, and the final node (or nodes)."""
         mask = torch.zeros(self.relevance.shape, dtype=torch.bool)
         mask.view(-1)[self.source_node] = True
         mask.view(-1)[self.target_node] = True
-        mask[-1, self.final_pos] = True
+        mask[-1, list(self.final_positions)] = True
         return mask
 
     @property

@@ -42,6 +42,8 @@ def save(graph: AttributionGraph, path: str | os.PathLike[str]) -> Path:
         del rest["prepended_bos"]  # a field that the first files do not have
     rest["coverage"] = asdict(graph.coverage)
     rest["history"] = [asdict(step) for step in graph.history]
+    if not graph.earlier_final_pos:  # as version 0.1 writes and reads it
+        del rest["earlier_final_pos"]
     return write_result(path, _FILE, tensors, rest)
 
 
@@ -54,6 +56,7 @@ def load(path: str | os.PathLike[str]) -> AttributionGraph:
         data["transitions"] = tuple((int(s), int(t)) for s, t in data["transitions"])
         for name in ("sites", "str_tokens"):
             data[name] = tuple(data[name])
+        data["earlier_final_pos"] = tuple(data.get("earlier_final_pos", ()))
         data |= dict.fromkeys(("head", "path", *_DETAILS)) | tensors
         missing = [name for name in _TENSORS if name not in data]
         if missing:
@@ -74,6 +77,8 @@ def facts(graph: AttributionGraph) -> dict[str, Any]:
     )  # fmt: skip
     found = {name: getattr(graph, name) for name in names}
     found["final_site"] = graph.sites[-1]
+    if graph.earlier_final_pos:
+        found["final_positions"] = ", ".join(map(str, graph.final_positions))
     found["history"] = "\n".join(map(str, graph.history))
     return {name: value for name, value in found.items() if value is not None}
 

@@ -97,7 +97,7 @@ def plain_graphs(plan: GraphPlan) -> list[AttributionGraph]:
             relevance=nodes[which][0],
             rules=coverage.rules,
             coverage=coverage,
-            **plan.facts(objective),
+            **plan.facts(objective, logits),
             **nodes[which][1],
             **described(objective, logits, values[which]),
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .attribution import special_mask
 from .explain import add_heads, residual_sites, without_neurons
+from .objective import positions_of
 from .prompts import model_name, special_ids, str_tokens
 from .rulesets import RuleSet
 from .selection import Rule
@@ -100,8 +101,13 @@ class GraphPlan:
             "neurons": torch.stack(neurons),
         }
 
-    def facts(self, objective: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """What the graph says of the model, its prompt and what was asked."""
+    def facts(self, objective: Callable[[Tensor], Tensor], logits: Tensor) -> dict[str, Any]:
+        """What the graph says of the model, its prompt and what was asked.
+
+        Raises:
+            ModelStateError: no position can be found that the objective explains.
+        """
+        *earlier, last = positions_of(objective, logits, self.tokens.shape[1])
         ids = self.tokens[0].cpu()
         return {
             "sites": self.sites,
@@ -112,7 +118,8 @@ class GraphPlan:
             "str_tokens": str_tokens(self.model, ids.tolist()),
             "model_name": model_name(self.model),
             "prepended_bos": self.prepended_bos,
-            "final_pos": int(getattr(objective, "pos", -1)) % len(ids),
+            "final_pos": last,
+            "earlier_final_pos": tuple(earlier),
         }
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .attribution import check_earlier
 from .edge_slots import PATHS, POSITION
 from .graph_columns import DTYPES, ORDER, first_disorder
 
@@ -50,6 +51,7 @@ def _check_facts(graph: AttributionGraph) -> None:
         raise ValueError("A node's relevance is NaN or infinite.")
     if not 0 <= graph.final_pos < pos:
         raise ValueError(f"final_pos={graph.final_pos} is outside the prompt's {pos} tokens.")
+    check_earlier("final_pos", graph.final_pos, "earlier_final_pos", graph.earlier_final_pos)
     if graph.granularity not in GRANULARITIES:
         raise ValueError(f"granularity={graph.granularity!r} is none of {GRANULARITIES}.")
     if not (math.isfinite(graph.node_threshold) and graph.node_threshold >= 0):

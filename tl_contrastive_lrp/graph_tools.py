@@ -79,7 +79,7 @@ class GraphTools:
         return self.where(*pruning.combined(graph, steps))
 
     def connected(self) -> AttributionGraph:
-        """Only edges on a path down from the final node (last site, position explained)."""
+        """Only edges on a path down from a final node (last site, a position explained)."""
         graph = self._graph
         mask, step = subgraphs.connected(graph)
         return self.where(mask, [step])
@@ -128,7 +128,7 @@ class GraphTools:
         return replace(graph, **merged(graph), head=None, path=None)
 
     def paths(self, k: int = 10) -> Paths:
-        """The ``k`` strongest paths from the input to the final node; see ``paths.py``."""
+        """The ``k`` strongest paths from the input to a final node; see ``paths.py``."""
         graph = self._graph
         from .path_search import strongest_paths
 

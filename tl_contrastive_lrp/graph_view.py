@@ -54,6 +54,7 @@ def view_of(graph: AttributionGraph) -> GraphView:
         target_pos=graph.target_pos,
         weight=graph.weight,
         final_pos=graph.final_pos,
+        earlier_final_pos=graph.earlier_final_pos,
         target=graph.target,
         contrast=graph.contrast,
         delta=graph.delta,

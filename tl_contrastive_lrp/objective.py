@@ -2,6 +2,9 @@
 
     Δℓ = mean logit of the target(s) − contrast term,     at one position.
 
+Any other differentiable function logits → scalar will do, such as a sum over several positions;
+``positions_of`` finds from its gradient which positions those are.
+
 An ``Objective`` is a function logits → scalar, so it also serves as the metric of
 ``transformer_lens.patching`` and ``attribution_patch``. Sign: positive relevance supports the
 target (usually the wrong token the model wrote), negative the contrast (the right one). That is
@@ -12,15 +15,16 @@ are summed, so that each row's relevance is that of its own Δℓ.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .errors import TokenError
+from .errors import ModelStateError, TokenError
+from .precision import LOW, WideGradient, plain
 from .prompts import to_token_ids, token_names, vocab_size
 from .rules import at_least_float32
 
@@ -38,7 +42,8 @@ class Objective:
         versus: What is subtracted: those tokens, the mean of the ``k`` highest other logits, the
             mean of all logits, or nothing.
         k: For ``versus="top_k"``.
-        pos: Position whose logits count, negative from the end, or one for each row of a batch.
+        pos: Position whose logits count, negative from the end, or one for each row of a batch of
+            two or more. Which tokens of a row are padding, logits do not tell: ``with_mask`` does.
         names: Name of each target and contrast token, for printing: typed back, it means that
             token (``prompts.token_names``).
     """
@@ -49,6 +54,9 @@ class Objective:
     k: int = 0
     pos: int | tuple[int, ...] = -1
     names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pos", _pos(self.pos))
 
     def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, ""]:
         """Δℓ summed over the batch, in logits.
@@ -78,13 +86,50 @@ class Objective:
         others[:, list(self.target)] = -torch.inf
         return target, rows.gather(-1, others.topk(self.k, dim=-1).indices).mean(-1)
 
+    def with_mask(self, attention_mask: Int[Tensor, "batch pos"]) -> Objective:
+        """The same objective for padded rows: negative positions count from the last real token.
+
+        ``run_with_relevance(..., attention_mask=...)`` does this by itself; inside ``lrp``, where
+        you run the model, do it yourself: ``objective.with_mask(mask)(logits)``.
+
+        Args:
+            attention_mask: 0 at padding, on whichever side, and 1 elsewhere.
+
+        Raises:
+            TokenError: a position is padding, or a row has fewer tokens than it asks for.
+        """
+        real = attention_mask.detach().cpu() != 0
+        if bool(real.all()):
+            return self
+        length, found = real.shape[1], []
+        for row, p in enumerate(self._by_row(len(real))):
+            tokens = torch.nonzero(real[row])[:, 0].tolist()
+            if p < 0 and -p > len(tokens):
+                raise TokenError(
+                    f"Position {p} does not exist in row {row}, which has {len(tokens)} tokens "
+                    "beside its padding."
+                )
+            if p >= length:
+                raise TokenError(f"Position {p} does not exist in a prompt of {length} tokens.")
+            if p >= 0 and not bool(real[row, p]):
+                raise TokenError(
+                    f"Position {p} of row {row} is padding (attention_mask is 0 there). Use pos=-1 "
+                    "for each row's last token, or a list of one position for each row."
+                )
+            found.append(p if p >= 0 else tokens[p])
+        return replace(self, pos=tuple(found) if len(found) > 1 else found[0])
+
+    def _by_row(self, batch: int) -> list[int]:
+        positions = [self.pos] * batch if isinstance(self.pos, int) else list(self.pos)
+        if len(positions) != batch:
+            raise TokenError(f"{len(positions)} positions were given for a batch of {batch} rows.")
+        return positions
+
     def _at_position(self, logits: Tensor) -> Tensor:
         if logits.ndim == 2:
             logits = logits[None]
         batch, length, _ = logits.shape
-        positions = [self.pos] * batch if isinstance(self.pos, int) else list(self.pos)
-        if len(positions) != batch:
-            raise TokenError(f"{len(positions)} positions were given for a batch of {batch} rows.")
+        positions = self._by_row(batch)
         for p in positions:
             if not -length <= p < length:
                 raise TokenError(f"Position {p} does not exist in a prompt of {length} tokens.")
@@ -119,6 +164,8 @@ class Objective:
     def __str__(self) -> str:
         target, contrast = self._describe()
         where = "the last position" if self.pos == -1 else f"position {self.pos}"
+        if not isinstance(self.pos, int):
+            where = f"positions {', '.join(map(str, self.pos))} of the rows"
         difference = f"{target} − {contrast}" if contrast else target
         sign = f"positive relevance supports {target}"
         sign += f", negative supports {contrast}" if contrast else ", negative speaks against it"
@@ -127,15 +174,129 @@ class Objective:
 
 def _pos(pos: Any) -> int | tuple[int, ...]:
     """Whole numbers of any library as Python's; nothing is rounded or taken for another."""
-    plain = pos.tolist() if hasattr(pos, "tolist") else pos  # NumPy, torch
-    many = isinstance(plain, list | tuple)
-    for p in plain if many else [plain]:
+    given = pos.tolist() if hasattr(pos, "tolist") else pos  # NumPy, torch
+    many = isinstance(given, list | tuple)
+    for p in given if many else [given]:
         if isinstance(p, bool) or not isinstance(p, Integral):
             raise TokenError(
                 f"pos={pos!r} is no position; use a whole number (negative counts from the end), "
                 "or one for each row of a batch."
             )
-    return tuple(int(p) for p in plain) if many else int(plain)
+    if many and len(given) < 2:
+        instead = f"pos={int(given[0])}" if given else "a whole number, such as pos=-1"
+        raise TokenError(
+            f"pos={pos!r} is a list of {len(given)}; use {instead}. A list has one position for "
+            "each row of a batch of two or more."
+        )
+    return tuple(int(p) for p in given) if many else int(given)
+
+
+def one_position(pos: Any, length: int) -> int:
+    """A position of one prompt, counted from 0.
+
+    Args:
+        pos: A whole number of any library, negative from the end.
+        length: How many tokens the prompt has.
+
+    Raises:
+        TokenError: something else, or a position that the prompt does not have.
+    """
+    at = _pos(pos)
+    if not isinstance(at, int):
+        raise _of_rows(at)
+    if not -length <= at < length:
+        raise TokenError(f"Position {at} does not exist in a prompt of {length} tokens.")
+    return at % length
+
+
+def _of_rows(pos: tuple[int, ...]) -> TokenError:
+    return TokenError(
+        f"pos={list(pos)} has one position for each row of a batch, but this is about one prompt: "
+        f"use one whole number, such as pos={pos[-1]} (negative counts from the end). To explain "
+        "several positions of one prompt, add objectives up: "
+        "lambda logits: first(logits) + second(logits)."
+    )
+
+
+def for_one_prompt(objective: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The objective, if it can be of one prompt.
+
+    Raises:
+        TokenError: it has a position for each row of a batch.
+    """
+    if isinstance(objective, Objective) and not isinstance(objective.pos, int):
+        raise _of_rows(objective.pos)
+    return objective
+
+
+def read_rows(
+    objective: Callable[[Tensor], Tensor], logits: Float[Tensor, "batch pos vocab"]
+) -> Bool[Tensor, "batch pos"]:
+    """Where the objective's value depends on the logits: where its gradient is not 0.
+
+    Raises:
+        ModelStateError: its value is no differentiable number.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = (logits.clone() if logits.is_inference() else logits.detach()).requires_grad_(True)
+        value = objective(leaf)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise ModelStateError(
+                "The objective must turn logits [batch, pos, vocab] into one differentiable "
+                "number, computed from its argument. Use clrp.logit_diff(...), or a function that "
+                "sums over the batch and detaches nothing."
+            )
+        # A mean over many logits has a gradient that float16 would round to 0.
+        begin = torch.ones_like(value, dtype=torch.float32)
+        start = WideGradient(begin, value.dtype) if leaf.dtype in LOW else None
+        (gradient,) = torch.autograd.grad(value, [leaf], start, allow_unused=True)
+    if gradient is None:
+        return torch.zeros(logits.shape[:2], dtype=torch.bool)
+    rows: Tensor = (plain(gradient) != 0).any(-1).cpu()
+    return rows
+
+
+def positions_of(
+    objective: Callable[[Tensor], Tensor], logits: Float[Tensor, "1 pos vocab"], length: int
+) -> tuple[int, ...]:
+    """The positions that an objective of one prompt explains, rising, from 0.
+
+    An ``Objective`` says which one it is; of any other function they are those at whose logits its
+    gradient is not 0.
+
+    Args:
+        objective: Any function logits → scalar.
+        logits: All of the prompt's; an ``Objective`` does not look at them.
+        length: How many tokens the prompt has.
+
+    Raises:
+        TokenError: as ``one_position``.
+        ModelStateError: its gradient is 0 everywhere.
+    """
+    if isinstance(objective, Objective):
+        return (one_position(objective.pos, length),)
+    found = torch.nonzero(read_rows(objective, logits)[0])[:, 0].tolist()
+    if not found:
+        raise ModelStateError(
+            "The objective's gradient is 0 at every logit of this prompt (is it clipped, or a "
+            "comparison?), so all relevance would be 0 and no position is explained. Give one that "
+            "changes with the logits."
+        )
+    return tuple(found)
+
+
+def in_words(positions: Sequence[int], most: int = 6) -> str:
+    """Rising positions as a text: "3, 5-8", the middle left out where there are too many."""
+    runs: list[list[int]] = []
+    for p in positions:
+        if runs and runs[-1][-1] == p - 1:
+            runs[-1] = [runs[-1][0], p]
+        else:
+            runs.append([p])
+    texts = ["-".join(map(str, run)) for run in runs]
+    if len(texts) > most:
+        texts = [*texts[: most - 1], "...", texts[-1]]
+    return ", ".join(texts)
 
 
 def logit_diff(model: Any, target: object, contrast: object, pos: Pos = -1) -> Objective:
@@ -146,11 +307,14 @@ def logit_diff(model: Any, target: object, contrast: object, pos: Pos = -1) -> O
         target: What the model preferred: a single-token string, an id (also as text, ``id:123``),
             or a set of these (a set counts as its mean logit). A leading space counts.
         contrast: What it should have preferred, likewise.
-        pos: Position whose next token is explained; one for each row of a batch, if they differ.
+        pos: Position whose next token is explained, negative from the end; one for each row of a
+            batch, if they differ. Under an ``attention_mask`` given to ``run_with_relevance`` -1 is
+            each row's last real token.
 
     Raises:
-        TokenError: a string that is not one token or may be several, an id out of range, the
-            same token on both sides.
+        TokenError: a string that is not one token or may be several, an id out of range, the same
+            token on both sides, or a ``pos`` that is neither a whole number nor a list of one for
+            each row.
     """
     targets = to_token_ids(model, target, "target")
     contrasts = to_token_ids(model, contrast, "contrast")
@@ -206,6 +370,7 @@ def question(
     Raises:
         TypeError: neither an objective nor both tokens, or both ways at once, or ``pos`` beside
             an objective.
+        TokenError: ``pos`` is no position of one prompt.
     """
     given = objective is not None, target is not None, contrast is not None
     if given not in ((True, False, False), (False, True, True)):
@@ -214,12 +379,14 @@ def question(
             "both tokens, target=... and contrast=... (clrp.next_token_table(model, prompt) lists "
             "candidates for the contrast)."
         )
-    if objective is not None and pos != -1:
+    if objective is not None and _pos(pos) != -1:
         raise TypeError(
             "pos belongs to target and contrast; an objective has its own, as in "
             "clrp.logit_diff(model, target, contrast, pos=...)."
         )
-    return objective if objective is not None else logit_diff(model, target, contrast, pos)
+    return for_one_prompt(
+        objective if objective is not None else logit_diff(model, target, contrast, pos)
+    )
 
 
 def questions(
@@ -238,7 +405,7 @@ def questions(
     """
     if objectives is None:
         return [question(model, objective, target, contrast, pos)]
-    if objective is not None or target is not None or contrast is not None or pos != -1:
+    if objective is not None or target is not None or contrast is not None or _pos(pos) != -1:
         raise TypeError(
             "objectives=[...] is the whole question; leave out objective, target, contrast and "
             "pos, and give each objective its own, as in [clrp.logit_diff(model, target, contrast, "
@@ -256,7 +423,7 @@ def questions(
         raise TypeError(
             f"{wrong!r} among objectives is not one; use clrp.logit_diff(model, target, contrast)."
         )
-    return list(objectives)
+    return [for_one_prompt(one) for one in objectives]
 
 
 def described(

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def strongest_paths(graph: AttributionGraph, k: int = 10) -> Paths:
-    """The ``k`` paths of largest |strength| from the first site to the final node.
+    """The ``k`` paths of largest |strength| from the first site to a final node.
 
     Exact: the largest product from the input up to each node comes from dynamic programming, a
-    site at a time; then partial paths grow down from the final node, the one that can still
+    site at a time; then partial paths grow down from each final node, the one that can still
     become the strongest first. Equally strong paths come in an order that depends on nothing but
     the graph.
 
@@ -40,10 +40,21 @@ def strongest_paths(graph: AttributionGraph, k: int = 10) -> Paths:
     shares, closed = _edge_shares(graph)
     size = shares.abs().log_()
     best = _best(graph, size)
-    final = (len(graph.sites) - 1) * len(graph.str_tokens) + graph.final_pos
-    found = _descend(graph, size, best, final, k) if best[final] > -torch.inf else []
+    found = _descend(graph, size, best, _starts(graph), k)
     made = [_path(graph, edges, shares) for edges in found]
     return Paths(tuple(made), graph.delta, k, closed)
+
+
+def _starts(graph: AttributionGraph) -> list[tuple[int, float]]:
+    """The final nodes with relevance, and log |R| of each, less that of the largest."""
+    relevance = graph.relevance[-1, list(graph.final_positions)].double().abs()
+    largest = relevance.max()
+    first = (len(graph.sites) - 1) * len(graph.str_tokens)
+    return [
+        (first + pos, float((own / largest).log()))
+        for pos, own in zip(graph.final_positions, relevance, strict=True)
+        if own > 0
+    ]
 
 
 def _edge_shares(graph: AttributionGraph) -> tuple[Float[Tensor, " edge"], int]:
@@ -78,7 +89,11 @@ def _best(graph: AttributionGraph, size: Float[Tensor, " edge"]) -> Float[Tensor
 
 
 def _descend(
-    graph: AttributionGraph, size: Tensor, best: Tensor, final: int, k: int
+    graph: AttributionGraph,
+    size: Tensor,
+    best: Tensor,
+    finals: list[tuple[int, float]],
+    k: int,
 ) -> list[tuple[int, ...]]:
     """Edges of the k best paths, final node first: best-first search with an exact bound."""
     n = len(graph.str_tokens)
@@ -99,9 +114,11 @@ def _descend(
     # equals, its log without the last edge's bound, its edges above the last, the last edge's
     # node and rank in that node's row.
     queue: list[tuple[float, int, float, tuple[int, ...], int, int]] = []
-    if row(final)[0]:
-        queue.append((-row(final)[1][0], 0, 0.0, (), final, 0))
     pushed = 0
+    for final, start in finals:
+        if best[final] > -torch.inf and row(final)[0]:
+            heapq.heappush(queue, (-(start + row(final)[1][0]), pushed, start, (), final, 0))
+            pushed += 1
     found: list[tuple[int, ...]] = []
     while queue and len(found) < k:
         _, _, above, edges, node, rank = heapq.heappop(queue)
@@ -137,8 +154,9 @@ def _row(graph: AttributionGraph, site: int, pos: int) -> Tensor:
 def _path(graph: AttributionGraph, edges: tuple[int, ...], shares: Tensor) -> Path:
     index = torch.tensor(edges[::-1])
     sites = [*graph.source_site[index].tolist(), len(graph.sites) - 1]
-    positions = [*graph.source_pos[index].tolist(), graph.final_pos]
-    strength = float(graph.relevance[-1, graph.final_pos]) * float(shares[index].prod())
+    final = int(graph.target_pos[edges[0]])
+    positions = [*graph.source_pos[index].tolist(), final]
+    strength = float(graph.relevance[-1, final]) * float(shares[index].prod())
     head, path = graph.head, graph.path
     return Path(
         sites=tuple(graph.sites[s] for s in sites),

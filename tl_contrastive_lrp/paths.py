@@ -15,9 +15,12 @@ add up to this node's relevance, and those of all paths together to what reaches
 
 Where edges of both signs cancel, w / R(n) would exceed 1 and grow without bound as R(n) nears 0:
 a few such nodes would make any path as strong as one likes. D(n) bounds every factor by 1 and,
-with adjacent sites, the sum of |strength| over all paths by |R(n_L)|. A node whose relevance is
-less than ``CANCELLED`` of its edges' Σ|w| has no sign to speak of: no path goes through it, and
-``Paths.closed`` counts such nodes.
+with adjacent sites, the sum of |strength| over all paths from n_L by |R(n_L)|. A node whose
+relevance is less than ``CANCELLED`` of its edges' Σ|w| has no sign to speak of: no path goes
+through it, and ``Paths.closed`` counts such nodes.
+
+Where an objective is a function of several positions, each is a final node of its own and paths go
+down from all of them.
 
 Pruning takes edges out of Σ|w|, never out of R(n): a path of a pruned graph has at least the
 |strength| that it has in the full graph, and at most that of the plain product of w / R(n).

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .objective import for_one_prompt, one_position
 from .prompts import model_device
 from .rulesets import RuleSet, get_rule_set
 
@@ -26,10 +27,7 @@ Node = tuple[int | str, int]
 
 
 def _position(graph: AttributionGraph, pos: int) -> int:
-    n = len(graph.str_tokens)
-    if not -n <= pos < n:
-        raise ValueError(f"Position {pos} does not exist in a prompt of {n} tokens.")
-    return pos % n
+    return one_position(pos, len(graph.str_tokens))
 
 
 def _frame(rows: list[tuple[str, str, float]], whole: float, k: int) -> pd.DataFrame:
@@ -144,7 +142,7 @@ def explain_edge(
         rule_set = get_rule_set(graph.rules if rules is None else rules)
         ends = (graph.sites[s], i), (graph.sites[t], j)
         tokens = graph.token_ids[None].to(model_device(model))
-        by_dimension = edge_by_dimension(model, tokens, objective, rule_set, *ends)
+        by_dimension = edge_by_dimension(model, tokens, for_one_prompt(objective), rule_set, *ends)
         rows += _largest("dimension", "{}", by_dimension, k)
     return _frame(rows, edge, len(rows))
 

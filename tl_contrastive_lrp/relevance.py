@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
 from .attach_norm import uses_native_norm
 from .backward import Reading, relevance_of, run
+from .errors import TokenError
+from .objective import Objective, read_rows
 from .prompts import to_tokens
 from .rules import at_least_float32
 from .rulesets import DEFAULT_RULES, RuleSet, get_rule_set
@@ -145,7 +147,8 @@ def run_with_relevance(
         model: A ``TransformerBridge`` in evaluation mode.
         tokens: Text, texts, or ids [pos] or [batch, pos].
         objective: logits → scalar; sum over the batch, as ``logit_diff`` does, to get each row's
-            own relevance.
+            own relevance. With an ``attention_mask`` its negative positions count from each row's
+            last real token, whichever side is padded.
         names_filter: As in ``run_with_cache``: a name, names, a predicate, or None for all.
         rules: Name of a rule set, or a ``RuleSet``.
         remove_batch_dim: Drop the batch dimension of a single prompt from the cache.
@@ -159,6 +162,7 @@ def run_with_relevance(
         TypeError: a keyword that the model's forward does not name, or that would have it return
             something else than the logits of these tokens.
         ValueError: a name that does not exist or where there is no relevance.
+        TokenError: the objective reads the logits of a pad.
         PromptError, ModelStateError, UncoveredComponentError: see ``lrp``.
     """
     require_bridge(model)
@@ -166,10 +170,15 @@ def run_with_relevance(
     _check_keywords(model, forward_kwargs)
     ids = to_tokens(model, tokens, prepend_bos)
     names = _select(model, names_filter, rule_set)
+    padded = _padding(forward_kwargs.get("attention_mask"), ids)
+    if padded is not None and isinstance(objective, Objective):
+        objective = objective.with_mask(padded)
     cache: dict[str, Tensor] = {}
     logits, _, _ = run(
         model, ids, objective, rule_set, _readings(model, names, cache), **forward_kwargs
     )
+    if padded is not None:
+        _refuse_padding(objective, logits, padded)
     ordered = {name: cache[name].contiguous() for name in names if name in cache}
     if isinstance(names_filter, str | Sequence) and len(ordered) < len(names):
         silent = next(name for name in names if name not in cache)
@@ -181,6 +190,30 @@ def run_with_relevance(
     if remove_batch_dim:
         result = result.remove_batch_dim()
     return logits, result
+
+
+def _padding(mask: object, ids: Tensor) -> Int[Tensor, "batch pos"] | None:
+    """The attention mask, if it says of each token whether it is padding, and some are."""
+    by_token = isinstance(mask, Tensor) and mask.shape == ids.shape
+    return mask if by_token and isinstance(mask, Tensor) and not bool(mask.all()) else None
+
+
+def _refuse_padding(
+    objective: Callable[[Tensor], Tensor],
+    logits: Float[Tensor, "batch pos vocab"],
+    mask: Int[Tensor, "batch pos"],
+) -> None:
+    if isinstance(objective, Objective):  # says itself where its positions are
+        return
+    at = torch.nonzero(read_rows(objective, logits) & (mask == 0).cpu()).tolist()
+    if at:
+        row, pos = at[0]
+        raise TokenError(
+            f"The objective reads logits at padding: position {pos} of row {row}, where "
+            "attention_mask is 0. Use clrp.logit_diff(model, target, contrast), whose pos=-1 is "
+            "each row's last real token here, or index the real tokens, as in "
+            "logits[torch.arange(len(logits)), last_real_token_of_each_row]."
+        )
 
 
 def _readings(model: Any, names: list[str], cache: dict[str, Tensor]) -> list[Reading]:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from .graph_view import view_of
+from .objective import in_words
 from .render.report import Report, report_html
 from .render.text import visible
 from .token_text import printed
@@ -51,7 +52,7 @@ def report_of(
         contrast_logit=result.contrast_logit,
         target_is_top=result.target_is_top,
         greyed=result.greyed,
-        position=result.pos,
+        position=in_words(result.positions) if result.earlier_pos else result.pos,
         resid=result.resid,
         site_labels=result.sites,
         heads=result.heads,
@@ -79,6 +80,6 @@ def _typable(candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _title(result: Attribution) -> str:
     if not result.target:
-        return "Relevance of one prediction"
+        return f"Relevance of {'several predictions' if result.earlier_pos else 'one prediction'}"
     contrast = f" and not «{visible(result.contrast)}»" if result.contrast else ""
     return f"Why «{visible(result.target)}»{contrast}?"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .objective import in_words
 from .prune_steps import Pruned, step_of
 
 if TYPE_CHECKING:
@@ -19,17 +20,20 @@ if TYPE_CHECKING:
 
 
 def connected(graph: AttributionGraph) -> Pruned:
-    """Keep edges on a path of edges down from the final node (last site, position explained)."""
+    """Keep edges on a path of edges down from a final node (last site, a position explained)."""
     pos = len(graph.str_tokens)
     reached = torch.zeros(len(graph.sites), pos, dtype=torch.bool)
-    reached[-1, graph.final_pos] = True
+    reached[-1, list(graph.final_positions)] = True
     mask = torch.zeros(len(graph.weight), dtype=torch.bool)
     # Edges only lead to earlier sites: with targets from the top, each site is complete in time.
     for source, target in sorted(graph.slices, key=lambda pair: -pair[1]):
         part = graph.slices[source, target]
         mask[part] = reached[target][graph.target_pos[part].long()]
         reached[source][graph.source_pos[part][mask[part]].long()] = True
-    return mask, step_of(graph, "connected", {"final_pos": graph.final_pos}, mask)
+    said: dict[str, int | str] = {"final_pos": graph.final_pos}
+    if graph.earlier_final_pos:
+        said = {"final_positions": in_words(graph.final_positions)}
+    return mask, step_of(graph, "connected", said, mask)
 
 
 def within(

@@ -79,7 +79,7 @@ def _graph(
         coverage=ran.coverage,
         memory=ran.memory,
         history=(rule.step(kept, float(result.value)),) if rule else (),
-        **plan.facts(objective),
+        **plan.facts(objective, ran.logits),
         **details,
         **ran.described(objective),
     )

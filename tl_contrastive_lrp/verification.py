@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import verify_checks as checks
 from . import verify_precision as precision
-from .objective import Objective, logit_diff
+from .objective import Objective, for_one_prompt, logit_diff
 from .placement import check_ready, check_single
 from .prompts import model_name, to_single_prompt
 from .rulesets import DEFAULT_RULES, RuleSet, get_rule_set
@@ -123,6 +123,8 @@ def verify(
     require_bridge(model)
     rule_set = get_rule_set(rules)
     tokens = to_single_prompt(model, prompt, prepend_bos)
+    if objective is not None:
+        for_one_prompt(objective)
     check_ready(model, "verify")
     check_single(model)
     with torch.no_grad():

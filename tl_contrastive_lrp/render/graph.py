@@ -124,7 +124,8 @@ def section_script() -> str:
 def graph_title(view: GraphView) -> str:
     """What the picture answers: Why «target» and not «contrast»?"""
     if not view.target:
-        return "Attribution graph of one prediction"
+        several = len(view.earlier_final_pos)
+        return f"Attribution graph of {'several predictions' if several else 'one prediction'}"
     contrast = f" and not {_quoted(view.contrast)}" if view.contrast else ""
     return f"Why {_quoted(view.target)}{contrast}?"
 
@@ -169,6 +170,7 @@ def _body(view: GraphView, max_edges: int, uid: str, max_positions: int) -> str:
                 "anchor": "end" if at_right else "start",
                 "text_x": marks.rounded(final + (12 if at_right else -12)),
             },
+            finals=[marks.rounded(plan.column[pos]) for pos in data.finals.tolist()],
             edges=marks.edges(data, plan, where, names),
             nodes=marks.nodes(data, plan, where, names, view.sites),
             labels=labels,
@@ -234,7 +236,9 @@ def _count(data: GraphData, plan: Layout) -> str:
 
 
 def _final_words(view: GraphView, data: GraphData) -> str:
-    words = _quoted(view.target) if view.target else "the prediction"
+    several = len(view.earlier_final_pos) + 1
+    one = "the prediction" if several == 1 else f"the predictions at {several:,} positions"
+    words = _quoted(view.target) if view.target else one
     if view.target and view.contrast:
         words += f" rather than {_quoted(view.contrast)}"
     return f"{words}   \u0394\u2113 = {signed(data.delta)}"

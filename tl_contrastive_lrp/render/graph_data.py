@@ -33,7 +33,7 @@ class GraphView:
         source_site, source_pos, target_site, target_pos: the edges, ``[edge]``, integers. Edges
             between the same two nodes (one a head) are added up.
         weight: their weights, ``[edge]``.
-        final_pos: position whose prediction is explained.
+        final_pos: position whose prediction is explained; of several the last.
         target: the token the model preferred, "" for other objectives.
         contrast: the token it should have preferred, "" for none.
         delta: Δℓ, the objective's value in logits.
@@ -41,6 +41,7 @@ class GraphView:
         rules: name of the rule set.
         model_name: the model.
         notes: sentences below the picture: what was pruned, and what that cost.
+        earlier_final_pos: the other positions explained, where there are several.
     """
 
     sites: Sequence[str]
@@ -61,6 +62,7 @@ class GraphView:
     rules: str = ""
     model_name: str = ""
     notes: Sequence[str] = field(default=())
+    earlier_final_pos: Sequence[int] = field(default=())
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +90,8 @@ class GraphData:
     ``tokens`` are as each reads by itself, parts of a character marked.
 
     ``first`` and ``last`` are the positions of the prompt that a position here stands for,
-    ``[pos]``: the same one, unless several are folded into it.
+    ``[pos]``: the same one, unless several are folded into it. ``finals`` are all positions
+    explained, rising; ``final_pos`` is the last of them.
     """
 
     tokens: list[str]
@@ -96,6 +99,7 @@ class GraphData:
     greyed: NDArray[np.bool_]
     edges: Edges
     final_pos: int
+    finals: NDArray[np.int64]
     delta: float
     first: NDArray[np.int64]
     last: NDArray[np.int64]
@@ -117,6 +121,12 @@ def checked(view: GraphView) -> GraphData:
             raise ValueError(f"{len(getattr(view, name))} {name}, but relevance for {sites} sites")
     if not 0 <= view.final_pos < positions:
         raise ValueError(f"final_pos is {view.final_pos}; there are {positions} tokens")
+    finals = [*map(int, view.earlier_final_pos), int(view.final_pos)]
+    if finals[0] < 0 or finals != sorted(set(finals)):
+        raise ValueError(
+            f"earlier_final_pos is {finals[:-1]}; it must rise and lie before final_pos "
+            f"{view.final_pos}"
+        )
     weight = as_array(view.weight, 1, "weight")
     columns = {
         name: _index(getattr(view, name), len(weight), limit, name)
@@ -139,6 +149,7 @@ def checked(view: GraphView) -> GraphData:
         greyed=as_mask(view.greyed, positions),
         edges=merged(Edges(**columns, weight=weight), sites, positions),
         final_pos=int(view.final_pos),
+        finals=np.array(finals, dtype=np.int64),
         delta=float(as_array(view.delta, 0, "delta")),
         first=np.arange(positions),
         last=np.arange(positions),

@@ -23,7 +23,9 @@ _TOP = 6  # positions listed on either side
 
 def fold_positions(data: GraphData, most: int) -> GraphData:
     """The graph with at most ``most`` positions, and the final one, apart; the rest in columns
-    of several. The same graph where the prompt is short or no more positions have an edge."""
+    of several. The same graph where the prompt is short or no more positions have an edge.
+
+    Of several final ones so many have a column to themselves as are a tenth of ``most``."""
     edges, n = data.edges, len(data.tokens)
     if most < 1:
         raise ValueError(f"max_positions must be 1 or more, not {most}")
@@ -37,7 +39,9 @@ def fold_positions(data: GraphData, most: int) -> GraphData:
     grey = strongest(np.where(data.greyed, exchanged, 0.0), min(_MOST_GREYED, -(-most // 10)))
     plain = strongest(np.where(data.greyed, 0.0, exchanged), most - len(grey) or 1)
     chosen = np.concatenate([grey, plain])
-    chosen = np.union1d(chosen[exchanged[chosen] > 0], [data.final_pos]).astype(np.int64)
+    own = np.abs(data.relevance[-1, data.finals])
+    finals = np.append(data.finals[strongest(own, -(-most // 10))], data.final_pos)
+    chosen = np.union1d(chosen[exchanged[chosen] > 0], finals).astype(np.int64)
 
     first = np.unique(np.concatenate([[0], chosen, chosen + 1]))
     first = first[first < n]
@@ -58,6 +62,7 @@ def fold_positions(data: GraphData, most: int) -> GraphData:
         greyed=data.greyed[first] & (first == last),
         edges=merged(together, *relevance.shape),
         final_pos=int(column[data.final_pos]),
+        finals=np.unique(column[data.finals]).astype(np.int64),
         first=first,
         last=last,
     )

@@ -44,7 +44,8 @@ class Layout:
         thickness: their widths in pixels, ``[edge]``, linear in |weight| up to ``widest``.
         strength: |weight| / ``widest``, at most 1, ``[edge]``.
         stays: whether an edge stays at its position, ``[edge]``.
-        node_site, node_pos: the nodes with an edge to draw, and the final node (last), ``[node]``.
+        node_site, node_pos: the nodes with an edge to draw, and the final nodes (last; one, unless
+            several positions are explained), ``[node]``.
         radius: in pixels, ``[node]``; the area is linear in |relevance| up to ``largest``.
         source, target: index of an edge's nodes, ``[edge]``.
         column: x of every position, ``[pos]``; NaN where it has no column.
@@ -94,16 +95,16 @@ def layout(data: GraphData, max_edges: int) -> Layout:
     widest = _scale(size, ~stays & ~grey, ~stays, ~grey)
 
     sites, positions = data.relevance.shape
-    final = (sites - 1) * positions + data.final_pos
+    finals = (sites - 1) * positions + data.finals
     ends = np.concatenate(
         [
             edges.source_site * positions + edges.source_pos,
             edges.target_site * positions + edges.target_pos,
-            [final],
+            finals,
         ]
     ).astype(np.int64)
     nodes = np.unique(ends)
-    nodes = np.append(nodes[nodes != final], final)  # drawn last, on top
+    nodes = np.append(nodes[~np.isin(nodes, finals)], finals)  # drawn last, on top
     order = np.argsort(nodes)
     index = order[np.searchsorted(nodes, ends, sorter=order)]
     node_site, node_pos = np.divmod(nodes, positions)
@@ -126,7 +127,7 @@ def layout(data: GraphData, max_edges: int) -> Layout:
         node_pos=node_pos,
         radius=np.maximum(biggest * np.sqrt(np.minimum(relevance / largest, 1.0)), 1.6),
         source=index[: len(edges)],
-        target=index[len(edges) : -1],
+        target=index[len(edges) : 2 * len(edges)],
         column=column,
         row=row,
         gaps=gaps,

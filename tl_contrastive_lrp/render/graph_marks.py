@@ -111,6 +111,7 @@ def nodes(
 def labels(data: GraphData, plan: Layout, where: list[str]) -> list[dict[str, Any]]:
     """Tokens below their columns."""
     labels = []
+    finals = set(data.finals.tolist())
     for pos in np.flatnonzero(~np.isnan(plan.column)).tolist():
         first, last = int(data.first[pos]), int(data.last[pos])
         several = first != last
@@ -125,7 +126,7 @@ def labels(data: GraphData, plan: Layout, where: list[str]) -> list[dict[str, An
                 "text": f"\u22ef {count}" if several else text,
                 "full": f"folded: {where[pos]}" if several else where[pos],
                 "grey": several or bool(data.greyed[pos]),
-                "final": pos == data.final_pos,
+                "final": pos in finals,
             }
         )
     return labels

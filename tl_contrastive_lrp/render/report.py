@@ -60,7 +60,8 @@ class Report:
         target_is_top: whether the target is what the model writes greedily; decides between
             "the model wrote" and "why this rather than that".
         greyed: bool per token, ``[pos]``: special tokens and the first token.
-        position: position whose prediction is explained; ``None`` for the last.
+        position: position whose prediction is explained, several in words ("3, 5-8"); ``None`` for
+            the last.
         resid: relevance in logits, ``[site, pos]``, or ``None``.
         site_labels: a HookPoint name per site.
         heads: relevance in logits, ``[layer, head, pos]``, or ``None``.
@@ -87,7 +88,7 @@ class Report:
     contrast_logit: float | None = None
     target_is_top: bool = True
     greyed: Any = None
-    position: int | None = None
+    position: int | str | None = None
     resid: Any = None
     site_labels: Sequence[str] = ()
     heads: Any = None
