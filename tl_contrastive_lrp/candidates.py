@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import TokenError
 from .memory import Memory, cannot, choose, in_smaller_tiles, instead
 from .prompts import str_tokens, to_single_prompt
+from .threads import one_at_a_time
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +37,7 @@ def forward_bytes(model: Any, length: int) -> int:
     return int(4 * length * (_PEAK * int(cfg.n_heads) * length + by_position))
 
 
+@one_at_a_time
 def logits_at(
     model: Any,
     tokens: Tensor,
@@ -119,6 +121,7 @@ def candidate_table(model: Any, logits: Float[Tensor, " vocab"], k: int) -> pd.D
     )
 
 
+@one_at_a_time
 def next_token_table(
     model: Any,
     prompt: str | Tensor,

@@ -19,6 +19,7 @@ from .placement import attached, check_ready, check_single, marked, place, publi
 from .precision import is_low, watch
 from .rulesets import DEFAULT_RULES, RuleSet
 from .sites import LEAVES
+from .threads import one_at_a_time, own_hooks, turn
 
 
 def plan(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Coverage]:
@@ -32,6 +33,7 @@ def plan(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Cove
     return placed
 
 
+@one_at_a_time
 def coverage(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Coverage:
     """Which component of ``model`` would get which rule, without attaching anything.
 
@@ -41,11 +43,13 @@ def coverage(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Coverage:
     return plan(model, rules)[1]
 
 
+@one_at_a_time
 def lrp_hooks(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> list[tuple[str, HookFn]]:
     """The rules as hooks for ``model.run_with_hooks(fwd_hooks=...)`` or ``model.hooks(...)``.
 
     List your own hooks that edit values before these. The forward is unchanged by one bit; only
-    gradients differ. ``lrp`` is the more robust form: prefer it where a context manager fits.
+    gradients differ. ``lrp`` is the more robust form: prefer it where a context manager fits, and
+    where other threads run the model: as TransformerLens' own, these hooks act in every thread.
 
     Returns:
         (hook_name, hook_function) pairs.
@@ -87,6 +91,9 @@ def lrp(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Iterator[Coverage]:
     gradients works on relevance inside, ``attribution_patch`` for one (relevance patching,
     arXiv:2508.21258).
 
+    The rules act in this thread alone. This package's calls on the model in other threads wait
+    until the block is left; do not wait for one inside.
+
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
         rules: "attnlrp", "cplrp", "relp", "gim", "gradient", or a ``RuleSet``.
@@ -96,13 +103,15 @@ def lrp(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Iterator[Coverage]:
 
     Raises:
         UncoveredComponentError: a component that no rule covers.
-        ModelStateError: training mode, gradients off, or rules already on.
+        ModelStateError: training mode, gradients off, or rules already on; another thread stays
+            inside such a block for more than a minute.
     """
-    check_ready(model, "lrp")
-    check_single(model)
-    attachments, report = plan(model, rules)
-    hook_dict = model.hook_dict
-    inputs = LEAVES if is_low(model, (torch.float16,)) else ()
-    watched = [(public_name(hook_dict, n), edit(watch)) for n in inputs if n in hook_dict]
-    with attached(model, attachments), model.hooks(fwd_hooks=watched):
-        yield report
+    with turn(model, "clrp.lrp(model)"):
+        check_ready(model, "lrp")
+        check_single(model)
+        attachments, report = plan(model, rules)
+        hook_dict = model.hook_dict
+        inputs = LEAVES if is_low(model, (torch.float16,)) else ()
+        watched = [(public_name(hook_dict, n), edit(watch)) for n in inputs if n in hook_dict]
+        with attached(model, attachments), own_hooks(model, watched):
+            yield report

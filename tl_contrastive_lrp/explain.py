@@ -24,6 +24,7 @@ from .prompts import model_name, str_tokens, to_single_prompt
 from .rulesets import DEFAULT_RULES, RuleSet
 from .sites import LEAVES, components, is_kind, require_bridge
 from .sums import Sums
+from .threads import one_at_a_time
 
 
 def residual_sites(model: Any) -> tuple[str, ...]:
@@ -116,6 +117,7 @@ def attribute(
 ) -> list[Attribution]: ...
 
 
+@one_at_a_time
 def attribute(
     model: Any,
     prompt: str | Tensor,

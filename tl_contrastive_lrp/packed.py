@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .attachment import HookFn
-from .backward import frozen_parameters
 from .context import plan
 from .memory import free_bytes
 from .placement import attached, check_ready, check_single, reading_hooks
@@ -27,6 +26,7 @@ from .precision import first_gradient, is_low, plain
 from .rules import at_least_float32
 from .rulesets import RuleSet
 from .sites import LEAVES
+from .threads import frozen_parameters
 
 _SHARE_OF_FREE_MEMORY = 0.5
 # On a CPU more signals at once are no faster (measured: 1 to 64), and cost memory.

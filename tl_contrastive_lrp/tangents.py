@@ -29,6 +29,7 @@ from .precision import plain, wide
 from .rules_softcap import softcap_ratio
 from .rulesets import RuleSet
 from .sites import Site
+from .threads import caller, mine, own_hooks
 
 
 class _Stop(Exception):
@@ -50,7 +51,7 @@ class BlockCall:
             self.args = tuple(map(_reusable, args))
             self.kwargs = {name: _reusable(value) for name, value in kwargs.items()}
 
-        handle = block.register_forward_pre_hook(pre_hook, with_kwargs=True)
+        handle = block.register_forward_pre_hook(mine(pre_hook), with_kwargs=True)
         try:
             yield
         finally:
@@ -115,14 +116,19 @@ class _CapOperand:
 
     def __init__(self, cap: Any) -> None:
         self.cap = cap
+        self.owner = caller()
         self.x: Tensor
 
     def __rtruediv__(self, x: Tensor) -> Tensor:
-        self.x = x
+        if caller() is self.owner:
+            self.x = x
         scaled: Tensor = x / self.cap
         return scaled
 
     def __rmul__(self, tanh: Tensor) -> Tensor:
+        if caller() is not self.owner:
+            capped: Tensor = tanh * self.cap
+            return capped
         ratio = softcap_ratio(_primal(self.x) / self.cap)
         return dual(_primal(tanh * self.cap), tangent_of(self.x) * ratio)
 
@@ -242,7 +248,7 @@ def block_tangents(
         named = [(public_name(hook_dict, name), fn) for name, fn in hooks]
         stack.enter_context(torch.no_grad())
         stack.enter_context(forward_ad.dual_level())
-        stack.enter_context(model.hooks(fwd_hooks=named))
+        stack.enter_context(own_hooks(model, named))
         try:
             model.blocks[layer](*call.args, **call.kwargs)
         except _Stop:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .backward import frozen_parameters, tap
+from .backward import tap
 from .context import plan
 from .placement import attached, public_name
 from .precision import first_gradient, plain
 from .sites import LEAVES, components, module_names
+from .threads import frozen_parameters, mine, own_hooks
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def account_for(model: Any, tokens: Tensor, objective: Callable[[Tensor], Tensor
     with frozen_parameters(model), ExitStack() as stack:
         stack.enter_context(biases.differentiable())
         lookups = stack.enter_context(_other_embeddings(model))
-        stack.enter_context(model.hooks(fwd_hooks=leaf_hooks(model, inputs)))
+        stack.enter_context(own_hooks(model, leaf_hooks(model, inputs)))
         stack.enter_context(constants)
         with attached(model, attachments), biases.tapped(model):
             value = objective(model(tokens))
@@ -160,9 +161,9 @@ class _Biases:
             read = self._reader(bias, self.at_module)
             return lambda module, args, output: read(output)  # noqa: ARG005
 
-        with model.hooks(fwd_hooks=self.hooks), ExitStack() as stack:
+        with own_hooks(model, self.hooks), ExitStack() as stack:
             for module, bias in self.modules:
-                stack.callback(module.register_forward_hook(at(bias)).remove)
+                stack.callback(module.register_forward_hook(mine(at(bias))).remove)
             yield
 
     @contextmanager
@@ -211,7 +212,7 @@ def _other_embeddings(model: Any) -> Iterator[list[Tensor]]:
     with ExitStack() as stack:
         for module in module_names(model):
             if isinstance(module, nn.Embedding):
-                stack.callback(module.register_forward_hook(note).remove)
+                stack.callback(module.register_forward_hook(mine(note)).remove)
         yield found
 
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from .audit_model import audit
-from .backward import frozen_parameters
 from .context import plan
 from .errors import UncoveredComponentError
 from .placement import attached, public_name
 from .precision import in_float32, is_low
 from .rulesets import RuleSet
+from .threads import frozen_parameters, own_hooks
 from .verify_account import account_for, leaf_hooks
 from .verify_parts import Check, Objective, dtype_of, judged, no_room, skipped
 
@@ -66,7 +66,7 @@ def check_forward(model: Any, tokens: Tensor, rule_set: RuleSet) -> Check:
         )
     with (
         frozen_parameters(model),
-        model.hooks(fwd_hooks=leaf_hooks(model, {})),
+        own_hooks(model, leaf_hooks(model, {})),
         attached(model, attachments),
     ):
         ruled_logits, ruled_stream = _forward(model, tokens)
@@ -95,7 +95,7 @@ def _forward(model: Any, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         kept[hook.name] = tensor.detach().clone()
 
     names = [public_name(model.hook_dict, name) for name in points.values()]
-    with model.hooks(fwd_hooks=[(name, keep) for name in names]):
+    with own_hooks(model, [(name, keep) for name in names]):
         logits = model(tokens).detach()
     return logits, kept
 
@@ -156,7 +156,7 @@ def check_gradient(model: Any, tokens: Tensor, objective: Objective) -> Check:
             stack.enter_context(in_float32(model))
         stack.enter_context(frozen_parameters(model))
         inputs: dict[str, Tensor] = {}
-        with model.hooks(fwd_hooks=leaf_hooks(model, inputs)[:1]):
+        with own_hooks(model, leaf_hooks(model, inputs)[:1]):
             value = objective(model(tokens))
         (x,) = inputs.values()
         (g,) = torch.autograd.grad(value, [x])
@@ -170,7 +170,7 @@ def check_gradient(model: Any, tokens: Tensor, objective: Objective) -> Check:
             def change(embedded: Tensor) -> Tensor:
                 return embedded + step * towards
 
-            with torch.no_grad(), model.hooks(fwd_hooks=leaf_hooks(model, {}, change)[:1]):
+            with torch.no_grad(), own_hooks(model, leaf_hooks(model, {}, change)[:1]):
                 return float(objective(model(tokens)).double())
 
         def difference(step: float) -> float:
