@@ -151,8 +151,8 @@ def run_each(
 ) -> tuple[Tensor, list[Tensor], Coverage]:
     """One forward, and for each objective a backward; sinks are called on the way back.
 
-    The rules and ``scopes`` are on during the forward only, so a sink may run the model itself. All
-    of them act in the calling thread only; sinks act for it, in whatever thread autograd calls them.
+    The rules and ``scopes`` are on during the forward only, so a sink may run the model itself.
+    They act in the calling thread alone, and sinks for it, in whatever thread autograd calls them.
 
     Args:
         then: Called after each backward, with the number of its objective.

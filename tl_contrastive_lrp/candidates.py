@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import TokenError
+from .float64 import precise
 from .memory import Memory, cannot, choose, in_smaller_tiles, instead
 from .prompts import str_tokens, to_single_prompt
 from .threads import one_at_a_time
@@ -106,7 +107,7 @@ def candidate_table(model: Any, logits: Float[Tensor, " vocab"], k: int) -> pd.D
     """The ``k`` largest logits as ``next_token_table`` gives them."""
     import pandas as pd
 
-    exact = logits.detach().double()
+    exact = precise(logits.detach())
     top = exact.topk(min(k, exact.numel()))
     ids = top.indices.tolist()
     return pd.DataFrame(

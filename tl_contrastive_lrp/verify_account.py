@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from .backward import tap
 from .context import plan
+from .float64 import precise
 from .placement import attached, public_name
 from .precision import first_gradient, plain
 from .sites import LEAVES, components, module_names
@@ -106,7 +107,7 @@ def account_for(model: Any, tokens: Tensor, objective: Callable[[Tensor], Tensor
 
 
 def _product(x: Tensor, g: Tensor | None) -> Tensor:
-    return torch.zeros(1) if g is None else x.detach().double() * plain(g).double()
+    return torch.zeros(1) if g is None else precise(x.detach()) * precise(plain(g))
 
 
 class _Biases:
@@ -142,9 +143,9 @@ class _Biases:
 
     def _reader(self, bias: Tensor, into: dict[int, float]) -> Callable[[Any], Tensor | None]:
         def sink(x: Tensor, g: Tensor) -> None:
-            g = plain(g).double()
+            g = precise(plain(g))
             last = g.flatten(0, -2) if x.shape[-1] == bias.numel() else g.flatten(0, 1).flatten(1)
-            took = float((last.sum(0) * bias.detach().double()).sum())
+            took = float((last.sum(0) * precise(bias.detach())).sum())
             into[id(bias)] = into.get(id(bias), 0.0) + took
 
         def read(output: Any) -> Tensor | None:
@@ -243,9 +244,9 @@ class _Constants(TorchFunctionMode):
         other = args[1 - which]
 
         def hook(g: Tensor) -> None:
-            g = plain(g).double()
+            g = precise(plain(g))
             zeros = g.new_zeros(shapes[which])
-            constant = other.detach().double() if isinstance(other, Tensor) else other
+            constant = precise(other.detach()) if isinstance(other, Tensor) else other
             added = func(*((zeros, constant) if which == 0 else (constant, zeros)), **kwargs)
             self.total += float((added * g).masked_fill(g == 0, 0.0).sum())
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .audit_model import audit
 from .context import plan
 from .errors import UncoveredComponentError
+from .float64 import precise
 from .placement import attached, public_name
 from .precision import in_float32, is_low
 from .rulesets import RuleSet
@@ -164,21 +165,21 @@ def check_gradient(model: Any, tokens: Tensor, objective: Objective) -> Check:
         towards = (
             torch.randn(x.shape, generator=generator).to(x) * x.detach().square().mean().sqrt()
         )
-        wanted = float((g.double() * towards.double()).sum())
+        wanted = float((precise(g) * precise(towards)).sum())
 
         def moved(step: float) -> float:
             def change(embedded: Tensor) -> Tensor:
                 return embedded + step * towards
 
             with torch.no_grad(), own_hooks(model, leaf_hooks(model, {}, change)[:1]):
-                return float(objective(model(tokens)).double())
+                return float(objective(model(tokens)))
 
         def difference(step: float) -> float:
             return (moved(step) - moved(-step)) / (2 * step)
 
         steps = (1e-2, 2e-3, 4e-4, 1e-4)  # the small ones keep the choice of experts
         found = [(4 * difference(s / 2) - difference(s)) / 3 for s in steps]
-    spread = float(g.double().norm() * towards.double().norm()) / max(1.0, x.numel() ** 0.5)
+    spread = float(precise(g).norm() * precise(towards).norm()) / max(1.0, x.numel() ** 0.5)
     scale = max(abs(wanted), spread, 1e-30)
     off = min(abs(f - wanted) for f in found) / scale
     return judged(

@@ -79,6 +79,7 @@ def question_of(
 ) -> Question:
     """The question with what telling its answer needs; logits [vocab] are those at ``pos``."""
     from ..candidates import candidate_table
+    from ..float64 import precise
     from ..prompts import model_device, str_tokens
 
     both = (*target, *contrast)
@@ -87,7 +88,7 @@ def question_of(
         candidate_table(model, logits, CANDIDATES),
         target,
         contrast,
-        float(logits[list(target)].double().mean() - logits[list(contrast)].double().mean()),
+        float(precise(logits[list(target)]).mean() - precise(logits[list(contrast)]).mean()),
         dict(zip(both, str_tokens(model, both), strict=True)),
         pos,
         model_name,

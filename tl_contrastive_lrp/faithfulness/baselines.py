@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..float64 import precise
 from ..objective import question
 from ..placement import check_ready, check_single, public_name
 from ..threads import frozen_parameters, one_at_a_time, own_hooks
@@ -133,5 +134,5 @@ def _products(setting: Removal, factor: Float[Tensor, "run pos 1"]) -> Float[Ten
         logits = model(setting.tokens.expand(len(factor), -1))
         value = torch.stack([setting.objective(line[None]) for line in logits]).sum()
     (gradient,) = torch.autograd.grad(value, kept["leaf"])
-    product = gradient.double() * kept["x"].double()
+    product = precise(gradient) * precise(kept["x"])
     return product.sum((0, 2)).cpu()
