@@ -2,7 +2,8 @@
 
 A tensor there holds its numbers in one on the CPU. Operations that mix it with tensors elsewhere
 fail as they do on a GPU; autograd runs its backward in a thread of the device, as on a GPU.
-``set_up`` changes torch for the whole process: call it in a process of its own.
+On request it has no float64, as Apple's MPS has none. ``set_up`` changes torch for the whole
+process: call it in a process of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 NAME = "other"
 aten = torch.ops.aten
 _INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
+# TypeErrors name MPS as torch's own do.
+_WIDE = (torch.float64, torch.complex128)
+_NO_FLOAT64 = (
+    "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64. "
+    "Please use float32 instead."
+)
 _COPIES = (aten._to_copy.default, aten.copy_.default)
 # What lies lazily on a tensor is not seen below where operations arrive here.
 _EAGER = {
@@ -33,6 +40,8 @@ class There(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor, device: torch.device) -> There:
+        if _without_float64 and held.dtype in _WIDE:
+            raise TypeError(_NO_FLOAT64)
         made: There = Tensor._make_wrapper_subclass(
             cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(),
             dtype=held.dtype, device=device,
@@ -78,6 +87,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not mine and (asked is None or not _is_there(asked)):
         return func(*args, **kwargs)
     _refuse_mixing(func, tensors)
+    if _without_float64 and mine and kwargs.get("dtype") in _WIDE:
+        raise TypeError(_NO_FLOAT64)  # on the way to the CPU too: it is converted before it moves
     to = asked or (tensors[0] if func in _COPIES else mine[0]).device
     if asked is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -119,10 +130,13 @@ def _copy_from(source: Tensor, to: Tensor, non_blocking: bool = False) -> Tensor
 
 
 _library: list[Any] = []  # its registrations last as long as it does
+_without_float64 = False
 
 
-def set_up() -> None:
-    """Make the device known to torch, from here on and for good."""
+def set_up(*, float64: bool = True) -> None:
+    """Make the device known to torch, from here on and for good; with float64 or without."""
+    global _without_float64
+    _without_float64 = not float64
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     _setup_privateuseone_for_python_backend(NAME)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,46 @@ def test_no_gpu_is_said(run: Run, folder: Path) -> None:
     done = run("explain", "--model", folder, "--prompt", "a", "--device", "cuda")
     assert done.code == MODEL
     assert "Use --device cpu." in done.err
+
+
+@pytest.mark.parametrize("command", [("explain", "--prompt", "a"), ("check",)])
+@pytest.mark.parametrize(
+    ("there", "version", "dtype", "code", "says"),
+    [
+        (False, "2.9.0", "float32", MODEL, "torch finds no Apple GPU (MPS) here: "),
+        (True, "2.8.0", "float32", MODEL, 'pip install --upgrade "torch>=2.9"'),
+        (True, "2.9.0", "float64", USAGE, "MPS has no float64. Use --dtype float32, or --device"),
+    ],
+)
+def test_where_mps_does_not_work_is_said(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...],
+    there: bool, version: str, dtype: str, code: int, says: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there)
+    monkeypatch.setattr(torch, "__version__", version)
+    model = ("--model", folder) if command[0] == "explain" else (folder,)
+    done = run(*command, *model, "--device", "mps", "--dtype", dtype)
+    assert (done.code, done.out) == (code, "")
+    assert says in re.sub(r"\s+", " ", done.err)
+    assert "--device cpu" in done.err
+
+
+def test_mps_is_handed_on(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, bridge: Any
+) -> None:
+    """Where it is there, the model is booted on it."""
+    seen: list[Any] = []
+
+    def boot(path: str, **how: Any) -> Any:  # noqa: ARG001
+        seen.append(how["device"])
+        return bridge
+
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "__version__", "2.9.0")
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", staticmethod(boot))
+    done = run("explain", "--model", folder, "--prompt", PROMPT, "--contrast", "z",
+               "--device", "mps")  # fmt: skip
+    assert (done.code, seen) == (0, ["mps"])
 
 
 @pytest.mark.parametrize(

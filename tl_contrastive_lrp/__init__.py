@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .precision import in_float32
     from .relevance import run_with_relevance
     from .rulesets import DEFAULT_RULES, RULE_SETS, RuleSet
+    from .threads import model_lock
     from .verification import Verification, verify
 
 __version__ = "0.1.0"
@@ -68,6 +69,7 @@ __all__ = [
     "logit_minus_top_k",
     "lrp",
     "lrp_hooks",
+    "model_lock",
     "next_token_table",
     "run_with_relevance",
     "target_logit",
@@ -101,6 +103,7 @@ _ROOMS = {
     "precision": ("in_float32",),
     "relevance": ("run_with_relevance",),
     "rulesets": ("DEFAULT_RULES", "RULE_SETS", "RuleSet"),
+    "threads": ("model_lock",),
     "verification": ("Verification", "verify"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

@@ -30,6 +30,7 @@ from .rules_softcap import correct_softcap, softcap
 from .rules_softmax import sink_temperature, softmax_temperature, was_changed
 from .rulesets import RuleSet
 from .sites import Operation, Site, is_kind
+from .threads import PerThread, caller, mine
 
 # ---------------------------------------------------------------- activations and gates
 
@@ -59,7 +60,7 @@ def _activation(site: Site, rule_set: RuleSet) -> Attachment:
 
     @contextmanager
     def scoped() -> Iterator[None]:
-        handle = site.module.register_forward_hook(torch_hook)
+        handle = site.module.register_forward_hook(mine(torch_hook))
         try:
             yield
         finally:
@@ -70,17 +71,17 @@ def _activation(site: Site, rule_set: RuleSet) -> Attachment:
     gated = is_kind(mlp, "GatedMLPBridge")
     pre_name = f"{path}.{'gate' if gated else 'in'}.hook_out"
     up_name, post_name = f"{path}.in.hook_out", f"{path}.out.hook_in"
-    seen: dict[str, Tensor] = {}
+    kept = PerThread()
 
     def capture(name: str) -> HookFn:
         def hook_fn(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
-            seen[name] = tensor
+            kept.seen[name] = tensor
 
         return hook_fn
 
     def at_post(post: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
-        pre = seen.pop(pre_name)
-        up = seen.pop(up_name) if gated else None
+        pre = kept.seen.pop(pre_name)
+        up = kept.seen.pop(up_name) if gated else None
         if not pre.requires_grad:
             return None
         with torch.no_grad():
@@ -146,17 +147,24 @@ def _pattern_v(site: Site, rule_set: RuleSet) -> Attachment:
 
 
 class _CapOperand:
-    """Stands in for the number c in ``c * tanh(x / c)`` and attaches the identity rule there."""
+    """Stands in for the number c in ``c * tanh(x / c)`` and attaches the identity rule there.
+
+    In other threads it is the number.
+    """
 
     def __init__(self, cap: float) -> None:
         self.cap = cap
+        self.owner = caller()
         self.x: Tensor | None = None
 
     def __rtruediv__(self, x: Tensor) -> Tensor:
-        self.x = x
+        if caller() is self.owner:
+            self.x = x
         return x / self.cap
 
     def __rmul__(self, tanh: Tensor) -> Tensor:
+        if caller() is not self.owner:
+            return tanh * self.cap
         x, self.x = self.x, None
         y = tanh * self.cap
         return y if x is None or not x.requires_grad else softcap(y, x, self.cap)

@@ -23,6 +23,7 @@ from .offload import loaded
 from .refusals import refusal
 from .rulesets import RuleSet
 from .sites import Site
+from .threads import PerThread, mine
 
 
 def uses_native_norm(component: Any) -> bool:
@@ -113,13 +114,13 @@ def _at_wrapped_norm(component: Any, path: str, live: list[HookFn]) -> Iterator[
         seen.clear()
 
     with ExitStack() as stack:
-        handles = [wrapped.register_forward_hook(at_output)]
+        handles = [wrapped.register_forward_hook(mine(at_output))]
         if native:
             handles += [
-                component.register_forward_pre_hook(clear),
-                component.hook_scale.register_forward_hook(at_scale),
-                component.hook_normalized.register_forward_hook(at_normalized),
-                component.register_forward_hook(at_end),
+                component.register_forward_pre_hook(mine(clear)),
+                component.hook_scale.register_forward_hook(mine(at_scale)),
+                component.hook_normalized.register_forward_hook(mine(at_normalized)),
+                component.register_forward_hook(mine(at_end)),
             ]
         for handle in handles:
             stack.callback(handle.remove)
@@ -167,28 +168,28 @@ def _linear(
 
 def _native_hooks(component: Any, path: str) -> tuple[tuple[str, HookFn], ...]:
     """The rule from what the four HookPoints of a native norm see, with a check between them."""
-    seen: dict[str, Tensor] = {}
+    kept = PerThread()
 
     def observe_scale(scale: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
-        seen.pop("normalized", None)
+        kept.seen.pop("normalized", None)
         if component.hook_scale.bwd_hooks or component.hook_normalized.bwd_hooks:
-            seen.clear()
+            kept.seen.clear()
             return rules.constant(scale)  # TransformerLens computes the norm itself then
-        seen["scale"] = scale  # returning it would make TransformerLens leave its native path
+        kept.seen["scale"] = scale  # returning it would make TransformerLens leave its native path
         return None
 
     def observe_normalized(normalized: Tensor, hook: Any) -> None:  # noqa: ARG001
-        if "scale" in seen:
-            seen["normalized"] = normalized
+        if "scale" in kept.seen:
+            kept.seen["normalized"] = normalized
 
     def observe_input(x: Tensor, hook: Any) -> None:  # noqa: ARG001
-        seen["x"] = x.detach()
+        kept.seen["x"] = x.detach()
 
     def at_output(output: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
-        x = seen.pop("x", None)
-        if x is None or "normalized" not in seen:
+        x = kept.seen.pop("x", None)
+        if x is None or "normalized" not in kept.seen:
             return None
-        normalized, scale = seen.pop("normalized"), seen.pop("scale")
+        normalized, scale = kept.seen.pop("normalized"), kept.seen.pop("scale")
         factor = norm_weight(component, normalized)
         with torch.no_grad():
             centred = x.to(normalized.dtype)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .audit_report import Finding
+from .threads import mine
 
 
 class Cut(NamedTuple):
@@ -119,7 +120,9 @@ def repeated_blocks(model: Any) -> Iterator[list[Finding]]:
 
         return pre_hook
 
-    handles = [model.blocks[i].register_forward_pre_hook(counting(i)) for i in range(len(calls))]
+    handles = [
+        model.blocks[i].register_forward_pre_hook(mine(counting(i))) for i in range(len(calls))
+    ]
     try:
         yield found
     finally:

@@ -13,10 +13,12 @@ from .audit_run import examine, remember, remembered
 from .errors import ModelStateError, UncoveredComponentError
 from .hook_rules import hooked_points
 from .sites import LEAVES, require_bridge
+from .threads import one_at_a_time
 
 __all__ = ["Audit", "Finding", "audit", "require_clean"]
 
 
+@one_at_a_time
 def audit(model: Any) -> Audit:
     """Account for every operation between the logits of ``model`` and its embeddings.
 

@@ -21,6 +21,7 @@ from .audit_report import Audit, Finding
 from .audit_walk import Found, walk_graph
 from .offload import input_device
 from .sites import module_names
+from .threads import frozen_parameters, mine, own_hooks
 
 _TOKENS = 4
 _NO_INPUT = "no gradient reaches the embeddings from the logits, so there is nothing to explain"
@@ -90,7 +91,7 @@ def examine(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(same_random_numbers(model))
-        stack.enter_context(_constant_parameters(model))
+        stack.enter_context(frozen_parameters(model))
         stack.enter_context(hooks_aside(model))
         others = stack.enter_context(_other_lookups(names, tokens))
         stack.enter_context(_leaves_at(model, leaves, inputs))
@@ -137,19 +138,6 @@ def same_random_numbers(model: Any) -> Iterator[None]:
     devices = {p.device for p in model.original_model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
         yield
-
-
-@contextmanager
-def _constant_parameters(model: Any) -> Iterator[None]:
-    roots = (model.original_model.parameters(), nn.Module.parameters(model))
-    wanted = {id(p): p for root in roots for p in root if p.requires_grad}
-    try:
-        for p in wanted.values():
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in wanted.values():
-            p.requires_grad_(True)
 
 
 def _is_own(handle: Any) -> bool:
@@ -207,7 +195,7 @@ def _other_lookups(names: dict[nn.Module, str], tokens: Tensor) -> Iterator[dict
     with ExitStack() as stack:
         for module in names:
             if isinstance(module, nn.Embedding):
-                stack.callback(module.register_forward_hook(note).remove)
+                stack.callback(module.register_forward_hook(mine(note)).remove)
         yield found
     kept.clear()
 
@@ -219,7 +207,7 @@ def _leaves_at(model: Any, names: tuple[str, ...], found: dict[str, Tensor]) -> 
         return found[hook.name]
 
     there = [name for name in names if name in model.hook_dict]
-    with model.hooks(fwd_hooks=[(name, leaf) for name in there]):
+    with own_hooks(model, [(name, leaf) for name in there]):
         yield
 
 
@@ -259,9 +247,9 @@ class _Owners:
             for module in self.names:
                 if type(module).__name__ == "HookPoint":
                     continue
-                before = module.register_forward_pre_hook(self._enter, prepend=True)
+                before = module.register_forward_pre_hook(mine(self._enter), prepend=True)
                 stack.callback(before.remove)
-                stack.callback(module.register_forward_hook(self._leave).remove)
+                stack.callback(module.register_forward_hook(mine(self._leave)).remove)
             yield
 
     def of(self, node: Any) -> nn.Module | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import audit_ops as ops
+from .float64 import precise
 
 Node = Any  # torch.autograd.graph.Node, and the context objects of Python Functions
 
@@ -264,14 +265,14 @@ def _only_copies(node: Node) -> bool:
     except (RuntimeError, AttributeError, TypeError, ValueError):
         return False
     base, *rest = sent if isinstance(sent, tuple) else (sent,)
-    g = g.double()
-    written = [s.double() for s in rest if s is not None]
+    g = precise(g)
+    written = [precise(s) for s in rest if s is not None]
     if not written:
         return False
     copies = all(bool(torch.isin(s.abs(), g).all()) for s in written)
     if base is None:  # written into a constant
         return copies
-    base = base.double()
+    base = precise(base)
     kept = base == g
     if bool(kept.all()):  # added
         return copies

@@ -12,14 +12,14 @@ bias has, and none of it goes on to where the replaced value came from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attachment import Attachment, HookFn
 from .context import plan
@@ -32,6 +32,7 @@ from .precision import first_gradient, plain
 from .rules import at_least_float32
 from .rulesets import RuleSet, get_rule_set
 from .sites import LEAVES
+from .threads import acting_for, caller, frozen_parameters
 from .user_hooks import restarted, user_hooks
 
 Sink = Callable[[Tensor, Tensor], None]
@@ -62,35 +63,17 @@ def relevance_of(x: Tensor, g: Tensor) -> Tensor:
     return at_least_float32(x) * at_least_float32(g)
 
 
-@contextmanager
-def frozen_parameters(model: Any) -> Iterator[None]:
-    """No parameter requires a gradient inside the block (less memory, no weight gradients)."""
-    parameters = {
-        id(p): p
-        for source in (model.original_model.parameters(), nn.Module.parameters(model))
-        for p in source
-        if p.requires_grad
-    }
-    try:
-        for p in parameters.values():
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in parameters.values():
-            p.requires_grad_(True)
-
-
 class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sink: Sink) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.sink = sink
+        ctx.sink, ctx.caller = sink, caller()
         return handed_on(x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        ctx.sink(x.detach(), g.detach())
+        acting_for(ctx.caller, ctx.sink, x.detach(), g.detach())
         return g, None
 
 
@@ -109,7 +92,8 @@ def _read_hook(reading: Reading) -> HookFn:
             reading.fired(value)
         if reading.how == "branch":
             return tap(tensor, lambda x, g: reading.sink(x, plain(g)))
-        tensor.register_hook(lambda g: reading.sink(value, plain(g.detach())))
+        me = caller()
+        tensor.register_hook(lambda g: acting_for(me, reading.sink, value, plain(g.detach())))
         return None
 
     return hook_fn
@@ -176,6 +160,7 @@ def run_each(
     """One forward, and for each objective a backward; sinks are called on the way back.
 
     The rules and ``scopes`` are on during the forward only, so a sink may run the model itself.
+    They act in the calling thread alone, and sinks for it, in whatever thread autograd calls them.
 
     Args:
         then: Called after each backward, with the number of its objective.
@@ -218,6 +203,7 @@ def run_each(
             for scope in scopes:
                 stack.enter_context(scope)
             logits = model(tokens, **forward_kwargs)
+            _require_whole(logits, tokens)
             values = [check_value(objective(logits)) for objective in objectives]
         ends = [logits, *leaves.values(), *constants] if logits.requires_grad else []
         for which, value in enumerate(values):
@@ -250,6 +236,22 @@ def check_value(value: object) -> Tensor:
             "that sums over the batch and detaches nothing."
         )
     return value
+
+
+def _require_whole(logits: object, tokens: Tensor) -> None:
+    """Refuse a forward that another thread's call of TransformerLens changed.
+
+    The bridge keeps the batch size of its position embeddings and the layer to stop at on the
+    model, for whichever thread comes by.
+    """
+    if isinstance(logits, Tensor) and tokens.ndim == 2 and logits.ndim == 3:
+        found, wanted = tuple(logits.shape[:2]), tuple(tokens.shape)
+        if found[0] != wanted[0]:
+            raise ModelStateError(
+                f"The forward of tokens {list(wanted)} gave logits of {list(found)}: another "
+                "thread ran this model at that moment and TransformerLens mixed up the two. "
+                "Try again, with that run inside `with clrp.model_lock(model):`."
+            )
 
 
 def _refuse_cached_tokens(cache: Any) -> None:

@@ -14,15 +14,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import TokenError
+from .float64 import precise
 from .memory import Memory, cannot, choose, fits_forward, forward_bytes, in_smaller_tiles, instead
 from .objective import one_position
 from .prompts import to_single_prompt, token_names
+from .threads import one_at_a_time
 from .user_hooks import user_hooks
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+@one_at_a_time
 def logits_at(
     model: Any,
     tokens: Tensor,
@@ -94,7 +97,7 @@ def candidate_table(model: Any, logits: Float[Tensor, " vocab"], k: int) -> pd.D
     """The ``k`` largest logits as ``next_token_table`` gives them."""
     import pandas as pd
 
-    exact = logits.detach().double()
+    exact = precise(logits.detach())
     top = exact.topk(min(k, exact.numel()))
     ids = top.indices.tolist()
     return pd.DataFrame(
@@ -109,6 +112,7 @@ def candidate_table(model: Any, logits: Float[Tensor, " vocab"], k: int) -> pd.D
     )
 
 
+@one_at_a_time
 def next_token_table(
     model: Any,
     prompt: str | Tensor,

@@ -24,6 +24,7 @@ from torch import Tensor
 from .attachment import HookFn
 from .circuit_edges import BlockMasks
 from .placement import public_name
+from .threads import own_hooks
 
 References = dict[str, Float[Tensor, "pos d_model"]]
 
@@ -41,7 +42,7 @@ def reference_states(model: Any, prompts: Int[Tensor, "prompt pos"], batch_size:
     hooks = [
         (public_name(model.hook_dict, name), _adder(sums, name)) for name in sites_needed(model)
     ]
-    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+    with torch.no_grad(), own_hooks(model, hooks):
         for piece in chunks(len(prompts), batch_size):
             model(prompts[piece.start : piece.stop])
     return {name: total / len(prompts) for name, total in sums.items()}
@@ -71,7 +72,7 @@ def visible_positions(
     layers = range(int(model.cfg.n_layers))
     names = [(f"blocks.{i}.attn.hook_attn_scores", reader(i)) for i in layers]
     hooks = [(public_name(model.hook_dict, name), fn) for name, fn in names]
-    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+    with torch.no_grad(), own_hooks(model, hooks):
         logits = model(tokens)
     return [found[i] for i in layers], logits
 
@@ -154,7 +155,7 @@ def run_circuits(
 
     hooks.append((f"blocks.{len(masks) - 1}.hook_resid_post", only_circuits))
     named = [(public_name(hook_dict, name), fn) for name, fn in hooks]
-    with torch.no_grad(), model.hooks(fwd_hooks=named):
+    with torch.no_grad(), own_hooks(model, named):
         logits: Tensor = model(tokens.expand(3 * c + 1, -1))
     return logits
 

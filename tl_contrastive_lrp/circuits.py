@@ -29,6 +29,7 @@ from .circuit_edges import EdgeSpace
 from .circuit_results import CircuitCurve, CircuitFaithfulness
 from .circuit_setting import CircuitSetting
 from .objective import question
+from .threads import one_at_a_time
 
 if TYPE_CHECKING:
     from .graph import AttributionGraph
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
+@one_at_a_time
 def circuit_faithfulness(
     model: Any,
     circuit: AttributionGraph,
@@ -81,6 +83,7 @@ def circuit_faithfulness(
     return setting.measured(keep[None], 1, progress=False)[0]
 
 
+@one_at_a_time
 def circuit_curve(
     model: Any,
     graph: AttributionGraph,

@@ -136,7 +136,7 @@ def _from_tensors(
             f"axes={list(names)} must name the {x.ndim} axes of a tensor of shape "
             f"{list(x.shape)}, each once, one of them 'layer'."
         )
-    base = torch.as_tensor(baseline).detach().double().cpu()
+    base = torch.as_tensor(baseline).detach().cpu().double()
     if base.numel() != 1:
         raise ValueError(f"baseline must be one number; it has shape {list(base.shape)}.")
     return _effects(
@@ -166,7 +166,7 @@ def _from_results(x: PatchingResult, y: PatchingResult, baseline: float | Tensor
                 "These results hold values of the objective, of which only the change by a patch "
                 "can agree or not: make one of them with baseline=True, or give baseline=."
             )
-        bases.append(torch.as_tensor(own).detach().double().cpu().reshape(-1))
+        bases.append(torch.as_tensor(own).detach().cpu().double().reshape(-1))
     n = len(x.index_df)
     axes = tuple(str(column) for column in x.index_df.columns)
     if "layer" not in axes:

@@ -20,6 +20,7 @@ from .placement import attached, check_ready, check_single, marked, place, publi
 from .precision import is_low, watch
 from .rulesets import DEFAULT_RULES, RuleSet, get_rule_set
 from .sites import LEAVES
+from .threads import one_at_a_time, own_hooks, turn
 
 
 def plan(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Coverage]:
@@ -33,6 +34,7 @@ def plan(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Cove
     return placed
 
 
+@one_at_a_time
 def coverage(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Coverage:
     """Which component of ``model`` would get which rule, without attaching anything.
 
@@ -47,12 +49,14 @@ def coverage(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Coverage:
     return report
 
 
+@one_at_a_time
 def lrp_hooks(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> list[tuple[str, HookFn]]:
     """The rules as hooks for ``model.run_with_hooks(fwd_hooks=...)`` or ``model.hooks(...)``.
 
     List your own hooks that edit values before these; what those compute is not looked at here, and
     keeps its ordinary gradient. The forward is unchanged by one bit; only gradients differ.
-    ``lrp`` is the more robust form: prefer it where a context manager fits.
+    ``lrp`` is the more robust form: prefer it where a context manager fits, and where other threads
+    run the model: as TransformerLens' own, these hooks act in every thread.
 
     Returns:
         (hook_name, hook_function) pairs.
@@ -98,6 +102,9 @@ def lrp(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Iterator[Coverage]:
     the rules too, operation by operation, or is refused when it has run. What has no rule can be
     given one in the hook (``clrp.rules``), or made a constant with ``.detach()``.
 
+    The rules act in this thread alone. This package's calls on the model in other threads wait
+    until the block is left; do not wait for one inside.
+
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
         rules: "attnlrp", "cplrp", "relp", "gim", "gradient", or a ``RuleSet``.
@@ -108,17 +115,19 @@ def lrp(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Iterator[Coverage]:
     Raises:
         UncoveredComponentError: a component that no rule covers; in the block, an operation in one
             of your hooks.
-        ModelStateError: training mode, gradients off, or rules already on.
+        ModelStateError: training mode, gradients off, or rules already on; another thread stays
+            inside such a block for more than a minute.
     """
-    check_ready(model, "lrp")
-    check_single(model)
-    attachments, report = plan(model, rules)
-    hook_dict = model.hook_dict
-    inputs = LEAVES if is_low(model, (torch.float16,)) else ()
-    watched = [(public_name(hook_dict, n), edit(watch)) for n in inputs if n in hook_dict]
-    with (
-        rules_in_hooks(model, get_rule_set(rules), report, later=True),
-        attached(model, attachments),
-        model.hooks(fwd_hooks=watched),
-    ):
-        yield report
+    with turn(model, "clrp.lrp(model)"):
+        check_ready(model, "lrp")
+        check_single(model)
+        attachments, report = plan(model, rules)
+        hook_dict = model.hook_dict
+        inputs = LEAVES if is_low(model, (torch.float16,)) else ()
+        watched = [(public_name(hook_dict, n), edit(watch)) for n in inputs if n in hook_dict]
+        with (
+            rules_in_hooks(model, get_rule_set(rules), report, later=True),
+            attached(model, attachments),
+            own_hooks(model, watched),
+        ):
+            yield report

@@ -24,6 +24,7 @@ from .prompts import model_name, single_prompt, special_ids, str_tokens
 from .rulesets import DEFAULT_RULES, RuleSet
 from .sites import LEAVES, components, is_kind, require_bridge
 from .sums import Sums
+from .threads import one_at_a_time
 
 
 def residual_sites(model: Any) -> tuple[str, ...]:
@@ -117,6 +118,7 @@ def attribute(
 ) -> list[Attribution]: ...
 
 
+@one_at_a_time
 def attribute(
     model: Any,
     prompt: str | Tensor,

@@ -24,6 +24,7 @@ from .prompts import single_prompt
 from .rulesets import DEFAULT_RULES, RuleSet, get_rule_set
 from .selection import Rule
 from .sites import find_sites
+from .threads import one_at_a_time
 
 
 class Settings(TypedDict, total=False):
@@ -70,6 +71,7 @@ def attribution_graph(
 ) -> list[AttributionGraph]: ...
 
 
+@one_at_a_time
 def attribution_graph(
     model: Any,
     prompt: str | Tensor,

@@ -37,6 +37,7 @@ from .inside_norms import NORMS, ROOTS, NormCall, is_root
 from .rules_softmax import sink_temperature, softmax_temperature, was_changed
 from .rulesets import RuleSet
 from .sites import is_component, operations_of
+from .threads import mine
 
 _Call = Callable[..., Any]
 
@@ -187,7 +188,10 @@ class OperationRules(TorchFunctionMode):
 
     @contextmanager
     def around(self, wrapped: Any) -> Iterator[None]:
-        """Active in the code of ``wrapped``, paused in components and activations it calls."""
+        """Active in the code of ``wrapped``, paused in components and activations it calls.
+
+        In this thread only.
+        """
 
         def enter(module: Any, args: Any) -> None:  # noqa: ARG001
             self.after_softmax = False
@@ -211,8 +215,8 @@ class OperationRules(TorchFunctionMode):
         with ExitStack() as stack:
 
             def on(module: torch.nn.Module, before: _Call, after: _Call) -> None:
-                stack.callback(module.register_forward_pre_hook(before).remove)
-                handle = module.register_forward_hook(after, always_call=True)
+                stack.callback(module.register_forward_pre_hook(mine(before)).remove)
+                handle = module.register_forward_hook(mine(after), always_call=True)
                 stack.callback(handle.remove)
 
             on(wrapped, enter, leave)

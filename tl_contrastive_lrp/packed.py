@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .attachment import HookFn
-from .backward import frozen_parameters
 from .context import plan
 from .handed_on import started, writable
 from .hook_rules import rules_in_hooks
@@ -29,6 +28,7 @@ from .precision import first_gradient, is_low, plain
 from .rules import at_least_float32
 from .rulesets import RuleSet
 from .sites import LEAVES
+from .threads import frozen_parameters
 from .user_hooks import restarted, user_hooks
 
 _SHARE_OF_FREE_MEMORY = 0.5

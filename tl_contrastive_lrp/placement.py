@@ -18,6 +18,7 @@ from .coverage_table import Coverage, CoverageRow
 from .errors import ModelStateError
 from .rulesets import RuleSet, get_rule_set
 from .sites import components, find_sites, module_names, require_bridge
+from .threads import mine, own_hooks
 
 _MARK = "_tl_contrastive_lrp_rule"
 
@@ -116,6 +117,8 @@ def place(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Cov
 def reading_hooks(model: Any, pairs: list[tuple[str, HookFn]]) -> Iterator[None]:
     """Hook functions that change no value, also at outputs that TransformerLens calls no hook for.
 
+    They act in this thread only.
+
     A block that returns a list, as those of the first GPT do, has a ``hook_out`` that never fires.
     """
     hook_dict = model.hook_dict
@@ -135,15 +138,15 @@ def reading_hooks(model: Any, pairs: list[tuple[str, HookFn]]) -> Iterator[None]
     with ExitStack() as stack:
         for block in getattr(model, "blocks", ()):
             if id(block.hook_out) in by_point:
-                stack.callback(block.register_forward_hook(at_end).remove)
+                stack.callback(block.register_forward_hook(mine(at_end)).remove)
         named = [(public_name(hook_dict, name), fn) for name, fn in pairs]
-        stack.enter_context(model.hooks(fwd_hooks=named))
+        stack.enter_context(own_hooks(model, named))
         yield
 
 
 @contextmanager
 def attached(model: Any, attachments: tuple[Attachment, ...]) -> Iterator[None]:
-    """The given attachments on the model, for the block."""
+    """The given attachments on the model, for the block; they act in this thread only."""
     hook_dict = model.hook_dict  # TransformerLens builds it anew at every access
     with ExitStack() as stack:
         hooks = [
@@ -153,7 +156,7 @@ def attached(model: Any, attachments: tuple[Attachment, ...]) -> Iterator[None]:
         ]
         if not hooks and any(a.scoped is not None for a in attachments):
             hooks = [(public_name(hook_dict, "embed.hook_out"), marked(_mark_only))]
-        stack.enter_context(model.hooks(fwd_hooks=hooks))
+        stack.enter_context(own_hooks(model, hooks))
         for a in attachments:
             if a.scoped is not None:
                 stack.enter_context(a.scoped())

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from .errors import ModelStateError
 from .handed_on import handed_on
+from .threads import refused_elsewhere, turn
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -213,6 +214,13 @@ def watch(x: Tensor) -> Tensor:
     return out
 
 
+_WIDENED = (
+    "The model's weights are in float32 for a while: another thread is inside "
+    "`with clrp.in_float32(model):` or runs clrp.verify. Run this forward inside "
+    "`with clrp.model_lock(model):`, which waits until they are back in their own type."
+)
+
+
 @contextmanager
 def in_float32(model: Any) -> Iterator[None]:
     """A bfloat16 or float16 model computes in float32 on its own (rounded) weights, for the block.
@@ -221,32 +229,41 @@ def in_float32(model: Any) -> Iterator[None]:
     model outside. Weights and buffers are copied (4 bytes a number on top of the 2 they take) and
     put back afterwards, the same tensors, also after an exception.
 
+    Every thread's forward would use these weights, so while any are widened a forward in another
+    thread raises ``ModelStateError``; this package's calls there wait until the block is left.
+
     Args:
         model: A ``TransformerBridge``.
 
     Raises:
         TypeError: ``model`` is not a TransformerBridge.
-        ModelStateError: weights are offloaded and come in their own type when needed.
+        ModelStateError: weights are offloaded and come in their own type when needed; another
+            thread stays inside such a block for more than a minute.
     """
     if not hasattr(model, "original_model"):
         raise TypeError(
             f"model must be a TransformerBridge, got {type(model).__name__}; make one with "
             "TransformerBridge.boot_transformers(name_or_directory)."
         )
-    held: dict[int, tuple[Tensor, Tensor]] = {}
-    for root in (model, model.original_model):
-        for tensor in (*torch.nn.Module.parameters(root), *torch.nn.Module.buffers(root)):
-            if tensor.is_meta:
-                raise ModelStateError(
-                    "Some weights are offloaded, so they cannot be widened here. Load the model "
-                    "with dtype=torch.float32 instead of using clrp.in_float32."
-                )
-            if tensor.dtype in LOW:
-                held.setdefault(id(tensor), (tensor, tensor.data))
-    try:
-        for tensor, data in held.values():
-            tensor.data = data.float()
-        yield
-    finally:
-        for tensor, data in held.values():
-            tensor.data = data
+    with turn(model, "clrp.in_float32(model)"):
+        held: dict[int, tuple[Tensor, Tensor]] = {}
+        for root in (model, model.original_model):
+            for tensor in (*torch.nn.Module.parameters(root), *torch.nn.Module.buffers(root)):
+                if tensor.is_meta:
+                    raise ModelStateError(
+                        "Some weights are offloaded, so they cannot be widened here. Load the "
+                        "model with dtype=torch.float32 instead of using clrp.in_float32."
+                    )
+                if tensor.dtype in LOW:
+                    held.setdefault(id(tensor), (tensor, tensor.data))
+        if not held:
+            yield
+            return
+        with refused_elsewhere(model, _WIDENED):
+            try:
+                for tensor, data in held.values():
+                    tensor.data = data.float()
+                yield
+            finally:
+                for tensor, data in held.values():
+                    tensor.data = data

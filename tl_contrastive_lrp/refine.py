@@ -17,6 +17,7 @@ from torch import Tensor
 from .objective import for_one_prompt, one_position
 from .prompts import model_device
 from .rulesets import RuleSet, get_rule_set
+from .threads import turn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,7 +143,10 @@ def explain_edge(
         rule_set = get_rule_set(graph.rules if rules is None else rules)
         ends = (graph.sites[s], i), (graph.sites[t], j)
         tokens = graph.token_ids[None].to(model_device(model))
-        by_dimension = edge_by_dimension(model, tokens, for_one_prompt(objective), rule_set, *ends)
+        with turn(model):
+            by_dimension = edge_by_dimension(
+                model, tokens, for_one_prompt(objective), rule_set, *ends
+            )
         rows += _largest("dimension", "{}", by_dimension, k)
     return _frame(rows, edge, len(rows))
 

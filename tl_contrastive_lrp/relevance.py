@@ -20,6 +20,7 @@ from .prompts import to_tokens
 from .rules import at_least_float32
 from .rulesets import DEFAULT_RULES, RuleSet, get_rule_set
 from .sites import components, require_bridge
+from .threads import one_at_a_time
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -125,6 +126,7 @@ def _check_keywords(model: Any, given: dict[str, Any]) -> None:
         )
 
 
+@one_at_a_time
 def run_with_relevance(
     model: Any,
     tokens: str | list[str] | Tensor,

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .float64 import with_float64
 from .prune_steps import Kept, PruneStep
 from .ranking import fewest, largest
 
@@ -112,6 +113,7 @@ class Selection:
         Raises:
             ValueError: a weight that is NaN or infinite.
         """
+        matrix = with_float64(matrix)
         size = matrix.abs()
         total = float(size.sum(dtype=torch.float64))
         if not np.isfinite(total):

@@ -78,5 +78,5 @@ class Sums:
                 f"Activations at {worst} are too small for float16: {share} may have been lost to "
                 "underflow there. Load the model in bfloat16 or float32, or explain it inside "
                 "`with clrp.in_float32(model):`.",
-                stacklevel=3,
+                stacklevel=4,
             )

@@ -30,6 +30,7 @@ from .precision import plain, wide
 from .rules_softcap import softcap_ratio
 from .rulesets import RuleSet
 from .sites import Site
+from .threads import caller, mine, own_hooks
 
 
 class _Stop(Exception):
@@ -55,7 +56,7 @@ class BlockCall:
             if self.copied:
                 self.args, self.kwargs = self.again()
 
-        handle = block.register_forward_pre_hook(pre_hook, with_kwargs=True)
+        handle = block.register_forward_pre_hook(mine(pre_hook), with_kwargs=True)
         try:
             yield
         finally:
@@ -130,14 +131,19 @@ class _CapOperand:
 
     def __init__(self, cap: Any) -> None:
         self.cap = cap
+        self.owner = caller()
         self.x: Tensor
 
     def __rtruediv__(self, x: Tensor) -> Tensor:
-        self.x = x
+        if caller() is self.owner:
+            self.x = x
         scaled: Tensor = x / self.cap
         return scaled
 
     def __rmul__(self, tanh: Tensor) -> Tensor:
+        if caller() is not self.owner:
+            capped: Tensor = tanh * self.cap
+            return capped
         ratio = softcap_ratio(_primal(self.x) / self.cap)
         return dual(_primal(tanh * self.cap), tangent_of(self.x) * ratio)
 
@@ -257,7 +263,7 @@ def block_tangents(
         named = [(public_name(hook_dict, name), fn) for name, fn in hooks]
         stack.enter_context(torch.no_grad())
         stack.enter_context(forward_ad.dual_level())
-        stack.enter_context(model.hooks(fwd_hooks=named))
+        stack.enter_context(own_hooks(model, named))
         try:
             args, kwargs = call.again()
             model.blocks[layer](*args, **kwargs)

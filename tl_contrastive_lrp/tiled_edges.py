@@ -16,6 +16,7 @@ from torch import Tensor
 from .backward import Reading
 from .edge_slots import slots
 from .edges import BlockEdges, biased_blocks, edge_readings, needs_tangents
+from .float64 import with_float64
 from .joined import Joined
 from .precision import plain
 from .rules import at_least_float32
@@ -185,7 +186,7 @@ class TiledEdges:
         if total is not None:
             if not self.heads:  # by heads, attention to itself is an edge of its own
                 total.diagonal(start - first).zero_()
-            columns[first:stop] += total.sum(0, dtype=torch.float64).cpu()
+            columns[first:stop] += with_float64(total).sum(0, dtype=torch.float64).cpu()
         if source is None or target is None:
             return
         live = target.abs() > self.node_threshold

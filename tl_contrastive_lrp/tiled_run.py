@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .attachment import Attachment, HookFn
-from .backward import arranged, check_value, frozen_parameters
+from .backward import arranged, check_value
 from .checkpoint import Checkpoint
 from .context import plan
 from .coverage_table import Coverage
@@ -28,6 +28,7 @@ from .rules import at_least_float32
 from .rulesets import RuleSet
 from .sites import LEAVES
 from .sums import Sums
+from .threads import frozen_parameters
 from .tile_bounds import position_of, tiles_of, wanted_positions
 from .tile_hooks import without_lookers
 from .tiled_backward import Backward, TileReader, as_gradient, is_of_block

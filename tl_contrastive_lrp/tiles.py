@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .memory import give_back
+from .threads import mine
 from .tile_bounds import Range, is_wanted, tiles_of
 from .tile_masks import Packed
 
@@ -178,10 +179,10 @@ class _Recorder:
     def on(self, blocks: Any) -> Iterator[None]:
         with ExitStack() as stack:
             for layer, block in enumerate(blocks):
-                handle = block.register_forward_pre_hook(self.before(layer), with_kwargs=True)
+                handle = block.register_forward_pre_hook(mine(self.before(layer)), with_kwargs=True)
                 stack.callback(handle.remove)
-                stack.callback(block.register_forward_hook(self.after_each(layer)).remove)
-            stack.callback(blocks[-1].register_forward_hook(self.after_last).remove)
+                stack.callback(block.register_forward_hook(mine(self.after_each(layer))).remove)
+            stack.callback(blocks[-1].register_forward_hook(mine(self.after_last)).remove)
             yield
 
 

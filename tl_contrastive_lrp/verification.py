@@ -16,6 +16,7 @@ from .placement import check_ready, check_single
 from .prompts import model_name, to_single_prompt
 from .rulesets import DEFAULT_RULES, RuleSet, get_rule_set
 from .sites import require_bridge
+from .threads import one_at_a_time
 from .verify_parts import Check, Verdict, dtype_of, skipped
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def _in_words(objective: object) -> str:
     return str(getattr(objective, "__name__", repr(objective)))
 
 
+@one_at_a_time
 def verify(
     model: Any,
     prompt: str | Tensor,

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .backward import frozen_parameters, tap
+from .backward import tap
 from .context import plan
+from .float64 import precise
 from .hook_rules import rules_in_hooks
 from .placement import attached, public_name
 from .precision import first_gradient, plain
 from .rulesets import get_rule_set
 from .sites import LEAVES, components, module_names
+from .threads import frozen_parameters, mine, own_hooks
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def account_for(model: Any, tokens: Tensor, objective: Callable[[Tensor], Tensor
         stack.enter_context(biases.differentiable())
         lookups = stack.enter_context(_other_embeddings(model))
         stack.enter_context(rules_in_hooks(model, get_rule_set("cplrp")))
-        stack.enter_context(model.hooks(fwd_hooks=leaf_hooks(model, inputs)))
+        stack.enter_context(own_hooks(model, leaf_hooks(model, inputs)))
         stack.enter_context(constants)
         with attached(model, attachments), biases.tapped(model):
             value = objective(model(tokens))
@@ -108,7 +110,7 @@ def account_for(model: Any, tokens: Tensor, objective: Callable[[Tensor], Tensor
 
 
 def _product(x: Tensor, g: Tensor | None) -> Tensor:
-    return torch.zeros(1) if g is None else x.detach().double() * plain(g).double()
+    return torch.zeros(1) if g is None else precise(x.detach()) * precise(plain(g))
 
 
 class _Biases:
@@ -144,9 +146,9 @@ class _Biases:
 
     def _reader(self, bias: Tensor, into: dict[int, float]) -> Callable[[Any], Tensor | None]:
         def sink(x: Tensor, g: Tensor) -> None:
-            g = plain(g).double()
+            g = precise(plain(g))
             last = g.flatten(0, -2) if x.shape[-1] == bias.numel() else g.flatten(0, 1).flatten(1)
-            took = float((last.sum(0) * bias.detach().double()).sum())
+            took = float((last.sum(0) * precise(bias.detach())).sum())
             into[id(bias)] = into.get(id(bias), 0.0) + took
 
         def read(output: Any) -> Tensor | None:
@@ -163,9 +165,9 @@ class _Biases:
             read = self._reader(bias, self.at_module)
             return lambda module, args, output: read(output)  # noqa: ARG005
 
-        with model.hooks(fwd_hooks=self.hooks), ExitStack() as stack:
+        with own_hooks(model, self.hooks), ExitStack() as stack:
             for module, bias in self.modules:
-                stack.callback(module.register_forward_hook(at(bias)).remove)
+                stack.callback(module.register_forward_hook(mine(at(bias))).remove)
             yield
 
     @contextmanager
@@ -214,7 +216,7 @@ def _other_embeddings(model: Any) -> Iterator[list[Tensor]]:
     with ExitStack() as stack:
         for module in module_names(model):
             if isinstance(module, nn.Embedding):
-                stack.callback(module.register_forward_hook(note).remove)
+                stack.callback(module.register_forward_hook(mine(note)).remove)
         yield found
 
 
@@ -245,9 +247,9 @@ class _Constants(TorchFunctionMode):
         other = args[1 - which]
 
         def hook(g: Tensor) -> None:
-            g = plain(g).double()
+            g = precise(plain(g))
             zeros = g.new_zeros(shapes[which])
-            constant = other.detach().double() if isinstance(other, Tensor) else other
+            constant = precise(other.detach()) if isinstance(other, Tensor) else other
             added = func(*((zeros, constant) if which == 0 else (constant, zeros)), **kwargs)
             self.total += float((added * g).masked_fill(g == 0, 0.0).sum())
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from .audit_model import audit
-from .backward import frozen_parameters
 from .context import plan
 from .errors import UncoveredComponentError
+from .float64 import precise
 from .hook_rules import rules_in_hooks
 from .placement import attached, public_name
 from .precision import in_float32, is_low
 from .rulesets import RuleSet
+from .threads import frozen_parameters, own_hooks
 from .verify_account import account_for, leaf_hooks
 from .verify_parts import Check, Objective, dtype_of, judged, no_room, skipped
 
@@ -69,7 +70,7 @@ def check_forward(model: Any, tokens: Tensor, rule_set: RuleSet) -> Check:
     with (
         frozen_parameters(model),
         rules_in_hooks(model, rule_set),
-        model.hooks(fwd_hooks=leaf_hooks(model, {})),
+        own_hooks(model, leaf_hooks(model, {})),
         attached(model, attachments),
     ):
         ruled_logits, ruled_stream = _forward(model, tokens)
@@ -98,7 +99,7 @@ def _forward(model: Any, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         kept[hook.name] = tensor.detach().clone()
 
     names = [public_name(model.hook_dict, name) for name in points.values()]
-    with model.hooks(fwd_hooks=[(name, keep) for name in names]):
+    with own_hooks(model, [(name, keep) for name in names]):
         logits = model(tokens).detach()
     return logits, kept
 
@@ -159,7 +160,7 @@ def check_gradient(model: Any, tokens: Tensor, objective: Objective) -> Check:
             stack.enter_context(in_float32(model))
         stack.enter_context(frozen_parameters(model))
         inputs: dict[str, Tensor] = {}
-        with model.hooks(fwd_hooks=leaf_hooks(model, inputs)[:1]):
+        with own_hooks(model, leaf_hooks(model, inputs)[:1]):
             value = objective(model(tokens))
         (x,) = inputs.values()
         (g,) = torch.autograd.grad(value, [x])
@@ -167,21 +168,21 @@ def check_gradient(model: Any, tokens: Tensor, objective: Objective) -> Check:
         towards = (
             torch.randn(x.shape, generator=generator).to(x) * x.detach().square().mean().sqrt()
         )
-        wanted = float((g.double() * towards.double()).sum())
+        wanted = float((precise(g) * precise(towards)).sum())
 
         def moved(step: float) -> float:
             def change(embedded: Tensor) -> Tensor:
                 return embedded + step * towards
 
-            with torch.no_grad(), model.hooks(fwd_hooks=leaf_hooks(model, {}, change)[:1]):
-                return float(objective(model(tokens)).double())
+            with torch.no_grad(), own_hooks(model, leaf_hooks(model, {}, change)[:1]):
+                return float(objective(model(tokens)))
 
         def difference(step: float) -> float:
             return (moved(step) - moved(-step)) / (2 * step)
 
         steps = (1e-2, 2e-3, 4e-4, 1e-4)  # the small ones keep the choice of experts
         found = [(4 * difference(s / 2) - difference(s)) / 3 for s in steps]
-    spread = float(g.double().norm() * towards.double().norm()) / max(1.0, x.numel() ** 0.5)
+    spread = float(precise(g).norm() * precise(towards).norm()) / max(1.0, x.numel() ** 0.5)
     scale = max(abs(wanted), spread, 1e-30)
     off = min(abs(f - wanted) for f in found) / scale
     return judged(

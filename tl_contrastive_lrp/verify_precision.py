@@ -53,7 +53,7 @@ def relevance_at_sites(
     def reading(name: str) -> Reading:
         def sink(x: Tensor, g: Tensor) -> None:
             r = relevance_of(x, g)
-            totals[name] = r.sum(-1).double().cpu()
+            totals[name] = r.sum(-1).cpu().double()
             finite.append(bool(torch.isfinite(r).all()))
             zeros[name] = (r == 0).cpu()
             lost[name], mass[name] = float(underflow(x, g)), float(r.abs().sum())

@@ -103,7 +103,7 @@ def _load(
 
     where = None if device is None else device.value
     if config_only or not has_weights(name):
-        made = sketch(name, checked_device(where), dtype)
+        made = sketch(name, checked_device(where, dtype), dtype)
         return made.bridge, True, made.notes
     return load_model(name, where, dtype), False, ()
 

@@ -48,7 +48,7 @@ def sketch(name: str, device: str, dtype: str) -> Sketch:
 
     Args:
         name: Folder that holds config.json, or a name on the hub (of which only that is read).
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "mps".
         dtype: As in ``--dtype``.
 
     Raises:

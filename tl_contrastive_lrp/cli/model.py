@@ -69,14 +69,45 @@ def checked_name(name: str) -> str:
     return name
 
 
-def checked_device(name: str | None) -> str:
-    """The device to use; by default a GPU where there is one."""
+def checked_device(name: str | None, dtype: str) -> str:
+    """The device to use; by default an NVIDIA GPU where there is one.
+
+    Raises:
+        CliError: it is not there, or cannot hold ``dtype``.
+    """
     import torch
 
     there = torch.cuda.is_available()
     if name == "cuda" and not there:
         raise CliError(Code.MODEL, "torch finds no CUDA device here. Use --device cpu.")
+    if name == "mps":
+        _check_mps(dtype)
     return name or ("cuda" if there else "cpu")
+
+
+def _check_mps(dtype: str) -> None:
+    """Apple's GPU: is it there, does this torch compute rightly on it, and does it have the type?
+
+    Raises:
+        CliError: no.
+    """
+    import torch
+
+    if not torch.backends.mps.is_available():
+        why = (
+            "it needs a Mac with an Apple GPU, and a macOS that this torch works with"
+            if torch.backends.mps.is_built()
+            else "this torch is built without it"
+        )
+        raise CliError(Code.MODEL, f"torch finds no Apple GPU (MPS) here: {why}. Use --device cpu.")
+    if torch.__version__.startswith("2.8."):  # github.com/pytorch/pytorch/issues/161640
+        raise CliError(
+            Code.MODEL,
+            f"torch {torch.__version__} multiplies wrongly on MPS. Use --device cpu, or type: "
+            'pip install --upgrade "torch>=2.9"',
+        )
+    if dtype == "float64":
+        raise CliError(Code.USAGE, "MPS has no float64. Use --dtype float32, or --device cpu.")
 
 
 def load_model(name: str, device: str | None, dtype: str) -> Any:
@@ -86,7 +117,7 @@ def load_model(name: str, device: str | None, dtype: str) -> Any:
         CliError: it does not exist, cannot be loaded, or has no tokenizer; no such device.
     """
     path = checked_name(name)
-    device = checked_device(device)
+    device = checked_device(device, dtype)
     try:
         with quiet_libraries():
             import torch

@@ -41,6 +41,7 @@ DEFAULT_RULES = Rules.GIM  # that of ``rulesets``
 class Device(str, Enum):
     CPU = "cpu"
     CUDA = "cuda"
+    MPS = "mps"
 
 
 class Dtype(str, Enum):
@@ -114,7 +115,10 @@ ContrastOption = Annotated[
 PosOption = Annotated[
     int, typer.Option(help="Explain the token after this position (-1: the last).")
 ]
-DeviceOption = Annotated[Device | None, typer.Option(help="Default: cuda where there is one.")]
+DeviceOption = Annotated[
+    Device | None,
+    typer.Option(help="mps is Apple's GPU. Default: cuda where there is one, else cpu."),
+]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of weights and activations.")]
 RulesOption = Annotated[Rules, typer.Option(help="How relevance passes each operation.")]
 TopOption = Annotated[int, typer.Option(min=1, help="How many tokens the table shows.")]

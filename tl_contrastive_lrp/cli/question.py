@@ -80,6 +80,7 @@ def question_of(
 ) -> Question:
     """The question with what telling its answer needs; logits [vocab] are those at ``pos``."""
     from ..candidates import candidate_table
+    from ..float64 import precise
     from ..prompts import model_device, token_names
 
     both = (*target, *contrast)
@@ -88,7 +89,7 @@ def question_of(
         candidate_table(model, logits, CANDIDATES),
         target,
         contrast,
-        float(logits[list(target)].double().mean() - logits[list(contrast)].double().mean()),
+        float(precise(logits[list(target)]).mean() - precise(logits[list(contrast)]).mean()),
         dict(zip(both, token_names(model, both), strict=True)),
         pos,
         model_name,

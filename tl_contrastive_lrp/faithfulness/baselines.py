@@ -17,14 +17,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..backward import frozen_parameters
+from ..float64 import precise
 from ..objective import question
 from ..placement import check_ready, check_single, public_name
+from ..threads import frozen_parameters, one_at_a_time, own_hooks
 from .removal import Removal, Replace, removal
 
 BASELINES = ("random", "recency", "gradient_x_input", "integrated_gradients", "occlusion")
 
 
+@one_at_a_time
 def baseline_scores(
     model: Any,
     prompt: str | Tensor,
@@ -131,9 +133,9 @@ def _products(setting: Removal, factor: Float[Tensor, "run pos 1"]) -> Float[Ten
         return kept["leaf"]
 
     name = public_name(model.hook_dict, "embed.hook_out")
-    with frozen_parameters(model), model.hooks(fwd_hooks=[(name, scaled)]):
+    with frozen_parameters(model), own_hooks(model, [(name, scaled)]):
         logits = model(setting.tokens.expand(len(factor), -1))
         value = torch.stack([setting.objective(line[None]) for line in logits]).sum()
     (gradient,) = torch.autograd.grad(value, kept["leaf"])
-    product = gradient.double() * kept["x"].double()
+    product = precise(gradient) * precise(kept["x"])
     return product.sum((0, 2)).cpu()

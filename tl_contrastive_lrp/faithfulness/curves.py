@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..attribution import Attribution
 from ..objective import question
+from ..threads import one_at_a_time
 from .removal import Removal, Replace, removal
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ def _counts(removable: int) -> list[int]:
     return sorted({max(1, math.ceil(share * removable)) for share in SHARES})
 
 
+@one_at_a_time
 def faithfulness_curves(
     model: Any,
     prompt: str | Tensor,

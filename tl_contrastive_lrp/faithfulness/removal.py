@@ -20,6 +20,7 @@ from ..errors import PromptError
 from ..placement import public_name
 from ..prompts import special_ids, to_single_prompt, to_tokens, vocab_size
 from ..sites import require_bridge
+from ..threads import own_hooks
 
 Replace = Literal["zero", "random"]
 
@@ -79,7 +80,7 @@ class Removal:
             hooks = [(public_name(self.model.hook_dict, "embed.hook_out"), silence)]
         else:
             tokens = torch.where(gone, self.stand_ins[drawn].to(tokens), tokens)
-        with torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
+        with torch.no_grad(), own_hooks(self.model, hooks):
             logits: Tensor = self.model(tokens)
         return logits
 

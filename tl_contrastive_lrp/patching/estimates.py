@@ -14,6 +14,7 @@ from transformer_lens.patching import PatchingResult
 from ..placement import check_ready
 from ..prompts import to_tokens
 from ..rulesets import RuleSet, get_rule_set
+from ..threads import one_at_a_time
 from .checks import Watched, check_cache
 from .effects import Sweep, sweep_effects
 
@@ -27,6 +28,7 @@ _REDUCE = ("scalar", "mean", "none")
 DEFAULT_RULES = "relp"
 
 
+@one_at_a_time
 def estimates(
     model: Any,
     tokens: object,

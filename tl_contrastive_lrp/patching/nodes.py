@@ -18,11 +18,13 @@ from transformer_lens.tools.analysis.attribution_patching import (
     Node,
 )
 
+from ..attachment import HookFn
 from ..backward import Reading, run
-from ..placement import check_ready
+from ..placement import check_ready, public_name
 from ..prompts import to_tokens
 from ..rules import at_least_float32
 from ..rulesets import RuleSet, get_rule_set
+from ..threads import one_at_a_time, own_hooks
 from .checks import Watched, check_pair, require_point
 from .edges import EdgeReader, check_additive
 from .estimates import DEFAULT_RULES
@@ -50,6 +52,7 @@ def _nodes(n_layers: int, n_heads: int, n_pos: int) -> Iterator[tuple[Node, int,
             yield Node("mlp_out", pos, layer), pos, first + n_heads
 
 
+@one_at_a_time
 def relevance_patch(
     model: Any,
     clean: Int[Tensor, "batch pos"],
@@ -127,9 +130,19 @@ def relevance_patch(
 
 
 def _activations(model: Any, tokens: Int[Tensor, "1 pos"], names: list[str]) -> dict[str, Tensor]:
-    with torch.no_grad():
-        _, cache = model.run_with_cache(tokens, names_filter=names)
-    return {name: at_least_float32(cache[name]) for name in names}
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> HookFn:
+        def hook_fn(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
+            found[name] = at_least_float32(tensor.detach())
+
+        return hook_fn
+
+    hook_dict = model.hook_dict
+    hooks = [(public_name(hook_dict, name), keep(name)) for name in names]
+    with torch.no_grad(), own_hooks(model, hooks):
+        model(tokens)
+    return found
 
 
 def _reading(name: str, changes: dict[str, Tensor], effects: dict[str, Tensor]) -> Reading:

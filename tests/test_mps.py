@@ -1,0 +1,68 @@
+"""Devices without float64, such as Apple's MPS: everything works there, with the CPU's numbers.
+
+Pretended (``pretend_device.py``): making or asking for a float64 tensor there raises as on MPS.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tl_contrastive_lrp.float64 import has_float64, precise
+
+MODELS = ("qwen3", "gpt2")  # gates, grouped queries, norms of queries; biases, positions
+CHILD = Path(__file__).with_name("mps_child.py")
+RUNS = (
+    "audit", "attribute", "attribute in tiles", "run_with_relevance", "lrp", "next tokens",
+    "next tokens in tiles", "graph", "graph by heads", "graph by mass", "graph over blocks",
+    "tiled graph", "tiled graph by mass", "tiled graph by threshold", "tiled graph by top_k",
+    "tiled graph by heads", "resumed", "verify", "patching", "circuits", "faithfulness",
+    "looked into",
+)  # fmt: skip
+
+# Both compute in float32, on memory that lies otherwise, so products are added up in another order:
+# a few rounding errors of eps for each of some ten operations in a row.
+LIMIT = 100 * torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(scope="module")
+def pretended() -> list[dict[str, Any]]:
+    arguments = [sys.executable, str(CHILD), ",".join(MODELS)]
+    ran = subprocess.run(arguments, capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+
+
+def test_the_device_refuses_as_mps_does(pretended: list[dict[str, Any]]) -> None:
+    (said,) = [x["forbidden"] for x in pretended if "forbidden" in x]
+    assert len(said) == 6
+    assert all(x.startswith("Cannot convert a MPS Tensor to float64 dtype") for x in said)
+
+
+@pytest.mark.parametrize("what", RUNS)
+@pytest.mark.parametrize("name", MODELS)
+def test_without_float64_it_is_what_the_cpu_gives(
+    name: str, what: str, pretended: list[dict[str, Any]]
+) -> None:
+    (found,) = [x for x in pretended if (x.get("name"), x.get("what")) == (name, what)]
+    assert "error" not in found, found
+    assert found["n"] > 0
+    assert found["off"] <= LIMIT
+
+
+def test_nothing_else_was_run(pretended: list[dict[str, Any]]) -> None:
+    assert {x["what"] for x in pretended if "what" in x} == set(RUNS)
+
+
+def test_on_the_cpu_float64_stays_there() -> None:
+    x = torch.randn(3)
+    assert has_float64(x.device)
+    assert precise(x).dtype == torch.float64
+    assert torch.equal(precise(x), x.double())
+    assert precise(precise(x)).dtype == torch.float64
