@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import chat_tokenizers as forms
+import pytest
 import torch
 from safetensors import safe_open
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-import pytest
 import chat_tokenizers as forms
+import pytest
 from cli_runs import TEXT, USAGE, Run, ids_of, typed_next, words
 from test_bos import OTHER, own_ids, true_logits
 

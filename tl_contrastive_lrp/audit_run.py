@@ -22,6 +22,7 @@ from .audit_walk import Found, walk_graph
 from .offload import input_device
 from .sites import module_names
 from .threads import frozen_parameters, mine, own_hooks
+from .user_hooks import aside, user_hooks
 
 _TOKENS = 4
 _NO_INPUT = "no gradient reaches the embeddings from the logits, so there is nothing to explain"
@@ -140,39 +141,11 @@ def same_random_numbers(model: Any) -> Iterator[None]:
         yield
 
 
-def _is_own(handle: Any) -> bool:
-    """A hook that TransformerLens itself put there for good; part of the model."""
-    module = getattr(handle.user_hook, "__module__", None) or ""
-    return bool(handle.is_permanent) and module.startswith("transformer_lens.")
-
-
 @contextmanager
 def hooks_aside(model: Any) -> Iterator[None]:
-    """No hook of a user on any HookPoint inside the block; afterwards all in their old order."""
-    points = {id(point): point for point in model.hook_dict.values()}.values()
-    aside: list[tuple[Any, list[Any], list[Any], list[tuple[dict[int, Any], dict[int, Any]]]]] = []
-    try:
-        for point in points:
-            if not point.fwd_hooks and not point.bwd_hooks and not point._forward_hooks:
-                continue
-            own = {handle.hook.id for handle in point.fwd_hooks if _is_own(handle)}
-            tables = []
-            for table in (point._forward_hooks, point._backward_hooks):
-                tables.append((table, dict(table)))
-            aside.append((point, point.fwd_hooks, point.bwd_hooks, tables))
-            # The dictionaries stay themselves: handles refer to them.
-            for table, kept in tables:
-                table.clear()
-                table.update({key: hook for key, hook in kept.items() if key in own})
-            point.fwd_hooks = [h for h in point.fwd_hooks if h.hook.id in own]
-            point.bwd_hooks = []
+    """No hook of the user's is called in this thread inside the block."""
+    with aside(user_hooks(model)):
         yield
-    finally:
-        for point, fwd_hooks, bwd_hooks, tables in aside:
-            point.fwd_hooks, point.bwd_hooks = fwd_hooks, bwd_hooks
-            for table, kept in tables:
-                table.clear()
-                table.update(kept)
 
 
 @contextmanager

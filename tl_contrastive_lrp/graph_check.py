@@ -180,7 +180,7 @@ class HookedEdges:
                     self._at[target], x, g * weights, retain_graph=True, allow_unused=True
                 )[0]
                 back = torch.zeros_like(h) if back is None else at_least_float32(plain(back))[0]
-                terms = (h * back).double().cpu()
+                terms = (h * back).cpu().double()
                 passed = w[:, None] * edges.double()
                 off = (terms.sum(-1) - passed.sum(0)).abs().max()
                 size = (terms.abs().sum(-1) + passed.abs().sum(0)).max()

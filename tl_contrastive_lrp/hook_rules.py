@@ -30,6 +30,7 @@ from .errors import UncoveredComponentError
 from .inside import OperationRules
 from .placement import is_rule
 from .rulesets import RuleSet
+from .threads import caller
 
 # f(c·x) = c·f(x) for c > 0, piece by piece, or a constant: the ordinary gradient times x is f(x).
 _PIECEWISE = ops.words("Relu LeakyRelu PreluKernel Threshold Hardshrink Abs Maximum Minimum")
@@ -258,7 +259,11 @@ class HookWatch:
     def watching(self, point: Any, fn: Callable[..., Any], key: Callable[[], int]) -> Any:
         """A torch hook in place of ``fn`` that looks at what it does."""
 
+        me = caller()
+
         def watched(module: Any, args: Any, output: Any) -> Any:
+            if caller() is not me:
+                return fn(module, args, output)
             user = next((h.user_hook for h in point.fwd_hooks if h.hook.id == key()), None) or fn
             if is_package_hook(user) or not torch.is_grad_enabled():
                 return fn(module, args, output)

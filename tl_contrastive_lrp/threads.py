@@ -82,8 +82,8 @@ def mine(function: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-def _elsewhere(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The opposite: only in other threads."""
+def elsewhere(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The opposite: a hook function that calls ``function`` in all threads but this one."""
     me = caller()
 
     def hook(*args: Any, **kwargs: Any) -> Any:
@@ -247,7 +247,7 @@ def refused_elsewhere(model: Any, why: str) -> Iterator[None]:
     def refuse(*_: Any) -> None:
         raise ModelStateError(why)
 
-    refuse = _elsewhere(refuse)
+    refuse = elsewhere(refuse)
     with ExitStack() as stack:
         for module in _watched(model):
             stack.callback(module.register_forward_pre_hook(refuse).remove)
@@ -312,7 +312,7 @@ def frozen_parameters(model: Any) -> Iterator[None]:
         yield
         return
     *blocks, whole = _watched(model)
-    before, after = _elsewhere(_before), _elsewhere(_after)
+    before, after = elsewhere(_before), elsewhere(_after)
     with ExitStack() as stack:
         for block in blocks:
             handle = block.register_forward_pre_hook(before, with_kwargs=True)

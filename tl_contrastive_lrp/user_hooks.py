@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .handed_on import constant_leaf, started
 from .placement import _MARK
+from .threads import caller, elsewhere
 
 Kind = Literal["forward", "forward_pre", "backward", "backward_pre"]
 How = Literal["looked", "in place", "returned", "gradient"]
@@ -180,19 +181,16 @@ def user_hooks(model: Any) -> tuple[UserHook, ...]:
 
 @contextmanager
 def aside(hooks: Iterable[UserHook]) -> Iterator[None]:
-    """These hooks are off inside the block; afterwards they are called in their old order."""
-    tables = {id(hook.table): hook.table for hook in hooks}
-    before = [(table, dict(table)) for table in tables.values()]
+    """These hooks are not called in this thread inside the block; in other threads they are."""
+    kept = [(hook, hook.table[hook.key]) for hook in hooks if hook.key in hook.table]
     try:
-        for hook in hooks:
-            hook.table.pop(hook.key, None)
+        for hook, fn in kept:
+            hook.table[hook.key] = elsewhere(fn)  # in its old place among others
         yield
     finally:
-        for table, kept in before:  # the tables stay themselves: handles refer to them
-            added = {key: fn for key, fn in table.items() if key not in kept}
-            table.clear()
-            table.update(kept)
-            table.update(added)
+        for hook, fn in kept:
+            if hook.key in hook.table:  # another thread may have removed it
+                hook.table[hook.key] = fn
 
 
 class _Conversion:
@@ -259,8 +257,11 @@ def _watched(
     hook: UserHook, fn: Callable[..., Any], seen: list[Call], gradients: bool
 ) -> Callable[..., Any]:
     at = -1 if hook.kind == "forward" else 0  # among the arguments: its output, or its input
+    me = caller()
 
     def watching(module: Any, *args: Any) -> Any:
+        if caller() is not me:
+            return fn(module, *args)
         shown = list(args)
         with torch.set_grad_enabled(gradients or torch.is_grad_enabled()):
             if gradients:
@@ -334,9 +335,11 @@ def observed(hooks: Iterable[UserHook], *, gradients: bool = False) -> Iterator[
 def _restarting(
     hook: UserHook, fn: Callable[..., Any], constants: list[Tensor]
 ) -> Callable[..., Any]:
-    at = -1 if hook.kind == "forward" else 0
+    at, me = -1 if hook.kind == "forward" else 0, caller()
 
     def restarting(module: Any, *args: Any) -> Any:
+        if caller() is not me:
+            return fn(module, *args)
         had = any(x.requires_grad for x in _tensors(args[at]))
         returned = fn(module, *args)
         if not had or not torch.is_grad_enabled():
