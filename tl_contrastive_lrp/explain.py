@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ from .prompts import model_name, str_tokens, to_single_prompt
 from .rulesets import DEFAULT_RULES, RuleSet
 from .sites import LEAVES, components, is_kind, require_bridge
 from .sums import Sums
+
+if TYPE_CHECKING:
+    from .backward import Reading
+    from .prefilled import Prefilled
 
 
 def residual_sites(model: Any) -> tuple[str, ...]:
@@ -80,6 +85,50 @@ def _step_of(name: str, n_layers: int) -> int:
     return n_layers + 1
 
 
+@dataclass(frozen=True, eq=False)
+class _Reads:
+    """What ``attribute`` reads: the sums, and under which names they are kept."""
+
+    sums: Sums
+    heads: list[str]
+    neurons: list[str]
+    biases: list[str]
+
+
+def _reads(model: Any, neurons: bool) -> _Reads:
+    """The sums of ``attribute``.
+
+    Raises:
+        ValueError: ``neurons`` of a model with experts.
+    """
+    n_layers = int(model.cfg.n_layers)
+    sums, biases, hook_dict = Sums(), _biases(model), model.hook_dict
+    for name in (*LEAVES, *residual_sites(model)):
+        if name in hook_dict:
+            sums.add(name, lambda r: r.sum(-1)[0])
+    heads = [add_heads(sums, model, layer) for layer in range(n_layers)]
+    if neurons and (missing := without_neurons(model)) is not None:
+        raise ValueError(
+            f"{missing} is a mixture of experts, whose neurons have no HookPoint; leave out "
+            "neurons=True. Relevance of its output is at hook_mlp_out."
+        )
+    by_neuron = [f"blocks.{i}.mlp.hook_post" for i in range(n_layers if neurons else 0)]
+    for name in by_neuron:
+        sums.add(name, lambda r: r[0])
+    for name, bias in biases.items():
+        sums.add_bias(name, bias)
+    return _Reads(sums, heads, by_neuron, list(biases))
+
+
+def relevance_readings(model: Any, *, neurons: bool = False) -> list[Reading]:
+    """What ``attribute`` will read, for ``prefilled.prefill_prompt``.
+
+    Raises:
+        ValueError: ``neurons`` of a model with experts.
+    """
+    return _reads(model, neurons).sums.readings
+
+
 class Settings(TypedDict, total=False):
     """What ``attribute`` takes by name, for type checkers."""
 
@@ -92,6 +141,7 @@ class Settings(TypedDict, total=False):
     tile: int | None
     progress: bool
     checkpoint_dir: str | os.PathLike[str] | None
+    prefilled: Prefilled | None
 
 
 @overload
@@ -131,6 +181,7 @@ def attribute(
     tile: int | None = None,
     progress: bool = True,
     checkpoint_dir: str | os.PathLike[str] | None = None,
+    prefilled: Prefilled | None = None,
 ) -> Attribution | list[Attribution]:
     """Why did the model prefer one token over another?
 
@@ -152,6 +203,8 @@ def attribute(
         progress: Show a bar where tiles are used.
         checkpoint_dir: A folder of its own for what is finished, so that a run in tiles that was
             stopped goes on from there with the same result.
+        prefilled: A forward of this prompt under these rules that was run before
+            (``prefilled.prefill_prompt``); ``memory`` and ``tile`` are those of it then.
 
     Returns:
         An ``Attribution``: relevance in logits, positive for the target. With ``objectives``, one
@@ -160,37 +213,25 @@ def attribute(
     Raises:
         TypeError: neither or both of an objective and a target with contrast.
         ValueError: ``neurons`` of a model with experts; an unknown ``memory`` or a wrong ``tile``;
-            no objectives.
+            no objectives; ``prefilled`` of another prompt or rules, or used up.
         FileFormatError: ``checkpoint_dir`` holds something else.
         TokenError, PromptError, ModelStateError, UncoveredComponentError: see their messages.
     """
     require_bridge(model)
     asked = questions(model, objective, objectives, target, contrast, pos)
     tokens = to_single_prompt(model, prompt)
-    n_layers = int(model.cfg.n_layers)
-
-    sums, biases, hook_dict = Sums(), _biases(model), model.hook_dict
-    for name in (*LEAVES, *residual_sites(model)):
-        if name in hook_dict:
-            sums.add(name, lambda r: r.sum(-1)[0])
-    heads = [add_heads(sums, model, layer) for layer in range(n_layers)]
-    if neurons and (missing := without_neurons(model)) is not None:
-        raise ValueError(
-            f"{missing} is a mixture of experts, whose neurons have no HookPoint; leave out "
-            "neurons=True. Relevance of its output is at hook_mlp_out."
-        )
-    by_neuron = [f"blocks.{i}.mlp.hook_post" for i in range(n_layers if neurons else 0)]
-    for name in by_neuron:
-        sums.add(name, lambda r: r[0])
-    for name, bias in biases.items():
-        sums.add_bias(name, bias)
-
-    choice = choose(model, tokens.shape[1], memory, tile)
+    reads = _reads(model, neurons)
+    if prefilled is not None:
+        prefilled.check(model, tokens, rules)
+        choice = prefilled.choice
+    else:
+        choice = choose(model, tokens.shape[1], memory, tile)
     ran = run_chosen(
-        model, tokens, asked, rules, sums, choice, may_fall_back=memory == "auto",
+        model, tokens, asked, rules, reads.sums, choice, may_fall_back=memory == "auto",
         progress=progress, checkpoint_dir=checkpoint_dir, settings=f"nodes {neurons}",
+        prefilled=prefilled,
     )  # fmt: skip
-    sums.warn_of_underflow()
+    reads.sums.warn_of_underflow()
     ids = tokens[0].cpu()
     special_ids = list(model.tokenizer.all_special_ids) if model.tokenizer is not None else []
     prompt_facts: dict[str, Any] = {
@@ -200,7 +241,9 @@ def attribute(
         "model_name": model_name(model),
     }
     made = [
-        Attribution(**prompt_facts, **_facts(model, *pair, heads, by_neuron, list(biases)))
+        Attribution(
+            **prompt_facts, **_facts(model, *pair, reads.heads, reads.neurons, reads.biases)
+        )
         for pair in zip(ran, asked, strict=True)
     ]
     return made if objectives is not None else made[0]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .backward import run_each
+from .backward import Reading, run_each
 from .edges import BlockEdges, biased_blocks, edge_readings
 from .graph import AttributionGraph
 from .graph_check import require_closed_form
@@ -19,23 +19,57 @@ from .objective import described
 from .packed import packed_edges
 from .tangents import BlockCall
 
+if TYPE_CHECKING:
+    from .prefilled import Prefilled
 
-def plain_graphs(plan: GraphPlan) -> list[AttributionGraph]:
+
+def graph_readings(plan: GraphPlan, calls: dict[int, BlockCall]) -> list[Reading]:
+    """What ``attribution_graph`` will read, for ``prefilled.prefill_prompt``.
+
+    Args:
+        plan: With any objectives.
+        calls: Filled with the blocks whose calls the forward is to record.
+    """
+    edges = _block_edges(plan)
+    calls |= {block: BlockCall() for block in edges if block not in calls}
+    return [*plan.sums()[0].readings, *_edge_readings(plan, edges, calls)]
+
+
+def _block_edges(plan: GraphPlan) -> dict[int, BlockEdges]:
+    return {s.block: BlockEdges(s.block, plan.heads) for s in plan.steps if s.kind == "attention"}
+
+
+def _edge_readings(
+    plan: GraphPlan, edges: dict[int, BlockEdges], calls: dict[int, BlockCall]
+) -> list[Reading]:
+    model, biased = plan.model, biased_blocks(plan.model)
+    return [
+        reading
+        for block, found in edges.items()
+        for reading in edge_readings(
+            model, found, plan.covered, plan.rule_set, calls[block], biased
+        )
+    ]
+
+
+def plain_graphs(plan: GraphPlan, prefilled: Prefilled | None = None) -> list[AttributionGraph]:
     """A graph for each objective of the plan.
+
+    Args:
+        plan: What is asked.
+        prefilled: The forward, if it was run before.
 
     Raises:
         ModelStateError, UncoveredComponentError: as ``backward.run_each``.
     """
     model, rule_set = plan.model, plan.rule_set
-    edges = {s.block: BlockEdges(s.block, plan.heads) for s in plan.steps if s.kind == "attention"}
+    edges = _block_edges(plan)
     sums, by_head = plan.sums()
-    biased = biased_blocks(model)
+    shared = None if prefilled is None else prefilled.plain
     calls = {block: BlockCall() for block in edges}
-    readings = [
-        reading
-        for block, found in edges.items()
-        for reading in edge_readings(model, found, plan.covered, rule_set, calls[block], biased)
-    ]
+    if prefilled is not None and shared is not None:
+        calls = prefilled.calls
+    readings = _edge_readings(plan, edges, calls)
     if edges:
         require_closed_form(model, rule_set)
     nodes: list[tuple[Float[Tensor, "site pos"], dict[str, Any]]] = []
@@ -62,6 +96,7 @@ def plain_graphs(plan: GraphPlan) -> list[AttributionGraph]:
         [*sums.readings, *readings],
         [call.recorded(model.blocks[block]) for block, call in calls.items()],
         then=read,
+        shared=shared,
     )
     sums.warn_of_underflow()
     graphs = []
