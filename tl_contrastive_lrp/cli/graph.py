@@ -100,7 +100,8 @@ def _prepared(
 
 
 def graph_command(
-    model: o.ModelOption,
+    model: o.ModelOption = None,
+    adapter: o.AdapterOption = None,
     prompt: o.PromptOption = None,
     prompt_file: o.PromptFileOption = None,
     strip_newline: o.StripNewlineOption = False,

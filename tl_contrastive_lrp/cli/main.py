@@ -62,7 +62,8 @@ def _root(
 
 @app.command("explain", epilog=o.EXIT_CODES)
 def explain_command(
-    model: o.ModelOption,
+    model: o.ModelOption = None,
+    adapter: o.AdapterOption = None,
     prompt: o.PromptOption = None,
     prompt_file: o.PromptFileOption = None,
     strip_newline: o.StripNewlineOption = False,

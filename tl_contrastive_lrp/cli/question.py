@@ -104,6 +104,8 @@ def check_typed(typed: dict[str, Any]) -> None:
     Raises:
         typer.BadParameter: they do.
     """
+    if typed["model"] is None and typed["adapter"] is None:
+        raise typer.BadParameter("Missing option '--model'.")
     if (typed["prompt"] is None) == (typed["prompt_file"] is None):
         raise typer.BadParameter("Give the prompt with either --prompt or --prompt-file.")
     if not typed["chat"] and (typed["system"] is not None or typed["answer"]):
@@ -137,10 +139,11 @@ def ask(
     text = read_prompt(typed["prompt"], typed["prompt_file"], typed["strip_newline"])
     output.check()
     way.check()
-    name, device = typed["model"], typed["device"]
-    where = "" if is_local(name) else " (the first use downloads it)"
-    with progress(f"Loading {name}{where}", output.spins):
-        model = load_model(name, device.value if device else None, typed["dtype"].value)
+    name, adapter, device = typed["model"], typed["adapter"], typed["device"]
+    where = "" if is_local(name or adapter) else " (the first use downloads it)"
+    with progress(f"Loading {name or adapter}{where}", output.spins):
+        loaded = load_model(name, device.value if device else None, typed["dtype"].value, adapter)
+        model, name = loaded.bridge, loaded.name
         from ..candidates import candidate_table
 
     tokens = prompt_ids(
@@ -154,7 +157,7 @@ def ask(
         logits, ready = next_logits(model, tokens, typed["pos"], output, way), None
     candidates = candidate_table(model, logits, CANDIDATES)
     ids = [int(i) for i in candidates["id"]]
-    notes = _notes(model, text, typed, tokens[0].tolist(), candidates)
+    notes = [*loaded.notes, *_notes(model, text, typed, tokens[0].tolist(), candidates)]
     if not output.quiet:
         for note in notes:
             say(f"Note: {note}")
@@ -167,7 +170,9 @@ def ask(
             target=typed["target"] or [token_word(model, ids[0])],
             contrast=[token_word(model, other)],
         )
-        _show_candidates(typed, candidates, line, int(typed["pos"]) % tokens.shape[1], notes)
+        _show_candidates(
+            typed | {"model": name}, candidates, line, int(typed["pos"]) % tokens.shape[1], notes
+        )
         raise typer.Exit(Code.PROMPT)
     question = question_of(
         model,
