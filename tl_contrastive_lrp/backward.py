@@ -12,9 +12,9 @@ bias has, and none of it goes on to where the replaced value came from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -61,6 +61,74 @@ class Reading:
 def relevance_of(x: Tensor, g: Tensor) -> Tensor:
     """Activation × gradient, elementwise, in float32 at least."""
     return at_least_float32(x) * at_least_float32(g)
+
+
+class Slots:
+    """Readings that a forward is prepared for, and whose sinks are named before each backward.
+
+    So one forward serves several results: each binds what it reads to the places it needs.
+
+    Args:
+        readings: What may be read; only name and way are used.
+        uses: How many results will be read; the graph is kept until the last.
+
+    Attributes:
+        readings: To arrange in the forward, one for each place.
+        uses: How many results are still to be read.
+    """
+
+    def __init__(self, readings: Iterable[Reading], uses: int) -> None:
+        self.uses = uses
+        self._bound: dict[tuple[str, str], list[Reading]] = {}
+        self._seen: dict[tuple[str, str], Tensor] = {}
+        self.readings = [
+            self._slot(reading)
+            for reading in {(reading.name, reading.how): reading for reading in readings}.values()
+        ]
+        self._places = {(reading.name, reading.how) for reading in self.readings}
+
+    def _slot(self, reading: Reading) -> Reading:
+        place = (reading.name, reading.how)
+
+        def sink(x: Tensor, g: Tensor) -> None:
+            for bound in self._bound.get(place, ()):
+                bound.sink(x, g)
+
+        def fired(x: Tensor) -> None:
+            self._seen[place] = x
+
+        return Reading(reading.name, sink, reading.how, fired)
+
+    @contextmanager
+    def bound(self, readings: Iterable[Reading]) -> Iterator[None]:
+        """Have these sinks called by the backwards inside the block, which belong to one result.
+
+        Args:
+            readings: Their ``fired`` is called first, with what the forward had.
+
+        Raises:
+            ValueError: the forward was not prepared for one of them, or is used up.
+        """
+        if self.uses < 1:
+            raise ValueError("The graph of this forward was used up; run another one.")
+        wanted = list(readings)
+        for reading in wanted:
+            if (reading.name, reading.how) not in self._places:
+                raise ValueError(
+                    f"The forward was not prepared for reading {reading.name}; run another one."
+                )
+        for reading in wanted:
+            place = (reading.name, reading.how)
+            self._bound.setdefault(place, []).append(reading)
+            if reading.fired is not None and place in self._seen:
+                reading.fired(self._seen[place])
+        self.uses -= 1
+        if not self.uses:
+            self._seen.clear()  # so that the last backward lets go of activations as it goes
+        try:
+            yield
+        finally:
+            self._bound.clear()
 
 
 class _Tap(torch.autograd.Function):
@@ -146,34 +214,81 @@ def run(
     return logits, value, coverage
 
 
-def run_each(
+@dataclass(eq=False)
+class Forward:
+    """One forward of the model under the rules, at which backwards start.
+
+    Attributes:
+        model: The bridge.
+        logits: [batch, pos, vocab], on their graph.
+        coverage: Which component got which rule.
+        ends: The tensors at which gradients end: embeddings, and constants that a user's hook put
+            in the place of computed values.
+        kept: Whether the graph is kept also after the last backward.
+        slots: Where readings can be bound, if they were not given with the forward.
+    """
+
+    model: Any
+    logits: Tensor
+    coverage: Coverage
+    ends: list[Tensor] = field(repr=False)
+    kept: bool = False
+    slots: Slots | None = None
+
+    def value(self, objective: Callable[[Tensor], Tensor]) -> Tensor:
+        """The objective's value, on the graph.
+
+        Raises:
+            ModelStateError: it is not one differentiable number.
+        """
+        with frozen_parameters(self.model):
+            return check_value(objective(self.logits))
+
+    def backward(self, value: Tensor, *, more: bool) -> None:
+        """Bring the gradient of a value to the embeddings; sinks are called on the way.
+
+        Args:
+            value: From ``value``.
+            more: Whether another backward follows for the same result.
+
+        Raises:
+            ModelStateError: the value does not depend on the logits.
+        """
+        ends = [self.logits, *self.ends] if self.logits.requires_grad else []
+        begin = first_gradient(self.model, value)
+        more = more or self.kept or (self.slots is not None and self.slots.uses > 0)
+        with frozen_parameters(self.model):
+            if not ends or (
+                torch.autograd.grad(value, ends, begin, allow_unused=True, retain_graph=more)[0]
+                is None
+            ):
+                raise ModelStateError(
+                    "The objective's value does not depend on the logits it was given (or they "
+                    "not on the input), so there is nothing to explain. Compute it from its "
+                    "argument."
+                )
+
+
+def forward(
     model: Any,
     tokens: Tensor,
-    objectives: Sequence[Callable[[Tensor], Tensor]],
     rule_set: str | RuleSet,
     readings: Iterable[Reading],
     scopes: Iterable[AbstractContextManager[None]] = (),
-    then: Callable[[int], None] | None = None,
     hook_watch: HookWatch | None = None,
     **forward_kwargs: Any,
-) -> tuple[Tensor, list[Tensor], Coverage]:
-    """One forward, and for each objective a backward; sinks are called on the way back.
+) -> Forward:
+    """One forward, with rules and readings for the backwards that start at it.
 
     The rules and ``scopes`` are on during the forward only, so a sink may run the model itself.
     They act in the calling thread alone, and sinks for it, in whatever thread autograd calls them.
 
     Args:
-        then: Called after each backward, with the number of its objective.
-        hook_watch: Notes what the user's hook functions do. If one edits, the graph is kept for
-            ``then``, also after the last backward.
-
-    Returns:
-        The logits [batch, pos, vocab] and the objectives' values [], all detached, and the
-        coverage.
+        hook_watch: Notes what the user's hook functions do. If one edits, the graph is kept also
+            after the last backward.
 
     Raises:
-        ModelStateError: training mode, gradients off, rules already on, or an objective that is
-            not a differentiable scalar.
+        ModelStateError: training mode, gradients off, or rules already on.
         UncoveredComponentError: a component that no rule covers.
     """
     check_ready(model, "Relevance")
@@ -190,37 +305,67 @@ def run_each(
     hook_dict = model.hook_dict
     starts = [(name, make_leaf) for name in LEAVES if name in hook_dict]
     hooks = user_hooks(model)
-    with frozen_parameters(model):
-        with (
-            ExitStack() as stack,
-            rules_in_hooks(model, get_rule_set(rule_set), coverage, watch=hook_watch),
-            writable(any(hook.is_forward for hook in hooks)),
-            restarted(hooks) as constants,
-            reading_hooks(model, [*starts, *before]),
-            attached(model, attachments),
-            reading_hooks(model, after),
-        ):
-            for scope in scopes:
-                stack.enter_context(scope)
-            logits = model(tokens, **forward_kwargs)
-            _require_whole(logits, tokens)
-            values = [check_value(objective(logits)) for objective in objectives]
-        ends = [logits, *leaves.values(), *constants] if logits.requires_grad else []
+    with (
+        frozen_parameters(model),
+        ExitStack() as stack,
+        rules_in_hooks(model, get_rule_set(rule_set), coverage, watch=hook_watch),
+        writable(any(hook.is_forward for hook in hooks)),
+        restarted(hooks) as constants,
+        reading_hooks(model, [*starts, *before]),
+        attached(model, attachments),
+        reading_hooks(model, after),
+    ):
+        for scope in scopes:
+            stack.enter_context(scope)
+        logits = model(tokens, **forward_kwargs)
+        _require_whole(logits, tokens)
+    kept = hook_watch is not None and bool(hook_watch.edits)
+    return Forward(model, logits, coverage, [*leaves.values(), *constants], kept)
+
+
+def run_each(
+    model: Any,
+    tokens: Tensor,
+    objectives: Sequence[Callable[[Tensor], Tensor]],
+    rule_set: str | RuleSet,
+    readings: Iterable[Reading],
+    scopes: Iterable[AbstractContextManager[None]] = (),
+    then: Callable[[int], None] | None = None,
+    hook_watch: HookWatch | None = None,
+    shared: Forward | None = None,
+    **forward_kwargs: Any,
+) -> tuple[Tensor, list[Tensor], Coverage]:
+    """One forward, and for each objective a backward; sinks are called on the way back.
+
+    Args:
+        then: Called after each backward, with the number of its objective.
+        hook_watch: Notes what the user's hook functions do. If one edits, the graph is kept for
+            ``then``, also after the last backward.
+        shared: A forward of these tokens under these rules that was run before, with slots for
+            these readings.
+
+    Returns:
+        The logits [batch, pos, vocab] and the objectives' values [], all detached, and the
+        coverage.
+
+    Raises:
+        ModelStateError: training mode, gradients off, rules already on, or an objective that is
+            not a differentiable scalar.
+        UncoveredComponentError: a component that no rule covers.
+    """
+    readings = list(readings)
+    run = shared
+    if run is None:
+        run = forward(
+            model, tokens, rule_set, readings, scopes, hook_watch=hook_watch, **forward_kwargs
+        )
+    values = [run.value(objective) for objective in objectives]
+    with nullcontext() if run.slots is None else run.slots.bound(readings):
         for which, value in enumerate(values):
-            begin, more = first_gradient(model, value), which + 1 < len(values)
-            keep = more or (hook_watch is not None and bool(hook_watch.edits))
-            if not ends or (
-                torch.autograd.grad(value, ends, begin, allow_unused=True, retain_graph=keep)[0]
-                is None
-            ):
-                raise ModelStateError(
-                    "The objective's value does not depend on the logits it was given (or they "
-                    "not on the input), so there is nothing to explain. Compute it from its "
-                    "argument."
-                )
+            run.backward(value, more=which + 1 < len(values))
             if then is not None:
                 then(which)
-    return logits.detach(), [value.detach().reshape(()) for value in values], coverage
+    return run.logits.detach(), [value.detach().reshape(()) for value in values], run.coverage
 
 
 def check_value(value: object) -> Tensor:

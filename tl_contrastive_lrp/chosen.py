@@ -17,6 +17,7 @@ from .rulesets import RuleSet
 from .sums import Sums
 
 if TYPE_CHECKING:
+    from .prefilled import Prefilled
     from .tiled_run import TiledResult
 
 
@@ -71,6 +72,7 @@ def run_chosen(
     progress: bool,
     checkpoint_dir: str | os.PathLike[str] | None,
     settings: str,
+    prefilled: Prefilled | None = None,
 ) -> list[Ran]:
     """Run as ``choice`` says, one forward for all objectives.
 
@@ -81,6 +83,7 @@ def run_chosen(
         progress: Show a bar over tiles.
         checkpoint_dir: Where a run in tiles keeps what is finished.
         settings: What else the sums depend on.
+        prefilled: The forward, if it was run before; ``choice`` is its own then.
 
     Raises:
         ModelStateError: it cannot run in tiles, and plainly it does not fit or was not asked for.
@@ -95,6 +98,7 @@ def run_chosen(
             results = run_tiled(
                 model, tokens, objectives, rule_set, sums, tile,
                 progress=progress, checkpoint=checkpoint,
+                shared=prefilled.tiled if prefilled is not None else None,
             )  # fmt: skip
             return [tiled(*pair) for pair in zip(results, objectives, strict=True)]
         except NotTileable as error:
@@ -104,8 +108,10 @@ def run_chosen(
             sums.clear()
     kept: list[dict[str, Tensor]] = []
     logits, values, coverage = run_each(
-        model, tokens, objectives, rule_set, sums.readings, then=lambda _: kept.append(sums.take())
-    )
+        model, tokens, objectives, rule_set, sums.readings,
+        then=lambda _: kept.append(sums.take()),
+        shared=prefilled.plain if prefilled is not None else None,
+    )  # fmt: skip
     return [
         Ran(logits, value, coverage, found, choice.memory)
         for value, found in zip(values, kept, strict=True)

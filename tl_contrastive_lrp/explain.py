@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ from .rulesets import DEFAULT_RULES, RuleSet
 from .sites import LEAVES, components, is_kind, require_bridge
 from .sums import Sums
 from .threads import one_at_a_time
+
+if TYPE_CHECKING:
+    from .backward import Reading
+    from .prefilled import Prefilled
 
 
 def residual_sites(model: Any) -> tuple[str, ...]:
@@ -81,6 +86,50 @@ def _step_of(name: str, n_layers: int) -> int:
     return n_layers + 1
 
 
+@dataclass(frozen=True, eq=False)
+class _Reads:
+    """What ``attribute`` reads: the sums, and under which names they are kept."""
+
+    sums: Sums
+    heads: list[str]
+    neurons: list[str]
+    biases: list[str]
+
+
+def _reads(model: Any, neurons: bool) -> _Reads:
+    """The sums of ``attribute``.
+
+    Raises:
+        ValueError: ``neurons`` of a model with experts.
+    """
+    n_layers = int(model.cfg.n_layers)
+    sums, biases, hook_dict = Sums(), _biases(model), model.hook_dict
+    for name in (*LEAVES, *residual_sites(model)):
+        if name in hook_dict:
+            sums.add(name, lambda r: r.sum(-1)[0])
+    heads = [add_heads(sums, model, layer) for layer in range(n_layers)]
+    if neurons and (missing := without_neurons(model)) is not None:
+        raise ValueError(
+            f"{missing} is a mixture of experts, whose neurons have no HookPoint; leave out "
+            "neurons=True. Relevance of its output is at hook_mlp_out."
+        )
+    by_neuron = [f"blocks.{i}.mlp.hook_post" for i in range(n_layers if neurons else 0)]
+    for name in by_neuron:
+        sums.add(name, lambda r: r[0])
+    for name, bias in biases.items():
+        sums.add_bias(name, bias)
+    return _Reads(sums, heads, by_neuron, list(biases))
+
+
+def relevance_readings(model: Any, *, neurons: bool = False) -> list[Reading]:
+    """What ``attribute`` will read, for ``prefilled.prefill_prompt``.
+
+    Raises:
+        ValueError: ``neurons`` of a model with experts.
+    """
+    return _reads(model, neurons).sums.readings
+
+
 class Settings(TypedDict, total=False):
     """What ``attribute`` takes by name, for type checkers."""
 
@@ -94,6 +143,7 @@ class Settings(TypedDict, total=False):
     progress: bool
     checkpoint_dir: str | os.PathLike[str] | None
     prepend_bos: bool | None
+    prefilled: Prefilled | None
 
 
 @overload
@@ -135,6 +185,7 @@ def attribute(
     progress: bool = True,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     prepend_bos: bool | None = None,
+    prefilled: Prefilled | None = None,
 ) -> Attribution | list[Attribution]:
     """Why did the model prefer one token over another?
 
@@ -162,6 +213,8 @@ def attribute(
         prepend_bos: Whether a text begins with the BOS token, as in ``model.to_tokens``. None: the
             model's default, ``model.cfg.default_prepend_bos``, but no second one before a text that
             begins with it, as a chat template's output does. Ids are taken as they are.
+        prefilled: A forward of this prompt under these rules that was run before
+            (``prefilled.prefill_prompt``); ``memory`` and ``tile`` are those of it then.
 
     Returns:
         An ``Attribution``: relevance in logits, positive for the target. With ``objectives``, one
@@ -175,7 +228,7 @@ def attribute(
         TypeError: neither or both of an objective and a target with contrast; ``prepend_bos`` is no
             bool.
         ValueError: ``neurons`` of a model with experts; an unknown ``memory`` or a wrong ``tile``;
-            no objectives.
+            no objectives; ``prefilled`` of another prompt or rules, or used up.
         FileFormatError: ``checkpoint_dir`` holds something else.
         TokenError, PromptError, ModelStateError, UncoveredComponentError: see their messages.
     """
@@ -183,30 +236,18 @@ def attribute(
     asked = questions(model, objective, objectives, target, contrast, pos)
     given = single_prompt(model, prompt, prepend_bos)
     tokens = given.tokens
-    n_layers = int(model.cfg.n_layers)
-
-    sums, biases, hook_dict = Sums(), _biases(model), model.hook_dict
-    for name in (*LEAVES, *residual_sites(model)):
-        if name in hook_dict:
-            sums.add(name, lambda r: r.sum(-1)[0])
-    heads = [add_heads(sums, model, layer) for layer in range(n_layers)]
-    if neurons and (missing := without_neurons(model)) is not None:
-        raise ValueError(
-            f"{missing} is a mixture of experts, whose neurons have no HookPoint; leave out "
-            "neurons=True. Relevance of its output is at hook_mlp_out."
-        )
-    by_neuron = [f"blocks.{i}.mlp.hook_post" for i in range(n_layers if neurons else 0)]
-    for name in by_neuron:
-        sums.add(name, lambda r: r[0])
-    for name, bias in biases.items():
-        sums.add_bias(name, bias)
-
-    choice = choose(model, tokens.shape[1], memory, tile)
+    reads = _reads(model, neurons)
+    if prefilled is not None:
+        prefilled.check(model, tokens, rules)
+        choice = prefilled.choice
+    else:
+        choice = choose(model, tokens.shape[1], memory, tile)
     ran = run_chosen(
-        model, tokens, asked, rules, sums, choice, may_fall_back=memory == "auto",
+        model, tokens, asked, rules, reads.sums, choice, may_fall_back=memory == "auto",
         progress=progress, checkpoint_dir=checkpoint_dir, settings=f"nodes {neurons}",
+        prefilled=prefilled,
     )  # fmt: skip
-    sums.warn_of_underflow()
+    reads.sums.warn_of_underflow()
     ids = tokens[0].cpu()
     prompt_facts: dict[str, Any] = {
         "token_ids": ids,
@@ -216,7 +257,9 @@ def attribute(
         "prepended_bos": given.prepended_bos,
     }
     made = [
-        Attribution(**prompt_facts, **_facts(model, *pair, heads, by_neuron, list(biases)))
+        Attribution(
+            **prompt_facts, **_facts(model, *pair, reads.heads, reads.neurons, reads.biases)
+        )
         for pair in zip(ran, asked, strict=True)
     ]
     return made if objectives is not None else made[0]

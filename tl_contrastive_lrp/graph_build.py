@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict, overload
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -18,13 +19,16 @@ from .graph import AttributionGraph
 from .graph_check import require_closed_form
 from .graph_plain import plain_graphs
 from .graph_plan import Granularity, GraphPlan, transitions
-from .memory import Memory, cannot, choose, instead, require_room
+from .memory import Memory, cannot, choose, instead, plain_bytes, require_room
 from .objective import questions
 from .prompts import single_prompt
 from .rulesets import DEFAULT_RULES, RuleSet, get_rule_set
 from .selection import Rule
 from .sites import find_sites
 from .threads import one_at_a_time
+
+if TYPE_CHECKING:
+    from .prefilled import Prefilled
 
 
 class Settings(TypedDict, total=False):
@@ -47,6 +51,7 @@ class Settings(TypedDict, total=False):
     tile: int | None
     checkpoint_dir: str | os.PathLike[str] | None
     prepend_bos: bool | None
+    prefilled: Prefilled | None
 
 
 @overload
@@ -95,6 +100,7 @@ def attribution_graph(
     tile: int | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     prepend_bos: bool | None = None,
+    prefilled: Prefilled | None = None,
 ) -> AttributionGraph | list[AttributionGraph]:
     """How the relevance of one prediction flows between tokens and layers.
 
@@ -125,6 +131,7 @@ def attribution_graph(
             come, with the same result.
         memory, tile, checkpoint_dir: As for ``attribute``. Tiles go with adjacent sites only.
         prepend_bos: Whether a text begins with the BOS token, as for ``attribute``.
+        prefilled: As for ``attribute``. Transitions over several blocks run forwards of their own.
 
     Returns:
         An ``AttributionGraph``; with ``objectives``, one for each.
@@ -134,31 +141,63 @@ def attribution_graph(
 
     Raises:
         ValueError: layers or granularity that do not fit the model; several prunings; tiles with
-            layers that skip blocks; no objectives.
+            layers that skip blocks; no objectives; ``prefilled`` of another prompt or rules, or
+            used up.
         TypeError, TokenError, PromptError, ModelStateError, UncoveredComponentError: as
             ``attribute``.
     """
     asked = questions(model, objective, objectives, target, contrast, pos)
     given = single_prompt(model, prompt, prepend_bos)
-    sites, steps = transitions(model, granularity, layers, heads)
-    plan = GraphPlan(
-        model=model,
-        tokens=given.tokens,
+    tokens = given.tokens
+    if prefilled is not None:
+        prefilled.check(model, tokens, rules)
+    plan = replace(
+        plan_of(
+            model, tokens, rules, granularity=granularity, layers=layers, heads=heads,
+            details=details,
+        ),
         objectives=asked,
+        rule=Rule(mass, threshold, top_k),
+        node_threshold=node_threshold,
+        progress=progress,
+        prepended_bos=given.prepended_bos,
+    )  # fmt: skip
+    made = _made(plan, memory, tile, checkpoint_dir, prefilled)
+    return made if objectives is not None else made[0]
+
+
+def plan_of(
+    model: Any,
+    tokens: Tensor,
+    rules: str | RuleSet,
+    *,
+    granularity: Granularity = "block",
+    layers: Sequence[int] | None = None,
+    heads: bool = False,
+    details: bool = False,
+) -> GraphPlan:
+    """What a forward has to be prepared for, before it is known what is asked of it.
+
+    Raises:
+        ValueError: layers or granularity that do not fit the model.
+        UncoveredComponentError: as ``attribute``.
+    """
+    sites, steps = transitions(model, granularity, layers, heads)
+    return GraphPlan(
+        model=model,
+        tokens=tokens,
+        objectives=(),
         rule_set=get_rule_set(rules),
         covered=find_sites(model),
         sites=sites,
         steps=steps,
         granularity=granularity if layers is None else "custom",
-        rule=Rule(mass, threshold, top_k),
-        node_threshold=node_threshold,
+        rule=Rule(),
+        node_threshold=0.0,
         heads=heads,
         details=details,
-        progress=progress,
-        prepended_bos=given.prepended_bos,
+        progress=False,
     )
-    made = _made(plan, memory, tile, checkpoint_dir)
-    return made if objectives is not None else made[0]
 
 
 def _made(
@@ -166,12 +205,17 @@ def _made(
     memory: Memory,
     tile: int | None,
     checkpoint_dir: str | os.PathLike[str] | None,
+    prefilled: Prefilled | None,
 ) -> list[AttributionGraph]:
     """In tiles where that is chosen and works, else the plain way."""
-    length = plan.tokens.shape[1]
-    choice = choose(
-        plan.model, length, memory, tile, graphs=len(plan.objectives), by_head=plan.heads
-    )
+    length, graphs = plan.tokens.shape[1], len(plan.objectives)
+    if prefilled is None:
+        choice = choose(plan.model, length, memory, tile, graphs=graphs, by_head=plan.heads)
+    else:
+        need = plain_bytes(plan.model, length, graphs=graphs, by_head=plan.heads)
+        choice = replace(prefilled.choice, plain_bytes=need)
+        if prefilled.why_plain:  # there may be no room for the edges, too
+            instead(choice, prefilled.why_plain)
     if choice.tile is not None and any(step.kind == "packed" for step in plan.steps):
         why = "layers=[...] that skip blocks need the plain way."
         if memory == "tiled":
@@ -184,9 +228,9 @@ def _made(
         require_closed_form(plan.model, plan.rule_set)
         require_room(len(plan.steps), length, plan.rule, memory, choice)
         try:
-            return tiled_graphs(plan, choice, checkpoint_dir)
+            return tiled_graphs(plan, choice, checkpoint_dir, prefilled)
         except NotTileable as error:
             if memory == "tiled":
                 raise NotTileable(cannot(choice, error)) from error
             instead(choice, str(error))
-    return plain_graphs(plan)
+    return plain_graphs(plan, prefilled)

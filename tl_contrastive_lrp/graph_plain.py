@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .backward import run_each
+from .backward import Reading, run_each
 from .edges import BlockEdges, HookedBlock, biased_blocks, edge_readings
 from .graph import AttributionGraph
 from .graph_check import HookedEdges, require_closed_form
@@ -20,32 +22,75 @@ from .objective import described
 from .packed import packed_edges
 from .tangents import BlockCall
 
+if TYPE_CHECKING:
+    from .prefilled import Prefilled
 
-def plain_graphs(plan: GraphPlan) -> list[AttributionGraph]:
+
+def graph_readings(plan: GraphPlan, calls: dict[int, BlockCall]) -> list[Reading]:
+    """What ``attribution_graph`` will read, for ``prefilled.prefill_prompt``.
+
+    Args:
+        plan: With any objectives.
+        calls: Filled with the blocks whose calls the forward is to record.
+    """
+    edges = _block_edges(plan)
+    calls |= {block: BlockCall() for block in edges if block not in calls}
+    return [*plan.sums()[0].readings, *_edge_readings(plan, edges, calls)]
+
+
+def _block_edges(plan: GraphPlan) -> dict[int, BlockEdges]:
+    return {s.block: BlockEdges(s.block, plan.heads) for s in plan.steps if s.kind == "attention"}
+
+
+def _edge_readings(
+    plan: GraphPlan,
+    edges: dict[int, BlockEdges],
+    calls: dict[int, BlockCall],
+    hooked: Mapping[int, HookedBlock] = MappingProxyType({}),
+) -> list[Reading]:
+    model, biased = plan.model, biased_blocks(plan.model)
+    return [
+        reading
+        for block, found in edges.items()
+        for reading in edge_readings(
+            model,
+            found,
+            plan.covered,
+            plan.rule_set,
+            calls[block],
+            biased,
+            hooked=hooked.get(block),
+        )
+    ]
+
+
+def plain_graphs(plan: GraphPlan, prefilled: Prefilled | None = None) -> list[AttributionGraph]:
     """A graph for each objective of the plan.
+
+    Args:
+        plan: What is asked.
+        prefilled: The forward, if it was run before.
 
     Raises:
         ModelStateError, UncoveredComponentError: as ``backward.run_each``.
     """
     model, rule_set = plan.model, plan.rule_set
-    edges = {s.block: BlockEdges(s.block, plan.heads) for s in plan.steps if s.kind == "attention"}
+    edges = _block_edges(plan)
     sums, by_head = plan.sums()
-    biased = biased_blocks(model)
+    shared = None if prefilled is None else prefilled.plain
     calls = {block: BlockCall() for block in edges}
     points, watch = hooked_points(model), HookWatch()
+    if prefilled is not None and shared is not None and not points:
+        calls = prefilled.calls
+    else:
+        shared = None  # edges under the user's hooks are checked in a forward of their own
     check = HookedEdges(plan.sites)
     hooked = {
         block: HookedBlock(block, partial(watch.edited, prefix), lambda: check.quiet)
         for block in edges
         if any(name.startswith(prefix := f"blocks.{block}.") for name in points)
     }
-    readings = [
-        reading
-        for block, found in edges.items()
-        for reading in edge_readings(
-            model, found, plan.covered, rule_set, calls[block], biased, hooked=hooked.get(block)
-        )
-    ]
+    readings = _edge_readings(plan, edges, calls, hooked)
     scopes = [call.recorded(model.blocks[block]) for block, call in calls.items()]
     read_all = [*sums.readings, *readings]
     if points:
@@ -87,6 +132,7 @@ def plain_graphs(plan: GraphPlan) -> list[AttributionGraph]:
         scopes,
         then=read,
         hook_watch=watch,
+        shared=shared,
     )
     sums.warn_of_underflow()
     graphs = []

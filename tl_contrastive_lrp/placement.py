@@ -28,7 +28,8 @@ def check_ready(model: Any, what: str) -> None:
 
     Raises:
         TypeError: ``model`` is not a TransformerBridge.
-        ModelStateError: a module is in training mode, gradients are off, or rules are already on.
+        ModelStateError: a module is in training mode, gradients are off, autocast is on, or rules
+            are already on.
     """
     require_bridge(model)
     for root in (model, model.original_model):
@@ -45,6 +46,21 @@ def check_ready(model: Any, what: str) -> None:
             "torch.inference_mode(), or call torch.set_grad_enabled(True) "
             "(torch.enable_grad() also works as a block)."
         )
+    _refuse_autocast(model, what)
+
+
+def _refuse_autocast(model: Any, what: str) -> None:
+    """Refuse to run under autocast: it computes another forward, of which a backward is rounded."""
+    kinds = {p.device.type for p in model.original_model.parameters()} - {"meta"}
+    for kind in sorted(kinds):
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            raise ModelStateError(
+                f"{what} cannot run inside torch.autocast({kind!r}): it computes some operations "
+                f"in {dtype} and rounds gradients on their way. Leave that block, or put the call "
+                f'into `with torch.autocast("{kind}", enabled=False):`; for another precision '
+                f"boot the model in it, boot_transformers(name, dtype={dtype})."
+            )
 
 
 def check_single(model: Any) -> None:

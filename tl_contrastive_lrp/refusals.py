@@ -72,14 +72,85 @@ def refusal(path: str, module: object, why: str) -> UncoveredComponentError:
     return UncoveredComponentError(f"No rule covers {path!r} ({kind}): {why}{_ADVICE}")
 
 
-def _refuse_quantised(path: str, module: nn.Module) -> None:
+# Where classes of quantised modules and weights are defined -> the library, as people call it.
+_QUANTISERS = {
+    "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
+    "optimum.quanto": "quanto",
+    "quanto": "quanto",
+    "hqq": "HQQ",
+    "gptqmodel": "GPTQ",
+    "auto_gptq": "GPTQ",
+    "auto_round": "AutoRound",
+    "awq": "AWQ",
+    "compressed_tensors": "compressed-tensors",
+    "eetq": "EETQ",
+    "aqlm": "AQLM",
+    "vptq": "VPTQ",
+    "quark": "Quark",
+    "torch.ao.nn": "torch.ao.quantization",
+    "torch.nn.quantized": "torch.ao.quantization",
+    "transformers.integrations.aqlm": "AQLM",
+    "transformers.integrations.bitnet": "BitNet",
+    "transformers.integrations.bitsandbytes": "bitsandbytes",
+    "transformers.integrations.eetq": "EETQ",
+    "transformers.integrations.fbgemm_fp8": "FBGEMM fp8",
+    "transformers.integrations.finegrained_fp8": "fp8",
+    "transformers.integrations.fp_quant": "FP-Quant",
+    "transformers.integrations.higgs": "HIGGS",
+    "transformers.integrations.mxfp4": "MXFP4",
+    "transformers.integrations.spqr": "SpQR",
+    "transformers.integrations.vptq": "VPTQ",
+}
+# Buffers in which packed weights are kept.
+_PACKED = ("qweight", "weight_packed", "qzeros")
+
+
+def _library_of(thing: object) -> str | None:
+    """The quantisation library that defines the class of a module or tensor."""
+    for base in type(thing).__mro__:
+        where = f"{base.__module__}."
+        for prefix, library in _QUANTISERS.items():
+            if where.startswith(f"{prefix}."):
+                return library
+    return None
+
+
+def quantised(module: nn.Module) -> tuple[str, str] | None:
+    """What in a module is quantised, and by which library ("" if that cannot be seen)."""
+    if (library := _library_of(module)) is not None:
+        return f"is a {type(module).__name__}", library
     for name, parameter in module.named_parameters(recurse=False):
+        if (library := _library_of(parameter) or _library_of(parameter.data)) is not None:
+            kind = type(parameter.data if type(parameter) is nn.Parameter else parameter).__name__
+            return f"holds its {name} as {kind}", library
         if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
-            raise UncoveredComponentError(
-                f"{path}.{name} holds {parameter.dtype} weights that cannot be read as numbers. "
-                "Load the model unquantised, for example "
-                "TransformerBridge.boot_transformers(name, dtype=torch.bfloat16)."
-            )
+            return f"holds its {name} as {parameter.dtype}", ""
+    for name, buffer in module.named_buffers(recurse=False):
+        if name in _PACKED and not buffer.dtype.is_floating_point:
+            return f"holds packed weights ({name}, {buffer.dtype})", ""
+    return None
+
+
+def _refuse_quantised(path: str, module: nn.Module, config: object) -> None:
+    found = quantised(module)
+    if found is None:
+        return
+    what, library = found
+    method = getattr(getattr(config, "quantization_config", None), "quant_method", "")
+    by = library or str(getattr(method, "value", method))
+    remedy = (
+        " Of a checkpoint that exists only quantised: hf = AutoModelForCausalLM.from_pretrained("
+        "name).dequantize(dtype=torch.float32), and then "
+        "TransformerBridge.boot_transformers(name, hf_model=hf)."
+        if by == "bitsandbytes"
+        else ""
+    )
+    raise UncoveredComponentError(
+        f"The model is quantised{f' by {by}' if by else ''}: {path} {what}, which cannot be read "
+        "as numbers. Load the model unquantised, for example "
+        f"TransformerBridge.boot_transformers(name, dtype=torch.bfloat16).{remedy}"
+    )
 
 
 def _refuse_shape(model: Any, found: dict[str, Any]) -> None:
@@ -133,7 +204,7 @@ def refuse_known(model: Any, found: dict[str, Any]) -> None:
     _refuse_shape(model, found)
     for path, module in model.original_model.named_modules():
         path = path.replace("._original_component", "")
-        _refuse_quantised(path or "model", module)
+        _refuse_quantised(path or "model", module, getattr(model.original_model, "config", None))
         why = UNCOVERED_PARTS.get(path.rpartition(".")[2])
         if why is not None:
             raise refusal(path, module, why)

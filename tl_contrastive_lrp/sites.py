@@ -266,6 +266,12 @@ def require_bridge(model: Any) -> None:
         TypeError: says how to make one.
     """
     if not hasattr(model, "hook_dict") or not hasattr(model, "original_model"):
+        if any(base.__module__.split(".")[0] == "peft" for base in type(model).__mro__):
+            raise TypeError(
+                f"model must be a TransformerBridge, got {type(model).__name__}, a model with an "
+                "adapter. Merge the adapter into the weights and boot the result: "
+                "TransformerBridge.boot_transformers(base_name, hf_model=model.merge_and_unload())."
+            )
         raise TypeError(
             f"model must be a TransformerBridge, got {type(model).__name__}; make one with "
             "TransformerBridge.boot_transformers(name_or_directory)."

@@ -99,10 +99,12 @@ class Backward:
         reader: TileReader | None,
         forward: Prefill,
         signals: Sequence[Signal],
-        step: Callable[[], None],
+        step: Callable[[], object],
+        again: bool = False,
     ) -> None:
         self.model, self.attachments, self.sums, self.reader = model, attachments, sums, reader
         self.forward, self.signals, self.step = forward, signals, step
+        self.again = again  # the forward serves another run after this
 
     def layer(self, layer: int) -> None:
         """Bring every signal's gradient from the block's output to its input."""
@@ -219,7 +221,7 @@ class Backward:
                     continue
                 torch.autograd.grad(
                     start, list(leaves.values()), as_gradient(g, start), allow_unused=True,
-                    retain_graph=which + 1 < len(self.signals),
+                    retain_graph=self.again or which + 1 < len(self.signals),
                 )  # fmt: skip
                 found[which].take(self.sums.take(), own)
         for signal, joined in zip(self.signals, found, strict=True):  # all of it, or nothing

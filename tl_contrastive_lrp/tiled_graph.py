@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,9 +20,15 @@ from .selection import Rule, Selection
 from .tiled_edges import TiledEdges
 from .tiled_run import TiledResult, run_tiled
 
+if TYPE_CHECKING:
+    from .prefilled import Prefilled
+
 
 def tiled_graphs(
-    plan: GraphPlan, choice: Choice, checkpoint_dir: str | os.PathLike[str] | None
+    plan: GraphPlan,
+    choice: Choice,
+    checkpoint_dir: str | os.PathLike[str] | None,
+    prefilled: Prefilled | None = None,
 ) -> list[AttributionGraph]:
     """A graph for each objective of the plan, with the edges that its rule keeps.
 
@@ -29,6 +36,7 @@ def tiled_graphs(
         plan: Transitions each within one block.
         choice: Of a tile.
         checkpoint_dir: Where to keep what is finished.
+        prefilled: The forward, if it was run before.
 
     Raises:
         NotTileable, ModelStateError, UncoveredComponentError, FileFormatError: as ``run_tiled``.
@@ -44,6 +52,7 @@ def tiled_graphs(
     results = run_tiled(
         plan.model, plan.tokens, plan.objectives, plan.rule_set, sums, tile,
         reader=edges, progress=plan.progress, checkpoint=checkpoint,
+        shared=None if prefilled is None else prefilled.tiled,
     )  # fmt: skip
     sums.warn_of_underflow()
     return [

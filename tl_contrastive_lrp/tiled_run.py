@@ -6,7 +6,7 @@ The counterpart of ``backward.run_each``, with the same values in memory linear 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .attachment import Attachment, HookFn
-from .backward import arranged, check_value
+from .backward import Reading, Slots, arranged, check_value
 from .checkpoint import Checkpoint
 from .context import plan
 from .coverage_table import Coverage
@@ -29,7 +29,7 @@ from .rulesets import RuleSet
 from .sites import LEAVES
 from .sums import Sums
 from .threads import frozen_parameters
-from .tile_bounds import position_of, tiles_of, wanted_positions
+from .tile_bounds import Range, position_of, tiles_of, wanted_positions
 from .tile_hooks import without_lookers
 from .tiled_backward import Backward, TileReader, as_gradient, is_of_block
 from .tiles import Prefill, check_tileable, prefill
@@ -59,6 +59,27 @@ class TiledResult:
 
 
 @dataclass(eq=False)
+class TiledForward:
+    """A prefill at which the backwards of several results start.
+
+    Attributes:
+        prefill: The forward; None once it has been let go.
+        tile: Positions a tile.
+        slots: Where readings outside of the blocks can be bound.
+    """
+
+    prefill: Prefill | None
+    tile: int
+    slots: Slots
+
+    def of(self, tile: int, wanted: tuple[Range, ...]) -> Prefill | None:
+        """The prefill if it serves a run in these tiles; else it is let go."""
+        if self.prefill is not None and (tile != self.tile or wanted != self.prefill.wanted):
+            self.prefill = None
+        return self.prefill
+
+
+@dataclass(eq=False)
 class _Run:
     """What is asked, and how far it has come, so that smaller tiles can go on from there."""
 
@@ -71,6 +92,7 @@ class _Run:
     attachments: tuple[Attachment, ...]
     coverage: Coverage
     todo: int
+    shared: TiledForward | None = None
     signals: list[Signal] = field(default_factory=list)
 
     def drop_unfinished(self) -> None:
@@ -91,6 +113,7 @@ def run_tiled(
     reader: TileReader | None = None,
     progress: bool = False,
     checkpoint: Checkpoint | None = None,
+    shared: TiledForward | None = None,
 ) -> list[TiledResult]:
     """What ``backward.run_each`` does, in tiles of ``tile`` positions.
 
@@ -105,6 +128,8 @@ def run_tiled(
         reader: Reads edges.
         progress: Show a bar over blocks and tiles.
         checkpoint: Where a finished block's results are kept, to go on from there.
+        shared: From ``forward_in_tiles`` of these tokens under these rules. Another prefill is run
+            where it has other tiles.
 
     Returns:
         A result for each objective.
@@ -117,26 +142,77 @@ def run_tiled(
     check_single(model)
     n_layers = int(model.cfg.n_layers)
     placed = plan(model, rule_set)
-    run = _Run(model, tokens, objectives, sums, reader, checkpoint, *placed, n_layers)
+    run = _Run(model, tokens, objectives, sums, reader, checkpoint, *placed, n_layers, shared)
 
     def attempt(smaller: int) -> list[TiledResult]:
         run.drop_unfinished()
         return _attempt(run, smaller, progress)
 
     with without_lookers(model, tokens):
+        if shared is None:
+            check_tileable(model, tokens)
+        return in_smaller_tiles(attempt, tile)
+
+
+def forward_in_tiles(
+    model: Any,
+    tokens: Tensor,
+    positions: tuple[Range, ...],
+    rule_set: str | RuleSet,
+    readings: Iterable[Reading],
+    tile: int,
+    *,
+    uses: int,
+    progress: bool = False,
+) -> TiledForward:
+    """The prefill of ``run_tiled`` by itself, for the backwards of several results.
+
+    Args:
+        model, tokens, rule_set: As for ``run_tiled``.
+        positions: (start, stop) of the positions whose logits are read.
+        readings: What may be read; those inside blocks need no preparation.
+        tile: Positions a tile; halved where a GPU runs out of memory.
+        uses: How many results will be read.
+        progress: Show a bar over tiles.
+
+    Raises:
+        NotTileable, ModelStateError, UncoveredComponentError: as ``run_tiled``.
+    """
+    from tqdm.auto import tqdm
+
+    check_ready(model, "Relevance")
+    check_single(model)
+    attachments, _ = plan(model, rule_set)
+    around = [r for r in readings if not r.name.startswith("blocks.")]
+
+    def attempt(smaller: int) -> TiledForward:
+        slots = Slots(around, uses)
+        bounds = tiles_of(tokens.shape[1], smaller, positions)
+        with (
+            frozen_parameters(model),
+            tqdm(total=len(bounds), desc="Prompt", unit="tile", disable=not progress) as bar,
+        ):
+            found = _prefill(
+                model, tokens, attachments, slots.readings, positions, bounds, bar.update
+            )
+        return TiledForward(found, smaller, slots)
+
+    with without_lookers(model, tokens):
         check_tileable(model, tokens)
         return in_smaller_tiles(attempt, tile)
 
 
-def _attempt(run: _Run, tile: int, progress: bool) -> list[TiledResult]:
-    from tqdm.auto import tqdm
-
-    model, sums = run.model, run.sums
-    length, n_layers = run.tokens.shape[1], int(model.cfg.n_layers)
-    wanted = wanted_positions(run.objectives, length)
-    bounds = tiles_of(length, tile, wanted)
-    outside = tuple(a for a in run.attachments if is_of_block(a.site.path, None))
-    around = [r for r in sums.readings if not r.name.startswith("blocks.")]
+def _prefill(
+    model: Any,
+    tokens: Tensor,
+    attachments: tuple[Attachment, ...],
+    around: list[Reading],
+    wanted: tuple[Range, ...],
+    bounds: tuple[Range, ...],
+    step: Callable[[], object],
+) -> Prefill:
+    """A prefill with the rules and readings outside of the blocks attached."""
+    outside = tuple(a for a in attachments if is_of_block(a.site.path, None))
     before, after = arranged(model, outside, around)
     leaves: dict[str, Tensor] = {}
 
@@ -146,25 +222,44 @@ def _attempt(run: _Run, tile: int, progress: bool) -> list[TiledResult]:
 
     hook_dict = model.hook_dict
     starts = [(name, make_leaf) for name in LEAVES if name in hook_dict]
-    steps = len(bounds) * (run.todo + 1)
+    with _ordered(model, [*starts, *before], outside, after):
+        return prefill(model, tokens, wanted, bounds, leaves, step)
+
+
+def _attempt(run: _Run, tile: int, progress: bool) -> list[TiledResult]:
+    from tqdm.auto import tqdm
+
+    model, sums = run.model, run.sums
+    length, n_layers = run.tokens.shape[1], int(model.cfg.n_layers)
+    wanted = wanted_positions(run.objectives, length)
+    bounds = tiles_of(length, tile, wanted)
+    around = [r for r in sums.readings if not r.name.startswith("blocks.")]
+    found = None if run.shared is None else run.shared.of(tile, wanted)
+    slots = None if run.shared is None or found is None else run.shared.slots
+    steps = len(bounds) * (run.todo + (found is None))
     with (
         frozen_parameters(model),
         tqdm(total=steps, desc="Blocks × tiles", unit="tile", disable=not progress) as bar,
+        nullcontext() if slots is None else slots.bound(around),
     ):
-        with _ordered(model, [*starts, *before], outside, after):
-            forward = prefill(model, run.tokens, wanted, bounds, leaves, bar.update)
-            read = [_reading(forward, objective, length) for objective in run.objectives]
-            values = [check_value(asked(logits)) for logits, asked in read]
+        forward = found or _prefill(
+            model, run.tokens, run.attachments, around, wanted, bounds, bar.update
+        )
+        read = [_reading(forward, objective, length) for objective in run.objectives]
+        values = [check_value(asked(logits)) for logits, asked in read]
         sums.clear()  # so far only zeros
+        again = slots is not None and slots.uses > 0
         if not run.signals:
-            run.signals = _first_signals(run, forward, values)
+            run.signals = _first_signals(run, forward, values, again)
         checkpoint, reader = run.checkpoint, run.reader
         if checkpoint is not None and run.todo == n_layers:
             names = [str(objective) for objective in run.objectives]
             checkpoint.open(run.tokens, values, run.coverage.rules, names, tile)
             run.todo = checkpoint.resume(n_layers, run.signals, reader)
             bar.update((n_layers - run.todo) * len(bounds))
-        backward = Backward(model, run.attachments, sums, reader, forward, run.signals, bar.update)
+        backward = Backward(
+            model, run.attachments, sums, reader, forward, run.signals, bar.update, again
+        )
         while run.todo:
             backward.layer(run.todo - 1)
             run.todo -= 1
@@ -188,15 +283,15 @@ def _reading(
     return alone, replace(objective, pos=0)
 
 
-def _first_signals(run: _Run, forward: Prefill, values: list[Tensor]) -> list[Signal]:
+def _first_signals(run: _Run, forward: Prefill, values: list[Tensor], again: bool) -> list[Signal]:
     """Every objective's gradient at the last block's output, [1, pos, d_model].
 
-    What sums read behind the blocks is joined.
+    What sums read behind the blocks is joined. ``again``: the graph is needed after this.
     """
     signals = []
     some = next(iter(forward.finals.values()))
     for which, value in enumerate(values):
-        more = which + 1 < len(values)
+        more = again or which + 1 < len(values)
         begin = first_gradient(run.model, value)
         at_logits = torch.autograd.grad(
             value, forward.parts, begin, allow_unused=True, retain_graph=more

@@ -192,7 +192,7 @@ def prefill(
     wanted: tuple[Range, ...],
     bounds: tuple[Range, ...],
     leaves: dict[str, Tensor],
-    step: Callable[[], None] = lambda: None,
+    step: Callable[[], object] = lambda: None,
 ) -> Prefill:
     """Run the model tile by tile; parameters are frozen, what surrounds the blocks keeps its graph.
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from ..verification import Verification
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="Folder of a Hugging Face model, or its name on the hub.")
+    str,
+    typer.Argument(help="Folder of a Hugging Face model, its name on the hub, or a GGUF file."),
 ]
 VerifyOption = Annotated[
     bool, typer.Option("--verify", help="Measure on a prompt whether relevance is right.")
@@ -40,6 +41,7 @@ CheckPromptOption = Annotated[
 
 def check_command(
     model: ModelArgument,
+    adapter: o.AdapterOption = None,
     verify: VerifyOption = False,
     prompt: CheckPromptOption = None,
     prepend_bos: o.PrependBosOption = None,
@@ -64,6 +66,8 @@ def check_command(
     gradient by rule); *verification* (null, or *verdict, objective, n_tokens, checks*: *name,
     verdict, figure, limit, says*); *notes*.
     """
+    if adapter is not None and config_only:
+        raise typer.BadParameter("--adapter needs the weights: it does not go with --config-only.")
     if prompt is not None and not verify:
         raise typer.BadParameter("--prompt is for --verify; add it.")
     if prompt == "":
@@ -73,7 +77,7 @@ def check_command(
     with exit_codes(debug):
         spins = not (quiet or json)
         with progress("Loading the model", spins):
-            bridge, random, notes = _load(model, config_only, device, dtype.value)
+            bridge, random, notes = _load(model, config_only, device, dtype.value, adapter)
         if prompt is not None and random:
             raise CliError(
                 Code.USAGE, "There is no tokenizer with random weights: leave --prompt out."
@@ -96,16 +100,17 @@ def check_command(
 
 
 def _load(
-    name: str, config_only: bool, device: o.Device | None, dtype: str
+    name: str, config_only: bool, device: o.Device | None, dtype: str, adapter: str | None
 ) -> tuple[Any, bool, tuple[str, ...]]:
     """The model, whether its weights are random, and notes."""
     from .config_model import has_weights, sketch
 
     where = None if device is None else device.value
-    if config_only or not has_weights(name):
+    if config_only or (adapter is None and not has_weights(name)):
         made = sketch(name, checked_device(where, dtype), dtype)
         return made.bridge, True, made.notes
-    return load_model(name, where, dtype), False, ()
+    loaded = load_model(name, where, dtype, adapter)
+    return loaded.bridge, False, loaded.notes
 
 
 def _examined(bridge: Any, rules: str) -> tuple[Coverage | None, Audit | None, str | None]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .exit import CliError, Code
-from .explain import explain
+from .explain import explain, prepare
 from .model import quiet_libraries
 from .output import Output
-from .question import next_logits, question_of
+from .question import question_of
 from .tell import as_json, print_explained, print_json
 from .terminal import progress, say, shown, table, tell
 from .way import Way
@@ -117,17 +117,17 @@ def run(case_name: str | None, kind: str | None, rules: str, output: Output, gra
             f"Demo case {case.id} is {tokens.shape[1]} tokens, but was recorded with "
             f"{case.n_tokens}: model and cases of this installation do not belong together.",
         )
-    way = Way()
+    prepared = prepare(model, tokens, -1, rules=rules, output=output, way=Way(), graph=graph)
     question = question_of(
         model,
         tokens,
-        next_logits(model, tokens, -1, output, way),
+        prepared.prefilled.logits,
         (case.target_id,),
         (case.contrast_id,),
         pos=-1,
         model_name="demo model",
     )
-    explained = explain(model, question, rules=rules, output=output, way=way, graph=graph)
+    explained = explain(model, question, prepared, rules=rules, output=output)
     ranking = [int(pos) for pos in explained.result.top(case.n_tokens)["pos"]]
     decisive = [
         {

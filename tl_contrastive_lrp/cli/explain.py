@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .exit import not_finite
-from .graph_made import is_long, report_graph
+from .graph_made import is_long, report_graph, report_run
 from .output import Output, write
 from .question import Question
 from .terminal import progress, say
 from .way import Run, Way
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..attribution import Attribution
     from ..graph import AttributionGraph
+    from ..prefilled import Prefilled
 
 
 @dataclass(frozen=True)
@@ -29,18 +32,86 @@ class Explained:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """The prompt's one forward, and how relevance and the report's graph go on from it.
+
+    graph is None where no graph is wanted, or why there can be none.
+    """
+
+    prefilled: Prefilled
+    relevance: Run
+    graph: Run | str | None
+
+    @property
+    def shared(self) -> Prefilled | None:
+        """The forward, if the graph starts from it too."""
+        return self.prefilled if _share(self.relevance, self.graph) else None
+
+
+def _share(relevance: Run, graph: Run | str | None) -> bool:
+    """Whether one forward serves both: a graph may need tiles where relevance does not."""
+    return isinstance(graph, Run) and graph.choice.tile == relevance.choice.tile
+
+
+def prepare(
+    model: Any, tokens: Tensor, pos: int, *, rules: str, output: Output, way: Way, graph: bool
+) -> Prepared:
+    """Decide how memory is used, and run the forward.
+
+    Args:
+        model: The bridge.
+        tokens: The prompt, [1, pos].
+        pos: The position explained.
+        rules: Name of a rule set.
+        output: Where to write; without a report there is no graph.
+        way: How memory is used.
+        graph: Whether the report, if one is asked for, shows the attribution graph too.
+
+    Raises:
+        TokenError, UncoveredComponentError, ModelStateError, FileFormatError: as ``attribute``.
+    """
+    from ..explain import relevance_readings
+    from ..graph_build import plan_of
+    from ..graph_plain import graph_readings
+    from ..prefilled import prefill_prompt
+    from ..tangents import BlockCall
+
+    n = int(tokens.shape[1])
+    relevance = way.run(model, n, "relevance")
+    of_graph = report_run(model, n, way) if graph and output.out is not None else None
+    readings, calls = relevance_readings(model), dict[int, BlockCall]()
+    shared = _share(relevance, of_graph)
+    if shared:
+        readings += graph_readings(plan_of(model, tokens, rules), calls)
+    # Tiles show a bar of their own; two moving things would clash.
+    with progress(f"Forward through {n:,} tokens", output.spins and not relevance.tiles):
+        prefilled = prefill_prompt(
+            model,
+            tokens,
+            rules,
+            readings,
+            relevance.choice,
+            may_fall_back=relevance.way.memory == "auto",
+            pos=pos,
+            calls=calls,
+            uses=1 + shared,
+            progress=output.spins,
+        )
+    return Prepared(prefilled, relevance, of_graph)
+
+
 def explain(
-    model: Any, question: Question, *, rules: str, output: Output, way: Way, graph: bool = True
+    model: Any, question: Question, prepared: Prepared, *, rules: str, output: Output
 ) -> Explained:
     """Attribute, and write the files that were asked for.
 
     Args:
         model: The bridge.
         question: What to explain.
+        prepared: Its forward.
         rules: Name of a rule set.
         output: Where to write.
-        way: How memory is used.
-        graph: Whether the report, if one is asked for, shows the attribution graph too.
 
     Raises:
         CliError: relevance that is not finite; a file that cannot be written.
@@ -48,11 +119,9 @@ def explain(
     """
     from ..explain import attribute
 
-    graph = graph and output.out is not None
-    run = way.run(model, question.n_tokens, "relevance")
+    run = prepared.relevance
     run.announce(output)
-    words = f"Forward and backward through {question.n_tokens:,} tokens"
-    # Tiles show a bar of their own; two moving things would clash.
+    words = f"Backward through {question.n_tokens:,} tokens"
     with run.interruptible(), progress(words, output.spins and not run.tiles):
         result = attribute(
             model,
@@ -62,6 +131,7 @@ def explain(
             pos=question.at,
             rules=rules,
             progress=output.spins,
+            prefilled=prepared.prefilled,
             **run.options(),
         )
     if not (math.isfinite(result.delta) and bool(result.tokens.isfinite().all())):
@@ -69,10 +139,10 @@ def explain(
     write(output.save, result.save)  # before what else may take long
     notes = [*question.notes, *filter(None, [run.note])]
     shown = None
-    if graph:
+    if prepared.graph is not None:
         if is_long(question) and not output.quiet:
             say("The graph for the report comes next; --no-graph would leave it out.")
-        shown, note = report_graph(model, question, rules, output, way)
+        shown, note = report_graph(model, question, rules, output, prepared.graph, prepared.shared)
         if note:
             notes.append(note)
             if not output.quiet:

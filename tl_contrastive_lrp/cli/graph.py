@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,12 @@ from .output import Output, write
 from .question import ask, check_typed
 from .tell import print_json
 from .terminal import progress, say
-from .way import Way
+from .way import Run, Way
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..prefilled import Prefilled
 
 
 def _layers(text: str | None) -> list[int] | None:
@@ -56,8 +61,47 @@ def _write_page(graphed: Graphed, path: Path) -> None:
     save_html(path, graph_html(view))
 
 
+def _prepared(
+    model: Any,
+    tokens: Tensor,
+    pos: int,
+    rules: str,
+    output: Output,
+    way: Way,
+    shape: dict[str, Any],
+) -> tuple[Run, Prefilled]:
+    """How memory is used, and the prompt's one forward; ``shape`` as ``graph_build.plan_of``."""
+    from ..graph_build import plan_of
+    from ..graph_plain import graph_readings
+    from ..prefilled import prefill_prompt
+    from ..tangents import BlockCall
+
+    skips = _skips(shape["layers"], int(model.cfg.n_layers))
+    why = "--layers that skip blocks need the plain way." if skips else ""
+    if why and way.memory == "tiled":
+        raise typer.BadParameter(why)
+    n, calls = int(tokens.shape[1]), dict[int, BlockCall]()
+    run = way.run(model, n, "graph", plain_only=why, graphs=1, by_head=shape["heads"])
+    readings = graph_readings(plan_of(model, tokens, rules, **shape), calls)
+    # Tiles show a bar of their own; two moving things would clash.
+    with progress(f"Forward through {n:,} tokens", output.spins and not run.tiles):
+        prefilled = prefill_prompt(
+            model,
+            tokens,
+            rules,
+            readings,
+            run.choice,
+            may_fall_back=run.way.memory == "auto",
+            pos=pos,
+            calls=calls,
+            progress=output.spins,
+        )
+    return run, prefilled
+
+
 def graph_command(
-    model: o.ModelOption,
+    model: o.ModelOption = None,
+    adapter: o.AdapterOption = None,
     prompt: o.PromptOption = None,
     prompt_file: o.PromptFileOption = None,
     strip_newline: o.StripNewlineOption = False,
@@ -165,14 +209,15 @@ def graph_command(
     pruning.check()
     way, output = Way.typed(typed), Output(top, json, out, save, quiet)
     with exit_codes(debug):
-        bridge, question = ask("graph", typed, output, way)
-        blocks = int(bridge.cfg.n_layers)
-        if chosen is not None:
-            _check_layers(chosen, blocks, heads)
-        why = "" if not _skips(chosen, blocks) else "--layers that skip blocks need the plain way."
-        if why and memory is o.Memory.TILED:
-            raise typer.BadParameter(why)
-        run = way.run(bridge, question.n_tokens, "graph", plain_only=why, graphs=1, by_head=heads)
+
+        def forward(model: Any, tokens: Tensor) -> tuple[Tensor, tuple[Run, Prefilled]]:
+            if chosen is not None:
+                _check_layers(chosen, int(model.cfg.n_layers), heads)
+            shape = {"granularity": granularity.value, "layers": chosen, "heads": heads}
+            ready = _prepared(model, tokens, pos, rules.value, output, way, shape)
+            return ready[1].logits, ready
+
+        bridge, question, (run, prefilled) = ask("graph", typed, output, way, forward)
         run.announce(output)
         note = long_note(question, save is not None and not save_pruned)
         if note and not quiet:
@@ -189,6 +234,7 @@ def graph_command(
             layers=chosen,
             node_threshold=node_threshold,
             heads=heads,
+            prefilled=prefilled,
         )
         with progress("Pruning, and looking for paths", output.spins):
             graphed = Graphed(question, full, pruning.of(full), full.paths(top), run, notes)

@@ -18,6 +18,7 @@ from .way import Run, Way
 if TYPE_CHECKING:
     from ..graph import AttributionGraph
     from ..paths import Paths
+    from ..prefilled import Prefilled
 
 # A full graph grows with the square of the prompt: at 2,000 tokens it holds two million edges, or
 # 32 MB, a block. Above that edges are pruned while they come.
@@ -143,18 +144,45 @@ def long_note(question: Question, saves_made: bool) -> str:
     return note
 
 
+def report_run(model: Any, length: int, way: Way) -> Run | str:
+    """How memory is used for the report's graph, or why there is none."""
+    from ..errors import FileFormatError, ModelStateError
+
+    try:
+        return way.run(model, length, "report_graph", graphs=1)
+    except (ModelStateError, FileFormatError) as error:
+        return words_of(error)
+
+
 def report_graph(
-    model: Any, question: Question, rules: str, output: Output, way: Way
+    model: Any,
+    question: Question,
+    rules: str,
+    output: Output,
+    run: Run | str,
+    prefilled: Prefilled | None = None,
 ) -> tuple[AttributionGraph | None, str]:
-    """The graph for the report of ``explain``, pruned and connected, or None; and a note on it."""
+    """The graph for the report of ``explain``, pruned and connected, or None; and a note on it.
+
+    Args:
+        model: The bridge.
+        question: What to explain.
+        rules: Name of a rule set.
+        output: Whether progress is shown.
+        run: From ``report_run``.
+        prefilled: The prompt's forward, where it serves the graph too.
+    """
     from ..errors import FileFormatError, ModelStateError, UncoveredComponentError
     from ..prune import DEFAULT_MASS
 
+    if isinstance(run, str):
+        return None, f"The report has no graph: {run}"
     long = is_long(question)
     pruning = Pruning(mass=DEFAULT_MASS, top_k=REPORT_EDGES) if long else Pruning()
     try:
-        run = way.run(model, question.n_tokens, "report_graph", graphs=1)
-        graph = made(model, question, rules, output, run, pruning if long else None)
+        graph = made(
+            model, question, rules, output, run, pruning if long else None, prefilled=prefilled
+        )
         kept = pruning.of(graph)
         if not long:
             return kept, ""
@@ -191,7 +219,7 @@ def made(
         output: Whether progress is shown.
         run: How memory is used.
         pruning: What ``Pruning.on_the_way`` of it keeps; None keeps all.
-        options: As for ``attribution_graph``.
+        options: As for ``attribution_graph``; the forward, too.
 
     Raises:
         CliError: relevance that is not finite.

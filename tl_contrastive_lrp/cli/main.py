@@ -6,7 +6,7 @@ Torch and TransformerLens are imported inside the commands, so that ``--help`` a
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,13 +15,16 @@ from . import options as o
 from .check import check_command
 from .command import PROGRAM
 from .exit import exit_codes
-from .explain import explain
+from .explain import Prepared, explain, prepare
 from .graph import graph_command
 from .output import Output
 from .question import ask, check_typed
 from .tell import as_json, print_explained, print_json
 from .terminal import tell
 from .way import Way
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 app = typer.Typer(
     name=PROGRAM,
@@ -59,7 +62,8 @@ def _root(
 
 @app.command("explain", epilog=o.EXIT_CODES)
 def explain_command(
-    model: o.ModelOption,
+    model: o.ModelOption = None,
+    adapter: o.AdapterOption = None,
     prompt: o.PromptOption = None,
     prompt_file: o.PromptFileOption = None,
     strip_newline: o.StripNewlineOption = False,
@@ -105,10 +109,15 @@ def explain_command(
         raise typer.BadParameter("--out and --save name the same file.")
     way, output = Way.typed(typed), Output(top, json, out, save, quiet)
     with exit_codes(debug):
-        bridge, question = ask("explain", typed, output, way)
-        done = explain(
-            bridge, question, rules=rules.value, output=output, way=way, graph=not no_graph
-        )
+
+        def forward(model: Any, tokens: Tensor) -> tuple[Tensor, Prepared]:
+            ready = prepare(
+                model, tokens, pos, rules=rules.value, output=output, way=way, graph=not no_graph
+            )
+            return ready.prefilled.logits, ready
+
+        bridge, question, prepared = ask("explain", typed, output, way, forward)
+        done = explain(bridge, question, prepared, rules=rules.value, output=output)
         if json:
             print_json(as_json(done, output))
         else:

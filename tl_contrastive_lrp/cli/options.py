@@ -72,7 +72,19 @@ class Memory(str, Enum):
 
 
 ModelOption = Annotated[
-    str, typer.Option(help="Folder of a Hugging Face model, or its name on the hub.")
+    str | None,
+    typer.Option(
+        help="Folder of a Hugging Face model, its name on the hub, or a GGUF file (which is "
+        "dequantised). Needed, except with --adapter."
+    ),
+]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder of a PEFT adapter (LoRA), to be merged into the model. Without --model into "
+        "the one that it names itself.",
+    ),
 ]
 PromptOption = Annotated[str | None, typer.Option(help="The text that the model continued.")]
 PromptFileOption = Annotated[

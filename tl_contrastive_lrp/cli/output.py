@@ -55,7 +55,15 @@ class Output:
         return not (self.quiet or self.as_json)
 
     def check(self) -> None:
-        """Refuse paths that cannot be written."""
+        """Refuse paths that cannot be written, and a page by the name of something else.
+
+        Raises:
+            CliError: as ``check_writable``; ``--out`` that does not end as a page.
+        """
+        from ..render.files import not_a_page
+
+        if self.out is not None and (why := not_a_page(self.out)) is not None:
+            raise CliError(Code.USAGE, f"--out {why}")
         for path, option in ((self.out, "--out"), (self.save, "--save")):
             if path is not None:
                 check_writable(path, option)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CANDIDATES = 10
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def check_typed(typed: dict[str, Any]) -> None:
     Raises:
         typer.BadParameter: they do.
     """
+    if typed["model"] is None and typed["adapter"] is None:
+        raise typer.BadParameter("Missing option '--model'.")
     if (typed["prompt"] is None) == (typed["prompt_file"] is None):
         raise typer.BadParameter("Give the prompt with either --prompt or --prompt-file.")
     if not typed["chat"] and (typed["system"] is not None or typed["answer"]):
@@ -116,8 +119,25 @@ def check_typed(typed: dict[str, Any]) -> None:
         )
 
 
-def ask(command: str, typed: dict[str, Any], output: Output, way: Way) -> tuple[Any, Question]:
+def ask(
+    command: str,
+    typed: dict[str, Any],
+    output: Output,
+    way: Way,
+    forward: Callable[[Any, Tensor], tuple[Tensor, T]],
+) -> tuple[Any, Question, T]:
     """The model and the question that the options of ``command`` name.
+
+    Args:
+        command: "explain" or "graph".
+        typed: Its options by name.
+        output: How much is said.
+        way: How memory is used.
+        forward: Runs the prompt's one forward, of (model, token ids [1, pos]); gives the logits
+            [vocab] at the position, and what the command goes on with.
+
+    Returns:
+        The model, the question, and what ``forward`` gave.
 
     Raises:
         typer.Exit: no contrast was given; the candidates and a command to type are printed.
@@ -126,10 +146,11 @@ def ask(command: str, typed: dict[str, Any], output: Output, way: Way) -> tuple[
     text = read_prompt(typed["prompt"], typed["prompt_file"], typed["strip_newline"])
     output.check()
     way.check()
-    name, device = typed["model"], typed["device"]
-    where = "" if is_local(name) else " (the first use downloads it)"
-    with progress(f"Loading {name}{where}", output.spins):
-        model = load_model(name, device.value if device else None, typed["dtype"].value)
+    name, adapter, device = typed["model"], typed["adapter"], typed["device"]
+    where = "" if is_local(name or adapter) else " (the first use downloads it)"
+    with progress(f"Loading {name or adapter}{where}", output.spins):
+        loaded = load_model(name, device.value if device else None, typed["dtype"].value, adapter)
+        model, name = loaded.bridge, loaded.name
         from ..candidates import candidate_table
 
     tokens = prompt_ids(
@@ -142,14 +163,17 @@ def ask(command: str, typed: dict[str, Any], output: Output, way: Way) -> tuple[
     )
     target = token_ids(model, typed["target"], "target") if typed["target"] else ()
     contrast = token_ids(model, typed["contrast"], "contrast") if typed["contrast"] else ()
-    logits = next_logits(model, tokens, typed["pos"], output, way)
+    if contrast:
+        logits, ready = forward(model, tokens)
+    else:  # only the candidates are shown
+        logits, ready = next_logits(model, tokens, typed["pos"], output, way), None
     candidates = candidate_table(model, logits, CANDIDATES)
     ids = [int(i) for i in candidates["id"]]
-    notes = _notes(model, text, typed, tokens[0].tolist(), candidates)
+    notes = [*loaded.notes, *_notes(model, text, typed, tokens[0].tolist(), candidates)]
     if not output.quiet:
         for note in notes:
             say(f"Note: {note}")
-    if not contrast:
+    if ready is None:
         other = next(i for i in ids if i not in (target or ids[:1]))
         line = again(
             command,
@@ -158,9 +182,11 @@ def ask(command: str, typed: dict[str, Any], output: Output, way: Way) -> tuple[
             target=typed["target"] or [token_word(model, ids[0])],
             contrast=[token_word(model, other)],
         )
-        _show_candidates(typed, candidates, line, int(typed["pos"]) % tokens.shape[1], notes)
+        _show_candidates(
+            typed | {"model": name}, candidates, line, int(typed["pos"]) % tokens.shape[1], notes
+        )
         raise typer.Exit(Code.PROMPT)
-    return model, question_of(
+    question = question_of(
         model,
         tokens,
         logits,
@@ -170,6 +196,7 @@ def ask(command: str, typed: dict[str, Any], output: Output, way: Way) -> tuple[
         model_name=name,
         notes=notes,
     )
+    return model, question, ready
 
 
 def next_logits(model: Any, tokens: Tensor, pos: int, output: Output, way: Way) -> Tensor:

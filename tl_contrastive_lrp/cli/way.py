@@ -77,9 +77,9 @@ class Way:
         if folder is not None and folder.is_dir():
             from ..checkpoint import Checkpoint
 
-            # What was begun in tiles goes on in tiles, even if the plain way fits by now.
-            if Checkpoint(folder).tile() is not None:
-                way = replace(way, memory="tiled")
+            # What was begun in tiles goes on in these, even if the plain way fits by now.
+            if (begun := Checkpoint(folder).tile()) is not None:
+                way = replace(way, memory="tiled", tile=way.tile or begun)
         choice = choose(model, length, way.memory, way.tile, **graph)
         if plain_only and choice.tile is not None:
             choice = instead(choice, plain_only)

@@ -3,8 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from uuid import uuid4
+
+_PAGES = (".html", ".htm", ".xhtml")
+
+
+def not_a_page(path: Path) -> str | None:
+    """Why no page is written to a file of that name, and what to type; None if one may be.
+
+    A page is HTML, whatever its name says: a file named .png or .pdf would not open. Endings that
+    begin with a digit, as in "Qwen3-0.6B", are taken for a part of the name.
+    """
+    if path.suffix.lower() in _PAGES or not re.fullmatch(r"\.[A-Za-z]\w*", path.suffix):
+        return None
+    return (
+        f"{path} would be no {path.suffix[1:].upper()} file: pages are written as HTML. Name it "
+        f"{path.with_suffix('.html')}; a browser prints it to PDF or to a picture."
+    )
 
 
 def save_html(path: str | os.PathLike[str], html: str) -> Path:
@@ -16,8 +33,11 @@ def save_html(path: str | os.PathLike[str], html: str) -> Path:
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
         IsADirectoryError: ``path`` is a folder.
+        ValueError: ``path`` ends as a file of another kind, such as .png or .pdf.
     """
     wanted = Path(path)
+    if not wanted.is_dir() and (why := not_a_page(wanted)) is not None:
+        raise ValueError(why)
     target = wanted.resolve()  # through a link: replace the file it names, not the link
     if target.is_dir():
         raise IsADirectoryError(
