@@ -16,10 +16,21 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# The same examples on every machine and in every run, and no clock in any verdict.
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("suite")
 
 # Text, pictures, files and the command line; a new file is numerical unless it is named here.
 NOT_NUMERICAL = (
