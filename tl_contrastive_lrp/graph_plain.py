@@ -69,8 +69,8 @@ def plain_graphs(plan: GraphPlan) -> list[AttributionGraph]:
                 if step.kind != "packed":
                     ends = plan.sites[step.source], plan.sites[step.target]
                     relevance = nodes[-1][0][step.source]
-                    found = edges[step.block].total if step.kind == "attention" else None
-                    matrix = _matrix(None if found is None else found.cpu().clone(), relevance)
+                    total = edges[step.block].total if step.kind == "attention" else None
+                    matrix = _matrix(None if total is None else total.cpu().clone(), relevance)
                     check.require(model, *ends, matrix, watch)
         columns.append(_columns(plan, edges, nodes[-1][0]))
         for found in edges.values():
