@@ -273,7 +273,7 @@ def test_torch_hooks_on_modules_are_audited_with_the_model() -> None:
 def test_a_module_in_a_hookpoints_place_is_refused_with_what_to_type() -> None:
     """SAELens' bridge takes the HookPoint out and puts its own module there."""
     model, ids = fresh("qwen3"), random_tokens(1)
-    sae = SparseAutoencoder(24, "relu")
+    sae = SparseAutoencoder(24, "relu").eval()
     taken, model.blocks[0].mlp.hook_out = model.blocks[0].mlp.hook_out, sae
     with pytest.raises(UncoveredComponentError, match=r"SparseAutoencoder.*fwd_hooks=\[\("):
         clrp.attribute(model, ids, objective_of(model))
