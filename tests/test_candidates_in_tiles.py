@@ -13,6 +13,7 @@ from families import FAMILIES, boot, hf_model, random_tokens
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp import candidates, memory, tiles
 from tl_contrastive_lrp.errors import ModelStateError, TokenError
+from tl_contrastive_lrp.user_hooks import as_own
 
 TILED: dict[str, Any] = {"memory": "tiled", "tile": 7, "progress": False}
 
@@ -64,6 +65,7 @@ def test_no_attention_is_wider_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> N
     """What does not fit is not tried: of a prompt of 40, no pattern has 40 rows."""
     model, ids, seen = boot("qwen3", torch.float32), random_tokens(1, 40), []
 
+    @as_own  # a user's hook would be shown the prompt whole, by a forward of its own
     def look(pattern: Any, **_: Any) -> None:
         seen.append(pattern.shape[-2])
 
@@ -78,7 +80,8 @@ def test_no_attention_is_wider_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_later_tokens_are_not_computed() -> None:
     model, ids, seen = boot("qwen3", torch.float32), random_tokens(1, 40), []
-    with model.hooks(fwd_hooks=[("embed.hook_out", lambda x, **_: seen.append(x.shape[1]))]):
+    look = as_own(lambda x, **_: seen.append(x.shape[1]))
+    with model.hooks(fwd_hooks=[("embed.hook_out", look)]):
         candidates.logits_at(model, ids, 10, **TILED)
     assert sum(seen) == 2 * 13 + 11
 

@@ -20,6 +20,7 @@ from killed_child import KINDS, boot, run
 from zoo.row import windows
 
 from tl_contrastive_lrp import tiled_backward
+from tl_contrastive_lrp.user_hooks import as_own
 
 BLOCKS = 6
 CHILD = Path(__file__).with_name("killed_child.py")
@@ -126,7 +127,7 @@ def test_stopped_anywhere_nothing_is_left_behind(
     kind: str, point: str, way: Any, model: Any, untouched: dict[str, Any], tmp_path: Path
 ) -> None:
     """Hooks, gradients, flags as they were; the next run gives the same numbers."""
-    calls = Interrupt(0)
+    calls = as_own(Interrupt(0))  # a user's hook would be kept out of the tiles
     with model.hooks(**{f"{way}_hooks": [(point, calls)]}):
         wanted = run(model, kind, 40)
     times = -calls.left
@@ -136,7 +137,7 @@ def test_stopped_anywhere_nothing_is_left_behind(
     parameter.grad = torch.ones_like(parameter)  # the user's own
     before = snapshot_of(model)
     for after in random.Random(f"{kind} {point}").sample(range(times), min(2, times)):
-        stop = {f"{way}_hooks": [(point, Interrupt(after + 1))]}
+        stop = {f"{way}_hooks": [(point, as_own(Interrupt(after + 1)))]}
         with pytest.raises(KeyboardInterrupt), model.hooks(**stop):
             run(model, kind, 40, checkpoint_dir=tmp_path / str(after))
         assert snapshot_of(model) == before

@@ -4,6 +4,10 @@
 backward runs and keeps what it reduces them to, so nothing of the size of all activations has to
 outlive its layer. No parameter takes part: their ``.grad`` and ``requires_grad`` stay as they are,
 and the gradient starts at detached embeddings, so frozen models work too.
+
+The user's hooks are part of the model. What is read at a HookPoint is the value after its own
+edits, times the gradient at that value: what a hook replaced by constants has relevance there, as a
+bias has, and none of it goes on to where the replaced value came from.
 """
 
 from __future__ import annotations
@@ -21,12 +25,14 @@ from .attachment import Attachment, HookFn
 from .context import plan
 from .coverage_table import Coverage
 from .errors import ModelStateError
+from .handed_on import handed_on, started, writable
 from .hook_rules import HookWatch, rules_in_hooks
 from .placement import attached, check_ready, check_single, reading_hooks
 from .precision import first_gradient, plain
 from .rules import at_least_float32
 from .rulesets import RuleSet, get_rule_set
 from .sites import LEAVES
+from .user_hooks import restarted, user_hooks
 
 Sink = Callable[[Tensor, Tensor], None]
 
@@ -79,7 +85,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, sink: Sink) -> Tensor:
         ctx.save_for_backward(x)
         ctx.sink = sink
-        return x.view_as(x)
+        return handed_on(x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
@@ -193,15 +199,18 @@ def run_each(
 
     def make_leaf(tensor: Tensor, hook: Any) -> Tensor:
         leaves[hook.name] = tensor.detach().requires_grad_(True)
-        return leaves[hook.name]
+        return started(leaves[hook.name])
 
     before, after = arranged(model, attachments, readings)
     hook_dict = model.hook_dict
     starts = [(name, make_leaf) for name in LEAVES if name in hook_dict]
+    hooks = user_hooks(model)
     with frozen_parameters(model):
         with (
             ExitStack() as stack,
             rules_in_hooks(model, get_rule_set(rule_set), coverage, watch=hook_watch),
+            writable(any(hook.is_forward for hook in hooks)),
+            restarted(hooks) as constants,
             reading_hooks(model, [*starts, *before]),
             attached(model, attachments),
             reading_hooks(model, after),
@@ -210,7 +219,7 @@ def run_each(
                 stack.enter_context(scope)
             logits = model(tokens, **forward_kwargs)
             values = [check_value(objective(logits)) for objective in objectives]
-        ends = [logits, *leaves.values()] if logits.requires_grad else []
+        ends = [logits, *leaves.values(), *constants] if logits.requires_grad else []
         for which, value in enumerate(values):
             begin, more = first_gradient(model, value), which + 1 < len(values)
             keep = more or (hook_watch is not None and bool(hook_watch.edits))

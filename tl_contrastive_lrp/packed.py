@@ -21,6 +21,7 @@ from torch import Tensor
 from .attachment import HookFn
 from .backward import frozen_parameters
 from .context import plan
+from .handed_on import started, writable
 from .hook_rules import rules_in_hooks
 from .memory import free_bytes
 from .placement import attached, check_ready, check_single, reading_hooks
@@ -28,6 +29,7 @@ from .precision import first_gradient, is_low, plain
 from .rules import at_least_float32
 from .rulesets import RuleSet
 from .sites import LEAVES
+from .user_hooks import restarted, user_hooks
 
 _SHARE_OF_FREE_MEMORY = 0.5
 # On a CPU more signals at once are no faster (measured: 1 to 64), and cost memory.
@@ -60,25 +62,31 @@ def _recorded(
     hook_dict = model.hook_dict
 
     def start(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return tensor.detach().requires_grad_(True)
+        return started(tensor.detach().requires_grad_(True))
 
     def keep(name: str) -> HookFn:
-        def hook_fn(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
+        def hook_fn(tensor: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
             seen[name] = tensor
+            return None if (ahead := started(tensor)) is tensor else ahead
 
         return hook_fn
 
     starts = [(n, start) for n in LEAVES if n in hook_dict]
     keeps = [(name, keep(name)) for name in names]
+    hooks = user_hooks(model)
     with frozen_parameters(model):
         with (
             rules_in_hooks(model, rule_set),
+            writable(any(hook.is_forward for hook in hooks)),
+            restarted(hooks),
             reading_hooks(model, [*starts, *keeps]),
             attached(model, attachments),
         ):
             value = objective(model(tokens))
         first, ends = first_gradient(model, value), [seen[n] for n in names]
-        gradients = torch.autograd.grad(value, ends, first, retain_graph=True)
+        gradients = torch.autograd.grad(
+            value, ends, first, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
         yield seen, dict(zip(names, gradients, strict=True))
 
 
@@ -102,7 +110,9 @@ def edge_by_dimension(
     with _recorded(model, tokens, objective, rule_set, names) as (seen, at):
         signal = torch.zeros_like(at[target[0]])
         signal[0, target[1]] = at[target[0]][0, target[1]]
-        (back,) = torch.autograd.grad(seen[target[0]], seen[source[0]], signal)
+        (back,) = torch.autograd.grad(
+            seen[target[0]], seen[source[0]], signal, allow_unused=True, materialize_grads=True
+        )
         h, g = seen[source[0]].detach()[0, source[1]], plain(back)[0, source[1]]
     return (at_least_float32(h) * at_least_float32(g)).cpu()
 
@@ -188,11 +198,20 @@ def _transition(
         signals[torch.arange(len(part)), 0, part] = g[0, part]
         try:
             if len(part) == 1:
-                (back,) = torch.autograd.grad(target, source, signals[0], retain_graph=True)
+                (back,) = torch.autograd.grad(
+                    target, source, signals[0], retain_graph=True,
+                    allow_unused=True, materialize_grads=True,
+                )  # fmt: skip
                 back = plain(back)[None]
             else:
                 (back,) = torch.autograd.grad(
-                    target, source, signals, retain_graph=True, is_grads_batched=True
+                    target,
+                    source,
+                    signals,
+                    retain_graph=True,
+                    is_grads_batched=True,
+                    allow_unused=True,
+                    materialize_grads=True,
                 )
         except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain one on the CPU
             if chunk == 1 or "memory" not in str(error).lower():

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .errors import ModelStateError
+from .handed_on import handed_on
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -188,7 +189,7 @@ class _Watch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return x.view_as(x)
+        return handed_on(x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .handed_on import handed_on
+
 Ratio = Callable[[Tensor], Tensor]
 
 
@@ -34,7 +36,7 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float | Tensor) -> Tensor:
         ctx.factor = factor
-        return x.view_as(x)
+        return handed_on(x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
@@ -69,7 +71,7 @@ class _LinearNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, normalized: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(normalized, scale, weight)
-        return y.view_as(y)
+        return handed_on(y)
 
     @staticmethod
     @once_differentiable
@@ -108,7 +110,7 @@ class _Normalized(torch.autograd.Function):
     def forward(ctx: Any, n: Tensor, x: Tensor, eps: float, centred: bool) -> Tensor:
         ctx.save_for_backward(x)
         ctx.eps, ctx.centred = eps, centred
-        return n.view_as(n)
+        return handed_on(n)
 
     @staticmethod
     @once_differentiable
@@ -122,7 +124,7 @@ class _Weighted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, n: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG004
         ctx.save_for_backward(weight)
-        return y.view_as(y)
+        return handed_on(y)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None]:
@@ -159,7 +161,7 @@ def weighted(
 class _Ordinary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:  # noqa: ARG004
-        return y.view_as(y)
+        return handed_on(y)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:  # noqa: ARG004
@@ -180,7 +182,7 @@ class _Ratio(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, ratio: Ratio) -> Tensor:
         ctx.save_for_backward(x)
         ctx.ratio = ratio
-        return y.view_as(y)
+        return handed_on(y)
 
     @staticmethod
     @once_differentiable
@@ -205,7 +207,7 @@ class _GatedProduct(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, gate: Tensor, up: Tensor, ratio: Ratio) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.ratio = ratio
-        return y.view_as(y)
+        return handed_on(y)
 
     @staticmethod
     @once_differentiable

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .errors import ModelStateError
+from .handed_on import handed_on
 from .rules import identity
 
 
@@ -41,7 +42,7 @@ class _CorrectSoftcap(torch.autograd.Function):
         ctx.save_for_backward(v, tanh)
         ctx.where = where
         ctx.before = before
-        return x.view_as(x)
+        return handed_on(x)
 
     @staticmethod
     @once_differentiable

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .errors import ModelStateError
+from .handed_on import handed_on, is_constant
 from .precision import WideGradient
 from .rules import at_least_float32
 
@@ -42,7 +43,7 @@ class _SoftmaxTemperature(torch.autograd.Function):
     def forward(ctx: Any, pattern: Tensor, unrounded: Tensor, temperature: float) -> Tensor:
         ctx.save_for_backward(pattern, unrounded)
         ctx.temperature = temperature
-        return pattern.view_as(pattern)
+        return handed_on(pattern)
 
     @staticmethod
     @once_differentiable
@@ -133,6 +134,8 @@ def sink_temperature(
     if pattern.grad_fn is None:  # a constant or a leaf: nothing goes further back
         return pattern
     softmax = _softmax_above(pattern)
+    if softmax is None and is_constant(pattern):  # a user's hook put it there
+        return pattern
     if softmax is None:
         raise ModelStateError(
             f"The rule for the softmax at {where} needs the softmax that made the pattern, and "

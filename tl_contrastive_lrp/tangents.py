@@ -22,6 +22,7 @@ from torch import Tensor
 from .attach_inside import where_computed
 from .attach_norm import norm_weight, uses_native_norm
 from .attachment import HookFn
+from .handed_on import is_writable
 from .inside import MATRIX_PRODUCTS, OperationRules
 from .inside_norms import NORMS, NormCall, is_root
 from .placement import public_name
@@ -41,6 +42,7 @@ class BlockCall:
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    copied: bool = False
 
     @contextmanager
     def recorded(self, block: Any) -> Iterator[None]:
@@ -49,6 +51,9 @@ class BlockCall:
         def pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
             self.args = tuple(map(_reusable, args))
             self.kwargs = {name: _reusable(value) for name, value in kwargs.items()}
+            self.copied = is_writable()
+            if self.copied:
+                self.args, self.kwargs = self.again()
 
         handle = block.register_forward_pre_hook(pre_hook, with_kwargs=True)
         try:
@@ -56,12 +61,22 @@ class BlockCall:
         finally:
             handle.remove()
 
+    def again(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for a call in which a user's hook may write into them."""
+        if not self.copied:
+            return self.args, self.kwargs
+        return tuple(map(_copied, self.args)), {k: _copied(v) for k, v in self.kwargs.items()}
+
 
 def _reusable(value: Any) -> Any:
     """An argument fit for a second call: no graph, and no cache that holds this prompt's keys."""
     if hasattr(value, "get_seq_length"):
         return None
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def tangent_of(x: Tensor) -> Tensor:
@@ -244,7 +259,8 @@ def block_tangents(
         stack.enter_context(forward_ad.dual_level())
         stack.enter_context(model.hooks(fwd_hooks=named))
         try:
-            model.blocks[layer](*call.args, **call.kwargs)
+            args, kwargs = call.again()
+            model.blocks[layer](*args, **kwargs)
         except _Stop:
             return read["v"], read["scores"]
     raise RuntimeError(f"blocks.{layer} never computed attention scores.")

@@ -18,11 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .handed_on import constant_leaf, started
 from .placement import _MARK
 
 Kind = Literal["forward", "forward_pre", "backward", "backward_pre"]
@@ -35,6 +36,14 @@ _TABLES: dict[Kind, str] = {
 }
 _LIBRARIES = ("transformer_lens.", "transformers.", "accelerate.", "torch.", "tl_contrastive_lrp.")
 _MISSING = object()
+_OWN = "_tl_contrastive_lrp_own"
+_Fn = TypeVar("_Fn", bound=Callable[..., Any])
+
+
+def as_own(fn: _Fn) -> _Fn:
+    """Mark a hook function as no user's: it is left on the model where theirs are set aside."""
+    setattr(fn, _OWN, True)
+    return fn
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +159,9 @@ def user_hooks(model: Any) -> tuple[UserHook, ...]:
             for key, registered in getattr(point, attribute).items():
                 handle = given.get(key)
                 if handle is not None and (
-                    _is_own(handle) or getattr(handle.user_hook, _MARK, False)
+                    _is_own(handle)
+                    or getattr(handle.user_hook, _MARK, False)
+                    or getattr(handle.user_hook, _OWN, False)
                 ):
                     continue
                 fn = registered if handle is None else handle.user_hook or registered
@@ -317,4 +328,55 @@ def observed(hooks: Iterable[UserHook], *, gradients: bool = False) -> Iterator[
     finally:
         for hook, fn in watched:
             if hook.key in hook.table:  # it may have removed itself
+                hook.table[hook.key] = fn
+
+
+def _restarting(
+    hook: UserHook, fn: Callable[..., Any], constants: list[Tensor]
+) -> Callable[..., Any]:
+    at = -1 if hook.kind == "forward" else 0
+
+    def restarting(module: Any, *args: Any) -> Any:
+        had = any(x.requires_grad for x in _tensors(args[at]))
+        returned = fn(module, *args)
+        if not had or not torch.is_grad_enabled():
+            return returned
+
+        def of(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                if value.requires_grad or not value.is_floating_point():
+                    return value
+                constants.append(constant_leaf(value))
+                return started(constants[-1])
+            if type(value) in (tuple, list):
+                return type(value)(map(of, value))
+            return value
+
+        return returned if any(x.requires_grad for x in _tensors(returned)) else of(returned)
+
+    return restarting
+
+
+@contextmanager
+def restarted(hooks: Iterable[UserHook]) -> Iterator[list[Tensor]]:
+    """A constant that a hook puts in the place of a computed value starts a gradient of its own.
+
+    So relevance can be read at it and below it, as at any other value; what lies above it is cut
+    off all the same.
+
+    Args:
+        hooks: From ``user_hooks``.
+
+    Yields:
+        The constants of the forward inside the block, as leaves.
+    """
+    constants: list[Tensor] = []
+    wrapped = [(hook, hook.table[hook.key]) for hook in hooks if hook.is_forward]
+    try:
+        for hook, fn in wrapped:
+            hook.table[hook.key] = _restarting(hook, fn, constants)
+        yield constants
+    finally:
+        for hook, fn in wrapped:
+            if hook.key in hook.table:
                 hook.table[hook.key] = fn
