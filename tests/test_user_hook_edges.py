@@ -33,8 +33,14 @@ def sites_of(model: Any) -> list[str]:
     return [*(f"blocks.{i}.hook_resid_pre" for i in range(n)), f"blocks.{n - 1}.hook_resid_post"]
 
 
-def true_edges(model: Any, rules: str, hooks: Sequence[Hook], ids: Tensor) -> list[Tensor]:
-    """A[target, source] of every block's transition, one backward a target."""
+def true_edges(
+    model: Any,
+    rules: str,
+    hooks: Sequence[Hook],
+    ids: Tensor,
+    names: Sequence[str] = (),
+) -> list[Tensor]:
+    """A[target, source] of every transition between neighbouring sites, one backward a target."""
     kept: dict[str, Tensor] = {}
 
     def start(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
@@ -46,7 +52,7 @@ def true_edges(model: Any, rules: str, hooks: Sequence[Hook], ids: Tensor) -> li
 
         return hook_fn
 
-    names = sites_of(model)
+    names = names or sites_of(model)
     with (
         model.hooks(fwd_hooks=list(hooks)),
         clrp.lrp(model, rules),
@@ -150,6 +156,19 @@ def test_spliced_sparse_autoencoders(point: str) -> None:
         wanted = true_edges(model, "attnlrp", hooks, IDS)
         graph = graph_with(model, "attnlrp", hooks, IDS)
     assert largest_error(graph, wanted, sites_of(model)) < 1e-10
+
+
+@pytest.mark.parametrize("case", ["attention zeroed at positions", "steered values", "neurons"])
+def test_sublayers(case: str) -> None:
+    point, edit = BY_POSITION[case]
+    hooks = [(f"blocks.0.{point}", hook_of(edit))]
+    model = boot("qwen3", F64)
+    pre, post = sites_of(model)[:-1], sites_of(model)[-1]
+    names = [name for p in pre for name in (p, p.replace("resid_pre", "resid_mid"))] + [post]
+    with true_float64(model):
+        wanted = true_edges(model, "attnlrp", hooks, IDS, names)
+        graph = graph_with(model, "attnlrp", hooks, IDS, granularity="sublayer")
+    assert largest_error(graph, wanted, names) < 1e-10
 
 
 def _mean_of_a_head(x: Tensor) -> Tensor:

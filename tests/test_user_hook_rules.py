@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from families import boot, make_hf, random_tokens, true_float64
-from hooking import delta, objective_of, off
+from hooking import delta, fresh, objective_of, off
 from sparse_autoencoder import ERRORS, KINDS, Error, Kind, SparseAutoencoder
 from torch import Tensor
 from written import Written
@@ -242,3 +242,58 @@ def test_lookers_leave_no_row_and_editors_one() -> None:
     assert row.class_name == "user hook patched"
     assert (row.component, row.operation, row.rule) == (OUT, "replacement", "constant")
     assert len(seen) == 9
+
+
+def test_what_is_said_before_any_hook_has_run() -> None:
+    model = boot("qwen3")
+    assert clrp.audit(model).hooks == ()
+    with model.hooks(fwd_hooks=[(OUT, bend)]):
+        report = clrp.audit(model)
+        (row,) = (row for row in clrp.coverage(model).rows if row.component == OUT)
+    assert report.hooks == (OUT,)
+    assert report.clean
+    assert f"hooks that you put at {OUT} are not part of this audit" in str(report)
+    assert (row.class_name, row.attached) == ("user hook bend", "seen when it runs")
+    assert clrp.audit(model).hooks == ()
+
+
+def test_torch_hooks_on_modules_are_audited_with_the_model() -> None:
+    """A hook on a module that is no HookPoint is not set aside: the audit runs with it."""
+    model, ids = boot("qwen3"), random_tokens(1)
+    clrp.attribute(model, ids, objective_of(model))
+    handle = model.blocks[0].mlp.register_forward_hook(lambda module, args, out: torch.sin(out))  # noqa: ARG005
+    try:
+        with pytest.raises(UncoveredComponentError, match="Sin"):
+            clrp.attribute(model, ids, objective_of(model))
+    finally:
+        handle.remove()
+    clrp.attribute(model, ids, objective_of(model))
+
+
+def test_a_module_in_a_hookpoints_place_is_refused_with_what_to_type() -> None:
+    """SAELens' bridge takes the HookPoint out and puts its own module there."""
+    model, ids = fresh("qwen3"), random_tokens(1)
+    sae = SparseAutoencoder(24, "relu").eval()
+    taken, model.blocks[0].mlp.hook_out = model.blocks[0].mlp.hook_out, sae
+    with pytest.raises(UncoveredComponentError, match=r"SparseAutoencoder.*fwd_hooks=\[\("):
+        clrp.attribute(model, ids, objective_of(model))
+    model.blocks[0].mlp.hook_out = taken
+    with model.hooks(fwd_hooks=[(OUT, hook_of(sae))]):
+        clrp.attribute(model, ids, objective_of(model))
+
+
+def test_reading_and_editing_inside_an_autoencoder() -> None:
+    """Its own HookPoints may be read, and features changed, as SAELens' users do."""
+    sae, kept = SparseAutoencoder(24, "jumprelu", "constant").to(F64), []
+
+    def ablate(acts: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        kept.append(acts)
+        return acts * (torch.arange(acts.shape[-1]) != 3)
+
+    off_by_one = SparseAutoencoder(24, "jumprelu", "none").to(F64)
+    with torch.no_grad():
+        off_by_one.W_dec[3] = 0.0
+    sae.hook_sae_acts_post.add_hook(ablate)
+    sae.error = "none"
+    compare("qwen3", OUT, sae, off_by_one.written)
+    assert kept

@@ -135,7 +135,7 @@ class HookedBlock:
 
         def pre_hook(point: Any, args: tuple[Any, ...]) -> None:
             z = args[0]
-            if self.at_z is None or not isinstance(z, Tensor) or not z.requires_grad:
+            if self.at_z is None or not getattr(z, "requires_grad", False):
                 return
             value, convert = z.detach(), getattr(point.hook_conversion, "convert", lambda x: x)
 

@@ -140,7 +140,7 @@ class HookedEdges:
                 if not self.quiet:
                     self._gradients[name] = g.detach()
 
-            def hook_fn(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
+            def hook_fn(tensor: Any, hook: Any) -> None:  # noqa: ARG001
                 if tensor.requires_grad:
                     self._at[name] = tensor
                     tensor.register_hook(note)

@@ -264,8 +264,8 @@ class HookWatch:
         def watched(module: Any, args: Any, output: Any) -> Any:
             if caller() is not me:
                 return fn(module, args, output)
-            user = next((h.user_hook for h in point.fwd_hooks if h.hook.id == key()), None) or fn
-            if is_package_hook(user) or not torch.is_grad_enabled():
+            user, own = _function(point, key(), fn)
+            if own or not torch.is_grad_enabled():
                 return fn(module, args, output)
             return self._call(str(point.name), user, lambda: fn(module, args, output), output)
 
@@ -381,11 +381,17 @@ def _same_places(after: list[Tensor], given: list[Tensor]) -> bool:
     )
 
 
-def is_package_hook(function: Any) -> bool:
-    """Whether a hook function is this package's own, or TransformerLens' permanent one."""
-    home = __name__.rpartition(".")[0]
-    module = getattr(function, "__module__", None) or ""
-    return is_rule(function) or module.startswith(f"{home}.")
+def _function(point: Any, key: int, fn: Any) -> tuple[Any, bool]:
+    """The function behind a torch hook on a HookPoint, and whether it is not the user's.
+
+    This package's own are not, nor those that TransformerLens put there for good.
+    """
+    handle = next((h for h in getattr(point, "fwd_hooks", ()) if h.hook.id == key), None)
+    user = fn if handle is None else handle.user_hook or fn
+    home, module = __name__.rpartition(".")[0], getattr(user, "__module__", None) or ""
+    permanent = handle is not None and bool(handle.is_permanent)
+    own = is_rule(user) or module.startswith(f"{home}.")
+    return user, own or (permanent and module.startswith("transformer_lens."))
 
 
 def hooked_points(model: Any) -> frozenset[str]:
@@ -394,9 +400,7 @@ def hooked_points(model: Any) -> frozenset[str]:
     for name, point in model.hook_dict.items():
         if not getattr(point, "_forward_hooks", None):
             continue
-        functions = {h.hook.id: h.user_hook for h in point.fwd_hooks}
-        own = (functions.get(key) or fn for key, fn in point._forward_hooks.items())
-        if not all(map(is_package_hook, own)):
+        if not all(_function(point, key, fn)[1] for key, fn in point._forward_hooks.items()):
             found.append(name)
     return frozenset(found)
 
@@ -407,8 +411,9 @@ def rows_to_come(model: Any) -> list[CoverageRow]:
     for name in hooked_points(model):
         point = model.hook_dict[name]
         for handle in point.fwd_hooks:
-            if not is_package_hook(handle.user_hook):
-                shown = f"user hook {name_of(handle.user_hook)}"
+            user, own = _function(point, handle.hook.id, handle.user_hook)
+            if not own:
+                shown = f"user hook {name_of(user)}"
                 rows[CoverageRow(str(point.name), shown, "?", "?", "seen when it runs")] = None
     return list(rows)
 
