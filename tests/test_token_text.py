@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from browser import browser, probe, visit
 from cli_runs import Run, typed_next
 from tokenizer_forms import FORMS, TEXTS, boot, saved
 
@@ -19,6 +22,7 @@ from tl_contrastive_lrp.cli.prompt import token_ids, token_word
 from tl_contrastive_lrp.errors import TokenError
 from tl_contrastive_lrp.graph_view import view_of
 from tl_contrastive_lrp.prompts import str_tokens, to_token_ids, token_names
+from tl_contrastive_lrp.render import colored_tokens, page
 from tl_contrastive_lrp.render.graph import graph_html
 from tl_contrastive_lrp.render.text import part_marks, script_json, visible_tokens, with_parts
 from tl_contrastive_lrp.report import report_of
@@ -266,6 +270,25 @@ def test_parts_of_a_character_are_marked_in_pictures() -> None:
     assert "of the tokens that make one character" in picture
     view = graph_html(view_of(clrp.attribution_graph(model, ids, clrp.top_logit())))
     assert all(f"𒐫{mark}" in view for mark in marks)
+
+
+@browser
+def test_text_is_found_across_the_parts_of_a_character(tmp_path: Path) -> None:
+    """The marks are no text: a search for what was written finds it, and its tokens."""
+    tokens = [" w"] * 1200
+    tokens[600:606] = [" 龍", "", "", "を", "見", "る"]
+    values = np.full(1200, 0.001)
+    values[602] = 1.0
+    html = page([colored_tokens(tokens, values)], "parts")
+    body = """
+      const said = await find('龍を見');
+      await enter();
+      return [said, now(), all('.lrp-now').map(span => span.textContent)];
+    """
+    said, hit, shown = visit(tmp_path, html, probe(body)).probe
+    assert said.startswith("1 found")
+    assert hit == [600, 601, 602, 603, 604]
+    assert shown == [" 龍¹⁄₃", "²⁄₃", "³⁄₃", "を", "見"]
 
 
 def test_only_empty_texts_after_a_long_character_are_parts_of_it() -> None:
