@@ -6,23 +6,30 @@ The truth is the tokenizers' own: ids, vocabulary entries, and the text that the
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tokenizer_forms import FORMS, TEXTS, boot
+from browser import browser, probe, visit
+from cli_runs import Run, typed_next
+from tokenizer_forms import FORMS, TEXTS, boot, saved
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.cli.prompt import token_ids, token_word
 from tl_contrastive_lrp.errors import TokenError
 from tl_contrastive_lrp.graph_view import view_of
 from tl_contrastive_lrp.prompts import str_tokens, to_token_ids, token_names
+from tl_contrastive_lrp.render import colored_tokens, page
 from tl_contrastive_lrp.render.graph import graph_html
 from tl_contrastive_lrp.render.text import part_marks, script_json, visible_tokens, with_parts
 from tl_contrastive_lrp.report import report_of
 from tl_contrastive_lrp.token_text import printed
 
-SENTENCEPIECE = ("llama2", "gemma", "t5", "unigram-bytes")
+pytest_plugins = ("cli_fixtures",)
+
 WITH_BYTES = ("llama2", "gemma", "unigram-bytes")
 
 
@@ -222,28 +229,66 @@ def test_a_character_of_several_tokens_is_whole_at_the_first(form: str) -> None:
     assert cut[at:] == ("<0xF0>", "<0x92>")
 
 
+@pytest.mark.parametrize("form", ["llama2", "gpt2"])
+def test_the_command_line_prints_what_it_understands(form: str, run: Run) -> None:
+    prompt = "the going is"
+    common = ("explain", "--model", saved(form), "--prompt", prompt)
+    done = run(*common)
+    rows = run(*common, "--json").json["candidates"]
+    names = [printed(row["token"], row["id"]) for row in rows]
+    for row, name in zip(rows, names, strict=True):
+        assert re.search(rf"{re.escape(name)} +{row['id']} ", done.out), name
+    told = run(*common, "--target", names[3], "--contrast", names[7], "--json").json
+    assert told["target"]["ids"] == [rows[3]["id"]]
+    assert told["contrast"]["ids"] == [rows[7]["id"]]
+    assert "".join(row["token"] for row in told["tokens"]).removeprefix("<s>").strip() == prompt
+    again = shlex.split(typed_next(done))[1:]
+    told = run(*again, "--json").json
+    assert told["target"]["ids"] == [rows[0]["id"]]
+    assert told["contrast"]["ids"] == [rows[1]["id"]]
+
+
 def test_parts_of_a_character_are_marked_in_pictures() -> None:
     """Version 0.1 showed U+FFFD for each; now the character, once, and which part each token is."""
     model = boot("gpt2")
-    ids = torch.tensor(model.tokenizer("a🦀, ж")["input_ids"])
+    ids = torch.tensor(model.tokenizer("a𒐫, ж")["input_ids"])
     texts = str_tokens(model, ids.tolist())
-    at = texts.index("🦀")
+    at = texts.index("𒐫")
     marks = ["¹⁄₄", "²⁄₄", "³⁄₄", "⁴⁄₄"]
     assert part_marks(texts)[at : at + 5] == [*marks, ""]
-    assert visible_tokens(texts)[at : at + 4] == ["🦀¹⁄₄", *marks[1:]]
-    assert with_parts(texts)[at : at + 4] == [f"🦀{mark}" for mark in marks]
+    assert visible_tokens(texts)[at : at + 4] == ["𒐫¹⁄₄", *marks[1:]]
+    assert with_parts(texts)[at : at + 4] == [f"𒐫{mark}" for mark in marks]
     result = clrp.attribute(model, ids, clrp.top_logit(), progress=False)
     report = report_of(result)
     shown = re.findall(r'data-i="(\d+)"[^>]*title="«([^»]*)»[^>]*>([^<]*)</span>', report)
     for part, mark in enumerate(marks):
-        assert (str(at + part), f"🦀{mark}", ("" if part else "🦀") + mark) in shown
+        assert (str(at + part), f"𒐫{mark}", ("" if part else "𒐫") + mark) in shown
     assert "of the tokens that make one character" in report
     assert "\ufffd" not in report
     picture = result.show().local_src
     assert all(f'"{script_json(mark)[1:-1]}"' in picture for mark in marks[1:])
     assert "of the tokens that make one character" in picture
     view = graph_html(view_of(clrp.attribution_graph(model, ids, clrp.top_logit())))
-    assert all(f"🦀{mark}" in view for mark in marks)
+    assert all(f"𒐫{mark}" in view for mark in marks)
+
+
+@browser
+def test_text_is_found_across_the_parts_of_a_character(tmp_path: Path) -> None:
+    """The marks are no text: a search for what was written finds it, and its tokens."""
+    tokens = [" w"] * 1200
+    tokens[600:606] = [" 龍", "", "", "を", "見", "る"]
+    values = np.full(1200, 0.001)
+    values[602] = 1.0
+    html = page([colored_tokens(tokens, values)], "parts")
+    body = """
+      const said = await find('龍を見');
+      await enter();
+      return [said, now(), all('.lrp-now').map(span => span.textContent)];
+    """
+    said, hit, shown = visit(tmp_path, html, probe(body)).probe
+    assert said.startswith("1 found")
+    assert hit == [600, 601, 602, 603, 604]
+    assert shown == [" 龍¹⁄₃", "²⁄₃", "³⁄₃", "を", "見"]
 
 
 def test_only_empty_texts_after_a_long_character_are_parts_of_it() -> None:

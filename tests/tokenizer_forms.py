@@ -74,6 +74,7 @@ _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 def _core(name: str) -> Tokenizer:
     return {
         "gpt2": _gpt2,
+        "prefix-space": _prefix_space,
         "qwen": _qwen,
         "llama3": _llama3,
         "llama2": _llama2,
@@ -97,6 +98,7 @@ FORMS = (
     "bert",
     "clip",
     "words",
+    "prefix-space",
 )
 
 
@@ -129,6 +131,12 @@ def _split() -> Any:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
+
+def _prefix_space() -> Tokenizer:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return _byte_level(core)
 
 
 def _qwen() -> Tokenizer:

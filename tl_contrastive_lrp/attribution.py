@@ -41,14 +41,15 @@ class Attribution:
         neurons: Relevance of each MLP neuron (``hook_post``), if asked for.
         token_ids: The prompt.
         special: Tokenizer's special tokens.
-        str_tokens: Text of each token.
+        str_tokens: What each token contributes to the prompt's text: joined, they are that text.
+            A character of several tokens is at the first; the others are empty.
         sites: HookPoint name of each row of ``resid``.
         delta: Δℓ, the objective's value.
         target_logit: The objective's target term (mean logit of the targets).
         contrast_logit: Its contrast term, if it has one.
         objective: The objective in words, with its sign.
-        target: Text of the target token(s).
-        contrast: Text of what it is contrasted with, "" for nothing.
+        target: Name of the target token(s): typed as a target, it means that token.
+        contrast: Name of what it is contrasted with, "" for nothing.
         rules: Name of the rule set.
         coverage: Which component got which rule.
         ledger: Where Δℓ went.

@@ -40,7 +40,8 @@ class AttributionGraph(GraphTools):
         relevance: Relevance of every node, also of those without an edge.
         token_ids: The prompt.
         special: Tokenizer's special tokens.
-        str_tokens: Text of each token.
+        str_tokens: What each token contributes to the prompt's text: joined, they are that text.
+            A character of several tokens is at the first; the others are empty.
         source_site, target_site: Indices into ``sites``, int16.
         source_pos, target_pos: Positions, int32.
         weight: A[target_pos, source_pos] of the transition, logits.

@@ -125,7 +125,9 @@ def _read_form(tokenizer: Any, size: int) -> _Form:
             space = step["replacement"]
         elif step.get("type") == "Replace" and step.get("content") == " ":
             space = step["pattern"].get("String", "")
-    added = {int(i): str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+    added = {
+        int(i): str(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
+    }
     return _Form(
         size,
         byte_level="ByteLevel" in kinds,
@@ -217,7 +219,8 @@ def readings(tokenizer: Any, text: str) -> tuple[int, ...]:
     if exact and form.space and form.space in text:
         return tuple(sorted(exact))
     ids = _encoded(tokenizer, text)
-    if len(ids) == 1 and (ids[0] != tokenizer.unk_token_id or text == tokenizer.unk_token):
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if len(ids) == 1 and (ids[0] != unknown or text == tokenizer.unk_token):
         exact |= set(ids)
     if not exact and form.byte_fallback and len(text.encode()) == 1:
         exact = _with_entry(tokenizer, f"<0x{ord(text):02X}>")

@@ -70,7 +70,8 @@ def part_marks(tokens: Sequence[str]) -> list[str]:
     A character of several tokens stands whole in the text of the first, and the texts of the
     others are empty (``tl_contrastive_lrp.token_text``). So empty texts after a character that
     UTF-8 writes with several bytes are its parts, as many as it has bytes at most. All other
-    tokens have the mark "".
+    tokens have the mark "": also one that ends a character and goes on with text of its own,
+    which shows that text.
     """
     marks = [""] * len(tokens)
     for at in [i for i, token in enumerate(tokens) if not token and i and tokens[i - 1]]:
