@@ -62,32 +62,32 @@ def test_chat_and_answer_keep_the_templates_ids(run: Run, form: str) -> None:
 def test_prepend_bos_is_an_option(run: Run, command: str, form: str) -> None:
     common = (command, "--model", forms.folder(form), "--prompt", OTHER, *SIDES, "--json")
     deltas: dict[str, Any] = {}
-    for option, bos in (("--prepend-bos", True), ("--no-prepend-bos", False)):
+    for option, bos in (("--bos", True), ("--no-bos", False)):
         done = run(*common, option, "--dtype", "float64")
         assert (done.code, done.err) == (0, "")
         logits = true_logits(form, own_ids(form, OTHER, bos))
         deltas[option] = float(logits[200] - logits[210])
         assert done.json["delta"] == pytest.approx(deltas[option], abs=1e-9)
     done = run(*common, "--dtype", "float64")
-    default = "--no-prepend-bos" if form == "qwen-bos" else "--prepend-bos"
+    default = "--no-bos" if form == "qwen-bos" else "--bos"
     assert done.json["delta"] == pytest.approx(deltas[default], abs=1e-9)
     assert bool(done.json["notes"]) == (form != "llama3")
     if form != "llama3":
         assert done.err.count("Note: ") == 1
         assert "prepend_bos=" not in done.err
-        for option in ("--prepend-bos", "--no-prepend-bos"):
+        for option in ("--bos", "--no-bos"):
             assert option in done.err
         assert run(*common, "--quiet").err == ""
 
 
 def test_the_command_to_type_next_keeps_the_option(run: Run) -> None:
-    for option in ("--prepend-bos", "--no-prepend-bos"):
+    for option in ("--bos", "--no-bos"):
         listed = run("explain", "--model", forms.folder("smollm"), "--prompt", OTHER, option)
         assert listed.code == TEXT
         line = shlex.split(typed_next(listed))
         assert option in line
         done = run(*line[1:], "--json")
-        assert ids_of(done) == own_ids("smollm", OTHER, option == "--prepend-bos")
+        assert ids_of(done) == own_ids("smollm", OTHER, option == "--bos")
 
 
 def test_a_prompt_that_begins_with_bos_gets_no_second_one(run: Run) -> None:
@@ -96,14 +96,14 @@ def test_a_prompt_that_begins_with_bos_gets_no_second_one(run: Run) -> None:
     done = run(*common)
     assert ids_of(done) == own_ids("smollm", text)
     assert "no second one was put before it" in done.err
-    done = run(*common, "--prepend-bos")
+    done = run(*common, "--bos")
     assert ids_of(done) == own_ids("smollm", text, True)
     assert done.err.count("twice") == done.err.count("Note: ") == 1
 
 
 def test_check_verifies_on_the_prompt_that_is_meant(run: Run) -> None:
     common = ("check", forms.folder("smollm"), "--verify", "--prompt", OTHER, "--json")
-    for options, bos in (((), True), (("--prepend-bos",), True), (("--no-prepend-bos",), False)):
+    for options, bos in (((), True), (("--bos",), True), (("--no-bos",), False)):
         done = run(*common, *options)
         assert done.code == 0, done
         told = done.json
@@ -113,9 +113,9 @@ def test_check_verifies_on_the_prompt_that_is_meant(run: Run) -> None:
 
 def test_options_that_make_no_sense(run: Run) -> None:
     folder = forms.folder("smollm")
-    done = run("explain", "--model", folder, "--prompt", "a", "--chat", "--no-prepend-bos")
+    done = run("explain", "--model", folder, "--prompt", "a", "--chat", "--no-bos")
     assert done.code == USAGE
     assert "without --chat" in words(done.err.replace("│", " "))
-    done = run("check", folder, "--verify", "--prepend-bos")
+    done = run("check", folder, "--verify", "--bos")
     assert done.code == USAGE
     assert "go with --prompt" in words(done.err.replace("│", " "))

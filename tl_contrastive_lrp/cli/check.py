@@ -73,7 +73,7 @@ def check_command(
     if prompt == "":
         raise typer.BadParameter("--prompt is empty.")
     if prepend_bos is not None and prompt is None:
-        raise typer.BadParameter("--prepend-bos and --no-prepend-bos go with --prompt.")
+        raise typer.BadParameter("--bos and --no-bos go with --prompt.")
     with exit_codes(debug):
         spins = not (quiet or json)
         with progress("Loading the model", spins):

@@ -43,8 +43,8 @@ def again(
         if isinstance(value, Enum):
             value = value.value
         # By identity: a 0 is a number that was typed, although it equals False.
-        if name == "prepend_bos" and value is False:
-            words.append("--no-prepend-bos")
+        if name == "prepend_bos" and value is not None:
+            words.append("--bos" if value else "--no-bos")
             continue
         if value is None or value is False or value == "" or _DEFAULTS.get(name) == value:
             continue

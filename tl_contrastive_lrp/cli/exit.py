@@ -72,8 +72,8 @@ _TYPED = {
     "memory='plain'": "--memory plain",
     "memory='tiled'": "--memory tiled",
     "checkpoint_dir": "--checkpoint-dir",
-    "prepend_bos=True": "--prepend-bos",
-    "prepend_bos=False": "--no-prepend-bos",
+    "prepend_bos=True": "--bos",
+    "prepend_bos=False": "--no-bos",
     "with mass=0.85, or give threshold= or top_k=": "with --mass 0.85, --threshold or --top-k",
 }
 

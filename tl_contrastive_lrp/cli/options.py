@@ -105,7 +105,7 @@ AnswerOption = Annotated[
 PrependBosOption = Annotated[
     bool | None,
     typer.Option(
-        "--prepend-bos/--no-prepend-bos",
+        "--bos/--no-bos",
         help="Whether the prompt begins with the BOS token. Default: as TransformerLens has it for "
         "the model, but never a second one.",
         show_default=False,

@@ -114,7 +114,7 @@ def check_typed(typed: dict[str, Any]) -> None:
         raise typer.BadParameter("--system and --answer go with --chat.")
     if typed["chat"] and typed["prepend_bos"] is not None:
         raise typer.BadParameter(
-            "--prepend-bos and --no-prepend-bos are for a prompt without --chat: the chat template "
+            "--bos and --no-bos are for a prompt without --chat: the chat template "
             "says whether it begins with the BOS token."
         )
 
