@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import TokenError
 from .memory import Memory, cannot, choose, in_smaller_tiles, instead
 from .prompts import str_tokens, to_single_prompt
+from .sites import require_bridge
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -148,6 +149,7 @@ def next_token_table(
         ValueError: an unknown ``memory`` or a wrong ``tile``.
         ModelStateError: it cannot run in tiles, and plainly it does not fit or was not asked for.
     """
+    require_bridge(model)
     if k < 1:
         raise TokenError(f"k={k} lists no candidates; use 1 or more.")
     tokens = to_single_prompt(model, prompt)

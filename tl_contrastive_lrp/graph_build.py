@@ -24,7 +24,7 @@ from .objective import questions
 from .prompts import to_single_prompt
 from .rulesets import DEFAULT_RULES, RuleSet, get_rule_set
 from .selection import Rule
-from .sites import find_sites
+from .sites import find_sites, require_bridge
 
 if TYPE_CHECKING:
     from .prefilled import Prefilled
@@ -138,6 +138,7 @@ def attribution_graph(
         TypeError, TokenError, PromptError, ModelStateError, UncoveredComponentError: as
             ``attribute``.
     """
+    require_bridge(model)
     asked = questions(model, objective, objectives, target, contrast, pos)
     tokens = to_single_prompt(model, prompt)
     if prefilled is not None:

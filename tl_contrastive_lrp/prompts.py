@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .errors import PromptError, TokenError
 from .offload import input_device
+from .sites import require_bridge
 
 
 def vocab_size(model: Any) -> int:
@@ -172,6 +173,7 @@ def to_token_ids(model: Any, tokens: object, role: str) -> tuple[int, ...]:
         TokenError: a string that is not one token (its tokens are shown), an id out of range, an
             empty set.
     """
+    require_bridge(model)
     if isinstance(tokens, Tensor) and tokens.ndim == 1:
         tokens = tokens.tolist()
     several = tokens if isinstance(tokens, list | tuple | set | frozenset) else [tokens]
