@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from cli_runs import MODEL, PROMPT, TEXT, USAGE, Run, typed_next, words
-from families import make_tokenizer, random_tokens
+from families import SPACE, make_tokenizer, random_tokens
 from hooking import delta, fresh
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
@@ -196,6 +196,7 @@ def test_a_peft_model_is_told_what_to_type(folder: Path) -> None:
         lambda: clrp.attribution_graph(adapted, ids, delta),
         lambda: clrp.run_with_relevance(adapted, ids, delta),
         lambda: clrp.next_token_table(adapted, ids),
+        lambda: clrp.logit_diff(adapted, " a", " b"),
         lambda: clrp.lrp_hooks(adapted),
         lambda: clrp.coverage(adapted),
         lambda: clrp.verify(adapted, ids),
@@ -242,7 +243,8 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokenizer.convert_ids_to_tokens(list(range(size))))
     writer.add_token_types([3 if i < 4 else 1 for i in range(size)])
-    writer.add_token_merges([])
+    merged = [token for token in tokenizer.get_vocab() if len(token) == 2 and token[0] == SPACE]
+    writer.add_token_merges([f"{SPACE} {token[1]}" for token in sorted(merged)])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(True)
@@ -282,7 +284,9 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return path, model
 
 
-def test_a_gguf_file_is_dequantised_and_that_is_said(run: Run, gguf_file: tuple[Path, Any]) -> None:
+def test_a_gguf_file_is_dequantised_and_that_is_said(
+    run: Run, gguf_file: tuple[Path, Any], tmp_path: Path
+) -> None:
     path, model = gguf_file
     done = run("explain", "--model", path, "--prompt", "a b c", "--target", "id:33", "--contrast",
                "id:32", "--json")  # fmt: skip
@@ -293,8 +297,9 @@ def test_a_gguf_file_is_dequantised_and_that_is_said(run: Run, gguf_file: tuple[
     with torch.no_grad():
         row = model(ids).logits[0, -1]
     assert told["delta"] == pytest.approx(float(row[33] - row[32]), abs=1e-4)
-    bridge = TransformerBridge.boot_transformers("tiny", hf_model=model, tokenizer=make_tokenizer(),
-                                                 device="cpu")  # fmt: skip
+    model.save_pretrained(tmp_path / "same")
+    make_tokenizer().save_pretrained(tmp_path / "same")
+    bridge = TransformerBridge.boot_transformers(str(tmp_path / "same"), device="cpu")
     wanted = clrp.attribute(bridge, ids, target=33, contrast=32).tokens.tolist()
     assert [r["relevance"] for r in told["tokens"]] == pytest.approx(wanted, abs=1e-4)
     low = run("explain", "--model", path, "--prompt", "a b c", "--contrast", "id:32", "--dtype",

@@ -18,6 +18,7 @@ from .float64 import precise
 from .memory import Memory, cannot, choose, fits_forward, forward_bytes, in_smaller_tiles, instead
 from .objective import one_position
 from .prompts import to_single_prompt, token_names
+from .sites import require_bridge
 from .threads import one_at_a_time
 from .user_hooks import user_hooks
 
@@ -148,6 +149,7 @@ def next_token_table(
         ValueError: an unknown ``memory`` or a wrong ``tile``.
         ModelStateError: it cannot run in tiles, and plainly it does not fit or was not asked for.
     """
+    require_bridge(model)
     if k < 1:
         raise TokenError(f"k={k} lists no candidates; use 1 or more.")
     tokens = to_single_prompt(model, prompt, prepend_bos)

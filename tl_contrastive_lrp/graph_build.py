@@ -24,7 +24,7 @@ from .objective import questions
 from .prompts import single_prompt
 from .rulesets import DEFAULT_RULES, RuleSet, get_rule_set
 from .selection import Rule
-from .sites import find_sites
+from .sites import find_sites, require_bridge
 from .threads import one_at_a_time
 
 if TYPE_CHECKING:
@@ -146,6 +146,7 @@ def attribution_graph(
         TypeError, TokenError, PromptError, ModelStateError, UncoveredComponentError: as
             ``attribute``.
     """
+    require_bridge(model)
     asked = questions(model, objective, objectives, target, contrast, pos)
     given = single_prompt(model, prompt, prepend_bos)
     tokens = given.tokens

@@ -15,6 +15,7 @@ from torch import Tensor
 from .bos import tokenised, warn_once
 from .errors import PromptError, TokenError
 from .offload import input_device
+from .sites import require_bridge
 from .token_text import (
     is_text_of,
     own_text,
@@ -313,6 +314,7 @@ def to_token_ids(model: Any, tokens: object, role: str) -> tuple[int, ...]:
         TokenError: a string that is not one token (its tokens are shown) or may be several (what
             to give for each is shown), an id out of range, an empty set.
     """
+    require_bridge(model)
     if isinstance(tokens, Tensor) and tokens.ndim == 1:
         tokens = tokens.tolist()
     several = tokens if isinstance(tokens, list | tuple | set | frozenset) else [tokens]
