@@ -153,7 +153,7 @@ def test_random_hooks_give_the_models_own_delta_and_autograds_relevance(name: st
     clrp.next_token_table(model, ids, **TILED)  # transformers' own hooks come with the first cache
     before, refused = snapshot_of(model), 0
     with true_float64(model):
-        for point, kind, a, b, rules in drawn(name, 3 * len(KINDS)):
+        for point, kind, a, b, rules in drawn(name, len(KINDS)):
             case = f"{kind} at {point}[{a}:{b}], {rules}"
             edit = edits(a, b, cached_at(model, point))[kind]
             truth = Hooked(hf, {point: written_in(edit, kind)}, rules)
@@ -202,7 +202,7 @@ def test_random_hooks_give_the_models_own_delta_and_autograds_relevance(name: st
             for layer, heads in enumerate(got.heads):
                 z = wanted[f"blocks.{layer}.attn.o.hook_in"].sum(-1)[0].T
                 close(heads, z, largest, case)
-    assert refused <= len(KINDS)
+    assert refused < len(KINDS) / 2
     assert snapshot_of(model) == before
 
 
@@ -266,11 +266,14 @@ def steers_gradient(x: Tensor, hook: Any) -> None:  # noqa: ARG001
         x.register_hook(lambda g: 0.0 * g)
 
 
-EDITORS = (late, guarded, only_in_place_of_data)
-
-
-@pytest.mark.parametrize("edit", EDITORS)
-@pytest.mark.parametrize("point", ["blocks.0.hook_attn_out", "blocks.0.attn.hook_v"])
+@pytest.mark.parametrize(
+    ("point", "edit"),
+    [
+        ("blocks.0.hook_attn_out", late),
+        ("blocks.0.attn.hook_v", guarded),
+        ("blocks.0.hook_mlp_out", only_in_place_of_data),
+    ],
+)
 def test_what_tiles_cannot_honour(point: str, edit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = boot("qwen3", torch.float32), random_tokens(1, 48)
     objective, settings = objective_of(model), {**TILED, "tile": 7 if edit is late else 16}
