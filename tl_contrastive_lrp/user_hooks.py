@@ -331,28 +331,51 @@ def observed(hooks: Iterable[UserHook], *, gradients: bool = False) -> Iterator[
                 hook.table[hook.key] = fn
 
 
+def _sequence() -> int:
+    """Autograd's number of the next node; it grows in order of creation."""
+    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return number
+
+
+def _descends(value: Tensor, since: int, until: int) -> bool:
+    """Whether a value was computed from a node that was made between two numbers.
+
+    A tensor cached in an earlier forward has a graph too, but not of this one.
+    """
+    seen, left = set(), [value.grad_fn]
+    while left:
+        node: Any = left.pop()
+        if node is None or node in seen or hasattr(node, "variable"):
+            continue
+        seen.add(node)
+        number = node._sequence_nr()
+        if since <= number < until:
+            return True
+        if number >= until:
+            left += [above for above, _ in node.next_functions]
+    return False
+
+
 def _restarting(
-    hook: UserHook, fn: Callable[..., Any], constants: list[Tensor]
+    hook: UserHook, fn: Callable[..., Any], constants: list[Tensor], since: int
 ) -> Callable[..., Any]:
     at = -1 if hook.kind == "forward" else 0
 
     def restarting(module: Any, *args: Any) -> Any:
-        had = any(x.requires_grad for x in _tensors(args[at]))
+        had, before = any(x.requires_grad for x in _tensors(args[at])), _sequence()
         returned = fn(module, *args)
         if not had or not torch.is_grad_enabled():
             return returned
+        if any(x.requires_grad and _descends(x, since, before) for x in _tensors(returned)):
+            return returned
 
         def of(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                if value.requires_grad or not value.is_floating_point():
-                    return value
+            if isinstance(value, Tensor) and value.is_floating_point():
                 constants.append(constant_leaf(value))
                 return started(constants[-1])
-            if type(value) in (tuple, list):
-                return type(value)(map(of, value))
-            return value
+            return type(value)(map(of, value)) if type(value) in (tuple, list) else value
 
-        return returned if any(x.requires_grad for x in _tensors(returned)) else of(returned)
+        return of(returned)
 
     return restarting
 
@@ -371,10 +394,11 @@ def restarted(hooks: Iterable[UserHook]) -> Iterator[list[Tensor]]:
         The constants of the forward inside the block, as leaves.
     """
     constants: list[Tensor] = []
+    since = _sequence()
     wrapped = [(hook, hook.table[hook.key]) for hook in hooks if hook.is_forward]
     try:
         for hook, fn in wrapped:
-            hook.table[hook.key] = _restarting(hook, fn, constants)
+            hook.table[hook.key] = _restarting(hook, fn, constants, since)
         yield constants
     finally:
         for hook, fn in wrapped:
