@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .backward import Reading
+from .backward import Reading, tap
 from .precision import plain
 from .rules import at_least_float32
 from .rulesets import RuleSet
@@ -133,17 +133,17 @@ class HookedBlock:
     def before_hooks(self, model: Any) -> Iterator[None]:
         """Reads there while the model runs inside."""
 
-        def pre_hook(point: Any, args: tuple[Any, ...]) -> None:
-            z = args[0]
-            if self.at_z is None or not getattr(z, "requires_grad", False):
-                return
-            value, convert = z.detach(), getattr(point.hook_conversion, "convert", lambda x: x)
+        def pre_hook(point: Any, args: tuple[Any, ...]) -> Any:
+            z, at_z = args[0], self.at_z
+            if at_z is None or not getattr(z, "requires_grad", False):
+                return None
+            convert = getattr(point.hook_conversion, "convert", lambda x: x)
 
-            def read(g: Tensor) -> None:
-                if self.at_z is not None and not self.quiet():
-                    self.at_z(convert(value), convert(plain(g.detach())))
+            def read(x: Tensor, g: Tensor) -> None:
+                if not self.quiet():
+                    at_z(convert(x), convert(plain(g)))
 
-            z.register_hook(read)
+            return (tap(z, read), *args[1:])
 
         point = model.hook_dict[f"blocks.{self.layer}.attn.o.hook_in"]
         handle = point.register_forward_pre_hook(pre_hook)
@@ -225,6 +225,8 @@ def edge_readings(
         edges.add("value", x[0], g[0])
 
     def at_scores(x: Tensor, g: Tensor) -> None:
+        if by_tangents() and "scores" not in kept and moved is None:  # nothing came through z
+            _, kept["scores"] = block_tangents(model, edges.layer, call, sites, rule_set)
         edges.add("key", kept.pop("scores") if by_tangents() else x[0], g[0], key_share)
 
     readings = []
