@@ -21,6 +21,7 @@ from .backward import Forward, Reading, Slots, forward
 from .errors import TokenError
 from .memory import Choice, cannot, instead
 from .rulesets import RuleSet, get_rule_set
+from .threads import one_at_a_time
 from .tiled_run import TiledForward, forward_in_tiles
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Prefilled:
             )
 
 
+@one_at_a_time
 def prefill_prompt(
     model: Any,
     tokens: Tensor,
