@@ -246,11 +246,13 @@ class HookWatch:
     _rule_set: RuleSet = field(init=False)
     _report: Coverage | None = field(init=False)
     _begun: int = field(init=False)
+    _caller: object = field(init=False)  # the thread whose forwards are watched
     _leaves: dict[int, Tensor] = field(default_factory=dict)
 
     def begin(self, rule_set: RuleSet, report: Coverage | None) -> None:
         """Forwards are watched from here on; older nodes of autograd's belong to others."""
         self._rule_set, self._report, self._begun = rule_set, report, _sequence()
+        self._caller = caller()
 
     def edited(self, prefix: str) -> bool:
         """Whether a hook function edited something at a HookPoint whose name begins so."""
@@ -259,10 +261,8 @@ class HookWatch:
     def watching(self, point: Any, fn: Callable[..., Any], key: Callable[[], int]) -> Any:
         """A torch hook in place of ``fn`` that looks at what it does."""
 
-        me = caller()
-
         def watched(module: Any, args: Any, output: Any) -> Any:
-            if caller() is not me:
+            if caller() is not self._caller:
                 return fn(module, args, output)
             user, own = _function(point, key(), fn)
             if own or not torch.is_grad_enabled():
