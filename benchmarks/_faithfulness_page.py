@@ -13,7 +13,7 @@ from _faithfulness_rule import FIRST, Measure, chosen, counts
 from _faithfulness_runs import RULES
 
 from tl_contrastive_lrp import DEFAULT_RULES, RULE_SETS
-from tl_contrastive_lrp.faithfulness import bootstrap_interval
+from tl_contrastive_lrp.evaluation.faithfulness import bootstrap_interval
 
 WORDS = Path(__file__).with_name("faithfulness_page.md")
 OTHERS = ("random", "recency", "integrated_gradients", "occlusion")

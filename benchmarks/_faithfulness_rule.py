@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from tl_contrastive_lrp.faithfulness import bootstrap_interval
+from tl_contrastive_lrp.evaluation.faithfulness import bootstrap_interval
 
 FIRST = "attnlrp"
 LEAST = 3  # measures on which a candidate is better

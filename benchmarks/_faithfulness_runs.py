@@ -18,7 +18,7 @@ from planted_scores import measured
 from tqdm.auto import tqdm
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.faithfulness import auroc, average_precision
+from tl_contrastive_lrp.evaluation.faithfulness import auroc, average_precision
 
 # What GIM's temperature does by itself.
 WARM = replace(clrp.RULE_SETS["attnlrp"], name="warm", softmax="temperature", temperature=2.0)

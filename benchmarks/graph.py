@@ -23,8 +23,8 @@ import torch
 from _models import random_bridge
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.packed import packed_edges
-from tl_contrastive_lrp.rulesets import get_rule_set
+from tl_contrastive_lrp.graph.edges.batched import packed_edges
+from tl_contrastive_lrp.rules.rule_sets import get_rule_set
 
 LAYERS, WIDTH, HEADS = 4, 256, 8
 

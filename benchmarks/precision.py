@@ -20,7 +20,7 @@ from torch import Tensor
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.demo import KINDS
-from tl_contrastive_lrp.precision import in_float32
+from tl_contrastive_lrp.rules.precision import in_float32
 
 RULES = ("attnlrp", "cplrp", "relp", "gim", "gradient")
 LONGEST = 300  # tokens: graphs of longer prompts take their time

@@ -16,8 +16,8 @@ import torch
 from cli_runs import TEMPLATE, Ran, Run
 from transformer_lens.model_bridge import TransformerBridge
 
-from tl_contrastive_lrp.cli import command as cli_command
 from tl_contrastive_lrp.cli import main as cli_main
+from tl_contrastive_lrp.cli import retype as cli_command
 
 
 @pytest.fixture

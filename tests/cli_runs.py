@@ -13,7 +13,7 @@ import torch
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp import AttributionGraph
-from tl_contrastive_lrp.cli.exit import Code
+from tl_contrastive_lrp.cli.errors import Code
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "ab a c b d"

@@ -8,8 +8,8 @@ import hypothesis
 import torch
 from hypothesis import strategies as st
 
-from tl_contrastive_lrp.coverage_table import Coverage, CoverageRow
-from tl_contrastive_lrp.graph import AttributionGraph
+from tl_contrastive_lrp.graph.data import AttributionGraph
+from tl_contrastive_lrp.hooks.coverage import Coverage, CoverageRow
 
 Edge = tuple[int, int, int, int, int, int, float]  # target site, source site, positions, ...
 

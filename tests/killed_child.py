@@ -15,7 +15,7 @@ import torch
 from conftest import snapshot_of
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.checkpoint import Checkpoint
+from tl_contrastive_lrp.engine.tiled.checkpoint import Checkpoint
 
 TILES: dict[str, Any] = {"memory": "tiled", "tile": 17, "progress": False}
 KINDS = ("nodes", "edges", "heads of two")

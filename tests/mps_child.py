@@ -56,7 +56,7 @@ def checks(model: Any, ids: Tensor) -> list[Tensor]:
     """Of ``verify``: each verdict as a number, and what conservation has accounted for."""
     found = clrp.verify(model, ids, objective=diff(model))
     order = ("ok", "attention", "failed", "skipped")
-    from tl_contrastive_lrp.verify_account import account_for
+    from tl_contrastive_lrp.evaluation.verification.conservation import account_for
 
     verdicts = torch.tensor([float(order.index(c.verdict)) for c in found.checks])
     account = account_for(model, ids, diff(model))

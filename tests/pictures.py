@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from browser import HOSTILE
 
-from tl_contrastive_lrp.render.graph import GraphView
+from tl_contrastive_lrp.render.graph.picture import GraphView
 
 RED, BLUE = "#d8513f", "#3f86c5"
 # source site and position, target site and position, weight

@@ -10,9 +10,9 @@ from planted import Case, Plan, case
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.circuit_edges import EdgeSpace
-from tl_contrastive_lrp.circuit_runs import visible_positions
-from tl_contrastive_lrp.faithfulness import auroc, average_precision
+from tl_contrastive_lrp.evaluation.circuits.edge_space import EdgeSpace
+from tl_contrastive_lrp.evaluation.circuits.runs import visible_positions
+from tl_contrastive_lrp.evaluation.faithfulness import auroc, average_precision
 
 
 def ranked(model: Any, one: Case, rules: Any) -> dict[str, tuple[Tensor, Tensor]]:

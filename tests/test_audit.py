@@ -15,14 +15,14 @@ from hooking import fresh
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import rules
-from tl_contrastive_lrp.attachment import Attachment, edit
-from tl_contrastive_lrp.audit_model import audit, require_clean
-from tl_contrastive_lrp.audit_report import Audit, Finding
-from tl_contrastive_lrp.audit_run import examine
 from tl_contrastive_lrp.errors import UncoveredComponentError
-from tl_contrastive_lrp.placement import attached, place
-from tl_contrastive_lrp.sites import LEAVES
+from tl_contrastive_lrp.hooks.attachment import Attachment, edit
+from tl_contrastive_lrp.hooks.audit.audit import audit, require_clean
+from tl_contrastive_lrp.hooks.audit.report import Audit, Finding
+from tl_contrastive_lrp.hooks.audit.run import examine
+from tl_contrastive_lrp.hooks.placement import attached, place
+from tl_contrastive_lrp.inputs.bridge import LEAVES
+from tl_contrastive_lrp.rules import functions as rules
 
 
 def with_attachments(model: Any, attachments: tuple[Attachment, ...]) -> Audit:

@@ -12,9 +12,9 @@ from hooking import Snapshot, UserError, delta, fail, fresh
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.audit_model import audit
 from tl_contrastive_lrp.errors import ModelStateError
-from tl_contrastive_lrp.placement import attached, place
+from tl_contrastive_lrp.hooks.audit.audit import audit
+from tl_contrastive_lrp.hooks.placement import attached, place
 
 
 def test_it_runs_once_until_the_model_changes(monkeypatch: pytest.MonkeyPatch) -> None:

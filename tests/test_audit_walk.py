@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tl_contrastive_lrp import activations, rules
-from tl_contrastive_lrp.audit_walk import Walk, walk_graph
-from tl_contrastive_lrp.backward import tap
+from tl_contrastive_lrp.engine.reading import tap
+from tl_contrastive_lrp.hooks.audit.walk import Walk, walk_graph
+from tl_contrastive_lrp.rules import activations
+from tl_contrastive_lrp.rules import functions as rules
 
 SHAPE = (4, 6)
 _G = torch.Generator().manual_seed(3)

@@ -19,8 +19,8 @@ from oracle import RULE_SETS
 from tiling import TILED
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import tiled_backward
-from tl_contrastive_lrp.joined import laid_out
+from tl_contrastive_lrp.engine.tiled import backward as tiled_backward
+from tl_contrastive_lrp.engine.tiled.accumulate import laid_out
 
 # Contractions, whose order of adding up is the kernel's own choice.
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "dot", "mv", "addmv", "convolution"}

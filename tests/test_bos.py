@@ -386,7 +386,7 @@ def test_tokens_that_only_the_files_mark_as_special_are_special(
 
 
 def test_random_replacements_are_no_special_tokens(models: dict[str, Any]) -> None:
-    from tl_contrastive_lrp.faithfulness.removal import removal
+    from tl_contrastive_lrp.evaluation.faithfulness.removal import removal
 
     model, (tokenizer, _) = models["llama3"], forms.alone("llama3")
     ids = torch.tensor(own_ids("llama3", TEXT))

@@ -11,9 +11,11 @@ import zoo
 from families import FAMILIES, boot, hf_model, random_tokens
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import candidates, memory, tiles
+from tl_contrastive_lrp.attribution import candidates
+from tl_contrastive_lrp.engine import memory
+from tl_contrastive_lrp.engine.tiled import prefill as tiles
 from tl_contrastive_lrp.errors import ModelStateError, TokenError
-from tl_contrastive_lrp.user_hooks import as_own
+from tl_contrastive_lrp.hooks.user_hooks import as_own
 
 TILED: dict[str, Any] = {"memory": "tiled", "tile": 7, "progress": False}
 

@@ -11,8 +11,12 @@ from families import FAMILIES, boot, true_float64
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.circuit_edges import EdgeSpace
-from tl_contrastive_lrp.circuit_runs import reference_states, run_circuits, visible_positions
+from tl_contrastive_lrp.evaluation.circuits.edge_space import EdgeSpace
+from tl_contrastive_lrp.evaluation.circuits.runs import (
+    reference_states,
+    run_circuits,
+    visible_positions,
+)
 
 
 def output_of(model: Any, layer: int) -> str:

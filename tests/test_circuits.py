@@ -13,9 +13,9 @@ from hooking import fresh
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.circuit_results import CircuitCurve, CircuitFaithfulness
-from tl_contrastive_lrp.circuit_runs import reference_states
 from tl_contrastive_lrp.errors import PromptError
+from tl_contrastive_lrp.evaluation.circuits.results import CircuitCurve, CircuitFaithfulness
+from tl_contrastive_lrp.evaluation.circuits.runs import reference_states
 
 # reference states
 

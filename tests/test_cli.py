@@ -17,10 +17,10 @@ import torch
 from cli_runs import PROMPT, ROOT, Run, typed_next, words
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.cli import command as cli_command
-from tl_contrastive_lrp.cli import exit as cli_exit
+from tl_contrastive_lrp.cli import errors as cli_exit
+from tl_contrastive_lrp.cli import retype as cli_command
 from tl_contrastive_lrp.cli import terminal as cli_terminal
-from tl_contrastive_lrp.cli.command import again
+from tl_contrastive_lrp.cli.retype import again
 
 pytest_plugins = ("cli_fixtures",)
 

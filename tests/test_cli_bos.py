@@ -10,7 +10,7 @@ import pytest
 from cli_runs import TEXT, USAGE, Run, ids_of, typed_next, words
 from test_bos import OTHER, own_ids, true_logits
 
-from tl_contrastive_lrp.prompts import continuation_ids
+from tl_contrastive_lrp.inputs.tokens import continuation_ids
 
 pytest_plugins = ("cli_fixtures",)
 

@@ -15,8 +15,8 @@ from cli_runs import MODEL, USAGE, Run
 from families import make_config
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.cli import config_model
-from tl_contrastive_lrp.sites import ACTIVATIONS
+from tl_contrastive_lrp.cli import random_model as config_model
+from tl_contrastive_lrp.hooks.sites import ACTIVATIONS
 
 pytest_plugins = ["cli_fixtures"]
 

@@ -257,7 +257,9 @@ def test_overflow_is_said(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatc
         graph = real(*arguments, **options)
         return replace(graph, relevance=graph.relevance * float("inf"))
 
-    monkeypatch.setattr("tl_contrastive_lrp.graph_build.attribution_graph", overflowed)
+    monkeypatch.setattr(
+        "tl_contrastive_lrp.graph.data.assembly.attribution_graph.attribution_graph", overflowed
+    )
     done = run(*asked(folder, "--out", "g.html"))
     assert (done.code, done.out) == (1, "")
     assert "Use --dtype float32" in done.err
@@ -270,7 +272,7 @@ def test_a_full_disk_names_the_file(
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(28, "No space left on device", ".hidden.tmp")
 
-    monkeypatch.setattr("tl_contrastive_lrp.graph_files.save", full)
+    monkeypatch.setattr("tl_contrastive_lrp.graph.data.export.save", full)
     done = run(*asked(folder, "--save", "g.safetensors"))
     assert (done.code, done.out) == (FILE, "")
     assert done.err == "Error: g.safetensors cannot be written: No space left on device.\n"

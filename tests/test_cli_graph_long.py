@@ -14,9 +14,9 @@ from cli_runs import PROMPT, Run, asked, built, keys, same, words
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp import AttributionGraph
-from tl_contrastive_lrp.cli import graph_made
-from tl_contrastive_lrp.cli.exit import CliError
-from tl_contrastive_lrp.cli.graph_made import Pruning
+from tl_contrastive_lrp.cli import make_graph as graph_made
+from tl_contrastive_lrp.cli.errors import CliError
+from tl_contrastive_lrp.cli.pruning import Pruning
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -39,7 +39,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[AttributionGraph]:
         found.append(real(*arguments, **options))
         return found[-1]
 
-    monkeypatch.setattr("tl_contrastive_lrp.graph_build.attribution_graph", watched)
+    monkeypatch.setattr(
+        "tl_contrastive_lrp.graph.data.assembly.attribution_graph.attribution_graph", watched
+    )
     return found
 
 
@@ -192,7 +194,7 @@ def test_nothing_is_left_behind_by_a_stop(
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tl_contrastive_lrp.tiled_backward.Backward.layer", stop)
+    monkeypatch.setattr("tl_contrastive_lrp.engine.tiled.backward.Backward.layer", stop)
     done = run(*asked(folder, *WAYS[1], "--save", "g.safetensors", "--out", "g.html"))
     assert (done.code, done.out) == (130, "")
     assert os.listdir() == []

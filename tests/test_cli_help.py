@@ -16,13 +16,13 @@ import torch
 from cli_runs import ROOT, Run, asked, words
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.cli import command as cli_command
-from tl_contrastive_lrp.cli import exit as cli_exit
-from tl_contrastive_lrp.cli import graph_made
+from tl_contrastive_lrp.cli import errors as cli_exit
+from tl_contrastive_lrp.cli import make_graph as graph_made
 from tl_contrastive_lrp.cli import options as cli_options
+from tl_contrastive_lrp.cli import retype as cli_command
 from tl_contrastive_lrp.cli import terminal as cli_terminal
 from tl_contrastive_lrp.demo import KINDS, load_demo_model
-from tl_contrastive_lrp.memory import Memory
+from tl_contrastive_lrp.engine.memory import Memory
 
 pytest_plugins = ("cli_fixtures",)
 

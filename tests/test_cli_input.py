@@ -283,7 +283,7 @@ def test_errors_on_the_way(
     def fail(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("tl_contrastive_lrp.explain.attribute", fail)
+    monkeypatch.setattr("tl_contrastive_lrp.attribution.attribute.attribute", fail)
     arguments = ("explain", "--model", folder, "--prompt", "a", "--contrast", "z", "--out", "r")
     done = run(*arguments)
     assert done.code == code
@@ -301,7 +301,7 @@ def test_a_full_disk_names_the_file(
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(28, "No space left on device", ".hidden.tmp")
 
-    monkeypatch.setattr("tl_contrastive_lrp.render.files.save_html", full)
+    monkeypatch.setattr("tl_contrastive_lrp.files.save_html", full)
     done = run("explain", "--model", folder, "--prompt", "a", "--contrast", "z", "--out", "r.html")
     assert (done.code, done.out) == (FILE, "")
     assert done.err == "Error: r.html cannot be written: No space left on device.\n"
@@ -318,7 +318,7 @@ def test_overflow_is_not_reported_as_relevance(
         result = real(*arguments, **options)
         return replace(result, tokens=result.tokens * float("inf"))
 
-    monkeypatch.setattr("tl_contrastive_lrp.explain.attribute", overflowed)
+    monkeypatch.setattr("tl_contrastive_lrp.attribution.attribute.attribute", overflowed)
     done = run("explain", "--model", folder, "--prompt", "a", "--contrast", "z", "--out", "r")
     assert (done.code, done.out) == (1, "")
     assert "Use --dtype float32" in done.err

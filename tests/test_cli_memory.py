@@ -16,9 +16,11 @@ import pytest
 from cli_runs import FILE, MODEL, PROMPT, ROOT, USAGE, Ran, Run, asked, typed_next, words
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import memory, tiled_backward, tiles
-from tl_contrastive_lrp.cli.exit import Code
-from tl_contrastive_lrp.tile_cache import NotTileable
+from tl_contrastive_lrp.cli.errors import Code
+from tl_contrastive_lrp.engine import memory
+from tl_contrastive_lrp.engine.tiled import backward as tiled_backward
+from tl_contrastive_lrp.engine.tiled import prefill as tiles
+from tl_contrastive_lrp.engine.tiled.cache import NotTileable
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -96,7 +98,7 @@ def test_what_does_not_run_in_tiles(
         raise NotTileable("It keeps no keys.")
 
     monkeypatch.setattr(tiles, "check_tileable", never)
-    monkeypatch.setattr("tl_contrastive_lrp.tiled_run.check_tileable", never)
+    monkeypatch.setattr("tl_contrastive_lrp.engine.tiled.run.check_tileable", never)
     for command in (explained(folder, *TILED), asked(folder, *TILED)):
         done = run(*command)
         assert (done.code, done.out) == (MODEL, "")
@@ -214,7 +216,9 @@ def test_a_stopped_report_keeps_the_result_that_was_to_be_saved(
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tl_contrastive_lrp.graph_build.attribution_graph", stop)
+    monkeypatch.setattr(
+        "tl_contrastive_lrp.graph.data.assembly.attribution_graph.attribution_graph", stop
+    )
     done = run(*explained(folder, "--out", "r.html", "--save", "r.safetensors"))
     assert done.code == Code.INTERRUPTED
     assert os.listdir() == ["r.safetensors"]

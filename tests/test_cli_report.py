@@ -9,7 +9,7 @@ import pytest
 from cli_runs import FILE, MODEL, PROMPT, Run, asked, built, words
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.cli import graph_made
+from tl_contrastive_lrp.cli import make_graph as graph_made
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -41,7 +41,9 @@ def test_no_graph_is_made_for_no_report(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("a graph was made")
 
-    monkeypatch.setattr("tl_contrastive_lrp.graph_build.attribution_graph", never)
+    monkeypatch.setattr(
+        "tl_contrastive_lrp.graph.data.assembly.attribution_graph.attribution_graph", never
+    )
     assert run(*asked(folder)).code == 1, "the graph command would notice"
     assert run("explain", *asked(folder)[1:], "--json").code == 0
     assert run(*explained(folder, "--no-graph")).code == 0
@@ -59,7 +61,9 @@ def test_a_long_prompt_has_a_graph_pruned_on_the_way(
         taken.append(real(*arguments, **options))
         return taken[-1]
 
-    monkeypatch.setattr("tl_contrastive_lrp.graph_build.attribution_graph", watched)
+    monkeypatch.setattr(
+        "tl_contrastive_lrp.graph.data.assembly.attribution_graph.attribution_graph", watched
+    )
     done = run(*explained(folder))
     assert done.code == 0
     assert [step.name for step in taken[0].history] == ["mass"]
@@ -92,7 +96,9 @@ def test_a_graph_that_fails_costs_no_report(
     def fail(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("tl_contrastive_lrp.graph_build.attribution_graph", fail)
+    monkeypatch.setattr(
+        "tl_contrastive_lrp.graph.data.assembly.attribution_graph.attribution_graph", fail
+    )
     told = run(*explained(folder, "--json")).json
     assert message in told["notes"][0]
     assert told["report"] == "r.html"
@@ -107,7 +113,9 @@ def test_a_bug_in_the_graph_is_not_hidden(
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("tl_contrastive_lrp.graph_build.attribution_graph", fail)
+    monkeypatch.setattr(
+        "tl_contrastive_lrp.graph.data.assembly.attribution_graph.attribution_graph", fail
+    )
     done = run(*explained(folder))
     assert done.code == 1
     assert "boom" in done.err

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import activations as hf
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import activations
-from tl_contrastive_lrp.activations import ACTIVATIONS, PARAMETRIC, ratio_of
 from tl_contrastive_lrp.errors import UncoveredComponentError
-from tl_contrastive_lrp.inside import OperationRules
-from tl_contrastive_lrp.rulesets import RULE_SETS
+from tl_contrastive_lrp.hooks.by_operation.mode import OperationRules
+from tl_contrastive_lrp.rules import activations
+from tl_contrastive_lrp.rules.activations import ACTIVATIONS, PARAMETRIC, ratio_of
+from tl_contrastive_lrp.rules.rule_sets import RULE_SETS
 
 F64 = torch.float64
 TOKENS = zoo.random_tokens()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import ModelStateError
-from tl_contrastive_lrp.prompts import model_device
+from tl_contrastive_lrp.inputs.tokens import model_device
 
 ALONE = ("gpt2", "gpt_oss", "llama4_text")  # biases; sinks, windows, experts; complex rotations
 HALVES = ("gemma2",)

@@ -18,9 +18,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import UncoveredComponentError
-from tl_contrastive_lrp.inside import OperationRules
-from tl_contrastive_lrp.inside_experts import clamp_bounds, clamp_ratio, is_sigmoid_of
-from tl_contrastive_lrp.rulesets import RULE_SETS, RuleSet
+from tl_contrastive_lrp.hooks.by_operation.experts import clamp_bounds, clamp_ratio, is_sigmoid_of
+from tl_contrastive_lrp.hooks.by_operation.mode import OperationRules
+from tl_contrastive_lrp.rules.rule_sets import RULE_SETS, RuleSet
 
 F64 = torch.float64
 TOKENS = zoo.random_tokens()

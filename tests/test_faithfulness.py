@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import PromptError
-from tl_contrastive_lrp.faithfulness import BASELINES, FaithfulnessCurves
+from tl_contrastive_lrp.evaluation.faithfulness import BASELINES, FaithfulnessCurves
 
 TOKENS = random_tokens()  # BOS and 8 more
 TOKENS[0, 4] = 2  # an EOS in the middle: special, never removed
@@ -98,7 +98,7 @@ def test_given_and_random_tokens_in_their_place() -> None:
 
 
 def test_random_tokens_are_never_special() -> None:
-    from tl_contrastive_lrp.faithfulness.removal import removal
+    from tl_contrastive_lrp.evaluation.faithfulness.removal import removal
 
     model = boot("qwen3")
     setting = removal(model, TOKENS, delta_of, replace="random", draws=200)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from tl_contrastive_lrp.faithfulness import (
+from tl_contrastive_lrp.evaluation.faithfulness import (
     FaithfulnessCurves,
     auroc,
     average_precision,
@@ -56,7 +56,7 @@ def test_measures_of_known_curves() -> None:
 
 
 def test_without_plotly_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tl_contrastive_lrp.render import lines
+    from tl_contrastive_lrp.render import plotly_figures as lines
 
     def missing(name: str) -> Any:
         raise ImportError(name)

@@ -11,8 +11,8 @@ import torch
 from graphs import SPLIT, edge_lists, facts, given, listed, made, same
 from hypothesis import strategies as st
 
-from tl_contrastive_lrp.graph import AttributionGraph
-from tl_contrastive_lrp.graph_columns import EdgeColumns, _sorted
+from tl_contrastive_lrp.graph.columns import EdgeColumns, _sorted
+from tl_contrastive_lrp.graph.data import AttributionGraph
 
 
 @given(edge_lists(), st.randoms())

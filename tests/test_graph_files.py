@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from tl_contrastive_lrp import Attribution
 from tl_contrastive_lrp.errors import FileFormatError
-from tl_contrastive_lrp.graph import AttributionGraph
+from tl_contrastive_lrp.graph.data import AttributionGraph
 
 
 @given(edge_lists(), st.sampled_from([torch.float32, torch.float64]))

@@ -9,7 +9,7 @@ from hooking import off
 from low_precision import LOW, TOKENS, extremes, shrunk, truth
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.precision import in_float32
+from tl_contrastive_lrp.rules.precision import in_float32
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)

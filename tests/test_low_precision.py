@@ -20,10 +20,11 @@ from rounding import off_by_terms
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.packed import chunk_size
-from tl_contrastive_lrp.precision import first_gradient
-from tl_contrastive_lrp.sites import find_sites
-from tl_contrastive_lrp.tangents import BlockCall, block_tangents
+from tl_contrastive_lrp.engine.reading import BlockCall
+from tl_contrastive_lrp.graph.edges.batched import chunk_size
+from tl_contrastive_lrp.graph.edges.tangents import block_tangents
+from tl_contrastive_lrp.hooks.sites import find_sites
+from tl_contrastive_lrp.rules.precision import first_gradient
 
 
 def found_and_wanted(name: str, dtype: torch.dtype, rules: str) -> list[tuple[Tensor, Tensor]]:

@@ -10,7 +10,7 @@ import torch
 from graphs import edge_lists, given, listed, made
 from hypothesis import strategies as st
 
-from tl_contrastive_lrp.spread import gini, input_metrics, top_count
+from tl_contrastive_lrp.graph.metrics import gini, input_metrics, top_count
 
 EDGES = [
     (1, 0, 0, 0, -1, 0, 2.0),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tl_contrastive_lrp.float64 import has_float64, precise
+from tl_contrastive_lrp.inputs.float64 import has_float64, precise
 
 MODELS = ("gpt2", "qwen3")  # biases, positions; gates, grouped queries, norms of queries
 CHILD = Path(__file__).with_name("mps_child.py")

@@ -20,17 +20,13 @@ from torch import nn
 from zoo_checks import TOKENS, truth
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import (
-    activations,
-    attach,
-    audit_run,
-    inside,
-    inside_marks,
-    refusals,
-    sites,
-)
-from tl_contrastive_lrp.attachment import gradient
 from tl_contrastive_lrp.errors import UncoveredComponentError
+from tl_contrastive_lrp.hooks import attach, refusals, sites
+from tl_contrastive_lrp.hooks.attachment import gradient
+from tl_contrastive_lrp.hooks.audit import run as audit_run
+from tl_contrastive_lrp.hooks.by_operation import marks as inside_marks
+from tl_contrastive_lrp.hooks.by_operation import mode as inside
+from tl_contrastive_lrp.rules import activations
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from tiling import FIELDS, LIMIT, PLAIN, TILED
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import tiled_backward
+from tl_contrastive_lrp.engine.tiled import backward as tiled_backward
 
 WAYS = {"plain": PLAIN, "tiled": TILED}
 

@@ -13,12 +13,13 @@ from cli_runs import PROMPT, Run, built, same
 from transformer_lens.model_bridge import TransformerBridge
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import memory
-from tl_contrastive_lrp.backward import Forward, Slots
-from tl_contrastive_lrp.explain import relevance_readings
-from tl_contrastive_lrp.graph_build import plan_of
-from tl_contrastive_lrp.graph_plain import graph_readings
-from tl_contrastive_lrp.prefilled import prefill_prompt
+from tl_contrastive_lrp.attribution.attribute import relevance_readings
+from tl_contrastive_lrp.engine import memory
+from tl_contrastive_lrp.engine.plain import Forward
+from tl_contrastive_lrp.engine.prefilled import prefill_prompt
+from tl_contrastive_lrp.engine.reading import Slots
+from tl_contrastive_lrp.graph.assembly.attribution_graph import plan_of
+from tl_contrastive_lrp.graph.assembly.plain import graph_readings
 
 pytest_plugins = ("cli_fixtures",)
 

@@ -11,8 +11,8 @@ import torch
 from graphs import edge_lists, facts, given, listed, made
 from hypothesis import strategies as st
 
-from tl_contrastive_lrp.graph import AttributionGraph
-from tl_contrastive_lrp.paths import CANCELLED, _between
+from tl_contrastive_lrp.graph.data import AttributionGraph
+from tl_contrastive_lrp.graph.paths import CANCELLED, _between
 
 # Three tokens, three sites: 0.6 and 0.4 of the final node, whose sources pass on all they have.
 RELEVANCE = torch.tensor([[1.2, 0.5, 0.3], [1.5, 0.0, 0.5], [0.0, 0.0, 2.0]])

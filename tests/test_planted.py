@@ -15,7 +15,7 @@ from planted_scores import measured, table
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import rules
+from tl_contrastive_lrp.rules import functions as rules
 
 GRADED = [name for name in planted.PLANS if name != "induction-saturated"]
 SEEDS = range(3)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import ModelStateError, TokenError
-from tl_contrastive_lrp.objective import Objective, in_words, positions_of
+from tl_contrastive_lrp.inputs.objective import Objective, in_words, positions_of
 
 N = TOKENS.shape[1]
 WAYS = {"plain": PLAIN, "tiled": {**TILED, "tile": 3}}

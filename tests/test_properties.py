@@ -14,8 +14,8 @@ from rounding import PROMISED
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.coverage_table import Coverage, CoverageRow
-from tl_contrastive_lrp.prompts import to_token_ids
+from tl_contrastive_lrp.hooks.coverage import Coverage, CoverageRow
+from tl_contrastive_lrp.inputs.tokens import to_token_ids
 
 few = settings(
     max_examples=12, deadline=None, derandomize=True, database=None,

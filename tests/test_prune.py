@@ -13,9 +13,11 @@ import torch
 from graphs import edge_lists, given, listed, made
 from hypothesis import strategies as st
 
-from tl_contrastive_lrp import prune, subgraphs
-from tl_contrastive_lrp.graph import AttributionGraph
-from tl_contrastive_lrp.prune_steps import Kept, Pruned
+from tl_contrastive_lrp.graph import pruning as prune
+from tl_contrastive_lrp.graph import pruning as subgraphs
+from tl_contrastive_lrp.graph.data import AttributionGraph
+from tl_contrastive_lrp.graph.prune_history import Kept
+from tl_contrastive_lrp.graph.pruning import Pruned
 
 SHARES = st.floats(0, 1)
 LIMITS = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0])

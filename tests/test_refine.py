@@ -118,8 +118,8 @@ def test_arguments_that_do_not_fit(arguments: dict[str, Any], says: str) -> None
 
 
 def test_the_packed_route_equals_the_closed_form_on_adjacent_sites() -> None:
-    from tl_contrastive_lrp.packed import packed_edges
-    from tl_contrastive_lrp.rulesets import RULE_SETS
+    from tl_contrastive_lrp.graph.edges.batched import packed_edges
+    from tl_contrastive_lrp.rules.rule_sets import RULE_SETS
 
     model = boot("gpt2", torch.float32)
     objective = clrp.logit_diff(model, 7, 12)

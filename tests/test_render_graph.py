@@ -12,9 +12,9 @@ from graphs import edge_lists, given, listed, made
 from hypothesis import strategies as st
 from pictures import BLUE, PLANTED, RED, Drawn, planted
 
-from tl_contrastive_lrp.graph_view import site_labels, view_of
-from tl_contrastive_lrp.render.graph import graph_html, graph_picture
-from tl_contrastive_lrp.render.graph_layout import strongest
+from tl_contrastive_lrp.graph.picture import site_labels, view_of
+from tl_contrastive_lrp.render.graph.layout import strongest
+from tl_contrastive_lrp.render.graph.picture import graph_html, graph_picture
 
 # ---- numbers ---------------------------------------------------------------------------------
 

@@ -13,9 +13,9 @@ from browser import HOSTILE, Flat, browser, visit
 from pictures import Drawn, planted
 
 from tl_contrastive_lrp.render.folds import LONG
-from tl_contrastive_lrp.render.graph import GraphView, graph_html, graph_picture
-from tl_contrastive_lrp.render.graph_data import checked
-from tl_contrastive_lrp.render.graph_folds import fold_positions
+from tl_contrastive_lrp.render.graph.data import checked
+from tl_contrastive_lrp.render.graph.folds import fold_positions
+from tl_contrastive_lrp.render.graph.picture import GraphView, graph_html, graph_picture
 
 N = 12_374
 HUBS = [5, 6, 200, 4000, 9000, N - 1]  # exchange most

@@ -13,9 +13,9 @@ from browser import HOSTILE, browser, visit
 from circuitsvis.utils.render import RenderedHTML
 from graphs import made
 
-from tl_contrastive_lrp.graph_view import matrices_of
+from tl_contrastive_lrp.graph.picture import matrices_of
 from tl_contrastive_lrp.render import page
-from tl_contrastive_lrp.render.graph import attention_matrices
+from tl_contrastive_lrp.render.graph.picture import attention_matrices
 
 
 def props(view: RenderedHTML) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from circuitsvis.utils.render import RenderedHTML
 from pictures import hashes, hostile, planted
 
 from tl_contrastive_lrp.render import Report, report_html
-from tl_contrastive_lrp.render.graph import (
+from tl_contrastive_lrp.render.graph.picture import (
     GraphPicture,
     graph_html,
     graph_picture,

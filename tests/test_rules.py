@@ -9,8 +9,8 @@ import torch
 from drawn import DTYPES, F64, backward, draw
 from torch import Tensor
 
-from tl_contrastive_lrp import rules
-from tl_contrastive_lrp.backward import tap
+from tl_contrastive_lrp.engine.reading import tap
+from tl_contrastive_lrp.rules import functions as rules
 
 # ---------------------------------------------------------------- norms
 

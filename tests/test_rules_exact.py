@@ -12,9 +12,10 @@ import torch
 from drawn import DTYPES, F64, backward, draw
 from torch import Tensor
 
-from tl_contrastive_lrp import activations, rules
-from tl_contrastive_lrp.rules_softcap import softcap, softcap_ratio
-from tl_contrastive_lrp.rules_softmax import softmax_temperature
+from tl_contrastive_lrp.rules import activations
+from tl_contrastive_lrp.rules import functions as rules
+from tl_contrastive_lrp.rules.softcap import softcap, softcap_ratio
+from tl_contrastive_lrp.rules.softmax import softmax_temperature
 
 # ---------------------------------------------------------------- activation ratios
 

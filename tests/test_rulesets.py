@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.cli import command, options
+from tl_contrastive_lrp.cli import options
+from tl_contrastive_lrp.cli import retype as command
 from tl_contrastive_lrp.cli.check import check_command
 from tl_contrastive_lrp.cli.graph import graph_command
 from tl_contrastive_lrp.cli.main import demo_command, explain_command
-from tl_contrastive_lrp.rulesets import get_rule_set
+from tl_contrastive_lrp.rules.rule_sets import get_rule_set
 
 # norm, activation, softcap, gate, q·k, pattern·v, softmax, temperature: the table of the papers
 TABLE = {

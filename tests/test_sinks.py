@@ -10,9 +10,9 @@ from op_oracle import OpOracle
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import attach
 from tl_contrastive_lrp.errors import ModelStateError
-from tl_contrastive_lrp.rules_softmax import sink_temperature, softmax_temperature
+from tl_contrastive_lrp.hooks import attach
+from tl_contrastive_lrp.rules.softmax import sink_temperature, softmax_temperature
 
 TOKENS = zoo.random_tokens()
 TARGET, CONTRAST = 7, 12

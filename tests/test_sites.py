@@ -11,8 +11,9 @@ from families import ALL, boot, make_config
 from torch import nn
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.activations import ACTIVATIONS
-from tl_contrastive_lrp.sites import COMPONENTS, find_sites
+from tl_contrastive_lrp.hooks.families import COMPONENTS
+from tl_contrastive_lrp.hooks.sites import find_sites
+from tl_contrastive_lrp.rules.activations import ACTIVATIONS
 
 
 def _expected(name: str) -> dict[tuple[str, str], int]:

@@ -21,8 +21,8 @@ from families import boot, random_tokens
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import threads
 from tl_contrastive_lrp.errors import ModelStateError
+from tl_contrastive_lrp.rules import threads
 
 IDS, OTHERS = random_tokens(1, 12), random_tokens(1, 12).flip(1)
 RULES = "attnlrp"  # has a rule for every operation

@@ -11,8 +11,8 @@ from families import FAMILIES, boot, random_tokens
 from tiling import LIMIT, PLAIN, TILED
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.selection import Rule
-from tl_contrastive_lrp.tiled_graph import _diagonal
+from tl_contrastive_lrp.graph.assembly.tiled import _diagonal
+from tl_contrastive_lrp.graph.pruning import Rule
 
 COLUMNS = ("target_site", "source_site", "target_pos", "source_pos", "head", "path")
 

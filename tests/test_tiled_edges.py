@@ -13,8 +13,9 @@ from graphs import facts
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.graph_columns import EdgeColumns
-from tl_contrastive_lrp.selection import Rule, Selection
+from tl_contrastive_lrp.graph.columns import EdgeColumns
+from tl_contrastive_lrp.graph.pruning import Rule
+from tl_contrastive_lrp.graph.streaming_prune import Selection
 
 TILED: dict[str, Any] = {"memory": "tiled", "tile": 7, "progress": False}
 COLUMNS = ("source_site", "target_site", "source_pos", "target_pos")

@@ -23,10 +23,10 @@ from tiling import assert_same
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import memory
+from tl_contrastive_lrp.engine import memory
+from tl_contrastive_lrp.engine.tiled.cache import NotTileable
 from tl_contrastive_lrp.errors import ModelStateError
-from tl_contrastive_lrp.explain import without_neurons
-from tl_contrastive_lrp.tile_cache import NotTileable
+from tl_contrastive_lrp.inputs.bridge import without_neurons
 
 LIMIT = PROMISED[torch.float32]
 IDS = zoo.random_tokens(LENGTH)

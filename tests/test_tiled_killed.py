@@ -19,8 +19,8 @@ from conftest import snapshot_of
 from killed_child import KINDS, boot, run
 from zoo.row import windows
 
-from tl_contrastive_lrp import tiled_backward
-from tl_contrastive_lrp.user_hooks import as_own
+from tl_contrastive_lrp.engine.tiled import backward as tiled_backward
+from tl_contrastive_lrp.hooks.user_hooks import as_own
 
 BLOCKS = 6
 CHILD = Path(__file__).with_name("killed_child.py")

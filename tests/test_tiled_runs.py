@@ -14,9 +14,11 @@ from tiling import FIELDS, PLAIN, TILED, assert_same
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import explain as explain_module
-from tl_contrastive_lrp import memory, tiled_backward, tiled_run
-from tl_contrastive_lrp.checkpoint import Checkpoint
+from tl_contrastive_lrp.attribution import attribute as explain_module
+from tl_contrastive_lrp.engine import memory
+from tl_contrastive_lrp.engine.tiled import backward as tiled_backward
+from tl_contrastive_lrp.engine.tiled import run as tiled_run
+from tl_contrastive_lrp.engine.tiled.checkpoint import Checkpoint
 from tl_contrastive_lrp.errors import FileFormatError, ModelStateError
 
 # ---------------------------------------------------------------- stopping and going on

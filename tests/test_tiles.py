@@ -13,7 +13,7 @@ from tiling import FIELDS, LIMIT, PLAIN, TILED, assert_same, both
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.tile_masks import Packed
+from tl_contrastive_lrp.engine.tiled.masks import Packed
 
 
 @pytest.mark.parametrize("pos", [-1, 20])

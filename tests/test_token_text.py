@@ -18,15 +18,15 @@ from cli_runs import Run, typed_next
 from tokenizer_forms import FORMS, TEXTS, boot, saved
 
 import tl_contrastive_lrp as clrp
+from tl_contrastive_lrp.attribution.result import report_of
 from tl_contrastive_lrp.cli.prompt import token_ids, token_word
 from tl_contrastive_lrp.errors import TokenError
-from tl_contrastive_lrp.graph_view import view_of
-from tl_contrastive_lrp.prompts import str_tokens, to_token_ids, token_names
+from tl_contrastive_lrp.graph.picture import view_of
+from tl_contrastive_lrp.inputs.token_text import printed
+from tl_contrastive_lrp.inputs.tokens import str_tokens, to_token_ids, token_names
 from tl_contrastive_lrp.render import colored_tokens, page
-from tl_contrastive_lrp.render.graph import graph_html
+from tl_contrastive_lrp.render.graph.picture import graph_html
 from tl_contrastive_lrp.render.text import part_marks, script_json, visible_tokens, with_parts
-from tl_contrastive_lrp.report import report_of
-from tl_contrastive_lrp.token_text import printed
 
 pytest_plugins = ("cli_fixtures",)
 
@@ -303,7 +303,7 @@ def test_only_empty_texts_after_a_long_character_are_parts_of_it() -> None:
 def test_tokens_added_later_are_seen() -> None:
     import copy
 
-    from tl_contrastive_lrp.token_text import readings, token_name
+    from tl_contrastive_lrp.inputs.token_text import readings, token_name
 
     tokenizer = copy.deepcopy(boot("gpt2").tokenizer)
     new = len(tokenizer)

@@ -14,8 +14,8 @@ from low_precision import LOW, LRP, TOKENS, extremes, shrunk
 from torch.nn import functional as F
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.precision import WideGradient, plain
-from tl_contrastive_lrp.rules_softmax import softmax_temperature
+from tl_contrastive_lrp.rules.precision import WideGradient, plain
+from tl_contrastive_lrp.rules.softmax import softmax_temperature
 
 
 @pytest.mark.parametrize("rules", LRP)

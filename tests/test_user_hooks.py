@@ -24,10 +24,10 @@ from torch import Tensor
 from written import Written
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import memory
+from tl_contrastive_lrp.engine import memory
+from tl_contrastive_lrp.engine.tiled.cache import NotTileable
 from tl_contrastive_lrp.errors import ModelStateError, UncoveredComponentError
-from tl_contrastive_lrp.tile_cache import NotTileable
-from tl_contrastive_lrp.user_hooks import aside, observed, user_hooks
+from tl_contrastive_lrp.hooks.user_hooks import aside, observed, user_hooks
 
 Edit = Callable[[Tensor], Tensor | None]
 PLAIN: dict[str, Any] = {"memory": "plain"}

@@ -14,13 +14,15 @@ from hooking import Snapshot, fresh
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import rules, verify_checks, verify_parts
-from tl_contrastive_lrp.audit_model import audit
 from tl_contrastive_lrp.errors import ModelStateError, PromptError
-from tl_contrastive_lrp.precision import in_float32
-from tl_contrastive_lrp.sites import ACTIVATIONS
-from tl_contrastive_lrp.verification import Verification, verify
-from tl_contrastive_lrp.verify_account import account_for
+from tl_contrastive_lrp.evaluation.verification import check as verify_parts
+from tl_contrastive_lrp.evaluation.verification import checks as verify_checks
+from tl_contrastive_lrp.evaluation.verification.conservation import account_for
+from tl_contrastive_lrp.evaluation.verification.verify import Verification, verify
+from tl_contrastive_lrp.hooks.audit.audit import audit
+from tl_contrastive_lrp.hooks.sites import ACTIVATIONS
+from tl_contrastive_lrp.rules import functions as rules
+from tl_contrastive_lrp.rules.precision import in_float32
 
 NAMES = ["audit", "forward", "conservation", "gradient", "finite", "precision"]
 
@@ -167,10 +169,10 @@ def test_a_model_that_is_not_reproducible_is_no_fault_of_the_rules() -> None:
 def test_what_the_model_detaches_is_found_by_finite_differences(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tl_contrastive_lrp.audit_report import Audit
+    from tl_contrastive_lrp.hooks.audit.report import Audit
 
     monkeypatch.setattr(verify_checks, "audit", lambda model: Audit((), {"Mul": 1}))  # noqa: ARG005
-    monkeypatch.setattr("tl_contrastive_lrp.context.require_clean", lambda model: None)  # noqa: ARG005
+    monkeypatch.setattr("tl_contrastive_lrp.hooks.context.require_clean", lambda model: None)  # noqa: ARG005
     model = fresh("qwen2")
     wrapped = model.blocks[0].mlp.out.original_component
     honest = type(wrapped).forward
@@ -247,7 +249,7 @@ def test_no_module_hides_a_public_function() -> None:
     """A submodule of the same name would replace it once imported."""
     from importlib import import_module
 
-    import_module("tl_contrastive_lrp.context")
+    import_module("tl_contrastive_lrp.hooks.context")
     import_module("tl_contrastive_lrp.cli.check")
     assert clrp.audit is audit
     assert clrp.verify is verify

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp import versions
+from tl_contrastive_lrp.inputs import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 

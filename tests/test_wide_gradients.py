@@ -17,8 +17,8 @@ from low_precision import LOW
 from torch import Tensor
 from torch.nn import functional as F
 
-from tl_contrastive_lrp import precision
-from tl_contrastive_lrp.precision import WideGradient, plain
+from tl_contrastive_lrp.rules import precision
+from tl_contrastive_lrp.rules.precision import WideGradient, plain
 
 
 def _rms_norm(x: Tensor) -> Tensor:

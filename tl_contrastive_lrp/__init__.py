@@ -8,20 +8,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .attribution import Attribution
-    from .audit_model import Audit, audit
-    from .candidates import next_token_table
-    from .circuit_results import CircuitCurve, CircuitFaithfulness
-    from .circuits import circuit_curve, circuit_faithfulness
-    from .comparison import Comparison, compare
-    from .context import coverage, lrp, lrp_hooks
-    from .coverage_table import Coverage
+    from .attribution.attribute import attribute
+    from .attribution.candidates import next_token_table
+    from .attribution.relevance_cache import run_with_relevance
+    from .attribution.result import Attribution
     from .demo import DemoCase, load_demo_cases, load_demo_model
-    from .explain import attribute
-    from .faithfulness import FaithfulnessCurves, baseline_scores, faithfulness_curves
-    from .graph import AttributionGraph
-    from .graph_build import attribution_graph
-    from .objective import (
+    from .evaluation.circuits.faithfulness import circuit_curve, circuit_faithfulness
+    from .evaluation.circuits.results import CircuitCurve, CircuitFaithfulness
+    from .evaluation.comparison.compare import Comparison, compare
+    from .evaluation.faithfulness import FaithfulnessCurves, baseline_scores, faithfulness_curves
+    from .evaluation.verification.verify import Verification, verify
+    from .graph.assembly.attribution_graph import attribution_graph
+    from .graph.data import AttributionGraph
+    from .hooks.audit.audit import Audit, audit
+    from .hooks.context import coverage, lrp, lrp_hooks
+    from .hooks.coverage import Coverage
+    from .inputs.objective import (
         Objective,
         logit_diff,
         logit_minus_mean,
@@ -29,11 +31,9 @@ if TYPE_CHECKING:
         target_logit,
         top_logit,
     )
-    from .precision import in_float32
-    from .relevance import run_with_relevance
-    from .rulesets import DEFAULT_RULES, RULE_SETS, RuleSet
-    from .threads import model_lock
-    from .verification import Verification, verify
+    from .rules.precision import in_float32
+    from .rules.rule_sets import DEFAULT_RULES, RULE_SETS, RuleSet
+    from .rules.threads import model_lock
 
 __version__ = "0.1.0"
 
@@ -113,7 +113,7 @@ _SUBMODULES = ("demo", "errors", "faithfulness", "patching", "rules")
 def __getattr__(name: str) -> object:
     if name not in _SUBMODULES and name not in _ROOM_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .versions import require_transformer_lens
+    from .inputs.versions import require_transformer_lens
 
     require_transformer_lens()
     if name in _SUBMODULES:

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as o
-from .exit import CliError, Code, exit_codes
+from .errors import CliError, Code, exit_codes
 from .model import checked_device, load_model, quiet_libraries
+from .print_attribution import finite, print_json
 from .prompt import special_notes
-from .tell import finite, print_json
 from .terminal import progress, say, table, tell
 
 if TYPE_CHECKING:
-    from ..audit_report import Audit
-    from ..coverage_table import Coverage
-    from ..verification import Verification
+    from ..evaluation.verification.verify import Verification
+    from ..hooks.audit.report import Audit
+    from ..hooks.coverage import Coverage
 
 ModelArgument = Annotated[
     str,
@@ -103,7 +103,7 @@ def _load(
     name: str, config_only: bool, device: o.Device | None, dtype: str, adapter: str | None
 ) -> tuple[Any, bool, tuple[str, ...]]:
     """The model, whether its weights are random, and notes."""
-    from .config_model import has_weights, sketch
+    from .random_model import has_weights, sketch
 
     where = None if device is None else device.value
     if config_only or (adapter is None and not has_weights(name)):
@@ -115,9 +115,9 @@ def _load(
 
 def _examined(bridge: Any, rules: str) -> tuple[Coverage | None, Audit | None, str | None]:
     """The coverage, the audit, and why there is none."""
-    from ..audit_model import audit
     from ..errors import UncoveredComponentError
-    from ..placement import place
+    from ..hooks.audit.audit import audit
+    from ..hooks.placement import place
 
     try:
         with quiet_libraries():
@@ -132,7 +132,7 @@ def _verified(
 ) -> Verification:
     import torch
 
-    from ..verification import verify
+    from ..evaluation.verification.verify import verify
 
     ids: Any = prompt
     if prompt is None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .exit import CliError, Code
+from .errors import CliError, Code
 from .explain import explain, prepare
+from .memory import Way
 from .model import quiet_libraries
 from .output import Output
+from .print_attribution import as_json, print_explained, print_json
 from .question import question_of
-from .tell import as_json, print_explained, print_json
 from .terminal import progress, say, shown, table, tell
-from .way import Way
 
 if TYPE_CHECKING:
     from ..demo import DemoCase

@@ -7,29 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .exit import not_finite
-from .graph_made import is_long, report_graph, report_run
+from .errors import not_finite
+from .make_graph import is_long, report_graph, report_run
+from .memory import Run, Way
 from .output import Output, write
 from .question import Question
+from .results import Explained
 from .terminal import progress, say
-from .way import Run, Way
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..attribution import Attribution
-    from ..graph import AttributionGraph
-    from ..prefilled import Prefilled
-
-
-@dataclass(frozen=True)
-class Explained:
-    """A result, with what was asked."""
-
-    question: Question
-    result: Attribution
-    run: Run
-    notes: tuple[str, ...] = ()
+    from ..engine.prefilled import Prefilled
+    from ..graph.data import AttributionGraph
 
 
 @dataclass(frozen=True)
@@ -71,11 +61,11 @@ def prepare(
     Raises:
         TokenError, UncoveredComponentError, ModelStateError, FileFormatError: as ``attribute``.
     """
-    from ..explain import relevance_readings
-    from ..graph_build import plan_of
-    from ..graph_plain import graph_readings
-    from ..prefilled import prefill_prompt
-    from ..tangents import BlockCall
+    from ..attribution.attribute import relevance_readings
+    from ..engine.prefilled import prefill_prompt
+    from ..engine.reading import BlockCall
+    from ..graph.assembly.attribution_graph import plan_of
+    from ..graph.assembly.plain import graph_readings
 
     n = int(tokens.shape[1])
     relevance = way.run(model, n, "relevance")
@@ -117,7 +107,7 @@ def explain(
         CliError: relevance that is not finite; a file that cannot be written.
         TokenError, UncoveredComponentError, ModelStateError, FileFormatError: as ``attribute``.
     """
-    from ..explain import attribute
+    from ..attribution.attribute import attribute
 
     run = prepared.relevance
     run.announce(output)
@@ -154,8 +144,8 @@ def explain(
 
 
 def _write_report(explained: Explained, graph: AttributionGraph | None, path: Path) -> None:
-    from ..render.files import save_html
-    from ..report import report_of
+    from ..attribution.result import report_of
+    from ..files import save_html
 
     question = explained.question
     html = report_of(

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as o
-from .exit import exit_codes
-from .graph_made import Graphed, Pruning, is_long, long_note, made
+from .ask import ask, check_typed
+from .errors import exit_codes
+from .make_graph import is_long, long_note, made
+from .memory import Run, Way
 from .output import Output, write
-from .question import ask, check_typed
-from .tell import print_json
+from .print_attribution import print_json
+from .pruning import Pruning
+from .results import Graphed
 from .terminal import progress, say
-from .way import Run, Way
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..prefilled import Prefilled
+    from ..engine.prefilled import Prefilled
 
 
 def _layers(text: str | None) -> list[int] | None:
@@ -53,9 +55,9 @@ def _skips(layers: list[int] | None, blocks: int) -> bool:
 
 
 def _write_page(graphed: Graphed, path: Path) -> None:
-    from ..graph_view import view_of
-    from ..render.files import save_html
-    from ..render.graph import graph_html
+    from ..files import save_html
+    from ..graph.picture import view_of
+    from ..render.graph.picture import graph_html
 
     view = dataclasses.replace(view_of(graphed.kept), model_name=graphed.question.model_name)
     save_html(path, graph_html(view))
@@ -71,10 +73,10 @@ def _prepared(
     shape: dict[str, Any],
 ) -> tuple[Run, Prefilled]:
     """How memory is used, and the prompt's one forward; ``shape`` as ``graph_build.plan_of``."""
-    from ..graph_build import plan_of
-    from ..graph_plain import graph_readings
-    from ..prefilled import prefill_prompt
-    from ..tangents import BlockCall
+    from ..engine.prefilled import prefill_prompt
+    from ..engine.reading import BlockCall
+    from ..graph.assembly.attribution_graph import plan_of
+    from ..graph.assembly.plain import graph_readings
 
     skips = _skips(shape["layers"], int(model.cfg.n_layers))
     why = "--layers that skip blocks need the plain way." if skips else ""
@@ -240,7 +242,7 @@ def graph_command(
             graphed = Graphed(question, full, pruning.of(full), full.paths(top), run, notes)
             write(out, lambda path: _write_page(graphed, path))
             write(save, graphed.kept.save if save_pruned else full.save)
-        from .tell_graph import graph_as_json, print_graphed
+        from .print_graph import graph_as_json, print_graphed
 
         if json:
             print_json(graph_as_json(graphed, output))

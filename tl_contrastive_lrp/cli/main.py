@@ -12,16 +12,16 @@ import typer
 
 from . import demo as demo_room
 from . import options as o
+from .ask import ask, check_typed
 from .check import check_command
-from .command import PROGRAM
-from .exit import exit_codes
+from .errors import exit_codes
 from .explain import Prepared, explain, prepare
 from .graph import graph_command
+from .memory import Way
 from .output import Output
-from .question import ask, check_typed
-from .tell import as_json, print_explained, print_json
+from .print_attribution import as_json, print_explained, print_json
+from .retype import PROGRAM
 from .terminal import tell
-from .way import Way
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .exit import CliError, Code
+from .errors import CliError, Code
 
 
 @contextmanager

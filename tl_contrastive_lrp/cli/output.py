@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .exit import CliError, Code
+from .errors import CliError, Code
 from .terminal import shell_word
 
 
@@ -60,7 +60,7 @@ class Output:
         Raises:
             CliError: as ``check_writable``; ``--out`` that does not end as a page.
         """
-        from ..render.files import not_a_page
+        from ..files import not_a_page
 
         if self.out is not None and (why := not_a_page(self.out)) is not None:
             raise CliError(Code.USAGE, f"--out {why}")

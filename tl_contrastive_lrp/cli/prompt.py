@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .exit import CliError, Code, typed_words
+from .errors import CliError, Code, typed_words
 from .terminal import plain, say
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ def prompt_ids(
     """
     import torch
 
-    from ..bos import tokenised
-    from ..prompts import model_device, to_single_prompt
+    from ..inputs.bos import tokenised
+    from ..inputs.tokens import model_device, to_single_prompt
 
     if not text:
         to_single_prompt(model, text)  # says what is wrong
@@ -106,7 +106,7 @@ def prompt_ids(
 
 def special_notes(model: Any, text: str, prepend_bos: bool | None) -> list[str]:
     """Where a text's ids begin or end otherwise than the model's own tokenizer has it."""
-    from ..bos import tokenised
+    from ..inputs.bos import tokenised
 
     return [typed_words(note.says) for note in tokenised(model, text, prepend_bos).notes]
 
@@ -118,7 +118,7 @@ def _chat_ids(tokenizer: Any, text: str, system: str | None, answer: str) -> lis
             "This model's tokenizer has no chat template. Leave out --chat and give the whole "
             "prompt, in the format the model was trained on.",
         )
-    from ..prompts import continuation_ids
+    from ..inputs.tokens import continuation_ids
 
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": text})
@@ -141,7 +141,7 @@ def token_ids(model: Any, texts: Sequence[str], role: str) -> tuple[int, ...]:
         TokenError: a text that is not one token or may be several, or an id out of range.
     """
     from ..errors import TokenError
-    from ..prompts import to_token_ids
+    from ..inputs.tokens import to_token_ids
 
     for text in texts:
         try:
@@ -153,8 +153,8 @@ def token_ids(model: Any, texts: Sequence[str], role: str) -> tuple[int, ...]:
 
 def token_word(model: Any, token_id: int) -> str:
     """How to name a token on the command line: its name where that is safe, else ``id:123``."""
-    from ..prompts import token_names
-    from ..token_text import printed, written_id
+    from ..inputs.token_text import printed, written_id
+    from ..inputs.tokens import token_names
 
     name = token_names(model, [token_id])[0]
     if written_id(name) is None and printed(name, token_id) == name == plain(name):

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import typer
-
-from ..token_text import printed
-from .command import again
-from .exit import Code
-from .model import is_local, load_model
-from .output import Output
-from .prompt import prompt_ids, read_prompt, special_notes, token_ids, token_word
-from .tell import candidate_rows, print_candidates, print_json
-from .terminal import progress, say, tell
-from .way import Way
+from ..inputs.token_text import printed
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
 CANDIDATES = 10
+
 T = TypeVar("T")
 
 
@@ -80,9 +71,9 @@ def question_of(
     notes: Sequence[str] = (),
 ) -> Question:
     """The question with what telling its answer needs; logits [vocab] are those at ``pos``."""
-    from ..candidates import candidate_table
-    from ..float64 import precise
-    from ..prompts import model_device, token_names
+    from ..attribution.candidates import candidate_table
+    from ..inputs.float64 import precise
+    from ..inputs.tokens import model_device, token_names
 
     both = (*target, *contrast)
     return Question(
@@ -98,163 +89,3 @@ def question_of(
         str(model_device(model)),
         tuple(notes),
     )
-
-
-def check_typed(typed: dict[str, Any]) -> None:
-    """Refuse options that contradict each other, before anything is read.
-
-    Raises:
-        typer.BadParameter: they do.
-    """
-    if typed["model"] is None and typed["adapter"] is None:
-        raise typer.BadParameter("Missing option '--model'.")
-    if (typed["prompt"] is None) == (typed["prompt_file"] is None):
-        raise typer.BadParameter("Give the prompt with either --prompt or --prompt-file.")
-    if not typed["chat"] and (typed["system"] is not None or typed["answer"]):
-        raise typer.BadParameter("--system and --answer go with --chat.")
-    if typed["chat"] and typed["prepend_bos"] is not None:
-        raise typer.BadParameter(
-            "--bos and --no-bos are for a prompt without --chat: the chat template "
-            "says whether it begins with the BOS token."
-        )
-
-
-def ask(
-    command: str,
-    typed: dict[str, Any],
-    output: Output,
-    way: Way,
-    forward: Callable[[Any, Tensor], tuple[Tensor, T]],
-) -> tuple[Any, Question, T]:
-    """The model and the question that the options of ``command`` name.
-
-    Args:
-        command: "explain" or "graph".
-        typed: Its options by name.
-        output: How much is said.
-        way: How memory is used.
-        forward: Runs the prompt's one forward, of (model, token ids [1, pos]); gives the logits
-            [vocab] at the position, and what the command goes on with.
-
-    Returns:
-        The model, the question, and what ``forward`` gave.
-
-    Raises:
-        typer.Exit: no contrast was given; the candidates and a command to type are printed.
-        CliError, TokenError, PromptError: see their messages.
-    """
-    text = read_prompt(typed["prompt"], typed["prompt_file"], typed["strip_newline"])
-    output.check()
-    way.check()
-    name, adapter, device = typed["model"], typed["adapter"], typed["device"]
-    where = "" if is_local(name or adapter) else " (the first use downloads it)"
-    with progress(f"Loading {name or adapter}{where}", output.spins):
-        loaded = load_model(name, device.value if device else None, typed["dtype"].value, adapter)
-        model, name = loaded.bridge, loaded.name
-        from ..candidates import candidate_table
-
-    tokens = prompt_ids(
-        model,
-        text,
-        chat=typed["chat"],
-        system=typed["system"],
-        answer=typed["answer"],
-        prepend_bos=typed["prepend_bos"],
-    )
-    target = token_ids(model, typed["target"], "target") if typed["target"] else ()
-    contrast = token_ids(model, typed["contrast"], "contrast") if typed["contrast"] else ()
-    if contrast:
-        logits, ready = forward(model, tokens)
-    else:  # only the candidates are shown
-        logits, ready = next_logits(model, tokens, typed["pos"], output, way), None
-    candidates = candidate_table(model, logits, CANDIDATES)
-    ids = [int(i) for i in candidates["id"]]
-    notes = [*loaded.notes, *_notes(model, text, typed, tokens[0].tolist(), candidates)]
-    if not output.quiet:
-        for note in notes:
-            say(f"Note: {note}")
-    if ready is None:
-        other = next(i for i in ids if i not in (target or ids[:1]))
-        line = again(
-            command,
-            typed,
-            text,
-            target=typed["target"] or [token_word(model, ids[0])],
-            contrast=[token_word(model, other)],
-        )
-        _show_candidates(
-            typed | {"model": name}, candidates, line, int(typed["pos"]) % tokens.shape[1], notes
-        )
-        raise typer.Exit(Code.PROMPT)
-    question = question_of(
-        model,
-        tokens,
-        logits,
-        target or (ids[0],),
-        contrast,
-        pos=typed["pos"],
-        model_name=name,
-        notes=notes,
-    )
-    return model, question, ready
-
-
-def next_logits(model: Any, tokens: Tensor, pos: int, output: Output, way: Way) -> Tensor:
-    """The logits [vocab] at a position, in tiles where the prompt is explained in tiles."""
-    from ..candidates import logits_at
-    from ..memory import choose
-
-    tiles = choose(model, tokens.shape[1], way.memory, way.tile).tile is not None
-    with progress("Asking the model for its next token", output.spins and not tiles):
-        return logits_at(model, tokens, pos, way.memory, way.tile, progress=output.spins)
-
-
-def _notes(
-    model: Any, text: str, typed: dict[str, Any], ids: list[int], candidates: Any
-) -> list[str]:
-    """What the user may have meant otherwise."""
-    notes = []
-    if typed["prompt_file"] and text.endswith("\n") and not typed["strip_newline"]:
-        notes.append(
-            "The file's last newline is part of the prompt; --strip-newline leaves it out."
-        )
-    if not typed["chat"]:
-        notes += special_notes(model, text, typed["prepend_bos"])
-    bos = model.tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos] and typed["prepend_bos"] is None:
-        notes.append("The prompt begins with two BOS tokens: leave the BOS out of its text.")
-    likely = set(candidates["token"])
-    for role in ("target", "contrast"):
-        for word in typed[role] or ():
-            if word not in likely and f" {word}" in likely:
-                notes.append(
-                    f"The {role} is {word!r}; the model's likely token is {' ' + word!r}, with a "
-                    "leading space."
-                )
-    return notes
-
-
-def _show_candidates(
-    typed: dict[str, Any], candidates: Any, command: str, pos: int, notes: list[str]
-) -> None:
-    from .. import __version__
-
-    if typed["json"]:
-        print_json(
-            {
-                "status": "needs_contrast",
-                "version": __version__,
-                "model": typed["model"],
-                "pos": pos,
-                "candidates": candidate_rows(candidates),
-                "command": command,
-                "notes": notes,
-            }
-        )
-        return
-    tell("The model's likeliest next tokens:")
-    print_candidates(candidates)
-    tell("Which of them, or which other token, should it have written? Name it with --contrast.")
-    tell("For the likeliest alternative, type:")
-    tell()
-    tell(command)

@@ -6,10 +6,10 @@ the HTML is made nor when it is displayed.
 
 from __future__ import annotations
 
-from tl_contrastive_lrp.render.files import save_html
-from tl_contrastive_lrp.render.offline import OfflineHTML, component, page
-from tl_contrastive_lrp.render.report import Report, report_html
-from tl_contrastive_lrp.render.tokens import colored_tokens, colored_tokens_by_site
+from ..files import save_html
+from .offline import OfflineHTML, component, page
+from .report import Report, report_html
+from .tokens import colored_tokens, colored_tokens_by_site
 
 __all__ = [
     "OfflineHTML",

@@ -16,10 +16,10 @@ from uuid import uuid4
 import numpy as np
 from markupsafe import Markup
 
-from tl_contrastive_lrp.render.folds import ranges_of, sums
-from tl_contrastive_lrp.render.offline import LegendLine, PlainHTML, source, templates
-from tl_contrastive_lrp.render.scale import GREY, LIGHT_NEGATIVE, LIGHT_POSITIVE, colours
-from tl_contrastive_lrp.render.text import (
+from .folds import ranges_of, sums
+from .offline import LegendLine, PlainHTML, source, templates
+from .scale import GREY, LIGHT_NEGATIVE, LIGHT_POSITIVE, colours
+from .text import (
     inline_script,
     magnitude,
     packed,

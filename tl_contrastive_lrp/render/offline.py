@@ -22,7 +22,7 @@ from circuitsvis.utils.render import RenderedHTML
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tl_contrastive_lrp.render.text import inline_script, script_json
+from .text import inline_script, script_json
 
 # A swatch colour (or "" for none) and its words.
 LegendLine = Sequence[tuple[str, str]]

@@ -7,16 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tl_contrastive_lrp.render.folds import Fold
-from tl_contrastive_lrp.render.scale import colours, span
-from tl_contrastive_lrp.render.text import (
-    magnitude,
-    percent,
-    signed,
-    visible,
-    visible_tokens,
-    with_parts,
-)
+from .folds import Fold
+from .scale import colours, span
+from .text import magnitude, percent, signed, visible, visible_tokens, with_parts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -9,21 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
-from tl_contrastive_lrp.render import tables
-from tl_contrastive_lrp.render.folds import LONG, folds_of
-from tl_contrastive_lrp.render.graph import GraphView, graph_section, section_script
-from tl_contrastive_lrp.render.offline import script_hash, source, templates
-from tl_contrastive_lrp.render.prompt import account, extremes, parts, token_rows
-from tl_contrastive_lrp.render.scale import (
-    GREY,
-    NEGATIVE,
-    POSITIVE,
-    as_array,
-    as_mask,
-    check_tokens,
-    span,
-)
-from tl_contrastive_lrp.render.text import (
+from . import tables
+from .folds import LONG, folds_of
+from .graph.picture import GraphView, graph_section, section_script
+from .offline import script_hash, source, templates
+from .prompt import account, extremes, parts, token_rows
+from .scale import GREY, NEGATIVE, POSITIVE, as_array, as_mask, check_tokens, span
+from .text import (
     PARTS,
     inline_script,
     packed,

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tl_contrastive_lrp.render.scale import as_array, colours
-from tl_contrastive_lrp.render.text import percent, printable, signed, visible, with_parts
+from .scale import as_array, colours
+from .text import percent, printable, signed, visible, with_parts
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from tl_contrastive_lrp.render.folds import LONG
-from tl_contrastive_lrp.render.long_tokens import long_tokens
-from tl_contrastive_lrp.render.offline import OfflineHTML, component, source
-from tl_contrastive_lrp.render.scale import (
-    GREY,
-    LIGHT_NEGATIVE,
-    LIGHT_POSITIVE,
-    as_array,
-    as_mask,
-    check_tokens,
-    span,
-)
-from tl_contrastive_lrp.render.text import PARTS, inert, part_marks, signed
+from .folds import LONG
+from .long_tokens import long_tokens
+from .offline import OfflineHTML, component, source
+from .scale import GREY, LIGHT_NEGATIVE, LIGHT_POSITIVE, as_array, as_mask, check_tokens, span
+from .text import PARTS, inert, part_marks, signed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

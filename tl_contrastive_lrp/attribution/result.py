@@ -1,0 +1,290 @@
+"""The frozen result of explaining one prediction, and its file format.
+
+The file is safetensors: tensors plus one JSON text, no pickle, nothing executable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..files import FileKind, damage_named, read_result, write_result
+from ..graph.picture import view_of
+from ..hooks.coverage import Coverage, coverage_from
+from ..inputs.objective import check_earlier, in_words
+from ..inputs.token_text import printed
+from ..render.report import Report, report_html
+from ..render.text import visible
+from .ledger import Ledger, LedgerRow
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from circuitsvis.utils.render import RenderedHTML
+
+    from ..graph.data import AttributionGraph
+
+_FILE = FileKind("tl_contrastive_lrp.attribution", 1, "the attribution")
+
+_TENSORS = ("tokens", "resid", "heads", "neurons", "token_ids", "special")
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Relevance of one prediction's input tokens, hidden states, heads and neurons.
+
+    All relevance is in logits, with the sign of the objective: positive supports the target
+    (usually the wrong token), negative the contrast. Tensors are on the CPU.
+
+    Attributes:
+        tokens: Relevance of each input token: of its embedding, without position embeddings.
+        resid: Relevance of each hidden state: rows as ``sites``, the last one before the final
+            norm.
+        heads: Relevance of each attention head's output z at the position where it writes.
+        neurons: Relevance of each MLP neuron (``hook_post``), if asked for.
+        token_ids: The prompt.
+        special: Tokenizer's special tokens.
+        str_tokens: What each token contributes to the prompt's text: joined, they are that text.
+            A character of several tokens is at the first; the others are empty.
+        sites: HookPoint name of each row of ``resid``.
+        delta: Δℓ, the objective's value.
+        target_logit: The objective's target term (mean logit of the targets).
+        contrast_logit: Its contrast term, if it has one.
+        objective: The objective in words, with its sign.
+        target: Name of the target token(s): typed as a target, it means that token.
+        contrast: Name of what it is contrasted with, "" for nothing.
+        rules: Name of the rule set.
+        coverage: Which component got which rule.
+        ledger: Where Δℓ went.
+        model_name: As TransformerLens calls the model.
+        pos: Position whose next token is explained, from 0; of several the last, so that by
+            causality nothing behind it has relevance.
+        target_is_top: Whether the target is what the model writes there greedily; False of an
+            objective that has no target tokens.
+        memory: "plain", or "tiled (tile N)" where the backward was done N positions at a time.
+        prepended_bos: Whether a BOS token that the text does not hold was put before it; None where
+            ids were given (or by a version that did not say).
+        earlier_pos: The other positions explained, rising, where the objective is a function of
+            several; ``positions`` is all of them.
+    """
+
+    tokens: Float[Tensor, " pos"]
+    resid: Float[Tensor, "site pos"]
+    heads: Float[Tensor, "layer head pos"]
+    neurons: Float[Tensor, "layer pos d_mlp"] | None
+    token_ids: Int[Tensor, " pos"]
+    special: Bool[Tensor, " pos"]
+    str_tokens: tuple[str, ...]
+    sites: tuple[str, ...]
+    delta: float
+    target_logit: float
+    contrast_logit: float | None
+    objective: str
+    target: str
+    contrast: str
+    rules: str
+    coverage: Coverage
+    ledger: Ledger
+    model_name: str
+    pos: int
+    target_is_top: bool
+    memory: str = "plain"
+    prepended_bos: bool | None = None
+    earlier_pos: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        pos = len(self.str_tokens)
+        check_earlier("pos", self.pos, "earlier_pos", self.earlier_pos)
+        wanted = {
+            "tokens": (pos,),
+            "resid": (len(self.sites), pos),
+            "heads": (*self.heads.shape[:2], pos),
+            "token_ids": (pos,),
+            "special": (pos,),
+        }
+        for name, shape in wanted.items():
+            found = tuple(getattr(self, name).shape)
+            if found != shape:
+                raise ValueError(f"Attribution.{name} has shape {found}, not {shape}.")
+        if self.neurons is not None and tuple(self.neurons.shape[:2]) != (self.heads.shape[0], pos):
+            raise ValueError(f"Attribution.neurons has shape {tuple(self.neurons.shape)}.")
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Every position explained, rising: one, but for objectives that are functions of more."""
+        return (*self.earlier_pos, self.pos)
+
+    @property
+    def greyed(self) -> Bool[Tensor, " pos"]:
+        """Special tokens and the first token: shown grey and left out of colour scales."""
+        greyed = self.special.clone()
+        greyed[0] = True
+        return greyed
+
+    def to_frame(self) -> pd.DataFrame:
+        """The input tokens, in prompt order: pos, token, id, relevance, share (of Δℓ), special."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "pos": range(len(self.str_tokens)),
+                "token": self.str_tokens,
+                "id": self.token_ids.numpy(),
+                "relevance": self.tokens.numpy(),
+                "share": self.tokens.numpy() / (self.delta or float("nan")),
+                "special": self.special.numpy(),
+            }
+        )
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The ``k`` input tokens of largest |relevance|, as in ``to_frame``."""
+        frame = self.to_frame()
+        order = frame["relevance"].abs().sort_values(ascending=False, kind="stable").index
+        return frame.loc[order[:k]].reset_index(drop=True)
+
+    def __repr__(self) -> str:
+        return (
+            f"Attribution({self.model_name}, {len(self.str_tokens)} tokens, "
+            f"{self.target!r} vs {self.contrast!r}, Δℓ={self.delta:+.4f}, rules={self.rules!r}, "
+            f"{self.ledger.share_to_tokens:.0%} of Δℓ at the input tokens)"
+        )
+
+    # ------------------------------------------------------------ pictures
+
+    def show(self, *, include_special: bool = False) -> RenderedHTML:
+        """The prompt's tokens coloured by relevance, as circuitsvis shows them, without network.
+
+        Of more than 1,000 tokens, runs of faint ones are folded into pieces that open with a click.
+
+        Args:
+            include_special: Colour special tokens and the first token too, and let them count in
+                the colour scale.
+        """
+        from ..render import colored_tokens
+
+        return colored_tokens(self.str_tokens, self.tokens, **self._look(include_special))
+
+    def show_layers(self, *, include_special: bool = False) -> RenderedHTML:
+        """The same for every row of ``resid``: choose a site to see its tokens' relevance."""
+        from ..render import colored_tokens_by_site
+
+        look = self._look(include_special)
+        return colored_tokens_by_site(self.str_tokens, self.resid, self.sites, **look)
+
+    def _look(self, include_special: bool) -> dict[str, Any]:
+        return {
+            "greyed": None if include_special else self.greyed,
+            "target": self.target or "the target",
+            "contrast": self.contrast or "its alternatives",
+        }
+
+    def save_html(self, path: str | Path, *, candidates: pd.DataFrame | None = None) -> Path:
+        """A report in one file that opens from disk without network.
+
+        Args:
+            path: Where to write; the folder must exist.
+            candidates: Rows of ``next_token_table`` to include.
+        """
+        from ..render import save_html
+
+        return save_html(path, report_of(self, candidates=candidates))
+
+    # ------------------------------------------------------------ files
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to a safetensors file; ``load`` reads it back exactly."""
+        tensors: dict[str, Tensor | None] = {name: getattr(self, name) for name in _TENSORS}
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
+        if self.prepended_bos is None:
+            del rest["prepended_bos"]  # a field that the first files do not have
+        rest |= {"coverage": asdict(self.coverage), "ledger": asdict(self.ledger)}
+        if not self.earlier_pos:  # as version 0.1 writes and reads it
+            del rest["earlier_pos"]
+        return write_result(path, _FILE, tensors, rest)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Attribution:
+        """Read a file written by ``save``.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FileFormatError: it is damaged, foreign, or of another version.
+        """
+        tensors, data = read_result(path, _FILE)
+        with damage_named(path):
+            rows = tuple(LedgerRow(**row) for row in data["ledger"]["rows"])
+            data["ledger"] = Ledger(rows, data["ledger"]["delta"])
+            data["coverage"] = coverage_from(data["coverage"])
+            data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            return cls(**data, **{name: tensors.get(name) for name in _TENSORS})  # type: ignore[arg-type]
+
+
+def report_of(
+    result: Attribution,
+    candidates: pd.DataFrame | None = None,
+    graph: AttributionGraph | None = None,
+    **fields: Any,
+) -> str:
+    """The report of one explained prediction as an HTML page that fetches nothing.
+
+    Args:
+        result: What to show; relevance in logits, positive for the target.
+        candidates: Rows of ``next_token_table`` at the explained position.
+        graph: The attribution graph of the same prediction, pruned, for a section of its own.
+        fields: Fields of ``render.report.Report`` to set otherwise, such as ``model_name`` or
+            ``notes``.
+
+    Raises:
+        ValueError: a relevance is NaN or infinite.
+        TypeError: a field that ``Report`` does not have.
+    """
+    report = Report(
+        title=_title(result),
+        model_name=result.model_name,
+        rules=result.rules,
+        objective=result.objective,
+        str_tokens=result.str_tokens,
+        token_ids=result.token_ids.tolist(),
+        tokens=result.tokens,
+        delta=result.delta,
+        target=(result.target,) if result.target else (),
+        contrast=(result.contrast,) if result.contrast else (),
+        target_logit=result.target_logit,
+        contrast_logit=result.contrast_logit,
+        target_is_top=result.target_is_top,
+        greyed=result.greyed,
+        position=in_words(result.positions) if result.earlier_pos else result.pos,
+        resid=result.resid,
+        site_labels=result.sites,
+        heads=result.heads,
+        candidates=None if candidates is None else _typable(_rows(candidates)),
+        ledger=_rows(result.ledger.to_frame()),
+        coverage=[vars(row) for row in result.coverage.summary()],
+        graph=None if graph is None else view_of(graph),
+    )
+    return report_html(dataclasses.replace(report, **fields))
+
+
+def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
+
+
+def _typable(candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with names that can be read off the page and typed."""
+    return [
+        row | {"token": printed(str(row["token"]), int(row["id"]))}
+        if {"token", "id"} <= row.keys()
+        else row
+        for row in candidates
+    ]
+
+
+def _title(result: Attribution) -> str:
+    if not result.target:
+        return f"Relevance of {'several predictions' if result.earlier_pos else 'one prediction'}"
+    contrast = f" and not «{visible(result.contrast)}»" if result.contrast else ""
+    return f"Why «{visible(result.target)}»{contrast}?"

@@ -1,0 +1,182 @@
+"""Telling a result: as tables and sentences, or as one JSON object."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..inputs.token_text import printed
+from .output import Output
+from .terminal import shown, table, tell
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..attribution.result import Attribution
+    from ..graph.data import AttributionGraph
+    from .memory import Run
+    from .question import Question
+    from .results import Explained
+
+
+def candidate_rows(candidates: pd.DataFrame) -> list[dict[str, Any]]:
+    """The candidate table as JSON rows."""
+    rows: list[dict[str, Any]] = json.loads(
+        candidates.to_json(orient="records", double_precision=15)
+    )
+    return rows
+
+
+def print_candidates(candidates: pd.DataFrame) -> None:
+    """The candidate table on stdout."""
+    columns = ("rank", "token", "id", "logit", "probability", "minus top")
+    table(
+        [(name, name != "token") for name in columns],
+        [
+            (
+                str(row["rank"]),
+                printed(row["token"], row["id"]),
+                str(row["id"]),
+                f"{row['logit']:.3f}",
+                f"{100 * row['probability']:.2f} %",
+                f"{row['minus_top']:+.3f}",
+            )
+            for row in candidates.to_dict("records")
+        ],
+    )
+
+
+def _number(value: float) -> str:
+    if value == 0:
+        return "0"
+    return f"{value:+.4f}" if abs(value) >= 5e-5 else f"{value:+.1e}"
+
+
+def _percent(share: float) -> str:
+    if share == 0:
+        return "0 %"
+    return f"{100 * share:+.1f} %" if math.isfinite(share) else "-"
+
+
+def print_question(question: Question, result: Attribution | AttributionGraph, run: Run) -> None:
+    """Model, tokens and Δℓ in words, on stdout."""
+    target, contrast = question.side(question.target), question.side(question.contrast)
+    last = question.pos == question.n_tokens - 1
+    where = "after the last token" if last else f"after position {question.pos}"
+    tell(
+        f"{question.model_name}: {question.n_tokens:,} tokens, rules {result.rules}, "
+        f"{question.dtype} on {question.device}"
+    )
+    if said := run.said(result.memory):
+        tell(said)
+    tell(f"Why {target} and not {contrast}, {where}?")
+    tell(
+        f"Δℓ = {question.logit_of(question.target)} − {question.logit_of(question.contrast)} "
+        f"= ({result.target_logit:.4f}) − ({result.contrast_logit:.4f}) = {_number(result.delta)}"
+    )
+    if result.delta < 0:
+        tell(f"Δℓ is negative: the model prefers {contrast}.")
+    tell(f"Positive relevance pushes towards {target}, negative towards {contrast}.")
+
+
+def print_explained(explained: Explained, output: Output, decisive: Sequence[int] = ()) -> None:
+    """Δℓ in words, the tokens of largest relevance, and where the report is, on stdout."""
+    from ..render.text import with_parts
+
+    result = explained.result
+    n = len(result.str_tokens)
+    print_question(explained.question, result, explained.run)
+    top = result.top(output.top).to_dict("records")
+    greyed = result.greyed.tolist()
+    texts = with_parts(result.str_tokens)
+    columns = [("pos", True), ("token", False), ("relevance", True), ("share of Δℓ", True)]
+    rows = [
+        [
+            str(row["pos"]),
+            shown(texts[row["pos"]]) + (" *" if greyed[row["pos"]] else ""),
+            _number(row["relevance"]),
+            _percent(row["share"]),
+        ]
+        for row in top
+    ]
+    if decisive:
+        columns.append(("decides", False))
+        for row in rows:
+            row.append("yes" if int(row[0]) in decisive else "")
+    table(columns, rows, dim=[greyed[row["pos"]] for row in top])
+    if any(greyed[row["pos"]] for row in top):
+        tell("* special or first token: shown grey in the report and left out of its colours.")
+    tell(
+        f"These are the {len(rows)} of {n} tokens with the largest relevance; all {n} together "
+        f"carry {_percent(result.ledger.share_to_tokens)} of Δℓ."
+    )
+    if output.save is not None:
+        tell(f"Result: {output.save}")
+    if output.out is not None:
+        tell(f"Report: {output.out}")
+    else:
+        tell("Add --out report.html for a page with every token, layer and head.")
+
+
+def finite(value: float) -> float | None:
+    """A number that JSON can hold, or None."""
+    return value if math.isfinite(value) else None
+
+
+def question_as_json(
+    question: Question, result: Attribution | AttributionGraph, run: Run, status: str
+) -> dict[str, Any]:
+    """What the JSON objects of ``explain`` and ``graph`` have in common."""
+    from .. import __version__
+
+    def side(ids: Sequence[int], logit: float | None) -> dict[str, Any]:
+        return {"ids": list(ids), "tokens": [question.names[i] for i in ids], "logit": logit}
+
+    target = side(question.target, result.target_logit) | {"is_top": question.target_is_top}
+    return {
+        "status": status,
+        "version": __version__,
+        "model": question.model_name,
+        "rules": result.rules,
+        "dtype": question.dtype,
+        "device": question.device,
+        "objective": result.objective,
+        "pos": question.pos,
+        "target": target,
+        "contrast": side(question.contrast, result.contrast_logit),
+        "delta": result.delta,
+        "memory": run.as_json(result.memory),
+    }
+
+
+def as_json(explained: Explained, output: Output) -> dict[str, Any]:
+    """The JSON object of ``--json``; the help text of ``explain`` documents it."""
+    result = explained.result
+    greyed = result.greyed.tolist()
+    return question_as_json(explained.question, result, explained.run, "explained") | {
+        "share_to_tokens": finite(result.ledger.share_to_tokens),
+        "tokens": [
+            {
+                "pos": row["pos"],
+                "id": row["id"],
+                "token": row["token"],
+                "relevance": row["relevance"],
+                "share": finite(row["share"]),
+                "greyed": greyed[row["pos"]],
+            }
+            for row in result.to_frame().to_dict("records")
+        ],
+        "top": [int(pos) for pos in result.top(output.top)["pos"]],
+        "ledger": [vars(row) for row in result.ledger.rows],
+        "candidates": candidate_rows(explained.question.candidates),
+        "report": None if output.out is None else str(output.out),
+        "saved": None if output.save is None else str(output.save),
+        "notes": list(explained.notes),
+    }
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on stdout, in ASCII."""
+    print(json.dumps(value, allow_nan=False))

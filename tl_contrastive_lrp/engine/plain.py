@@ -1,0 +1,258 @@
+"""One forward and one backward under the rules, reading relevance inside the backward pass.
+
+``Reading``s say what to read where. A sink is called with (activation, gradient) while the
+backward runs and keeps what it reduces them to, so nothing of the size of all activations has to
+outlive its layer. No parameter takes part: their ``.grad`` and ``requires_grad`` stay as they are,
+and the gradient starts at detached embeddings, so frozen models work too.
+
+The user's hooks are part of the model. What is read at a HookPoint is the value after its own
+edits, times the gradient at that value: what a hook replaced by constants has relevance there, as a
+bias has, and none of it goes on to where the replaced value came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelStateError
+from ..hooks.context import plan
+from ..hooks.coverage import Coverage
+from ..hooks.hook_rules import HookWatch, rules_in_hooks
+from ..hooks.placement import attached, check_ready, check_single, reading_hooks
+from ..hooks.user_hooks import restarted, user_hooks
+from ..inputs.bridge import LEAVES
+from ..rules.handed_on import started, writable
+from ..rules.precision import first_gradient
+from ..rules.rule_sets import RuleSet, get_rule_set
+from ..rules.threads import frozen_parameters
+from .reading import Reading, Slots, arranged
+
+
+def run(
+    model: Any,
+    tokens: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    rule_set: str | RuleSet,
+    readings: Iterable[Reading],
+    scopes: Iterable[AbstractContextManager[None]] = (),
+    **forward_kwargs: Any,
+) -> tuple[Tensor, Tensor, Coverage]:
+    """``run_each`` with one objective.
+
+    Returns:
+        The logits [batch, pos, vocab] and the objective's value [], both detached, and the
+        coverage.
+
+    Raises:
+        ModelStateError, UncoveredComponentError: as ``run_each``.
+    """
+    logits, (value,), coverage = run_each(
+        model, tokens, [objective], rule_set, readings, scopes, **forward_kwargs
+    )
+    return logits, value, coverage
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward of the model under the rules, at which backwards start.
+
+    Attributes:
+        model: The bridge.
+        logits: [batch, pos, vocab], on their graph.
+        coverage: Which component got which rule.
+        ends: The tensors at which gradients end: embeddings, and constants that a user's hook put
+            in the place of computed values.
+        kept: Whether the graph is kept also after the last backward.
+        slots: Where readings can be bound, if they were not given with the forward.
+    """
+
+    model: Any
+    logits: Tensor
+    coverage: Coverage
+    ends: list[Tensor] = field(repr=False)
+    kept: bool = False
+    slots: Slots | None = None
+
+    def value(self, objective: Callable[[Tensor], Tensor]) -> Tensor:
+        """The objective's value, on the graph.
+
+        Raises:
+            ModelStateError: it is not one differentiable number.
+        """
+        with frozen_parameters(self.model):
+            return check_value(objective(self.logits))
+
+    def backward(self, value: Tensor, *, more: bool) -> None:
+        """Bring the gradient of a value to the embeddings; sinks are called on the way.
+
+        Args:
+            value: From ``value``.
+            more: Whether another backward follows for the same result.
+
+        Raises:
+            ModelStateError: the value does not depend on the logits.
+        """
+        ends = [self.logits, *self.ends] if self.logits.requires_grad else []
+        begin = first_gradient(self.model, value)
+        more = more or self.kept or (self.slots is not None and self.slots.uses > 0)
+        with frozen_parameters(self.model):
+            if not ends or (
+                torch.autograd.grad(value, ends, begin, allow_unused=True, retain_graph=more)[0]
+                is None
+            ):
+                raise ModelStateError(
+                    "The objective's value does not depend on the logits it was given (or they "
+                    "not on the input), so there is nothing to explain. Compute it from its "
+                    "argument."
+                )
+
+
+def forward(
+    model: Any,
+    tokens: Tensor,
+    rule_set: str | RuleSet,
+    readings: Iterable[Reading],
+    scopes: Iterable[AbstractContextManager[None]] = (),
+    hook_watch: HookWatch | None = None,
+    **forward_kwargs: Any,
+) -> Forward:
+    """One forward, with rules and readings for the backwards that start at it.
+
+    The rules and ``scopes`` are on during the forward only, so a sink may run the model itself.
+    They act in the calling thread alone, and sinks for it, in whatever thread autograd calls them.
+
+    Args:
+        hook_watch: Notes what the user's hook functions do. If one edits, the graph is kept also
+            after the last backward.
+
+    Raises:
+        ModelStateError: training mode, gradients off, or rules already on.
+        UncoveredComponentError: a component that no rule covers.
+    """
+    check_ready(model, "Relevance")
+    check_single(model)
+    _refuse_cached_tokens(forward_kwargs.get("past_key_values"))
+    attachments, coverage = plan(model, rule_set)
+    leaves: dict[str, Tensor] = {}
+
+    def make_leaf(tensor: Tensor, hook: Any) -> Tensor:
+        leaves[hook.name] = tensor.detach().requires_grad_(True)
+        return started(leaves[hook.name])
+
+    before, after = arranged(model, attachments, readings)
+    hook_dict = model.hook_dict
+    starts = [(name, make_leaf) for name in LEAVES if name in hook_dict]
+    hooks = user_hooks(model)
+    with (
+        frozen_parameters(model),
+        ExitStack() as stack,
+        rules_in_hooks(model, get_rule_set(rule_set), coverage, watch=hook_watch),
+        writable(any(hook.is_forward for hook in hooks)),
+        restarted(hooks) as constants,
+        reading_hooks(model, [*starts, *before]),
+        attached(model, attachments),
+        reading_hooks(model, after),
+    ):
+        for scope in scopes:
+            stack.enter_context(scope)
+        logits = model(tokens, **forward_kwargs)
+        _require_whole(logits, tokens)
+    kept = hook_watch is not None and bool(hook_watch.edits)
+    return Forward(model, logits, coverage, [*leaves.values(), *constants], kept)
+
+
+def run_each(
+    model: Any,
+    tokens: Tensor,
+    objectives: Sequence[Callable[[Tensor], Tensor]],
+    rule_set: str | RuleSet,
+    readings: Iterable[Reading],
+    scopes: Iterable[AbstractContextManager[None]] = (),
+    then: Callable[[int], None] | None = None,
+    hook_watch: HookWatch | None = None,
+    shared: Forward | None = None,
+    **forward_kwargs: Any,
+) -> tuple[Tensor, list[Tensor], Coverage]:
+    """One forward, and for each objective a backward; sinks are called on the way back.
+
+    Args:
+        then: Called after each backward, with the number of its objective.
+        hook_watch: Notes what the user's hook functions do. If one edits, the graph is kept for
+            ``then``, also after the last backward.
+        shared: A forward of these tokens under these rules that was run before, with slots for
+            these readings.
+
+    Returns:
+        The logits [batch, pos, vocab] and the objectives' values [], all detached, and the
+        coverage.
+
+    Raises:
+        ModelStateError: training mode, gradients off, rules already on, or an objective that is
+            not a differentiable scalar.
+        UncoveredComponentError: a component that no rule covers.
+    """
+    readings = list(readings)
+    run = shared
+    if run is None:
+        run = forward(
+            model, tokens, rule_set, readings, scopes, hook_watch=hook_watch, **forward_kwargs
+        )
+    values = [run.value(objective) for objective in objectives]
+    with nullcontext() if run.slots is None else run.slots.bound(readings):
+        for which, value in enumerate(values):
+            run.backward(value, more=which + 1 < len(values))
+            if then is not None:
+                then(which)
+    return run.logits.detach(), [value.detach().reshape(()) for value in values], run.coverage
+
+
+def check_value(value: object) -> Tensor:
+    """What an objective returned, if relevance can start from it.
+
+    Raises:
+        ModelStateError: it is not one differentiable number.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise ModelStateError(
+            "The objective must turn logits [batch, pos, vocab] into one differentiable "
+            f"number; it returned {_kind(value)}. Use clrp.logit_diff(...), or a function "
+            "that sums over the batch and detaches nothing."
+        )
+    return value
+
+
+def _require_whole(logits: object, tokens: Tensor) -> None:
+    """Refuse a forward that another thread's call of TransformerLens changed.
+
+    The bridge keeps the batch size of its position embeddings and the layer to stop at on the
+    model, for whichever thread comes by.
+    """
+    if isinstance(logits, Tensor) and tokens.ndim == 2 and logits.ndim == 3:
+        found, wanted = tuple(logits.shape[:2]), tuple(tokens.shape)
+        if found[0] != wanted[0]:
+            raise ModelStateError(
+                f"The forward of tokens {list(wanted)} gave logits of {list(found)}: another "
+                "thread ran this model at that moment and TransformerLens mixed up the two. "
+                "Try again, with that run inside `with clrp.model_lock(model):`."
+            )
+
+
+def _refuse_cached_tokens(cache: Any) -> None:
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        raise ModelStateError(
+            f"past_key_values holds {int(cache.get_seq_length())} tokens already: what they "
+            "contributed could not be told and would be lost. Give the whole prompt, without it."
+        )
+
+
+def _kind(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    detached = "" if value.requires_grad else " without a gradient"
+    return f"a tensor of shape {list(value.shape)}{detached}"

@@ -1,0 +1,228 @@
+"""The backward in tiles: each block is run again, one tile of positions after the other.
+
+From the last block to the first, and within a block from the last tile to the first: by causality
+only later tiles send gradients to a tile's keys and values, so these are complete when its turn
+comes, and one run of the block on the tile gives all its gradients, the same as a plain backward.
+What it takes is a tile's activations, heads · tile · pos numbers, at a time. Several objectives
+share that run: each sends its own gradient back through it.
+
+The rules and readings are those of ``backward.run``; what readings keep is joined over tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...errors import ModelStateError
+from ...hooks.attachment import Attachment, HookFn
+from ...hooks.placement import attached, reading_hooks
+from ...rules.functions import at_least_float32
+from ...rules.precision import LOW, WideGradient, plain
+from ..memory import give_back
+from ..reading import Reading, arranged
+from ..relevance_sums import Sums
+from .accumulate import Joined, Signal, laid_out
+from .prefill import Prefill, first_of
+
+
+class TileReader(Protocol):
+    """What else is read while the backward runs; see ``tiled_edges.py``.
+
+    ``which`` is the number of the objective.
+    """
+
+    def readings(self, layer: int) -> list[Reading]: ...
+
+    def begin_layer(self, layer: int, forward: Prefill) -> None: ...
+
+    def begin_tile(self, layer: int, tile: int, cache: Any) -> None: ...
+
+    def end_tile(self, layer: int, tile: int, joined: Joined, which: int) -> None: ...
+
+    def end_layer(self, layer: int) -> None: ...
+
+    def saved(self, layer: int, which: int) -> dict[str, Tensor]: ...
+
+    def restore(self, layer: int, which: int, tensors: dict[str, Tensor]) -> None: ...
+
+
+def is_of_block(path: str, layer: int | None) -> bool:
+    """Whether something at ``path`` takes part when that block runs (None: outside of all)."""
+    head, _, rest = path.partition(".")
+    if head != "blocks":
+        return True
+    return layer is not None and rest.split(".")[0] == str(layer)
+
+
+def as_gradient(g: Tensor, like: Tensor) -> Tensor:
+    """A gradient kept in float32 or finer, as autograd wants it for ``like``."""
+    g = g.to(like.device)
+    return WideGradient(g.float(), like.dtype) if like.dtype in LOW else g.to(like.dtype)
+
+
+@dataclass(eq=False)
+class _Flow:
+    """One objective's gradients in one block, [1, pos, d_model] and [1, kv_head, pos, d_head]."""
+
+    g: Tensor
+    g_in: Tensor
+    g_keys: Tensor
+    g_values: Tensor
+
+    @staticmethod
+    def begun(g: Tensor, keys: Tensor, values: Tensor) -> _Flow:
+        at_kv = (torch.zeros_like(at_least_float32(x)) for x in (keys, values))
+        return _Flow(g, torch.zeros_like(g), *at_kv)
+
+    def arrives(self, own: slice) -> bool:
+        """Whether any gradient comes to the block's output there."""
+        return bool(self.g[:, own].any())
+
+    def is_sent(self, own: slice) -> bool:
+        """Whether later tiles have sent any to the keys and values there."""
+        return bool(self.g_keys[..., own, :].any() | self.g_values[..., own, :].any())
+
+
+class Backward:
+    """The backward of some objectives through the blocks and embeddings of one prefill."""
+
+    def __init__(
+        self,
+        model: Any,
+        attachments: tuple[Attachment, ...],
+        sums: Sums,
+        reader: TileReader | None,
+        forward: Prefill,
+        signals: Sequence[Signal],
+        step: Callable[[], object],
+        again: bool = False,
+    ) -> None:
+        self.model, self.attachments, self.sums, self.reader = model, attachments, sums, reader
+        self.forward, self.signals, self.step = forward, signals, step
+        self.again = again  # the forward serves another run after this
+
+    def layer(self, layer: int) -> None:
+        """Bring every signal's gradient from the block's output to its input."""
+        forward, reader = self.forward, self.reader
+        keys, values = forward.keys[layer], forward.values[layer]
+        flows = [_Flow.begun(signal.g, keys, values) for signal in self.signals]
+        prefix = f"blocks.{layer}."
+        mine = tuple(a for a in self.attachments if is_of_block(a.site.path, layer))
+        readings = [r for r in self.sums.readings if r.name.startswith(prefix)]
+        readings += reader.readings(layer) if reader is not None else []
+        hooks = arranged(self.model, mine, readings)
+        if reader is not None:
+            reader.begin_layer(layer, forward)
+        for tile in reversed(range(len(forward.bounds))):
+            give_back(tile)
+            self._tile(layer, tile, flows, mine, hooks)
+            self.step()
+        if reader is not None:
+            reader.end_layer(layer)
+        for signal, flow in zip(self.signals, flows, strict=True):
+            signal.g = laid_out(flow.g_in)
+
+    def _tile(
+        self,
+        layer: int,
+        tile: int,
+        flows: list[_Flow],
+        mine: tuple[Attachment, ...],
+        hooks: tuple[list[tuple[str, HookFn]], list[tuple[str, HookFn]]],
+    ) -> None:
+        from .cache import ReplayCache
+
+        forward = self.forward
+        start, stop = forward.bounds[tile]
+        own, last = slice(start, stop), tile == forward.last  # one is run always, to find shapes
+        if tile > forward.last:
+            return
+        idle = not last and not any(flow.arrives(own) for flow in flows)
+        if idle and not any(flow.is_sent(own) for flow in flows):  # no relevance comes here
+            return
+        keys, values = forward.keys[layer], forward.values[layer]
+        past = slice(stop - forward.widths[layer][tile], start)
+        before = tuple(x[..., past, :].detach().requires_grad_(True) for x in (keys, values))
+        cache = ReplayCache(start, (before[0], before[1]), stop=idle)
+        x = forward.inputs[layer][tile].detach().requires_grad_(True)
+        if self.reader is not None:
+            self.reader.begin_tile(layer, tile, cache)
+        out = self._replayed(layer, tile, x, cache, mine, hooks)
+        assert cache.own is not None
+        for which, flow in enumerate(flows):
+            ends = [
+                (cache.own[0], flow.g_keys[..., own, :]),
+                (cache.own[1], flow.g_values[..., own, :]),
+            ]
+            ends += [] if out is None else [(out, flow.g[:, own])]
+            ends = [(y, g_y) for y, g_y in ends if y.requires_grad]
+            found = torch.autograd.grad(
+                [y for y, _ in ends],
+                [x, *before],
+                [as_gradient(g_y, y) for y, g_y in ends],
+                allow_unused=True,
+                retain_graph=which + 1 < len(flows),
+            )
+            if found[0] is not None:
+                flow.g_in[:, own] = plain(found[0]).to(flow.g_in)
+            for total, part in zip((flow.g_keys, flow.g_values), found[1:], strict=True):
+                if part is not None:
+                    total[..., past, :] += plain(part).to(total)
+            joined = self.signals[which].joined
+            joined.take(self.sums.take(), (start, stop))
+            if self.reader is not None:
+                self.reader.end_tile(layer, tile, joined, which)
+        self.sums.clear()
+
+    def _replayed(
+        self,
+        layer: int,
+        tile: int,
+        x: Tensor,
+        cache: Any,
+        mine: tuple[Attachment, ...],
+        hooks: tuple[list[tuple[str, HookFn]], list[tuple[str, HookFn]]],
+    ) -> Tensor | None:
+        """The block's output on the tile, None where it was stopped at its keys and values."""
+        from .cache import Enough
+
+        args, kwargs = self.forward.call(layer, tile, x, cache)
+        with (
+            reading_hooks(self.model, hooks[0]),
+            attached(self.model, mine),
+            reading_hooks(self.model, hooks[1]),
+        ):
+            try:
+                out = first_of(self.model.blocks[layer](*args, **kwargs))
+            except Enough:
+                return None
+        wanted = self.forward.after(layer, tile)
+        if not bool((out.detach() - wanted).abs().max() <= 1e-3 * wanted.abs().max()):
+            raise ModelStateError(
+                f"blocks.{layer} does not give the same output when it is run again, so its "
+                "relevance would be wrong. Use memory='plain', and remove hooks that change values."
+            )
+        return out
+
+    def embeddings(self) -> None:
+        """From the first block's input to the embeddings."""
+        found = [Joined(signal.joined.length) for signal in self.signals]
+        for tile, (start, leaves) in enumerate(self.forward.starts):
+            own = self.forward.bounds[tile]
+            for which, signal in enumerate(self.signals):
+                g = signal.g[:, slice(*own)]
+                none = tile != self.forward.last and not bool(g.any())
+                if not start.requires_grad or none:
+                    continue
+                torch.autograd.grad(
+                    start, list(leaves.values()), as_gradient(g, start), allow_unused=True,
+                    retain_graph=self.again or which + 1 < len(self.signals),
+                )  # fmt: skip
+                found[which].take(self.sums.take(), own)
+        for signal, joined in zip(self.signals, found, strict=True):  # all of it, or nothing
+            signal.joined.kept |= joined.kept

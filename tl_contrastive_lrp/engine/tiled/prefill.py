@@ -1,0 +1,264 @@
+"""The forward in tiles of positions: a prefill through the bridge over a key-value cache.
+
+What a backward needs to run each block again on each tile is kept: the block's input, what it was
+called with (masks, rotary tables: the model's own, packed), and all keys and values. That is
+O(layers · pos · d_model) where a plain forward with gradients keeps O(layers · heads · pos²).
+Nothing is re-implemented: the model computes each tile as it would when generating text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ...rules.threads import mine
+from ..memory import give_back
+from .bounds import Range, is_wanted, tiles_of
+from .masks import Packed
+
+if TYPE_CHECKING:
+    from .cache import RecordingCache
+
+_CACHE = object()  # stands for the cache among a block's arguments
+_HIDDEN = object()  # and this for its input
+
+
+class _AfterBlocks(Exception):
+    """All blocks have run on the tile; its logits are not wanted."""
+
+
+@dataclass(eq=False)
+class Prefill:
+    """A forward in tiles.
+
+    Attributes:
+        bounds: (start, stop) of each tile.
+        inputs: Each block's input by tile, [1, tile, d_model].
+        calls: What each block was called with, by tile: positional and keyword arguments.
+        keys, values: By block, [1, kv_head, pos, d_head].
+        widths: By block and tile, how many keys the tile saw.
+        starts: By tile, the first block's input on the graph of the embeddings, and these.
+        outputs: The last block's output by tile, [1, tile, d_model].
+        wanted: The positions whose logits are wanted, whole tiles.
+        finals: Those tiles' outputs as leaves, by tile.
+        parts: Their logits, [1, tile, vocab], each on the graph of its tile's leaf.
+    """
+
+    bounds: tuple[Range, ...]
+    inputs: list[list[Tensor]]
+    calls: list[list[tuple[Any, Any]]]
+    wanted: tuple[Range, ...]
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+    widths: list[list[int]] = field(default_factory=list)
+    starts: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    finals: dict[int, Tensor] = field(default_factory=dict)
+    parts: list[Tensor] = field(default_factory=list)
+
+    @property
+    def last(self) -> int:
+        """The last wanted tile; those after it have no part in what is wanted."""
+        return max(self.finals)
+
+    def logits(self) -> Tensor:
+        """[1, wanted, vocab], on the graph of ``parts``."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=1)
+
+    def logits_at(self, pos: int | None) -> Tensor | None:
+        """[1, 1, vocab] of a position that is a wanted tile of its own, else None."""
+        for tile, part in zip(self.finals, self.parts, strict=True):
+            if pos is not None and self.bounds[tile] == (pos, pos + 1):
+                return part
+        return None
+
+    def call(self, layer: int, tile: int, hidden: Tensor, cache: Any) -> tuple[Any, Any]:
+        """Arguments for running a block again on a tile, with this input and this cache."""
+
+        def restored(value: Any) -> Any:
+            if value is _CACHE:
+                return cache
+            if value is _HIDDEN:
+                return hidden
+            return value.unpacked() if isinstance(value, Packed) else value
+
+        args, kwargs = self.calls[layer][tile]
+        return tree_map(restored, args), tree_map(restored, kwargs)
+
+    def after(self, layer: int, tile: int) -> Tensor:
+        """What the block put out for the tile, [1, tile, d_model]."""
+        return self.outputs[tile] if layer + 1 == len(self.inputs) else self.inputs[layer + 1][tile]
+
+
+def first_of(output: Any) -> Tensor:
+    """A block's output, without what it puts out beside."""
+    first: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return first
+
+
+def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+class _Recorder:
+    """Hooks on the blocks that keep what each was given, one tile after the other."""
+
+    def __init__(self, prefill: Prefill, cache: RecordingCache, leaves: dict[str, Tensor]) -> None:
+        self.prefill = prefill
+        self.cache = cache
+        self.leaves = leaves
+        self.packed: dict[int, tuple[Tensor, Any]] = {}
+
+    def _kept(self, value: Any, hidden: Tensor) -> Any:
+        if value is hidden:
+            return _HIDDEN
+        if value is self.cache:
+            return _CACHE
+        if not isinstance(value, Tensor):
+            return value
+        if value.requires_grad:
+            from .cache import NotTileable
+
+            raise NotTileable(
+                f"blocks.{self.cache.layer} is given more of the prompt than its residual stream."
+            )
+        # The same mask goes to many blocks: it is packed once, while the tile holds it alive.
+        found = self.packed.get(id(value))
+        if found is None or found[0] is not value:
+            found = self.packed[id(value)] = value, Packed.of(value)
+        return found[1]
+
+    def before(self, layer: int) -> Callable[..., Any]:
+        def pre_hook(module: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
+            self.cache.layer = layer
+            live = _hidden_of(args, kwargs)
+            hidden = live.detach()
+            self.prefill.inputs[layer].append(hidden)
+            kept = tree_map(lambda value: self._kept(value, live), (args, kwargs))
+            self.prefill.calls[layer].append(kept)
+            if layer:
+                return None
+            self.prefill.starts.append((live, dict(self.leaves)))
+            return (hidden, *args[1:]) if args else args, kwargs if args else {
+                **kwargs, "hidden_states": hidden,
+            }  # fmt: skip
+
+        return pre_hook
+
+    def after_each(self, layer: int) -> Callable[..., Any]:
+        def hook(module: Any, args: Any, output: Any) -> None:  # noqa: ARG001
+            if layer not in self.cache._done:
+                from .cache import NotTileable
+
+                raise NotTileable(f"blocks.{layer} keeps no keys and values in a cache.")
+
+        return hook
+
+    def after_last(self, module: Any, args: Any, output: Any) -> Any:  # noqa: ARG002
+        """A tile that goes on to logits does so as a leaf; others stop."""
+        prefill, start = self.prefill, self.cache.start
+        out = first_of(output)
+        prefill.outputs.append(out.detach())
+        self.packed.clear()
+        if not is_wanted(start, prefill.wanted):
+            raise _AfterBlocks
+        final = out.detach().clone().requires_grad_(True)
+        prefill.finals[len(prefill.outputs) - 1] = final
+        if isinstance(output, tuple | list):
+            return type(output)((final, *output[1:]))
+        return final
+
+    @contextmanager
+    def on(self, blocks: Any) -> Iterator[None]:
+        with ExitStack() as stack:
+            for layer, block in enumerate(blocks):
+                handle = block.register_forward_pre_hook(mine(self.before(layer)), with_kwargs=True)
+                stack.callback(handle.remove)
+                stack.callback(block.register_forward_hook(mine(self.after_each(layer))).remove)
+            stack.callback(blocks[-1].register_forward_hook(mine(self.after_last)).remove)
+            yield
+
+
+def prefill(
+    model: Any,
+    tokens: Tensor,
+    wanted: tuple[Range, ...],
+    bounds: tuple[Range, ...],
+    leaves: dict[str, Tensor],
+    step: Callable[[], object] = lambda: None,
+) -> Prefill:
+    """Run the model tile by tile; parameters are frozen, what surrounds the blocks keeps its graph.
+
+    Args:
+        model: The bridge, with rules and readings outside of the blocks attached.
+        tokens: [1, pos].
+        wanted: Positions whose logits are wanted.
+        bounds: Of the tiles.
+        leaves: Where the caller's hooks put the tensors at which each tile's graph starts.
+        step: Called after each tile.
+
+    Raises:
+        NotTileable: a block that does not work over a cache of keys and values, or whose output
+            in tiles is not that of the plain forward.
+    """
+    from .cache import NotTileable, RecordingCache
+
+    n_layers = int(model.cfg.n_layers)
+    found = Prefill(bounds, [[] for _ in range(n_layers)], [[] for _ in range(n_layers)], wanted)
+    try:
+        cache = RecordingCache(model.original_model.config, tokens.shape[1], n_layers)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise NotTileable(f"Its configuration makes no cache: {error}") from error
+    recorder = _Recorder(found, cache, leaves)
+    logits = found.parts
+    with recorder.on(model.blocks):
+        for tile, (start, stop) in enumerate(bounds):
+            give_back(tile)
+            if start >= wanted[-1][1]:  # by causality, without a part in what is wanted
+                step()
+                continue
+            cache.begin(start, stop)
+            leaves.clear()
+            with suppress(_AfterBlocks):
+                logits.append(model(tokens[:, start:stop], past_key_values=cache))
+            if len(found.outputs) != len(found.inputs[0]) or not found.starts:
+                raise NotTileable("Its blocks were not all run, or not once each.")
+            step()
+    found.keys, found.values, found.widths = cache.keys, cache.kept_values, cache.widths
+    if len(logits) != len(found.finals) or not all(isinstance(x, Tensor) for x in logits):
+        raise NotTileable("The forward gave no logits.")
+    return found
+
+
+def check_tileable(model: Any, tokens: Tensor) -> None:
+    """Compare a short prompt in uneven tiles with the plain forward.
+
+    Raises:
+        NotTileable: says why the model cannot be run in tiles.
+    """
+    from .cache import NotTileable
+
+    short = tokens[:, :13]
+    length = short.shape[1]
+    if model.cfg.n_layers != len(getattr(model, "blocks", ())):
+        raise NotTileable("Its blocks are not one list.")
+    try:
+        with torch.no_grad():
+            wanted = model(short)
+            every = ((0, length),)
+            logits = prefill(model, short, every, tiles_of(length, 5, every), {}).logits()
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, NotTileable):
+            raise
+        raise NotTileable(f"A forward over a cache of keys and values fails: {error}") from error
+    scale = float(wanted.abs().max())
+    slack = 1e-4 if wanted.dtype in (torch.float32, torch.float64) else 0.05
+    if not float((logits - wanted).abs().max()) <= slack * scale:
+        raise NotTileable("A forward over a cache of keys and values gives other logits.")

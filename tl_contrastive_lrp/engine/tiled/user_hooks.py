@@ -1,0 +1,82 @@
+"""The user's hooks beside a run in tiles: those that only look are shown the prompt, others refuse.
+
+In tiles a hook would be given a few positions at a time, counted from the tile's start. One that
+writes to positions 1,190 to 1,240 would find an empty range everywhere and be lost; one that takes
+a mean over positions would take others. That a hook edits nothing in any tile therefore says
+nothing about what it does to the prompt, and what a hook does with a tensor cannot be told from
+outside of a call. So each hook is called as it is in the model's own forward: a forward of the
+whole prompt is run first, plainly and without gradients, which needs a fraction of the memory of a
+plain backward, and what each hook does there is observed.
+
+If all of them only looked, they have seen what they were put there to see, once, and the model
+computed as without them: they are set aside while the tiles run. If one edits, or if that forward
+does not fit, the run is not done in tiles. Backward hooks would be given gradients tile by tile
+from the last to the first, and may change them, so they are left to the plain way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...hooks.user_hooks import aside, observed, user_hooks
+from ...inputs.tokens import model_device
+from ..memory import fits_forward, forward_bytes, free_bytes, gib
+
+_WORDS = {
+    "in place": "writes into its tensor",
+    "returned": "returns another tensor",
+    "gradient": "asks for its tensor's gradient",
+}
+
+
+@contextmanager
+def without_lookers(model: Any, tokens: Tensor, *, backward: bool = True) -> Iterator[None]:
+    """No hook of the user's is on the model inside the block, and that makes no difference.
+
+    Args:
+        model: The bridge; none of this package's hooks are on it.
+        tokens: [1, pos].
+        backward: Whether a backward is run inside the block.
+
+    Raises:
+        NotTileable: a hook edits, or is called in the backward, or it cannot be told.
+    """
+    from .cache import NotTileable
+
+    hooks = user_hooks(model)
+    later = [hook for hook in hooks if not hook.is_forward]
+    if later and backward:
+        raise NotTileable(
+            f"The backward hook at {later[0]} would be given the gradients of a few positions at a "
+            "time."
+        )
+    if len(later) < len(hooks):
+        length = int(tokens.shape[1])
+        if not fits_forward(model, length):
+            raise NotTileable(
+                f"The hook at {next(h for h in hooks if h.is_forward)} may change values, and in "
+                "tiles it would be given a few positions at a time, counted from the tile's start. "
+                "Whether it only looks is seen in a forward of the whole prompt, which needs about "
+                f"{gib(forward_bytes(model, length))}; {gib(free_bytes(model_device(model)))} are "
+                "free. Without the hook, tiles work."
+            )
+        try:
+            with torch.no_grad(), observed(hooks, gradients=backward) as seen:
+                model(tokens)
+        except RuntimeError as error:
+            raise NotTileable(f"A forward with the hooks on the model fails: {error}") from error
+        edit = next((call for call in seen if not call.looked_only), None)
+        if edit is not None:
+            raise NotTileable(
+                f"The hook at {edit.hook} {_WORDS[edit.how]}; in tiles it would be given a few "
+                "positions at a time, counted from the tile's start, which are not those of the "
+                "model's own forward."
+            )
+        hooks = user_hooks(model)  # one may have removed itself
+    with aside(hooks):
+        yield

@@ -1,0 +1,442 @@
+"""The frozen attribution graph: nodes, columns of edges, and ways to look at them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..hooks.coverage import Coverage
+from ..inputs.objective import check_earlier
+from .columns import DTYPES, ORDER, PATHS, POSITION, EdgeColumns, first_disorder, in_order
+from .graph import GraphTools
+from .prune_history import PruneStep
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AttributionGraph(GraphTools):
+    """How relevance flows from one prediction down to its input tokens.
+
+    A node is a hidden state: a site of the residual stream at a position. An edge's weight is the
+    relevance that the target node passes to the source node: logits, with the sign of the
+    objective (positive supports the target token). Information flows from source to target, the
+    explanation from target to source. Over all heads, paths and targets of one transition the
+    edges of a full graph that share a source node add up to that node's relevance.
+
+    Edges are sorted by target site, source site, target position, source position, head, path;
+    no two are the same. Tensors are on the CPU.
+
+    Attributes:
+        sites: HookPoint names, input first, the final residual stream last.
+        relevance: Relevance of every node, also of those without an edge.
+        token_ids: The prompt.
+        special: Tokenizer's special tokens.
+        str_tokens: What each token contributes to the prompt's text: joined, they are that text.
+            A character of several tokens is at the first; the others are empty.
+        source_site, target_site: Indices into ``sites``, int16.
+        source_pos, target_pos: Positions, int32.
+        weight: A[target_pos, source_pos] of the transition, logits.
+        head: int16, -1 for what does not go through attention between positions; None on a graph
+            that is not split by heads.
+        path: int8: 0 position-wise, 1 by value, 2 by key; None as ``head``.
+        transitions: Pairs (source, target) of sites that were computed, sorted by (target,
+            source); a pruned graph keeps those that lost all edges.
+        final_pos: Position whose next token is explained; with the last site, the final node. Of
+            several the last, so that by causality nothing behind it has relevance.
+        delta: Δℓ, the objective's value.
+        target_logit, contrast_logit, objective, target, contrast, rules, coverage, model_name: As
+            in ``Attribution``.
+        granularity: "block", "sublayer" or "custom".
+        node_threshold: Targets with |relevance| at or below it (logits) were not expanded when
+            the graph was made; 0: all were.
+        history: What each pruning step did; () for a full graph.
+        dimensions, neurons, head_relevance: Details of the nodes, if asked for: relevance of every
+            hidden dimension [site, pos, d_model], MLP neuron [layer, pos, d_mlp] and head output
+            [layer, head, pos].
+        memory: "plain", or "tiled (tile N)" where the backward was done N positions at a time.
+        prepended_bos: Whether a BOS token that the text does not hold was put before it; None where
+            ids were given (or by a version that did not say).
+        earlier_final_pos: The other positions explained, rising, where the objective is a function
+            of several; ``final_positions`` is all of them, each a final node.
+    """
+
+    sites: tuple[str, ...]
+    relevance: Float[Tensor, "site pos"]
+    token_ids: Int[Tensor, " pos"]
+    special: Bool[Tensor, " pos"]
+    str_tokens: tuple[str, ...]
+    source_site: Int[Tensor, " edge"]
+    target_site: Int[Tensor, " edge"]
+    source_pos: Int[Tensor, " edge"]
+    target_pos: Int[Tensor, " edge"]
+    weight: Float[Tensor, " edge"]
+    head: Int[Tensor, " edge"] | None
+    path: Int[Tensor, " edge"] | None
+    transitions: tuple[tuple[int, int], ...]
+    final_pos: int
+    delta: float
+    target_logit: float
+    contrast_logit: float | None
+    objective: str
+    target: str
+    contrast: str
+    rules: str
+    coverage: Coverage
+    model_name: str
+    granularity: str
+    node_threshold: float = 0.0
+    history: tuple[PruneStep, ...] = ()
+    dimensions: Float[Tensor, "site pos d_model"] | None = None
+    neurons: Float[Tensor, "layer pos d_mlp"] | None = None
+    head_relevance: Float[Tensor, "layer head pos"] | None = None
+    memory: str = "plain"
+    prepended_bos: bool | None = None
+    earlier_final_pos: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_graph(self)
+
+    @classmethod
+    def from_columns(
+        cls,
+        *,
+        weight: Tensor,
+        source_site: Tensor,
+        target_site: Tensor,
+        source_pos: Tensor,
+        target_pos: Tensor,
+        head: Tensor | None = None,
+        path: Tensor | None = None,
+        transitions: Iterable[tuple[int, int]] | None = None,
+        final_pos: int | None = None,
+        **facts: Any,
+    ) -> AttributionGraph:
+        """A graph of edges in any order, with integers of any width.
+
+        Args:
+            weight, source_site, target_site, source_pos, target_pos, head, path: The edges.
+            transitions: Pairs (source, target) that were computed; those with an edge if None.
+            final_pos: Position explained (of several the last, with ``earlier_final_pos=`` the
+                others); if None, the only one with relevance at the last site.
+            facts: All other fields.
+
+        Raises:
+            ValueError: what is given breaks what a graph promises; edges that are the same.
+            TypeError: a field is missing.
+        """
+        given = {
+            "weight": weight, "source_site": source_site, "target_site": target_site,
+            "source_pos": source_pos, "target_pos": target_pos, "head": head, "path": path,
+        }  # fmt: skip
+        columns: dict[str, Any] = {"head": None, "path": None}
+        columns |= in_order({name: c for name, c in given.items() if c is not None})
+        if transitions is None:
+            pairs = torch.stack([columns["target_site"], columns["source_site"]], dim=1)
+            found = torch.unique_consecutive(pairs, dim=0).tolist()
+            transitions = [(source, target) for target, source in found]
+        missing = {"relevance", "token_ids", "special"} - set(facts)
+        if missing:
+            raise TypeError(f"A graph needs {' and '.join(sorted(missing))}.")
+        for name in ("relevance", "token_ids", "special"):
+            facts[name] = facts[name].detach().cpu()
+        if final_pos is None:
+            explained = torch.nonzero(facts["relevance"][-1])[:, 0].tolist()
+            if len(explained) != 1:
+                raise ValueError(
+                    f"{len(explained)} positions have relevance at the last site; "
+                    "say with final_pos= which one is explained (of several the last, and with "
+                    "earlier_final_pos= the others)."
+                )
+            final_pos = explained[0]
+        return cls(
+            **columns,
+            transitions=tuple(sorted(set(transitions), key=lambda pair: (pair[1], pair[0]))),
+            final_pos=final_pos,
+            **facts,
+        )
+
+    @classmethod
+    def from_matrices(
+        cls,
+        matrices: Mapping[tuple[int, int], Float[Tensor, "target_pos source_pos"]],
+        **facts: Any,
+    ) -> AttributionGraph:
+        """A graph of dense transitions by (source, target) site index; entries of 0 are no edges.
+
+        For transitions split by heads collect them in an ``EdgeColumns``.
+        """
+        columns = EdgeColumns()
+        for (source, target), matrix in matrices.items():
+            columns.add_dense(source, target, matrix)
+        return cls.from_columns(**columns.columns(), **facts)
+
+    # ------------------------------------------------------------ looking
+
+    @property
+    def final_positions(self) -> tuple[int, ...]:
+        """Every position explained, rising: one, but for objectives that are functions of more."""
+        return (*self.earlier_final_pos, self.final_pos)
+
+    @cached_property
+    def slices(self) -> dict[tuple[int, int], slice]:
+        """Where each transition's edges are in the columns, in the columns' order."""
+        starts = _starts(self.target_site, range(len(self.sites) + 1))
+        found = {}
+        for source, target in self.transitions:
+            first, end = starts[target], starts[target + 1]
+            low, high = _starts(self.source_site[first:end], (source, source + 1))
+            found[source, target] = slice(first + low, first + high)
+        return found
+
+    @property
+    def source_node(self) -> Int[Tensor, " edge"]:
+        """site · n_pos + position of each edge's source."""
+        return self.source_site.long() * len(self.str_tokens) + self.source_pos
+
+    @property
+    def target_node(self) -> Int[Tensor, " edge"]:
+        """site · n_pos + position of each edge's target."""
+        return self.target_site.long() * len(self.str_tokens) + self.target_pos
+
+    @property
+    def node_mask(self) -> Bool[Tensor, "site pos"]:
+        """Which nodes are in the graph: those with an edge, and the final node (or nodes)."""
+        mask = torch.zeros(self.relevance.shape, dtype=torch.bool)
+        mask.view(-1)[self.source_node] = True
+        mask.view(-1)[self.target_node] = True
+        mask[-1, list(self.final_positions)] = True
+        return mask
+
+    @property
+    def mass(self) -> float:
+        """Σ|weight| in logits."""
+        return float(self.weight.abs().sum(dtype=torch.float64))
+
+    def site_index(self, site: int | str) -> int:
+        """Index of a site given by name or index; negative indices count from the end.
+
+        Raises:
+            ValueError: there is no such site.
+        """
+        if isinstance(site, str):
+            if site in self.sites:
+                return self.sites.index(site)
+            near = difflib.get_close_matches(site, self.sites, n=3, cutoff=0.3)
+            hint = ", ".join(near or self.sites[:3])
+            raise ValueError(f"The graph has no site {site!r}; it has for example {hint}.")
+        if not -len(self.sites) <= site < len(self.sites):
+            raise ValueError(f"Site {site} is outside the graph's {len(self.sites)} sites.")
+        return site % len(self.sites)
+
+    def transition(self, source: int | str, target: int | str) -> tuple[int, int]:
+        """One of ``transitions``, its sites given by name or index.
+
+        Raises:
+            ValueError: there is no such site or transition.
+        """
+        pair = (self.site_index(source), self.site_index(target))
+        if pair not in self.slices:
+            near = [self.sites[s] for s, t in self.transitions if t == pair[1]]
+            raise ValueError(
+                f"The graph has no transition {self.sites[pair[0]]} -> {self.sites[pair[1]]}; "
+                f"into the latter it has those from {', '.join(near) or 'no site'}."
+            )
+        return pair
+
+    @property
+    def edges(self) -> pd.DataFrame:
+        """An edge a row: source_site, source_pos, target_site, target_pos, weight [, head, path].
+
+        Sites are names, paths "value", "key" or "position" (then head is -1).
+        """
+        from .tables import edge_frame
+
+        return edge_frame(self)
+
+    @property
+    def nodes(self) -> pd.DataFrame:
+        """A node a row: site, pos, token, relevance (logits), special; input first."""
+        from .tables import node_frame
+
+        return node_frame(self)
+
+    def matrix(
+        self,
+        source: int | str,
+        target: int | str,
+        *,
+        head: int | None = None,
+        path: str | int | None = None,
+    ) -> Float[Tensor, "target_pos source_pos"]:
+        """One transition as a dense matrix; what is not in the graph is 0.
+
+        Args:
+            source, target: Sites, by HookPoint name or index.
+            head: Only this head (-1: the position-wise part); None adds all up.
+            path: Only "value", "key" or "position"; None adds all up.
+
+        Raises:
+            ValueError: no such site, transition or path; a head or path where edges are not split.
+        """
+        from .tables import transition_matrix
+
+        return transition_matrix(self, source, target, head, path)
+
+    def __repr__(self) -> str:
+        return (
+            f"AttributionGraph({self.model_name}, {len(self.str_tokens)} tokens, "
+            f"{len(self.sites)} sites, {len(self.weight):,} edges, "
+            f"{self.target!r} vs {self.contrast!r}, Δℓ={self.delta:+.4f}, rules={self.rules!r})"
+        )
+
+    def __str__(self) -> str:
+        lines = [repr(self)]
+        if self.node_threshold:
+            relative = (
+                f" ({self.node_threshold / abs(self.delta):.2%} of |Δℓ|)" if self.delta else ""
+            )
+            lines.append(
+                f"when built: targets with |relevance| ≤ {self.node_threshold:g} logits{relative} "
+                "were not expanded"
+            )
+        return "\n".join([*lines, *map(str, self.history)])
+
+
+def _starts(column: Tensor, values: Iterable[int]) -> list[int]:
+    """Where each value would start in a sorted column."""
+    found: list[int] = torch.searchsorted(
+        column.contiguous(), torch.tensor(list(values), dtype=column.dtype)
+    ).tolist()
+    return found
+
+
+GRANULARITIES = ("block", "sublayer", "custom")
+
+
+def check_graph(graph: AttributionGraph) -> None:
+    """Look at every field.
+
+    Raises:
+        ValueError: the first broken promise: which field, and what it holds.
+    """
+    _check_facts(graph)
+    _check_columns(graph)
+    _check_details(graph)
+    if sum(part.stop - part.start for part in graph.slices.values()) != len(graph.weight):
+        raise ValueError("Some edges belong to no transition in transitions.")
+
+
+def _check_facts(graph: AttributionGraph) -> None:
+    """Fields that are no columns of edges."""
+    sites, pos = len(graph.sites), len(graph.str_tokens)
+    if sites < 2 or len(set(graph.sites)) != sites:
+        raise ValueError(f"A graph needs two or more sites of different names: {graph.sites}.")
+    if not all(isinstance(text, str) for text in (*graph.sites, *graph.str_tokens)):
+        raise ValueError("Sites and tokens must be texts.")
+    wanted = {"relevance": (sites, pos), "token_ids": (pos,), "special": (pos,)}
+    for name, shape in wanted.items():
+        found = tuple(getattr(graph, name).shape)
+        if found != shape:
+            raise ValueError(f"AttributionGraph.{name} has shape {found}, not {shape}.")
+    for name in ("relevance", "weight"):
+        if getattr(graph, name).dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} is {getattr(graph, name).dtype}, not float32 or float64.")
+    if graph.special.dtype != torch.bool or graph.token_ids.dtype != torch.int64:
+        raise ValueError("special must be bool and token_ids int64.")
+    if not bool(torch.isfinite(graph.relevance).all()):
+        raise ValueError("A node's relevance is NaN or infinite.")
+    if not 0 <= graph.final_pos < pos:
+        raise ValueError(f"final_pos={graph.final_pos} is outside the prompt's {pos} tokens.")
+    check_earlier("final_pos", graph.final_pos, "earlier_final_pos", graph.earlier_final_pos)
+    if graph.granularity not in GRANULARITIES:
+        raise ValueError(f"granularity={graph.granularity!r} is none of {GRANULARITIES}.")
+    if not (math.isfinite(graph.node_threshold) and graph.node_threshold >= 0):
+        raise ValueError(f"node_threshold={graph.node_threshold} must be 0 or more.")
+    if list(graph.transitions) != sorted(set(graph.transitions), key=lambda p: (p[1], p[0])):
+        raise ValueError("transitions must be sorted by (target, source) and differ.")
+    if not all(0 <= source < target < sites for source, target in graph.transitions):
+        raise ValueError(f"transitions must be pairs source < target < {sites}.")
+
+
+def _check_columns(graph: AttributionGraph) -> None:
+    """Columns of edges: their types, limits, meaning and order."""
+    names = [name for name in ORDER if getattr(graph, name) is not None]
+    if ("head" in names) != ("path" in names):
+        raise ValueError("Give both head and path of the edges, or neither.")
+    keys = {name: getattr(graph, name) for name in names}
+    for name, column in {**keys, "weight": graph.weight}.items():
+        if tuple(column.shape) != (len(graph.weight),):
+            raise ValueError(f"{name} has shape {tuple(column.shape)}, not ({len(graph.weight)},).")
+        if name != "weight" and column.dtype != DTYPES[name]:
+            raise ValueError(f"{name} is {column.dtype}, not {DTYPES[name]}; use from_columns.")
+    if not len(graph.weight):
+        return
+    sites, pos = len(graph.sites), len(graph.str_tokens)
+    limits = {"source_site": sites, "target_site": sites, "source_pos": pos, "target_pos": pos}
+    for name, limit in {**limits, "path": len(PATHS)}.items():
+        if name in keys:
+            low, high = (int(v) for v in torch.aminmax(keys[name]))
+            if low < 0 or high >= limit:
+                raise ValueError(f"{name} holds {low} to {high}; it must be in 0 to {limit - 1}.")
+    if not bool((graph.source_site < graph.target_site).all()):
+        raise ValueError("An edge's source site must come before its target site.")
+    if graph.head is not None and graph.path is not None:
+        alone = graph.path == POSITION
+        if int(graph.head.min()) < -1 or not torch.equal(alone, graph.head == -1):
+            raise ValueError("head must be -1 exactly where path is 0 (position), else 0 or more.")
+        if bool((alone & (graph.source_pos != graph.target_pos)).any()):
+            raise ValueError("An edge of path 0 (position) must stay at its position.")
+    if not bool(torch.isfinite(graph.weight).all()):
+        at = int(torch.nonzero(~torch.isfinite(graph.weight))[0])
+        raise ValueError(f"The weight of edge {at} is {float(graph.weight[at])}.")
+    at_fault = first_disorder(list(keys.values()))
+    if at_fault is not None:
+        raise ValueError(
+            f"Edge {at_fault} equals the one before it or belongs before it; sort with "
+            "from_columns, and add up edges that are the same."
+        )
+
+
+def _check_details(graph: AttributionGraph) -> None:
+    """Details of the nodes come together, and fit sites and prompt."""
+    dimensions, neurons, heads = graph.dimensions, graph.neurons, graph.head_relevance
+    if dimensions is None and neurons is None and heads is None:
+        return
+    if dimensions is None or neurons is None or heads is None:
+        raise ValueError("Give dimensions, neurons and head_relevance together, or none.")
+    pos = len(graph.str_tokens)
+    if any(detail.ndim != 3 for detail in (dimensions, neurons, heads)) or (
+        dimensions.shape[:2] != (len(graph.sites), pos)
+        or neurons.shape[1] != pos
+        or heads.shape[2] != pos
+    ):
+        raise ValueError("dimensions, neurons and head_relevance do not fit sites and prompt.")
+
+
+def pair_starts(graph: AttributionGraph, part: slice = slice(None)) -> Bool[Tensor, " edge"]:
+    """Which edges of ``part`` are their pair of nodes' first: its heads and paths lie together."""
+    new = torch.zeros(len(graph.weight[part]), dtype=torch.bool)
+    new[:1] = True
+    for name in ORDER[:4]:
+        column = getattr(graph, name)[part]
+        new[1:] |= column[1:] != column[:-1]
+    return new
+
+
+def merged(graph: AttributionGraph) -> dict[str, Any]:
+    """Columns of the graph's edges with heads and paths added up (in float64)."""
+    new = pair_starts(graph)
+    total = torch.zeros(int(new.sum()), dtype=torch.float64)
+    total.index_add_(0, new.cumsum(0) - 1, graph.weight.double())
+    kept = {name: getattr(graph, name)[new] for name in ORDER[:4]}
+    return kept | {"weight": total.to(graph.weight.dtype)}

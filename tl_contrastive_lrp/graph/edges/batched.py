@@ -1,0 +1,225 @@
+"""Edges between any two sites of the residual stream: one shared forward, many backward signals.
+
+Across several blocks there is no closed form. As in arXiv:2604.17761, Appendix A, the gradient at
+the target site is split by position and each piece is sent back alone,
+
+    A[j, i] = Σ_d h_s[i, d] · ∂⟨g_t[j], h_t[j]⟩ / ∂h_s[i, d],
+
+but over one recorded forward, and many pieces in one vectorised backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ...engine.memory import free_bytes
+from ...hooks.attachment import HookFn
+from ...hooks.context import plan
+from ...hooks.hook_rules import rules_in_hooks
+from ...hooks.placement import attached, check_ready, check_single, reading_hooks
+from ...hooks.user_hooks import restarted, user_hooks
+from ...inputs.bridge import LEAVES
+from ...rules.functions import at_least_float32
+from ...rules.handed_on import started, writable
+from ...rules.precision import first_gradient, is_low, plain
+from ...rules.rule_sets import RuleSet
+from ...rules.threads import frozen_parameters
+
+_SHARE_OF_FREE_MEMORY = 0.5
+# On a CPU more signals at once are no faster (measured: 1 to 64), and cost memory.
+_MOST_SIGNALS = 16
+
+
+def chunk_size(model: Any, pos: int, device: torch.device) -> int:
+    """How many backward signals fit at once: each needs about what one backward allocates."""
+    if is_low(model):
+        return 1  # a vectorised backward rounds where it slices (RoPE): torch fills plain zeros
+    cfg = model.cfg
+    width = max(int(cfg.d_mlp or 4 * cfg.d_model), int(cfg.d_model)) * 4
+    a_signal = 4 * pos * (width + 3 * int(cfg.n_heads) * pos)
+    return max(1, min(_MOST_SIGNALS, int(_SHARE_OF_FREE_MEMORY * free_bytes(device)) // a_signal))
+
+
+@contextmanager
+def _recorded(
+    model: Any,
+    tokens: Tensor,
+    objective: Callable[[Tensor], Tensor],
+    rule_set: RuleSet,
+    names: Sequence[str],
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """One forward under the rules whose graph is kept: tensors and gradients at the named sites."""
+    check_ready(model, "attribution_graph")
+    check_single(model)
+    attachments, _ = plan(model, rule_set)
+    seen: dict[str, Tensor] = {}
+    hook_dict = model.hook_dict
+
+    def start(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return started(tensor.detach().requires_grad_(True))
+
+    def keep(name: str) -> HookFn:
+        def hook_fn(tensor: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
+            seen[name] = tensor
+            return None if (ahead := started(tensor)) is tensor else ahead
+
+        return hook_fn
+
+    starts = [(n, start) for n in LEAVES if n in hook_dict]
+    keeps = [(name, keep(name)) for name in names]
+    hooks = user_hooks(model)
+    with frozen_parameters(model):
+        with (
+            rules_in_hooks(model, rule_set),
+            writable(any(hook.is_forward for hook in hooks)),
+            restarted(hooks),
+            reading_hooks(model, [*starts, *keeps]),
+            attached(model, attachments),
+        ):
+            value = objective(model(tokens))
+        first, ends = first_gradient(model, value), [seen[n] for n in names]
+        gradients = torch.autograd.grad(
+            value, ends, first, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        yield seen, dict(zip(names, gradients, strict=True))
+
+
+def edge_by_dimension(
+    model: Any,
+    tokens: Int[Tensor, "1 pos"],
+    objective: Callable[[Tensor], Tensor],
+    rule_set: RuleSet,
+    source: tuple[str, int],
+    target: tuple[str, int],
+) -> Float[Tensor, " d_model"]:
+    """One edge as a sum over the hidden dimensions of its source: one backward signal.
+
+    Args:
+        source, target: (residual-stream HookPoint, position).
+
+    Raises:
+        ModelStateError, UncoveredComponentError: as ``lrp``.
+    """
+    names = [source[0], target[0]]
+    with _recorded(model, tokens, objective, rule_set, names) as (seen, at):
+        signal = torch.zeros_like(at[target[0]])
+        signal[0, target[1]] = at[target[0]][0, target[1]]
+        (back,) = torch.autograd.grad(
+            seen[target[0]], seen[source[0]], signal, allow_unused=True, materialize_grads=True
+        )
+        h, g = seen[source[0]].detach()[0, source[1]], plain(back)[0, source[1]]
+    return (at_least_float32(h) * at_least_float32(g)).cpu()
+
+
+def packed_edges(
+    model: Any,
+    tokens: Int[Tensor, "1 pos"],
+    objective: Callable[[Tensor], Tensor],
+    rule_set: RuleSet,
+    transitions: Sequence[tuple[str, str]],
+    *,
+    node_threshold: float = 0.0,
+    progress: bool = True,
+) -> dict[tuple[str, str], Float[Tensor, "target source"]]:
+    """A of every transition (source site, target site), by packed backward signals.
+
+    Args:
+        transitions: Pairs of residual-stream HookPoint names, source upstream of target.
+        node_threshold: Targets with |relevance| at or below it are not expanded (rows of zeros).
+        progress: Show a bar over the signals on stderr.
+
+    Raises:
+        ModelStateError, UncoveredComponentError: as ``lrp``.
+    """
+    if not transitions:
+        return {}
+    from tqdm.auto import tqdm  # here: in a notebook without widgets its import warns
+
+    names = list(dict.fromkeys(name for pair in transitions for name in pair))
+    with _recorded(model, tokens, objective, rule_set, names) as (seen, at):
+        result = {}
+        rows = {pair: _expanded(seen[pair[1]], at[pair[1]], node_threshold) for pair in transitions}
+        bar = tqdm(
+            total=sum(len(r) for r in rows.values()),
+            desc="edges",
+            disable=not progress,
+            leave=False,
+        )
+        with bar:
+            for source, target in transitions:
+                result[source, target] = _transition(
+                    seen[source], seen[target], at[target], rows[source, target],
+                    chunk_size(model, tokens.shape[1], tokens.device), bar,
+                )  # fmt: skip
+    return result
+
+
+def edges_by_position(
+    model: Any,
+    tokens: Int[Tensor, "1 pos"],
+    objective: Callable[[Tensor], Tensor],
+    rule_set: RuleSet,
+    transitions: Sequence[tuple[str, str]],
+) -> list[Float[Tensor, "target source"]]:
+    """As ``packed_edges``, one plain backward a target: for a few tokens, whatever the model does.
+
+    Raises:
+        ModelStateError, UncoveredComponentError: as ``lrp``.
+    """
+    names = list(dict.fromkeys(name for pair in transitions for name in pair))
+    rows = torch.arange(tokens.shape[1])
+    with _recorded(model, tokens, objective, rule_set, names) as (seen, at):
+        return [_transition(seen[s], seen[t], at[t], rows, 1, None) for s, t in transitions]
+
+
+def _expanded(h: Tensor, g: Tensor, threshold: float) -> Int[Tensor, " row"]:
+    relevance = (at_least_float32(h.detach()) * at_least_float32(plain(g))).sum(-1)[0]
+    return (relevance.abs() > threshold).nonzero()[:, 0] if threshold else torch.arange(
+        relevance.shape[0], device=h.device
+    )  # fmt: skip
+
+
+def _transition(
+    source: Tensor, target: Tensor, g: Tensor, rows: Tensor, chunk: int, bar: Any
+) -> Float[Tensor, "target source"]:
+    pos = target.shape[1]
+    h = at_least_float32(source.detach())[0]
+    edges = h.new_zeros(pos, pos)
+    done = 0
+    while done < len(rows):
+        part = rows[done : done + chunk]
+        signals = g.new_zeros(len(part), *g.shape)
+        signals[torch.arange(len(part)), 0, part] = g[0, part]
+        try:
+            if len(part) == 1:
+                (back,) = torch.autograd.grad(
+                    target, source, signals[0], retain_graph=True,
+                    allow_unused=True, materialize_grads=True,
+                )  # fmt: skip
+                back = plain(back)[None]
+            else:
+                (back,) = torch.autograd.grad(
+                    target,
+                    source,
+                    signals,
+                    retain_graph=True,
+                    is_grads_batched=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain one on the CPU
+            if chunk == 1 or "memory" not in str(error).lower():
+                raise
+            chunk = max(1, chunk // 2)
+            continue
+        edges[part.to(edges.device)] = (at_least_float32(back[:, 0]) * h).sum(-1)
+        done += len(part)
+        if bar is not None:
+            bar.update(len(part))
+    return edges.cpu()

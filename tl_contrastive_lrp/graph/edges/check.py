@@ -1,0 +1,235 @@
+"""Whether the closed form of a graph's edges holds on a model: measured once, on four tokens.
+
+The closed form (``edges.py``) knows one way from one position to another: keys and values of the
+block's attention. A block that mixes tokens elsewhere too (a convolution, a recurrence, a shift of
+its keys) may have a rule for every operation, and so relevance, and still break it. Here every
+block's edges are compared with those of autograd, one target position at a time, under the same
+rules; what differs is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...engine.plain import run
+from ...engine.reading import BlockCall, Reading
+from ...errors import UncoveredComponentError
+from ...hooks.attachment import HookFn
+from ...hooks.audit.audit import audit_of
+from ...hooks.audit.report import Audit
+from ...hooks.audit.run import hooks_aside, same_random_numbers, some_tokens
+from ...hooks.hook_rules import HookWatch
+from ...hooks.placement import reading_hooks
+from ...hooks.sites import find_sites
+from ...inputs.bridge import residual_sites
+from ...rules.functions import at_least_float32
+from ...rules.precision import is_low, plain
+from ...rules.rule_sets import RuleSet
+from .batched import edges_by_position
+from .closed_form import BlockEdges, biased_blocks, edge_readings
+
+# Of the largest edge of the transition; rounding is far below, a missing path far above.
+_LIMIT = 1e-3
+_LAYERS_OF_SUMS = 64
+_LIMIT_LOW = 3e-2  # bfloat16 and float16 forwards
+
+_known: WeakKeyDictionary[Any, tuple[Audit, set[RuleSet]]] = WeakKeyDictionary()
+
+
+def _objective(logits: Float[Tensor, "1 pos vocab"]) -> Float[Tensor, ""]:
+    """A fixed mixture of all logits, so that relevance starts at every position."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(logits.shape, generator=generator).to(logits.device)
+    return (logits.float() * weights).sum()
+
+
+def closed_form_errors(model: Any, rule_set: RuleSet) -> list[float]:
+    """By block, how far the closed form is from autograd, over the block's largest edge."""
+    tokens, sites = some_tokens(model), find_sites(model)
+    found = [BlockEdges(i, by_head=False) for i in range(int(model.cfg.n_layers))]
+    calls, biased = [BlockCall() for _ in found], biased_blocks(model)
+    readings = [
+        reading
+        for edges, call in zip(found, calls, strict=True)
+        for reading in edge_readings(model, edges, sites, rule_set, call, biased)
+    ]
+    scopes = [call.recorded(model.blocks[e.layer]) for e, call in zip(found, calls, strict=True)]
+    with hooks_aside(model), same_random_numbers(model):
+        run(model, tokens, _objective, rule_set, readings, scopes)
+        steps = list(pairwise(residual_sites(model)))
+        exact = edges_by_position(model, tokens, _objective, rule_set, steps)
+    errors = []
+    for edges, wanted in zip(found, exact, strict=True):
+        total = torch.zeros_like(wanted) if edges.total is None else edges.total.cpu()
+        off = (total - wanted).fill_diagonal_(0.0).abs().max()
+        errors.append(float(off / wanted.abs().max().clamp_min(1e-30)))
+    return errors
+
+
+def require_closed_form(model: Any, rule_set: RuleSet) -> None:
+    """Refuse a model in which tokens mix where the closed form does not look.
+
+    Raises:
+        UncoveredComponentError: names the blocks.
+    """
+    report = audit_of(model)
+    known = _known.get(model)
+    good = known[1] if known is not None and known[0] is report else set[RuleSet]()
+    if rule_set in good:
+        return
+    without = [i for i, block in enumerate(model.blocks) if not hasattr(block, "attn")]
+    if without:
+        raise _refused(model, without, "they have no attention")
+    limit = _LIMIT_LOW if is_low(model) else _LIMIT
+    errors = closed_form_errors(model, rule_set)
+    wrong = [i for i, error in enumerate(errors) if not error <= limit]
+    if wrong:
+        raise _refused(
+            model,
+            wrong,
+            f"autograd finds edges up to {max(errors):.1e} of the largest one that attention's "
+            "keys and values do not account for",
+        )
+    good.add(rule_set)
+    _known[model] = (report, good)
+
+
+@dataclass(eq=False)
+class HookedEdges:
+    """Holds the edges of one run against its own autograd graph, where the user's hooks edit.
+
+    A hook may move values between positions where the closed form does not look. With random
+    weights w_j for the target positions, Σ_j w_j A[j, i] must be
+
+        Σ_d x_s[i, d] · ∂⟨w ⊙ g_t, x_t⟩/∂x_s[i, d],
+
+    one backward through the transition (Freivalds' check of a matrix product). The weights are
+    Gaussian, not signs: since the diagonal of A is what is left of its column, an edge that is
+    wrong by e shows as e·(w_j − w_i). Two independent draws.
+
+    Both sides are float32 sums of up to ``n`` terms, a dozen one after the other. Rounding of one
+    stays below √n · eps of its sum of absolute terms, save with negligible probability, and
+    ``_LAYERS_OF_SUMS`` bounds how many there are.
+
+    Attributes:
+        sites: HookPoints between which the transitions are.
+        quiet: True while a backward runs that nothing may be read from.
+    """
+
+    sites: tuple[str, ...]
+    quiet: bool = False
+    _at: dict[str, Tensor] = field(default_factory=dict)
+    _gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def recorded(self, model: Any) -> Iterator[None]:
+        """Keep each site's tensor and, in the backward, its gradient; to be put on last."""
+
+        def keep(name: str) -> HookFn:
+            def note(g: Tensor) -> None:
+                if not self.quiet:
+                    self._gradients[name] = g.detach()
+
+            def hook_fn(tensor: Any, hook: Any) -> None:  # noqa: ARG001
+                if tensor.requires_grad:
+                    self._at[name] = tensor
+                    tensor.register_hook(note)
+
+            return hook_fn
+
+        with reading_hooks(model, [(name, keep(name)) for name in self.sites]):
+            yield
+
+    def listening(self, reading: Reading) -> Reading:
+        """The reading, deaf to the backwards of this check."""
+
+        def sink(x: Tensor, g: Tensor) -> None:
+            if not self.quiet:
+                reading.sink(x, g)
+
+        return replace(reading, sink=sink)
+
+    def error(
+        self, source: str, target: str, edges: Float[Tensor, "target source"]
+    ) -> tuple[float, int]:
+        """Largest error, over the largest sum of absolute terms; and how many terms a sum has."""
+        pos = len(edges)
+        if source not in self._at or target not in self._gradients:
+            wrong = bool((edges != 0).any())
+            return (math.inf if wrong else 0.0), pos
+        x, g = self._at[source], self._gradients[target]
+        h = at_least_float32(x.detach())[0]
+        generator = torch.Generator().manual_seed(pos)
+        worst = 0.0
+        self.quiet = True
+        try:
+            for _ in range(2):
+                w = torch.randn(pos, generator=generator, dtype=torch.float64)
+                weights = w.to(device=g.device, dtype=plain(g).dtype)[None, :, None]
+                back = torch.autograd.grad(
+                    self._at[target], x, g * weights, retain_graph=True, allow_unused=True
+                )[0]
+                back = torch.zeros_like(h) if back is None else at_least_float32(plain(back))[0]
+                terms = (h * back).cpu().double()
+                passed = w[:, None] * edges.double()
+                off = (terms.sum(-1) - passed.sum(0)).abs().max()
+                size = (terms.abs().sum(-1) + passed.abs().sum(0)).max()
+                error = float(off / size.clamp_min(1e-30))
+                worst = max(worst, error if math.isfinite(error) else math.inf)
+        finally:
+            self.quiet = False
+        return worst, max(pos, x.shape[-1])
+
+    def require(
+        self,
+        model: Any,
+        source: str,
+        target: str,
+        edges: Float[Tensor, "target source"],
+        watch: HookWatch,
+    ) -> None:
+        """Refuse edges that are not those of autograd.
+
+        Raises:
+            UncoveredComponentError: names the transition and the hooks.
+        """
+        error, terms = self.error(source, target, edges)
+        terms = max(terms, int(getattr(model.cfg, "d_mlp", None) or 0))
+        eps = torch.finfo(torch.float32).eps
+        limit = _LAYERS_OF_SUMS * eps * math.sqrt(terms)
+        if is_low(model):  # the values themselves are rounded, by half an eps at each step
+            limit += torch.finfo(self._at[source].dtype).eps if source in self._at else 0.0
+        if error <= limit:
+            return
+        hooks = ", ".join(
+            f"{name} at {point}" for point, names in watch.edits.items() for name in names
+        )
+        raise UncoveredComponentError(
+            f"No graph from {source} to {target} with the hooks on this model ({hooks}): autograd "
+            f"finds edges that differ by {error:.1e} of the largest sum of them, so a hook moves "
+            "values between positions, or from one layer to a later one, where the edges' closed "
+            "form does not look. Relevance itself is right: use clrp.attribute or "
+            "clrp.run_with_relevance, or transitions over several blocks, which come from "
+            "backward signals and hold with any hook (attribution_graph(..., layers=[...]))."
+        )
+
+
+def _refused(model: Any, blocks: list[int], why: str) -> UncoveredComponentError:
+    shown = ", ".join(f"blocks.{i}" for i in blocks[:4]) + (", ..." if len(blocks) > 4 else "")
+    kind = type(model.blocks[blocks[0]].original_component).__name__
+    return UncoveredComponentError(
+        f"No graph of {shown} ({kind}): {why}, so tokens mix outside attention there, or in a way "
+        "that the edges' closed form does not describe. Relevance itself is right: use "
+        "clrp.attribute or clrp.run_with_relevance, or transitions over several blocks, which "
+        "need no closed form (attribution_graph(..., layers=[...]))."
+    )

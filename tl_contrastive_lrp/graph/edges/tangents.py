@@ -1,0 +1,228 @@
+"""How keys, values and scores move with the residual stream: forward-mode derivatives of one block.
+
+For edges one needs v and S without what biases contributed, i.e. their derivative along the
+residual vector itself under the rules: ṽ = J_v(h)·h and S̃ = scale · ⟨q, J_k(h)·h⟩. The block is run
+once more on its own input with that direction as a tangent, queries held fixed, norms and soft-caps
+linearised as the rules say, and stopped as soon as the scores are there. RoPE, grouped queries, key
+norms, scale and masks are the model's own code, so nothing here depends on the family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from jaxtyping import Float
+from torch import Tensor
+
+from ...engine.reading import BlockCall
+from ...hooks.attach_norm import norm_weight, uses_native_norm
+from ...hooks.attachment import HookFn
+from ...hooks.by_operation.attach import where_computed
+from ...hooks.by_operation.mode import MATRIX_PRODUCTS, OperationRules
+from ...hooks.by_operation.norms import NORMS, NormCall, is_root
+from ...hooks.sites import Site
+from ...inputs.bridge import public_name
+from ...rules.precision import plain, wide
+from ...rules.rule_sets import RuleSet
+from ...rules.softcap import softcap_ratio
+from ...rules.threads import caller, own_hooks
+
+
+class _Stop(Exception):
+    """The scores have been read; the rest of the block is not needed."""
+
+
+def tangent_of(x: Tensor) -> Tensor:
+    """The derivative that a dual number carries, 0 where it carries none."""
+    tangent: Tensor | None = forward_ad.unpack_dual(x).tangent
+    return torch.zeros_like(x) if tangent is None else tangent
+
+
+def _primal(x: Tensor) -> Tensor:
+    primal: Tensor = forward_ad.unpack_dual(x).primal
+    return primal
+
+
+def dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    """A value with its derivative."""
+    made: Tensor = forward_ad.make_dual(primal, tangent)
+    return made
+
+
+def _only_value(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+    return _primal(tensor)
+
+
+def _norm_hooks(site: Site) -> list[tuple[str, HookFn]]:
+    """The norm's denominator held fixed, in forward mode."""
+    if not uses_native_norm(site.component):
+        return [(f"{site.path}.hook_scale", _only_value)]
+    seen: dict[str, Tensor] = {}
+
+    def observe(name: str) -> HookFn:
+        def hook_fn(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
+            seen[name] = tensor
+
+        return hook_fn
+
+    def rebuild(output: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        normalized, scale = seen["normalized"], seen["scale"]
+        value = _primal(normalized)
+        moved = tangent_of(normalized) + value * tangent_of(scale) / _primal(scale)
+        return dual(_primal(output), (norm_weight(site.component, value) * moved).to(output.dtype))
+
+    return [
+        (f"{site.path}.hook_scale", observe("scale")),
+        (f"{site.path}.hook_normalized", observe("normalized")),
+        (f"{site.path}.hook_out", rebuild),
+    ]
+
+
+class _CapOperand:
+    """A soft-cap's number c in ``c * tanh(x / c)`` whose tangent follows the identity rule."""
+
+    def __init__(self, cap: Any) -> None:
+        self.cap = cap
+        self.owner = caller()
+        self.x: Tensor
+
+    def __rtruediv__(self, x: Tensor) -> Tensor:
+        if caller() is self.owner:
+            self.x = x
+        scaled: Tensor = x / self.cap
+        return scaled
+
+    def __rmul__(self, tanh: Tensor) -> Tensor:
+        if caller() is not self.owner:
+            capped: Tensor = tanh * self.cap
+            return capped
+        ratio = softcap_ratio(_primal(self.x) / self.cap)
+        return dual(_primal(tanh * self.cap), tangent_of(self.x) * ratio)
+
+
+@contextmanager
+def _linear_softcap(site: Site) -> Iterator[None]:
+    holder = site.module.__dict__
+    cap = holder["attn_logit_softcapping"]
+    holder["attn_logit_softcapping"] = _CapOperand(cap)
+    try:
+        yield
+    finally:
+        holder["attn_logit_softcapping"] = cap
+
+
+class _Linear(OperationRules):
+    """Norms and functions inside a wrapped module, linear as the rules say, in forward mode."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        out = func(*args, **kwargs)
+        if not self.states or not self.states[-1]:
+            return out
+        ratio = self.ratio(name, args, kwargs)
+        if ratio is not None:
+            x = args[0]
+            return dual(_primal(out), tangent_of(x) * ratio(_primal(x)))
+        if self.rule_set.norm != "ln":
+            return out
+        if name in NORMS:
+            call = NormCall.of(name, args, kwargs)
+            moved = call.moved(tangent_of(call.x))
+            return dual(_primal(out), moved.to(out.dtype))
+        return _primal(out) if is_root(name, args, out) else out
+
+
+class _Seam(_Linear):
+    """Reads S̃ and ṽ where a module computes attention itself, queries held fixed."""
+
+    def __init__(self, rule_set: RuleSet, read: dict[str, Tensor], heads: int) -> None:
+        super().__init__(rule_set, attention=True, heads=heads)
+        self.read = read
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if not self.states or not self.states[-1]:
+            return func(*args, **kwargs)
+        if name == "softmax":
+            self.read["scores"] = self.by_head(tangent_of(args[0]))[0]
+            self.after_softmax = True
+            return _primal(func(*args, **kwargs))
+        if name not in MATRIX_PRODUCTS:
+            return super().__torch_function__(func, types, args, kwargs)
+        if self.after_softmax:
+            self.read["v"] = self.by_head(tangent_of(args[-1]))[0].transpose(0, 1)
+            raise _Stop
+        *first, query, key = args
+        return func(*first, _primal(query), key, **kwargs)
+
+
+def block_tangents(
+    model: Any, layer: int, call: BlockCall, sites: tuple[Site, ...], rule_set: RuleSet
+) -> tuple[Float[Tensor, "pos kv_head d_head"], Float[Tensor, "head query key"]]:
+    """ṽ and S̃ of one block, for the first row of its batch.
+
+    Args:
+        model: The bridge, without rules attached.
+        layer: Index of the block.
+        call: What it was called with.
+        sites: ``find_sites(model)``.
+        rule_set: Which of the block's norms and soft-caps are linearised.
+
+    Returns:
+        ṽ [pos, kv_head, d_head] before any repetition for grouped queries, and S̃ as it stands at
+        ``hook_attn_scores``. Where attention's rules are put on by operation, ṽ is as it enters
+        pattern·v, [pos, head, d_head].
+    """
+    prefix = f"blocks.{layer}."
+    read: dict[str, Tensor] = {}
+
+    def start(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return dual(_primal(tensor), wide(_primal(tensor).clone()))
+
+    def read_value(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
+        read["v"] = plain(tangent_of(tensor))[0]
+
+    def read_scores(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
+        read["scores"] = plain(tangent_of(tensor))[0]
+        raise _Stop
+
+    hooks: list[tuple[str, HookFn]] = [(f"{prefix}hook_in", start)]
+    with ExitStack() as stack:
+        inside = [site for site in sites if site.path.startswith(prefix)]
+        if any(site.operation == "attention" for site in inside):
+            component = model.blocks[layer].attn
+            seam = _Seam(rule_set, read, int(model.cfg.n_heads))
+            stack.enter_context(seam.around(where_computed(component)))
+        else:
+            hooks += [
+                (f"{prefix}attn.q.hook_out", _only_value),
+                (f"{prefix}attn.v.hook_out", read_value),
+                (f"{prefix}attn.hook_attn_scores", read_scores),
+            ]
+        for site in inside:
+            if site.operation == "norm" and rule_set.norm == "ln":
+                hooks += _norm_hooks(site)
+            if site.operation == "wrapped":
+                linear = _Linear(rule_set, attention=False)
+                stack.enter_context(linear.around(site.component.original_component))
+            if site.operation == "softcap" and rule_set.softcap == "identity":
+                stack.enter_context(_linear_softcap(site))
+        hook_dict = model.hook_dict
+        named = [(public_name(hook_dict, name), fn) for name, fn in hooks]
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(forward_ad.dual_level())
+        stack.enter_context(own_hooks(model, named))
+        try:
+            args, kwargs = call.again()
+            model.blocks[layer](*args, **kwargs)
+        except _Stop:
+            return read["v"], read["scores"]
+    raise RuntimeError(f"blocks.{layer} never computed attention scores.")

@@ -1,0 +1,161 @@
+"""Graphs on disk and in other libraries: safetensors, networkx, JSON, GraphML."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..files import FileKind, damage_named, read_result, write_result, written_whole
+from ..hooks.coverage import coverage_from
+from .columns import ORDER, PATHS
+from .data import AttributionGraph
+from .prune_history import Kept, PruneStep
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+_FILE = FileKind("tl_contrastive_lrp.graph", 1, "the attribution graph")
+_DETAILS = ("dimensions", "neurons", "head_relevance")
+_TENSORS = ("relevance", "token_ids", "special", "weight", *ORDER, *_DETAILS)
+# What XML 1.0 cannot hold, and the carriage return, which its readers change.
+_NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def save(graph: AttributionGraph, path: str | os.PathLike[str]) -> Path:
+    """See ``AttributionGraph.save``."""
+    tensors: dict[str, Tensor | None] = {name: getattr(graph, name) for name in _TENSORS}
+    rest = {f.name: getattr(graph, f.name) for f in fields(graph) if f.name not in _TENSORS}
+    if graph.prepended_bos is None:
+        del rest["prepended_bos"]  # a field that the first files do not have
+    rest["coverage"] = asdict(graph.coverage)
+    rest["history"] = [asdict(step) for step in graph.history]
+    if not graph.earlier_final_pos:  # as version 0.1 writes and reads it
+        del rest["earlier_final_pos"]
+    return write_result(path, _FILE, tensors, rest)
+
+
+def load(path: str | os.PathLike[str]) -> AttributionGraph:
+    """See ``AttributionGraph.load``."""
+    tensors, data = read_result(path, _FILE)
+    with damage_named(path):
+        data["coverage"] = coverage_from(data["coverage"])
+        data["history"] = tuple(_step(step) for step in data["history"])
+        data["transitions"] = tuple((int(s), int(t)) for s, t in data["transitions"])
+        for name in ("sites", "str_tokens"):
+            data[name] = tuple(data[name])
+        data["earlier_final_pos"] = tuple(data.get("earlier_final_pos", ()))
+        data |= dict.fromkeys(("head", "path", *_DETAILS)) | tensors
+        missing = [name for name in _TENSORS if name not in data]
+        if missing:
+            raise KeyError(missing[0])
+        return AttributionGraph(**data)
+
+
+def _step(data: dict[str, Any]) -> PruneStep:
+    parameters = tuple((name, value) for name, value in data["parameters"])
+    return PruneStep(data["name"], parameters, tuple(Kept(**row) for row in data["transitions"]))
+
+
+def facts(graph: AttributionGraph) -> dict[str, Any]:
+    """What travels with the graph into other formats: texts and numbers; None is left out."""
+    names = (
+        "model_name", "rules", "objective", "target", "contrast", "delta", "target_logit",
+        "contrast_logit", "granularity", "node_threshold", "final_pos",
+    )  # fmt: skip
+    found = {name: getattr(graph, name) for name in names}
+    found["final_site"] = graph.sites[-1]
+    if graph.earlier_final_pos:
+        found["final_positions"] = ", ".join(map(str, graph.final_positions))
+    found["history"] = "\n".join(map(str, graph.history))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _nodes(graph: AttributionGraph) -> list[dict[str, Any]]:
+    frame = graph.nodes.astype({"site": object})
+    return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
+
+
+def _edges(graph: AttributionGraph) -> list[tuple[Any, Any, dict[str, Any]]]:
+    """(source, target, attributes), nodes as (site name, position)."""
+    names = graph.sites
+    columns = [column.tolist() for column in (graph.source_site, graph.target_site)]
+    columns += [column.tolist() for column in (graph.source_pos, graph.target_pos, graph.weight)]
+    if graph.head is None or graph.path is None:
+        return [
+            ((names[s], i), (names[t], j), {"weight": w})
+            for s, t, i, j, w in zip(*columns, strict=True)
+        ]
+    columns += [graph.head.tolist(), graph.path.tolist()]
+    return [
+        ((names[s], i), (names[t], j), {"weight": w, "head": head, "path": PATHS[path]})
+        for s, t, i, j, w, head, path in zip(*columns, strict=True)
+    ]
+
+
+def to_networkx(graph: AttributionGraph) -> nx.DiGraph[Any]:
+    """A networkx graph whose edges point as information flows, from source to target.
+
+    Nodes are (site name, position) with attributes site, pos, token, relevance, special; edges
+    carry weight (logits). Split by heads it is a ``MultiDiGraph`` with head and path too.
+    """
+    import networkx as nx
+
+    made = nx.DiGraph() if graph.head is None else nx.MultiDiGraph()
+    made.graph.update(facts(graph))
+    made.add_nodes_from(((row["site"], row["pos"]), row) for row in _nodes(graph))
+    made.add_edges_from(_edges(graph))
+    return made
+
+
+def _id(node: tuple[str, int]) -> str:
+    return f"{node[0]}@{node[1]}"
+
+
+def write_json(graph: AttributionGraph, path: str | os.PathLike[str]) -> Path:
+    """Node-link JSON: directed, multigraph, graph (its facts), nodes, edges.
+
+    Node ids are ``site@position``; weights are written exactly.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    content = {
+        "directed": True,
+        "multigraph": graph.head is not None,
+        "graph": facts(graph) | {"sites": graph.sites, "str_tokens": graph.str_tokens},
+        "nodes": [{"id": _id((row["site"], row["pos"])), **row} for row in _nodes(graph)],
+        "edges": [
+            {"source": _id(source), "target": _id(target), **rest}
+            for source, target, rest in _edges(graph)
+        ],
+    }
+    with written_whole(path) as temporary, open(temporary, "x", encoding="utf-8") as file:
+        json.dump(content, file, allow_nan=False)
+    return Path(path)
+
+
+def write_graphml(graph: AttributionGraph, path: str | os.PathLike[str]) -> Path:
+    """GraphML with node ids ``site@position``; XML cannot hold some control characters, which
+    are written as in Python (``\\x00``).
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    import networkx as nx
+
+    made = nx.relabel_nodes(to_networkx(graph), _id)
+    for attributes in (made.graph, *(data for _, data in made.nodes(data=True))):
+        attributes.update({k: _xml(v) for k, v in attributes.items() if isinstance(v, str)})
+    with written_whole(path) as temporary:
+        nx.write_graphml_xml(made, temporary)
+    return Path(path)
+
+
+def _xml(text: str) -> str:
+    return _NOT_XML.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

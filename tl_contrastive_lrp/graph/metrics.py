@@ -1,0 +1,314 @@
+"""Numbers that describe a graph: what each site, each position and the whole look like.
+
+In all formulas w is an edge's weight and R a node's relevance, both in logits and signed; mass is
+Σ|w|. Edges are counted as the graph stores them: on a graph split by heads, every head and path
+by itself (``graph.merge_heads()`` first counts pairs of nodes).
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .data import pair_starts
+from .pruning import fewest
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from .data import AttributionGraph
+
+
+def _mean(sum_of_weighted: float, weight: float) -> float:
+    return sum_of_weighted / weight if weight else NAN
+
+
+def site_metrics(graph: AttributionGraph) -> pd.DataFrame:
+    """A row a site, input first. Edge columns are about edges whose target is at the site; they
+    are 0 or NaN at the first site, which is no target.
+
+    Columns:
+        site: HookPoint name.
+        nodes: Nodes of the graph at the site.
+        edges: Edges into it.
+        fan_in_mean, fan_in_max: Edges into a node, over the site's nodes of the graph.
+        fan_out_mean, fan_out_max: Edges out of a node (as source), the same.
+        sparsity: 1 − (pairs of nodes with an edge) / n² per transition into the site, n the
+            number of tokens; a causal model's full transition has (n − 1) / 2n.
+        node_mean_abs, node_gini: Mean and Gini of |R| over the site's nodes of the graph.
+        edge_mean_abs, edge_gini: Mean and Gini of |w|.
+        mass: Σ|w|.
+        verticality: Share of the mass on edges that stay at their position.
+        node_top90_pos, node_top90_neg: How few nodes hold 90 % of the positive (negative) R.
+        edge_top90_pos, edge_top90_neg: The same of edges and w.
+        centre: Centre of mass, Σ|R| pos / Σ|R| over the site's nodes of the graph.
+        lookback: Σ|w| (target_pos − source_pos) / Σ|w|, in tokens.
+        hub, hub_mass: The position with the largest Σ|w| over edges into and out of it that lead
+            to another position, and that sum; -1 and 0 where there is none.
+    """
+    import pandas as pd
+
+    n = len(graph.str_tokens)
+    present = graph.node_mask
+    fan_in, fan_out = _fans(graph)
+    taken, given = _exchanged(graph)
+    exchanged = taken + given
+    into: list[list[slice]] = [[] for _ in graph.sites]
+    for (_, target), part in graph.slices.items():
+        into[target].append(part)
+    rows = []
+    for site, name in enumerate(graph.sites):
+        here = present[site]
+        relevance = graph.relevance[site][here].double()
+        at = torch.nonzero(here)[:, 0].double()
+        rows.append(
+            {
+                "site": name,
+                "nodes": int(here.sum()),
+                **_fan("fan_in", fan_in[site][here]),
+                **_fan("fan_out", fan_out[site][here]),
+                "node_mean_abs": float(relevance.abs().mean()) if len(relevance) else NAN,
+                "node_gini": gini(relevance),
+                **_signed_counts("node", relevance),
+                "centre": _mean(float((relevance.abs() * at).sum()), float(relevance.abs().sum())),
+                **_edge_row(graph, into[site], n),
+                "hub": int(exchanged[site].argmax()) if exchanged[site].any() else -1,
+                "hub_mass": float(exchanged[site].max()),
+            }
+        )
+    order = [
+        "site", "nodes", "edges", "fan_in_mean", "fan_in_max", "fan_out_mean", "fan_out_max",
+        "sparsity", "node_mean_abs", "node_gini", "edge_mean_abs", "edge_gini", "mass",
+        "verticality", "node_top90_pos", "node_top90_neg", "edge_top90_pos", "edge_top90_neg",
+        "centre", "lookback", "hub", "hub_mass",
+    ]  # fmt: skip
+    return pd.DataFrame(rows)[order]
+
+
+def _fans(graph: AttributionGraph) -> tuple[Tensor, Tensor]:
+    """[site, pos]: how many edges lead into each node, and how many out of it."""
+    n = len(graph.str_tokens)
+    fan_in, fan_out = torch.zeros(2, *graph.relevance.shape, dtype=torch.int64)
+    for (source, target), part in graph.slices.items():
+        fan_in[target] += torch.bincount(graph.target_pos[part], minlength=n)
+        fan_out[source] += torch.bincount(graph.source_pos[part], minlength=n)
+    return fan_in, fan_out
+
+
+def _exchanged(graph: AttributionGraph) -> tuple[Tensor, Tensor]:
+    """[site, pos]: Σ|w| that each node takes in from other positions; that others take from it."""
+    taken, given = torch.zeros(2, *graph.relevance.shape, dtype=torch.float64)
+    for (source, target), part in graph.slices.items():
+        below, above = graph.source_pos[part].long(), graph.target_pos[part].long()
+        size = graph.weight[part].abs().double().masked_fill_(below == above, 0.0)
+        taken[target].index_add_(0, above, size)
+        given[source].index_add_(0, below, size)
+    return taken, given
+
+
+def _fan(name: str, counts: Tensor) -> dict[str, Any]:
+    if not len(counts):
+        return {f"{name}_mean": NAN, f"{name}_max": 0}
+    return {f"{name}_mean": float(counts.double().mean()), f"{name}_max": int(counts.max())}
+
+
+def _signed_counts(name: str, values: Tensor) -> dict[str, int]:
+    return {f"{name}_top90_pos": top_count(values), f"{name}_top90_neg": top_count(-values)}
+
+
+def _edge_row(graph: AttributionGraph, parts: list[slice], n: int) -> dict[str, Any]:
+    # Transitions into one site lie next to each other, so that one slice holds them all.
+    part = slice(parts[0].start, parts[-1].stop) if parts else slice(0, 0)
+    weight = graph.weight[part]
+    mass, stays, back = _sums(graph, part)
+    pairs = n * n * len(parts)
+    return {
+        "edges": len(weight),
+        "sparsity": 1 - _pairs(graph, part) / pairs if parts else NAN,
+        "edge_mean_abs": mass / len(weight) if len(weight) else NAN,
+        "edge_gini": gini(weight),
+        "mass": mass,
+        "verticality": _mean(stays, mass),
+        **_signed_counts("edge", weight),
+        "lookback": _mean(back, mass),
+    }
+
+
+def _sums(graph: AttributionGraph, part: slice) -> tuple[float, float, float]:
+    """Σ|w| of these edges, of those among them that stay at their position, and Σ|w| · distance."""
+    size = graph.weight[part].abs().double()
+    distance = graph.target_pos[part] - graph.source_pos[part]
+    return float(size.sum()), float(size[distance == 0].sum()), float((size * distance).sum())
+
+
+def _pairs(graph: AttributionGraph, part: slice) -> int:
+    """How many pairs of nodes these edges join."""
+    if graph.head is None:
+        return len(graph.weight[part])
+    return int(pair_starts(graph, part).sum())
+
+
+def hubs(graph: AttributionGraph, k: int = 10) -> pd.DataFrame:
+    """The ``k`` positions that exchange most relevance with other positions, over all sites.
+
+    Edges that stay at their position are left out: the residual stream alone would make every
+    position a hub. Ties: earlier position first.
+
+    Columns:
+        pos, token: Which.
+        in_mass: Σ|w| over edges whose target is at the position (what it takes in from others).
+        out_mass: Σ|w| over edges whose source is there (what others take from it).
+        mass: Both together.
+        share: mass / Σ over all positions of mass.
+
+    Raises:
+        ValueError: k is no whole number, or below 1.
+    """
+    import pandas as pd
+
+    if not isinstance(k, Integral) or k < 1:
+        raise ValueError(f"k={k} must be a whole number, 1 or more.")
+    taken, given = (of_site.sum(0) for of_site in _exchanged(graph))
+    both = taken + given
+    order = torch.sort(both, descending=True, stable=True).indices[:k]
+    order = order[both[order] > 0]
+    return pd.DataFrame(
+        {
+            "pos": order.numpy(),
+            "token": [graph.str_tokens[p] for p in order.tolist()],
+            "in_mass": taken[order].numpy(),
+            "out_mass": given[order].numpy(),
+            "mass": both[order].numpy(),
+            "share": (both[order] / both.sum()).numpy(),
+        }
+    )
+
+
+def graph_summary(graph: AttributionGraph) -> pd.DataFrame:
+    """The whole graph in one row, to be stacked with those of other graphs.
+
+    Columns:
+        model, rules, granularity, target, contrast, delta: As in the graph.
+        tokens, sites, transitions, nodes, edges: Counts.
+        mass: Σ|w| over all edges, logits.
+        positive_mass: Share of the mass on edges with w > 0, which support the target.
+        mass_kept: Product over the pruning steps of the share of mass that each kept; 1 for a
+            full graph.
+        sparsity: 1 − (pairs of nodes with an edge) / (n² · transitions).
+        verticality, lookback, edge_gini: As in ``site_metrics``, over all edges.
+        arrives: Σ R at the first site / Δℓ, of all nodes whether in the graph or not.
+    """
+    import pandas as pd
+
+    n, weight = len(graph.str_tokens), graph.weight
+    parts = [(0.0, 0.0, 0.0), *(_sums(graph, part) for part in graph.slices.values())]
+    mass, stays, back = map(math.fsum, zip(*parts, strict=True))
+    positive = float(weight.clamp_min(0).sum(dtype=torch.float64))
+    possible = n * n * len(graph.transitions)
+    kept = math.prod(step.share_kept for step in graph.history)
+    row = {
+        "model": graph.model_name,
+        "rules": graph.rules,
+        "granularity": graph.granularity,
+        "target": graph.target,
+        "contrast": graph.contrast,
+        "delta": graph.delta,
+        "tokens": n,
+        "sites": len(graph.sites),
+        "transitions": len(graph.transitions),
+        "nodes": int(graph.node_mask.sum()),
+        "edges": len(weight),
+        "mass": mass,
+        "positive_mass": _mean(positive, mass),
+        "mass_kept": kept,
+        "sparsity": 1 - _pairs(graph, slice(0, len(weight))) / possible if possible else NAN,
+        "verticality": _mean(stays, mass),
+        "lookback": _mean(back, mass),
+        "edge_gini": gini(weight),
+        "arrives": _mean(float(graph.relevance[0].sum(dtype=torch.float64)), graph.delta),
+    }
+    return pd.DataFrame([row])
+
+
+NAN = float("nan")
+
+
+def gini(values: Float[Tensor, " item"]) -> float:
+    """Inequality of |values|: 0 where all are equal, near 1 where one holds everything.
+
+    With |x| sorted upwards and i from 1: G = Σ_i (2i − n − 1) |x|_(i) / (n Σ|x|). NaN where there
+    are no values or all are 0.
+    """
+    size = np.sort(values.abs().numpy()).astype(np.float64)
+    n, total = len(size), size.sum()
+    if not total:
+        return NAN
+    return float(np.arange(1 - n, n, 2, dtype=np.float64) @ size / (n * total))
+
+
+def top_count(values: Float[Tensor, " item"], share: float = 0.9) -> int:
+    """How few of the largest positive values hold ``share`` of the sum of all positive ones.
+
+    0 where no value is positive. For negative ones give the values with their sign changed.
+    """
+    return fewest(values[values > 0], share)
+
+
+def input_metrics(relevance: Float[Tensor, " pos"], top: int = 5) -> pd.DataFrame:
+    """How the relevance of input tokens is spread: ``graph.relevance[0]``, ``result.tokens``.
+
+    Rows: all tokens by |R|; those with R > 0 (they support the target); those with R < 0.
+    With q_i = |R_i| / Σ|R| over the row's tokens:
+
+    Columns:
+        part: "all", "target" or "contrast".
+        tokens: How many of the row's tokens have R ≠ 0.
+        mass: Σ|R|, logits.
+        entropy: H = −Σ q ln q, nats.
+        effective_tokens: e^H: so many tokens with equal shares would have the same entropy.
+        entropy_share: H / ln n, n all tokens of the prompt; NaN for a prompt of one token.
+        gini: Gini of |R| over all n tokens (those outside the row count as 0).
+        top_share: Σ of the ``top`` largest q.
+        centre: Σ q · pos, a position.
+
+    Raises:
+        ValueError: relevance of another shape than [pos], or top below 1.
+    """
+    import pandas as pd
+
+    if relevance.ndim != 1 or not len(relevance):
+        raise ValueError(f"relevance has shape {tuple(relevance.shape)}; give one row, [pos].")
+    if top < 1:
+        raise ValueError(f"top={top} must be 1 or more.")
+    values = relevance.detach().cpu().double()
+    parts = {
+        "all": values.abs(),
+        "target": values.clamp_min(0),
+        "contrast": (-values).clamp_min(0),
+    }
+    return pd.DataFrame([{"part": name, **_spread(size, top)} for name, size in parts.items()])
+
+
+def _spread(size: Float[Tensor, " pos"], top: int) -> dict[str, Any]:
+    n, mass = len(size), float(size.sum())
+    if not mass:
+        names = ("entropy", "effective_tokens", "entropy_share", "gini", "top_share", "centre")
+        return {"tokens": 0, "mass": 0.0, **dict.fromkeys(names, NAN)}
+    share = size / mass
+    entropy = float(-torch.special.xlogy(share, share).sum())
+    return {
+        "tokens": int((size > 0).sum()),
+        "mass": mass,
+        "entropy": entropy,
+        "effective_tokens": float(np.exp(entropy)),
+        "entropy_share": entropy / float(np.log(n)) if n > 1 else NAN,
+        "gini": gini(size),
+        "top_share": float(torch.topk(share, min(top, n)).values.sum()),
+        "centre": float((share * torch.arange(n)).sum()),
+    }

@@ -1,0 +1,326 @@
+"""Paths of a graph from its input to the final node, and what their strength is.
+
+**Strength.** Let relevance go down from the final node, and let every node divide what it gets
+among its sources in proportion to the weights of its edges. What arrives in this way along one
+path n_L → n_{L-1} → ... → n_0 (n_L the final node, n_0 at the first site) is its strength, in
+logits:
+
+    strength = R(n_L) · Π_l  sign R(n_l) · w_l / D(n_l),      D(n) = max(|R(n)|, Σ |w| of n's row),
+
+w_l being the weight of the edge from target n_l to source n_{l-1} and the row the edges of n as
+target within that transition. Where a node's edges do not cancel, D(n) = |R(n)| and a factor is
+plainly w / R(n): the share of its relevance that the node hands on by this edge. If that holds
+everywhere, the strengths of all paths of a full graph of adjacent sites that end in an input node
+add up to this node's relevance, and those of all paths together to what reaches the input.
+
+Where edges of both signs cancel, w / R(n) would exceed 1 and grow without bound as R(n) nears 0:
+a few such nodes would make any path as strong as one likes. D(n) bounds every factor by 1 and,
+with adjacent sites, the sum of |strength| over all paths from n_L by |R(n_L)|. A node whose
+relevance is less than ``CANCELLED`` of its edges' Σ|w| has no sign to speak of: no path goes
+through it, and ``Paths.closed`` counts such nodes.
+
+Where an objective is a function of several positions, each is a final node of its own and paths go
+down from all of them.
+
+Pruning takes edges out of Σ|w|, never out of R(n): a path of a pruned graph has at least the
+|strength| that it has in the full graph, and at most that of the plain product of w / R(n).
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .columns import PATHS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from .data import AttributionGraph
+
+# Of float32 relevance about 1e-6 is rounding; a thousand times that still has a sure sign.
+CANCELLED = 1e-3
+
+
+@dataclass(frozen=True)
+class Path:
+    """One path, in the direction in which information flows: input first, final node last.
+
+    Attributes:
+        sites: Site of every node.
+        positions: Position of every node.
+        tokens: Text of every node's token.
+        relevance: Relevance of every node, logits.
+        weights: Weight of every edge, logits: one fewer than nodes.
+        heads: Head of every edge (-1: position-wise), where the graph is split by heads.
+        kinds: "value", "key" or "position" of every edge, where it is.
+        strength: See the module's text; logits, signed as the objective.
+        share: strength / Δℓ; NaN where Δℓ is 0.
+    """
+
+    sites: tuple[str, ...]
+    positions: tuple[int, ...]
+    tokens: tuple[str, ...]
+    relevance: tuple[float, ...]
+    weights: tuple[float, ...]
+    heads: tuple[int, ...] | None
+    kinds: tuple[str, ...] | None
+    strength: float
+    share: float
+
+    @property
+    def moves(self) -> tuple[int, ...]:
+        """Indices of the edges that lead from one position to another."""
+        pairs = zip(self.positions, self.positions[1:], strict=False)
+        return tuple(i for i, (source, target) in enumerate(pairs) if source != target)
+
+    def __str__(self) -> str:
+        """Read out loud: the tokens on the way and between which sites each move happens."""
+        said = [f"{self.strength:+.4f} ({self.share:.1%} of Δℓ): {self._token(0)}"]
+        for edge in self.moves:
+            where = _between(self.sites[edge], self.sites[edge + 1])
+            if self.heads is not None and self.kinds is not None and self.heads[edge] >= 0:
+                where = f"{where} head {self.heads[edge]} {self.kinds[edge]}"
+            said.append(f"→ [{where}] {self._token(edge + 1)}")
+        if not self.moves:
+            said.append("→ stays there")
+        return " ".join(said)
+
+    def _token(self, node: int) -> str:
+        return f"{self.tokens[node]!r} @{self.positions[node]}"
+
+
+def _between(source: str, target: str) -> str:
+    """The blocks of a transition: "block 3", "blocks 0-3", "block 3, first half"."""
+    low = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|mid)", source)
+    high = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|mid|post)", target)
+    if low is None or high is None:
+        return f"{source} → {target}"
+    first, last = int(low[1]), int(high[1]) - (high[2] == "pre")
+    half = {("pre", "mid"): ", first half", ("mid", "pre"): ", second half"}
+    half[("mid", "post")] = half["mid", "pre"]
+    if first == last:
+        return f"block {first}{half.get((low[2], high[2]), '')}"
+    return f"blocks {first}-{last}"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The strongest paths of a graph, strongest first.
+
+    Attributes:
+        paths: See ``Path``.
+        delta: Δℓ in logits.
+        asked: How many were asked for; there may be fewer.
+        closed: Nodes that no path was let through because their edges cancel.
+    """
+
+    paths: tuple[Path, ...]
+    delta: float
+    asked: int
+    closed: int
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self.paths)
+
+    def __getitem__(self, index: int) -> Path:
+        return self.paths[index]
+
+    def to_frame(self) -> pd.DataFrame:
+        """A node of a path a row: path (from 0, strongest first), step (from 0, input first),
+        site, pos, token, relevance, weight (of the edge to the next step; NaN at the last)
+        [, head, kind], strength and share of the path."""
+        import pandas as pd
+
+        rows = []
+        for number, path in enumerate(self.paths):
+            for step, site in enumerate(path.sites):
+                last = step == len(path.weights)
+                row = {
+                    "path": number,
+                    "step": step,
+                    "site": site,
+                    "pos": path.positions[step],
+                    "token": path.tokens[step],
+                    "relevance": path.relevance[step],
+                    "weight": float("nan") if last else path.weights[step],
+                }
+                if path.heads is not None and path.kinds is not None:
+                    row["head"] = -1 if last else path.heads[step]
+                    row["kind"] = "" if last else path.kinds[step]
+                rows.append(row | {"strength": path.strength, "share": path.share})
+        columns = ["path", "step", "site", "pos", "token", "relevance", "weight"]
+        return pd.DataFrame(rows, columns=None if rows else [*columns, "strength", "share"])
+
+    def __str__(self) -> str:
+        lines = [f"{i + 1}. {path}" for i, path in enumerate(self.paths)]
+        if len(self.paths) < self.asked:
+            lines.append(f"{len(self.paths)} paths from the first site reach the final node.")
+        if self.closed:
+            lines.append(
+                f"No path was let through {self.closed} nodes whose edges cancel "
+                f"(|relevance| < {CANCELLED:g} of their Σ|weight|)."
+            )
+        return "\n".join(lines)
+
+
+def strongest_paths(graph: AttributionGraph, k: int = 10) -> Paths:
+    """The ``k`` paths of largest |strength| from the first site to a final node.
+
+    Exact: the largest product from the input up to each node comes from dynamic programming, a
+    site at a time; then partial paths grow down from each final node, the one that can still
+    become the strongest first. Equally strong paths come in an order that depends on nothing but
+    the graph.
+
+    Args:
+        graph: Any graph; on one split by heads, edges of different heads make different paths.
+        k: How many; fewer come back where there are fewer.
+
+    Raises:
+        ValueError: k is no whole number, or below 1.
+    """
+    if not isinstance(k, Integral) or k < 1:
+        raise ValueError(f"k={k} must be a whole number, 1 or more.")
+    shares, closed = _edge_shares(graph)
+    size = shares.abs().log_()
+    best = _best(graph, size)
+    found = _descend(graph, size, best, _starts(graph), k)
+    made = [_path(graph, edges, shares) for edges in found]
+    return Paths(tuple(made), graph.delta, k, closed)
+
+
+def _starts(graph: AttributionGraph) -> list[tuple[int, float]]:
+    """The final nodes with relevance, and log |R| of each, less that of the largest."""
+    relevance = graph.relevance[-1, list(graph.final_positions)].double().abs()
+    largest = relevance.max()
+    first = (len(graph.sites) - 1) * len(graph.str_tokens)
+    return [
+        (first + pos, float((own / largest).log()))
+        for pos, own in zip(graph.final_positions, relevance, strict=True)
+        if own > 0
+    ]
+
+
+def _edge_shares(graph: AttributionGraph) -> tuple[Float[Tensor, " edge"], int]:
+    """w · sign R(target) / D(target) of every edge, 0 at targets whose edges cancel (float64).
+
+    Returns:
+        The shares, each in -1 to 1, and the number of nodes that are closed.
+    """
+    shares = torch.zeros(len(graph.weight), dtype=torch.float64)
+    closed = torch.zeros(graph.relevance.shape, dtype=torch.bool)
+    for (_, target), part in graph.slices.items():
+        weight, row = graph.weight[part].double(), graph.target_pos[part].long()
+        net = graph.relevance[target].double()
+        gross = torch.zeros_like(net).index_add_(0, row, weight.abs())
+        cancelled = net.abs() < CANCELLED * gross
+        factor = torch.sign(net) / torch.maximum(net.abs(), gross).clamp_min(1e-300)
+        factor[cancelled] = 0.0
+        shares[part] = weight * factor[row]
+        closed[target] |= cancelled
+    return shares, int(closed.sum())
+
+
+def _best(graph: AttributionGraph, size: Float[Tensor, " edge"]) -> Float[Tensor, " node"]:
+    """Per node, the largest Σ log |share| of a path from the first site, or -inf."""
+    n = len(graph.str_tokens)
+    best = torch.full((len(graph.sites), n), -torch.inf, dtype=torch.float64)
+    best[0] = 0.0
+    for (source, target), part in graph.slices.items():  # targets rise, so sources are complete
+        through = size[part] + best[source][graph.source_pos[part].long()]
+        best[target].scatter_reduce_(0, graph.target_pos[part].long(), through, "amax")
+    return best.flatten()
+
+
+def _descend(
+    graph: AttributionGraph,
+    size: Tensor,
+    best: Tensor,
+    finals: list[tuple[int, float]],
+    k: int,
+) -> list[tuple[int, ...]]:
+    """Edges of the k best paths, final node first: best-first search with an exact bound."""
+    n = len(graph.str_tokens)
+    rows: dict[int, tuple[list[int], list[float]]] = {}
+
+    def row(node: int) -> tuple[list[int], list[float]]:
+        """A node's edges, the one with the best path below it first, and those paths' bounds."""
+        if node not in rows:
+            edges = _row(graph, *divmod(node, n))
+            below = graph.source_site[edges].long() * n + graph.source_pos[edges]
+            bound = size[edges] + best[below]
+            order = torch.sort(bound, descending=True, stable=True).indices[:k]
+            order = order[bound[order] > -torch.inf]
+            rows[node] = edges[order].tolist(), bound[order].tolist()
+        return rows[node]
+
+    # Of a partial path: -(log of the best path it can become), a number that decides between
+    # equals, its log without the last edge's bound, its edges above the last, the last edge's
+    # node and rank in that node's row.
+    queue: list[tuple[float, int, float, tuple[int, ...], int, int]] = []
+    pushed = 0
+    for final, start in finals:
+        if best[final] > -torch.inf and row(final)[0]:
+            heapq.heappush(queue, (-(start + row(final)[1][0]), pushed, start, (), final, 0))
+            pushed += 1
+    found: list[tuple[int, ...]] = []
+    while queue and len(found) < k:
+        _, _, above, edges, node, rank = heapq.heappop(queue)
+        order, bounds = row(node)
+        if rank + 1 < len(order):
+            pushed += 1
+            other = (-(above + bounds[rank + 1]), pushed, above, edges, node, rank + 1)
+            heapq.heappush(queue, other)
+        edge = order[rank]
+        below = int(graph.source_site[edge]) * n + int(graph.source_pos[edge])
+        if below < n:  # at the first site
+            found.append((*edges, edge))
+            continue
+        sum_above = above + float(size[edge])
+        pushed += 1
+        entry = (-(sum_above + row(below)[1][0]), pushed, sum_above, (*edges, edge), below, 0)
+        heapq.heappush(queue, entry)
+    return found
+
+
+def _row(graph: AttributionGraph, site: int, pos: int) -> Tensor:
+    """Indices of the edges whose target is one node."""
+    found = []
+    for (_, target), part in graph.slices.items():
+        if target == site:
+            column = graph.target_pos[part]
+            wanted = torch.tensor([pos, pos + 1], dtype=column.dtype)
+            first, end = torch.searchsorted(column, wanted).tolist()
+            found.append(torch.arange(part.start + first, part.start + end))
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+
+
+def _path(graph: AttributionGraph, edges: tuple[int, ...], shares: Tensor) -> Path:
+    index = torch.tensor(edges[::-1])
+    sites = [*graph.source_site[index].tolist(), len(graph.sites) - 1]
+    final = int(graph.target_pos[edges[0]])
+    positions = [*graph.source_pos[index].tolist(), final]
+    strength = float(graph.relevance[-1, final]) * float(shares[index].prod())
+    head, path = graph.head, graph.path
+    return Path(
+        sites=tuple(graph.sites[s] for s in sites),
+        positions=tuple(positions),
+        tokens=tuple(graph.str_tokens[p] for p in positions),
+        relevance=tuple(graph.relevance[sites, positions].tolist()),
+        weights=tuple(graph.weight[index].tolist()),
+        heads=None if head is None else tuple(head[index].tolist()),
+        kinds=None if path is None else tuple(PATHS[p] for p in path[index].tolist()),
+        strength=strength,
+        share=strength / graph.delta if graph.delta else float("nan"),
+    )

@@ -1,0 +1,185 @@
+"""From an ``AttributionGraph`` to its pictures: what is shown, in which words."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..render.graph.data import GraphView
+from ..render.graph.layout import strongest
+from ..render.graph.matrices import MAX_CELLS, attention_matrices, room
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..render.offline import OfflineHTML
+    from .data import AttributionGraph
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.(?:.*\.)?hook_(?:resid_)?(.+)")
+_PLACE = {"pre": "in", "mid": "mid", "post": "out"}
+
+
+def view_of(graph: AttributionGraph) -> GraphView:
+    """What a picture shows of a graph; heads and paths of an edge are added up.
+
+    Special tokens and the first token are greyed. The notes say what building the graph left out
+    and what each pruning step did.
+    """
+    greyed = graph.special.clone()
+    greyed[0] = True
+    graph = graph.merge_heads()
+    notes = []
+    if graph.node_threshold:
+        share = (
+            f" ({graph.node_threshold / abs(graph.delta):.2%} of |\u0394\u2113|)"
+            if graph.delta
+            else ""
+        )
+        notes.append(
+            f"Hidden states of |relevance| \u2264 {graph.node_threshold:g} logits{share} pass "
+            "nothing on: they were not expanded when the graph was made."
+        )
+    notes += [f"Pruned by {step}." for step in graph.history]
+    return GraphView(
+        sites=graph.sites,
+        site_labels=site_labels(graph.sites),
+        relevance=graph.relevance,
+        str_tokens=graph.str_tokens,
+        greyed=greyed,
+        source_site=graph.source_site,
+        source_pos=graph.source_pos,
+        target_site=graph.target_site,
+        target_pos=graph.target_pos,
+        weight=graph.weight,
+        final_pos=graph.final_pos,
+        earlier_final_pos=graph.earlier_final_pos,
+        target=graph.target,
+        contrast=graph.contrast,
+        delta=graph.delta,
+        objective=graph.objective,
+        rules=graph.rules,
+        model_name=graph.model_name,
+        notes=notes,
+    )
+
+
+def site_labels(sites: tuple[str, ...]) -> list[str]:
+    """Short names for HookPoints of the residual stream: "input", "block 3 · mid", "output"."""
+    labels = []
+    for at, site in enumerate(sites):
+        found = _BLOCK.fullmatch(site)
+        if found is None:
+            labels.append(site)
+        elif at == 0 and site == "blocks.0.hook_resid_pre":
+            labels.append("input")
+        elif at == len(sites) - 1 and site.endswith("hook_resid_post"):
+            labels.append("output")
+        else:
+            labels.append(f"block {found[1]} \u00b7 {_PLACE.get(found[2], found[2])}")
+    return labels
+
+
+def _between(sites: tuple[str, ...], names: list[str], source: int, target: int) -> str:
+    """What a transition passes through: a block, its attention, or from where to where."""
+    start, end = (_BLOCK.fullmatch(sites[site]) for site in (source, target))
+    if start and end and start[2] == "pre":
+        block, last = int(start[1]), int(end[1])
+        if (last, end[2]) in ((block + 1, "pre"), (block, "post")):
+            return f"block {block}"
+        if (last, end[2]) == (block, "mid"):
+            return f"block {block} attention"
+    return f"{names[source]} \u2192 {names[target]}"
+
+
+def matrices_of(
+    graph: AttributionGraph,
+    transition: tuple[int | str, int | str] | None = None,
+    *,
+    max_cells: int = MAX_CELLS,
+) -> OfflineHTML:
+    """A graph's transitions, or the heads of one of them, as circuitsvis' ``attention_heads``.
+
+    Transitions that hold nothing between two positions are left out. In a long prompt only the
+    positions that exchange most relevance are shown; the view says so.
+
+    Args:
+        graph: What to show.
+        transition: (source, target) sites by name or index: shows this one's heads, or the whole
+            of it where the graph is not split by heads. ``None``: every transition.
+        max_cells: Most cells drawn, in all matrices together.
+
+    Raises:
+        ValueError: no such site or transition, or no edge between two positions to show.
+    """
+    weight = graph.weight.double().numpy()
+    pair = np.stack([graph.source_site.numpy(), graph.target_site.numpy()]).astype(np.int64)
+    source, target = (c.numpy().astype(np.int64) for c in (graph.source_pos, graph.target_pos))
+    names, notes = site_labels(graph.sites), []
+    if transition is None:
+        kind = pair[0] * len(graph.sites) + pair[1]
+        chosen = np.ones(len(weight), dtype=bool)
+    else:
+        ends = graph.transition(*transition)
+        chosen = (pair[0] == ends[0]) & (pair[1] == ends[1])
+        kind = np.zeros(len(weight), dtype=np.int64)
+        if graph.head is not None:
+            kind = graph.head.numpy().astype(np.int64)
+            chosen &= kind >= 0
+            notes.append("What passes by no head (residual stream, queries, MLP) is left out.")
+        notes.append(f"{names[ends[0]]} to {names[ends[1]]}.")
+    apart = chosen & (source != target)
+    kinds = np.unique(kind[apart])
+    if not len(kinds):
+        raise ValueError("There is no edge between two positions to show; prune less.")
+    chosen &= np.isin(kind, kinds)
+    if transition is None:
+        labels = [_between(graph.sites, names, *divmod(k, len(names))) for k in kinds.tolist()]
+        missing = len(graph.transitions) - len(kinds)
+        if missing:
+            notes.append(f"{missing} transition(s) without an edge between positions left out.")
+    elif graph.head is not None:
+        labels = [f"head {k}" for k in kinds.tolist()]
+    else:
+        labels = ["all heads"]
+
+    kept = _busiest(source[apart], target[apart], np.abs(weight[apart]), len(graph.str_tokens))
+    kept = np.sort(kept[-room(len(kinds), max_cells) :])
+    place = np.full(len(graph.str_tokens), -1)
+    place[kept] = np.arange(len(kept))
+    shown = chosen & (place[source] >= 0) & (place[target] >= 0)
+    dense = np.zeros((len(kinds), len(kept), len(kept)))
+    index = (np.searchsorted(kinds, kind[shown]), place[target[shown]], place[source[shown]])
+    np.add.at(dense, index, weight[shown])
+    total = float(np.abs(weight[apart]).sum())
+    if len(kept) < len(graph.str_tokens):
+        share = float(np.abs(weight[shown & apart]).sum()) / total
+        notes.append(
+            f"The {len(kept)} of {len(graph.str_tokens):,} positions that exchange most relevance: "
+            f"{100 * share:.1f} % of \u03a3|weight| between positions."
+        )
+    greyed = graph.special.numpy().copy()
+    greyed[0] = True
+    return attention_matrices(
+        [graph.str_tokens[p] for p in kept.tolist()],
+        dense,
+        labels,
+        greyed=greyed[kept],
+        target=graph.target or "the target",
+        contrast=graph.contrast or "its alternatives",
+        positions=kept.tolist() if len(kept) < len(graph.str_tokens) else None,
+        notes=notes,
+        max_cells=max_cells,
+    )
+
+
+def _busiest(
+    source: NDArray[np.int64],
+    target: NDArray[np.int64],
+    size: NDArray[np.float64],
+    positions: int,
+) -> NDArray[np.int64]:
+    """All positions by the relevance that they exchange with others, least first."""
+    exchanged = np.bincount(source, size, positions) + np.bincount(target, size, positions)
+    return strongest(exchanged.astype(np.float64), positions)

@@ -1,0 +1,135 @@
+"""Values that a model computes from its input and then hides from autograd.
+
+``detach``, ``.data`` and ``no_grad`` leave no node behind, so the graph cannot show them: relevance
+would silently miss that part. A ``TorchFunctionMode`` sees every torch operation of the forward: it
+follows each floating value that depends on the input but carries no gradient, and reports it once
+it meets the rest of the computation. Indices and masks (integers, booleans) are choices, and
+constants by every rule; what this package itself detaches is a rule.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ...rules.threads import mine
+from .report import Finding
+
+
+class Cut(NamedTuple):
+    """Where a value was cut off, and by what."""
+
+    module: nn.Module | None
+    operation: str
+
+
+# They take shape, type or device from these arguments, never a value.
+_VALUE_FREE = frozenset(
+    {"requires_grad_", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
+    | {f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn")}
+)
+_READABLE = {"__get__": "data"}
+_FIRST_ONLY = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
+
+
+class Cuts(TorchFunctionMode):
+    """Follows cut-off values while it is active; ``found`` lists those that were used.
+
+    Args:
+        at_work: The module at work now.
+        computed: Whether a tensor carries a gradient to the input; any gradient counts if None,
+            which is right where parameters are frozen.
+    """
+
+    def __init__(
+        self,
+        at_work: Callable[[], nn.Module | None],
+        computed: Callable[[Tensor], bool] | None = None,
+    ) -> None:
+        super().__init__()
+        self._computed = computed or (lambda x: x.requires_grad)
+        self.found: dict[Cut, None] = {}
+        self._at_work = at_work
+        self._cut: dict[int, tuple[Tensor, Cut]] = {}  # holds the tensors, so that ids stay theirs
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        takes = (args[:1],) if name in _FIRST_ONLY else (args, tuple(kwargs.values()))
+        inputs = [] if name in _VALUE_FREE else list(_tensors(takes))
+        computed = any(self._computed(x) for x in inputs)
+        # What carries a gradient by now is the result of an autograd Function, made inside it.
+        hidden = [x for x in inputs if not x.requires_grad]
+        known = [self._cut[id(x)][1] for x in hidden if id(x) in self._cut]
+        out = func(*args, **kwargs)
+        if computed or known:
+            # In-place operations, assignment to a slice among them, change their first argument.
+            changed = (out, args[0]) if name.endswith("_") and args else (out,)
+            self._follow(name, known, [y for y in _tensors(changed) if y.is_floating_point()])
+        return out
+
+    def _follow(self, name: str, known: list[Cut], outputs: list[Tensor]) -> None:
+        hidden = [y for y in outputs if not y.requires_grad]
+        if len(hidden) < len(outputs) and known and not _is_ours():
+            self.found.update(dict.fromkeys(known))
+        if hidden and (known or not _is_ours()):
+            cut = (
+                known[0] if known else Cut(self._at_work(), _READABLE.get(name) or name.strip("_"))
+            )
+            self._cut.update({id(y): (y, cut) for y in hidden})
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _is_ours() -> bool:
+    """Whether this package's code, not the model's, made the call."""
+    frame = sys._getframe(3)
+    while frame is not None:
+        room = frame.f_globals.get("__name__", "")
+        if not room.startswith(("torch.", __name__)):
+            return bool(room.startswith(f"{__package__}."))
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+@contextmanager
+def repeated_blocks(model: Any) -> Iterator[list[Finding]]:
+    """Findings, at the end of the block, for every transformer block that ran more than once.
+
+    A HookPoint then fires once a pass, and holds no single hidden state.
+    """
+    found: list[Finding] = []
+    calls = [0] * len(getattr(model, "blocks", ()))
+
+    def counting(index: int) -> Callable[..., None]:
+        def pre_hook(*_: Any) -> None:
+            calls[index] += 1
+
+        return pre_hook
+
+    handles = [
+        model.blocks[i].register_forward_pre_hook(mine(counting(i))) for i in range(len(calls))
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+    for i, times in enumerate(calls):
+        if times > 1:
+            kind = type(model.blocks[i].original_component).__name__
+            why = f"it runs {times} times in one forward, so a HookPoint holds no one hidden state"
+            found.append(Finding(f"blocks.{i}", kind, "repetition", why))

@@ -1,0 +1,136 @@
+"""What an audit found, in words."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...errors import UncoveredComponentError
+from ..coverage import ranges
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SHOWN = 8  # lines of a refusal; the rest is counted
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One operation on the way from the logits to the input that no rule accounts for.
+
+    Attributes:
+        component: The module whose forward ran it, by TransformerLens' path ("blocks.0.mlp", or
+            "blocks.0.mlp.act_fn" for a module inside the one that a component wraps).
+        module_class: Class of that module, of a component the wrapped module's.
+        operation: Autograd's name for it: "Mul", "Exp", "Softplus"; "halving" for a rule in the
+            wrong place.
+        why: What is wrong with it.
+    """
+
+    component: str
+    module_class: str
+    operation: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Whether every operation that relevance flows through is linear or has a rule.
+
+    Attributes:
+        findings: Those that are neither, from the logits down; none if all is accounted for.
+        counts: How many operations of each kind were looked at, by autograd's name.
+        ordinary: (component, operation) of what is not linear and keeps its ordinary gradient
+            because that is its rule: softmaxes, and sigmoids and quotients that weigh something.
+        hooks: HookPoints that carry hook functions of the user's. They are no part of this audit:
+            each is judged on its own call, in every run under rules, when it has computed
+            something.
+    """
+
+    findings: tuple[Finding, ...]
+    counts: dict[str, int]
+    ordinary: tuple[tuple[str, str], ...] = ()
+    hooks: tuple[str, ...] = ()
+
+    @property
+    def of_hooks(self) -> str:
+        """What to say of ``hooks``; empty if there are none."""
+        if not self.hooks:
+            return ""
+        points = ", ".join(self.hooks[:4]) + (", ..." if len(self.hooks) > 4 else "")
+        return (
+            f"the hooks that you put at {points} are not part of this audit; what they compute is "
+            "checked in every run, and listed in its coverage"
+        )
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    def summary(self) -> tuple[Finding, ...]:
+        """The findings with equal ones of different blocks as one (``blocks.0-27.mlp``)."""
+        blocks: dict[Finding, list[int]] = {}
+        for f in self.findings:
+            layer = re.search(r"(?:^|\.)blocks\.(\d+)(?=\.|$)", f.component)
+            number = int(layer[1]) if layer else -1
+            general = f.component
+            if layer:
+                general = f"{general[: layer.start(1)]}{{}}{general[layer.end(1) :]}"
+            key = Finding(general, f.module_class, f.operation, f.why)
+            blocks.setdefault(key, []).append(number)
+        return tuple(
+            Finding(
+                key.component.replace("{}", ranges(sorted(set(numbers)))),
+                key.module_class,
+                key.operation,
+                key.why,
+            )
+            for key, numbers in blocks.items()
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """The findings as a DataFrame with the columns of ``Finding``."""
+        import pandas as pd
+
+        columns = ("component", "module_class", "operation", "why")
+        return pd.DataFrame([vars(f) for f in self.findings], columns=list(columns))
+
+    def __str__(self) -> str:
+        n = sum(self.counts.values())
+        note = [f"note: {self.of_hooks}."] if self.hooks else []
+        if self.clean:
+            clean = f"audit: clean; each of {n} operations is linear or has its rule"
+            return "\n".join([clean, *note])
+        lines = [_line(f) for f in self.summary()]
+        return "\n".join([f"audit: {len(lines)} findings among {n} operations", *lines, *note])
+
+
+def _line(f: Finding) -> str:
+    kind = f" ({f.module_class})" if f.module_class else ""
+    return f"  {f.component}{kind}: {f.operation}: {f.why}."
+
+
+def not_run(model: Any, error: Exception) -> UncoveredComponentError:
+    """The error for a model that the audit could not run."""
+    kind, what = type(model.original_model).__name__, type(error).__name__
+    return UncoveredComponentError(
+        f"No rule was checked on this model ({kind}): it does not run on a few token ids alone "
+        f"({what}: {str(error)[:200]}). Relevance is defined here for models that read one prompt "
+        "of tokens; leave one that needs images, audio or a second sequence to activation patching."
+    )
+
+
+def refusal(audit: Audit) -> UncoveredComponentError:
+    """The error for an audit that is not clean."""
+    lines = [_line(f) for f in audit.summary()]
+    if len(lines) > _SHOWN:
+        lines = [*lines[:_SHOWN], f"  and {len(lines) - _SHOWN} more (clrp.audit(model))."]
+    return UncoveredComponentError(
+        "No rule covers all that this model computes, so relevance through it would be made up. "
+        "On the way from the logits to the input:\n"
+        + "\n".join(lines)
+        + "\nUse activation patching on this model, or name these operations when asking for "
+        "the family to be covered."
+    )

@@ -1,0 +1,82 @@
+"""Marks on tensors inside a wrapped module: which depend on the prompt, and which are weights.
+
+A router's or gate's weight (of a softmax or sigmoid) may be chosen from, added up and divided
+before it weighs anything. Torch knows nothing of that, so the tensors themselves are marked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...rules import functions as rules
+from .experts import is_sigmoid_of
+
+_WEIGHT = "_tl_contrastive_lrp_weight"  # on what is computed from weights alone
+_MADE = "_tl_contrastive_lrp_made"  # on a weight: itself, with its ordinary gradient
+_GIVEN = "_tl_contrastive_lrp_given"  # on what is made of parameters alone
+
+
+def computed(value: Any) -> bool:
+    """Whether a tensor depends on the prompt: parameters may require gradients too."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return False
+    return not isinstance(value, torch.nn.Parameter) and not hasattr(value, _GIVEN)
+
+
+def is_weight(value: Any) -> bool:
+    """Whether it is a weight, or does not depend on the prompt."""
+    return not computed(value) or hasattr(value, _WEIGHT)
+
+
+def new_weight(made: Tensor, *, constant: bool) -> Tensor:
+    """A weight fresh from its softmax or sigmoid: ``made``, or ``made`` as a constant."""
+    weight = made.detach() if constant else _marked(rules.ordinary(made), _WEIGHT)
+    return _marked(weight, _MADE, made)
+
+
+def unsure_weight(made: Tensor, *, constant: bool) -> Tensor:
+    """As ``new_weight``, where only its use will tell whether it is one."""
+    weight = made.detach() if constant else _marked(made, _WEIGHT)
+    return _marked(weight, _MADE, made)
+
+
+def _marked(tensor: Tensor, mark: str, value: Any = True) -> Tensor:
+    setattr(tensor, mark, value)
+    return tensor
+
+
+def pass_on(args: Any, out: Any) -> Any:
+    """``out``, a weight if made of weights alone, a parameter if made of parameters alone."""
+    graded = [a for a in tensors(args) if a.requires_grad]
+    of_prompt = [a for a in graded if computed(a)]
+    if of_prompt and all(is_weight(a) for a in of_prompt):
+        for tensor in tensors((out,)):
+            _marked(tensor, _WEIGHT)
+    elif graded and not of_prompt:
+        for tensor in tensors((out,)):
+            _marked(tensor, _GIVEN)
+    return out
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """The tensors among a call's arguments or results, those in tuples and lists included."""
+    flat: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            flat.append(value)
+        elif isinstance(value, tuple | list):
+            flat.extend(tensors(value))
+    return flat
+
+
+def swish(factors: Any) -> tuple[int, Tensor] | None:
+    """The factor that is the sigmoid of the other: its position, and itself with its gradient."""
+    pairs = (factors[:2], factors[1::-1]) if len(factors) > 1 else ()
+    for i, (s, x) in enumerate(pairs):
+        made = getattr(s, _MADE, None)
+        if made is not None and computed(x) and is_sigmoid_of(made, x):
+            return i, made
+    return None

@@ -1,0 +1,133 @@
+"""Rules on a model: ``lrp`` is the context manager, ``lrp_hooks`` the same rules as a hook list.
+
+Both come only where the audit finds that every operation is linear or has its rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..errors import ModelStateError
+from ..inputs.bridge import LEAVES, public_name
+from ..rules.precision import is_low, watch
+from ..rules.rule_sets import DEFAULT_RULES, RuleSet, get_rule_set
+from ..rules.threads import one_at_a_time, own_hooks, turn
+from .attachment import Attachment, HookFn, edit
+from .audit.audit import require_clean
+from .coverage import Coverage
+from .hook_rules import rows_to_come, rules_in_hooks
+from .placement import attached, check_ready, check_single, marked, place
+
+
+def plan(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Coverage]:
+    """Where each rule of ``rules`` goes on ``model``; attaches nothing.
+
+    Raises:
+        UncoveredComponentError: an operation that no rule covers.
+    """
+    placed = place(model, rules)
+    require_clean(model)
+    return placed
+
+
+@one_at_a_time
+def coverage(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Coverage:
+    """Which component of ``model`` would get which rule, without attaching anything.
+
+    What your own hooks compute is seen only when they run: they have a row that says so here, and
+    their rules in the coverage that ``lrp`` yields and results carry.
+
+    Raises:
+        UncoveredComponentError: a component that no rule covers.
+    """
+    report = plan(model, rules)[1]
+    report.add(rows_to_come(model))
+    return report
+
+
+@one_at_a_time
+def lrp_hooks(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> list[tuple[str, HookFn]]:
+    """The rules as hooks for ``model.run_with_hooks(fwd_hooks=...)`` or ``model.hooks(...)``.
+
+    List your own hooks that edit values before these; what those compute is not looked at here, and
+    keeps its ordinary gradient. The forward is unchanged by one bit; only gradients differ.
+    ``lrp`` is the more robust form: prefer it where a context manager fits, and where other threads
+    run the model: as TransformerLens' own, these hooks act in every thread.
+
+    Returns:
+        (hook_name, hook_function) pairs.
+
+    Raises:
+        UncoveredComponentError: a component that no rule covers.
+        ModelStateError: training mode, gradients off, or rules already on.
+    """
+    check_ready(model, "lrp_hooks")
+    check_single(model)
+    attachments, _ = plan(model, rules)
+    for a in attachments:
+        if a.needs_scope:
+            raise ModelStateError(
+                f"The rule at {a.site.path} ({a.site.class_name}) is put on {a.how}, which no list "
+                "of hooks can do. Use `with clrp.lrp(model):` around your run instead."
+            )
+
+    def refuse_forks(tensor: Any, hook: Any) -> None:  # noqa: ARG001
+        for flag in ("use_split_qkv_input", "use_attn_in"):
+            if getattr(model.cfg, flag, False):
+                raise ModelStateError(
+                    f"cfg.{flag} is on: attention then normalises once per head, where no hook of "
+                    "clrp.lrp_hooks reaches. Use `with clrp.lrp(model):`, or call "
+                    f"model.set_{flag}(False) first."
+                )
+
+    hook_dict = model.hook_dict
+    hooks = [("embed.hook_out", refuse_forks), *(pair for a in attachments for pair in a.hooks)]
+    return [(public_name(hook_dict, name), marked(fn)) for name, fn in hooks]
+
+
+@contextmanager
+def lrp(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Iterator[Coverage]:
+    """Rules on ``model`` for the block: every gradient taken inside is a relevance coefficient.
+
+    Activation × gradient at any HookPoint is then its relevance; sums of it over a residual
+    stream's dimensions are the relevance of a token there. Everything of TransformerLens that uses
+    gradients works on relevance inside, ``attribution_patch`` for one (relevance patching,
+    arXiv:2508.21258).
+
+    Your own hook functions, put on before or inside, are part of the model: what they compute gets
+    the rules too, operation by operation, or is refused when it has run. What has no rule can be
+    given one in the hook (``clrp.rules``), or made a constant with ``.detach()``.
+
+    The rules act in this thread alone. This package's calls on the model in other threads wait
+    until the block is left; do not wait for one inside.
+
+    Args:
+        model: A ``TransformerBridge`` in evaluation mode.
+        rules: "attnlrp", "cplrp", "relp", "gim", "gradient", or a ``RuleSet``.
+
+    Yields:
+        Coverage: which component got which rule. What your hooks compute is added as they run.
+
+    Raises:
+        UncoveredComponentError: a component that no rule covers; in the block, an operation in one
+            of your hooks.
+        ModelStateError: training mode, gradients off, or rules already on; another thread stays
+            inside such a block for more than a minute.
+    """
+    with turn(model, "clrp.lrp(model)"):
+        check_ready(model, "lrp")
+        check_single(model)
+        attachments, report = plan(model, rules)
+        hook_dict = model.hook_dict
+        inputs = LEAVES if is_low(model, (torch.float16,)) else ()
+        watched = [(public_name(hook_dict, n), edit(watch)) for n in inputs if n in hook_dict]
+        with (
+            rules_in_hooks(model, get_rule_set(rules), report, later=True),
+            attached(model, attachments),
+            own_hooks(model, watched),
+        ):
+            yield report

@@ -1,0 +1,475 @@
+"""The rules inside the user's own hook functions, and the audit of what those compute.
+
+A hook function is part of the model that is explained. Each call of one is looked at when it has
+run, on the part of the autograd graph between the value that it was given and the value that it
+gave back: every operation there must be linear in what is computed, piecewise linear (its own
+gradient is then f(x)/x, the identity rule), or one of the rules, which are put on by operation
+while the function runs, as inside wrapped modules (``inside.py``). Anything else is refused by the
+names of the HookPoint and the function, unless the rule set asks for ordinary gradients there. What
+the function detaches is constant by its author's decision: relevance ends there, and the coverage
+report says so. A function that only looks computes nothing and leaves no row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UncoveredComponentError
+from ..rules import functions as rules
+from ..rules.rule_sets import RuleSet
+from ..rules.threads import caller
+from .audit import operations as ops
+from .audit.detached import Cuts
+from .audit.walk import UNHALVED, Found, Info, Node, State, Walker
+from .by_operation import marks
+from .by_operation.mode import OperationRules
+from .coverage import Coverage, CoverageRow
+from .placement import is_rule
+
+# f(c·x) = c·f(x) for c > 0, piece by piece, or a constant: the ordinary gradient times x is f(x).
+_PIECEWISE = ops.words("Relu LeakyRelu PreluKernel Threshold Hardshrink Abs Maximum Minimum")
+# Moves that leave each number where it is in memory.
+_VIEWS = ops.words("""
+    Alias View UnsafeView ReshapeAlias Transpose T Permute Movedim Squeeze Unsqueeze AsStrided
+    """)
+_ROOTS_OF_SUMS = ("norm", "std", "vector_norm", "linalg_norm", "linalg_vector_norm")
+
+# In-place functions that are linear in all that is written, or piecewise linear.
+_WRITES = ops.words("""
+    __setitem__ copy_ add_ sub_ __iadd__ __isub__ zero_ fill_ neg_ masked_fill_ index_fill_
+    index_copy_ index_add_ index_put_ scatter_ scatter_add_ masked_scatter_ relu_
+    """)
+# Linear where but one factor is computed.
+_SCALES = ops.words("mul_ multiply_ div_ divide_ true_divide_ __imul__ __itruediv__")
+
+_ADVICE = (
+    "In the hook, give the operation a rule (clrp.rules.identity, clrp.rules.uniform; "
+    "clrp.rules.ordinary(y) keeps the ordinary gradient of what made y), make its value a "
+    'constant with .detach(), or ask for ordinary gradients everywhere with rules="gradient".'
+)
+
+
+def _sequence() -> int:
+    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return number
+
+
+def _is_leaf(node: Node) -> bool:
+    return bool(node.name().endswith("AccumulateGrad"))
+
+
+class _Origin:
+    """Which tensors depend on the prompt, as seen from inside one call of a hook function.
+
+    A gradient alone does not tell: parameters have one too, and so has what is made of them.
+
+    Args:
+        given: The tensors that the function was given.
+        leaves: Activations without history, as from ``detach().requires_grad_()``, by id.
+        begun: Autograd's sequence number when the forward began; older nodes are another's.
+    """
+
+    def __init__(self, given: Iterable[Tensor], leaves: dict[int, Tensor], begun: int) -> None:
+        self.start = _sequence()
+        self._begun = begun
+        self._leaves = leaves
+        self._known: dict[Node, bool] = {x.grad_fn: True for x in given if x.grad_fn is not None}
+
+    def computed(self, tensor: Any) -> bool:
+        """Whether relevance can flow through the tensor."""
+        if not isinstance(tensor, Tensor) or not tensor.requires_grad:
+            return False
+        node = tensor.grad_fn
+        return id(tensor) in self._leaves if node is None else self.of(node)
+
+    def of(self, node: Node) -> bool:
+        """Whether a node depends on the prompt."""
+        known, todo = self._known, [node]
+        while todo:
+            last = todo[-1]
+            if last not in known:
+                told = self._alone(last)
+                below = [n for n, _ in last.next_functions if n is not None]
+                if told is None and not any(known.get(n, False) for n in below):
+                    unknown = next((n for n in below if n not in known), None)
+                    if unknown is not None:
+                        todo.append(unknown)
+                        continue
+                    told = False
+                known[last] = True if told is None else told
+            todo.pop()
+        return known[node]
+
+    def _alone(self, node: Node) -> bool | None:
+        if _is_leaf(node):
+            return id(node.variable) in self._leaves
+        if node._sequence_nr() < self._begun:
+            return False
+        return True if node.name().startswith("Embedding") else None
+
+    def outside(self, node: Node) -> bool:
+        """Whether a node was made before the function was called."""
+        return _is_leaf(node) or bool(node._sequence_nr() < self.start)
+
+
+class _HookOperations(OperationRules):
+    """The rules by operation while a hook function runs, and a record of what it wrote in place."""
+
+    def __init__(self, rule_set: RuleSet, origin: _Origin) -> None:
+        super().__init__(rule_set, attention=False)
+        self._origin = origin
+        self.functions: dict[str, None] = {}  # got the identity rule
+        self.linear_writes: list[tuple[int, int]] = []  # sequence numbers before and after
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, before = getattr(func, "__name__", ""), _sequence()
+        linear = name in _WRITES or (name in _SCALES and self._factors(args) < 2)
+        if name in _ROOTS_OF_SUMS and self.rule_set.norm == "ln":
+            out = func(*args, **(kwargs or {}))
+            # a norm's denominator: one number for each position
+            whole = isinstance(out, Tensor) and out.shape[-1:] == (1,)
+            return out.detach() if whole else out
+        out = super().__torch_function__(func, types, args, kwargs)
+        if linear:
+            self.linear_writes.append((before, _sequence()))
+        return out
+
+    def _factors(self, args: Any) -> int:
+        return sum(map(self._origin.computed, marks.tensors(args)))
+
+    def _shared(self, out: Tensor, args: Any, rule: str) -> Tensor:
+        return rules.uniform(out) if self._factors(args) > 1 and rule == "half" else out
+
+    def weights(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func.__name__ == "softplus":
+            return func(*args, **kwargs)
+        if func.__name__ == "softmax":
+            return super().weights(func, args, kwargs)
+        out = func(*args, **kwargs)  # a sigmoid counts as a weight only where it weighs something
+        return marks.unsure_weight(out, constant=self.rule_set.softmax == "constant")
+
+    def activation(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.ratio(func.__name__, args, kwargs) is not None:
+            self.functions[func.__name__] = None
+        return super().activation(func, args, kwargs)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Active inside the block."""
+        self.states.append(True)
+        try:
+            with self:
+                yield
+        finally:
+            self.states.pop()
+
+
+class _HookWalker(Walker):
+    """From what a hook function gave back to what it was given."""
+
+    def __init__(self, origin: _Origin, operations: _HookOperations) -> None:
+        super().__init__(())
+        self._origin = origin
+        self._operations = operations
+        self.piecewise: dict[Node, None] = {}
+
+    def look(self, node: Node) -> Info:
+        info = super().look(node)
+        return info._replace(below=tuple(b for b in info.below if self._origin.of(b[1])))
+
+    def visit(self, node: Node, info: Info, state: State) -> None:
+        if self._origin.outside(node):
+            self.settle(state)
+        elif info.key == "CopySlices" and self._wrote_linearly(node):
+            self.go(info.below, state)
+        else:
+            super().visit(node, info, state)
+
+    def nonlinear(self, node: Node, info: Info, state: State) -> None:
+        if info.key in _PIECEWISE:
+            self.settle(state)
+            self.piecewise[node] = None
+            self.go(info.below, State(weight=state.weight))
+        else:
+            super().nonlinear(node, info, state)
+
+    def _wrote_linearly(self, node: Node) -> bool:
+        number = node._sequence_nr()
+        writes = self._operations.linear_writes
+        return any(before <= number < after for before, after in writes)
+
+    @property
+    def only_moves(self) -> bool:
+        """Whether no operation changed a number."""
+        infos = self.infos.items()
+        return all(i.key in _VIEWS for node, i in infos if not self._origin.outside(node))
+
+
+def _may_keep_gradient(found: Found, info: Info, rule_set: RuleSet) -> bool:
+    """Whether the rule set itself asks for the ordinary gradient of this operation."""
+    if found.why == UNHALVED:
+        return rule_set.gate == "gradient"
+    if info.key in ops.NORMS:
+        return rule_set.norm == "gradient"
+    if info.key in ops.ACTIVATIONS:
+        return rule_set.activation == "gradient"
+    kinds = (rule_set.norm, rule_set.activation, rule_set.gate, rule_set.qk, rule_set.pattern_v)
+    return set(kinds) == {"gradient"} and rule_set.softmax == "gradient"
+
+
+def name_of(function: Any) -> str:
+    """What a hook function is called, also where it is a ``functools.partial`` or an object."""
+    function = getattr(function, "func", function)
+    name = getattr(function, "__qualname__", None) or type(function).__qualname__
+    return str(name).rpartition("<locals>.")[2]
+
+
+@dataclass(eq=False)
+class HookWatch:
+    """What the user's hook functions did in the forwards inside a ``rules_in_hooks`` block.
+
+    Attributes:
+        edits: Names of hook functions that did more than look, by HookPoint.
+        rows: What they computed, for the coverage report.
+    """
+
+    edits: dict[str, dict[str, None]] = field(default_factory=dict)
+    rows: dict[CoverageRow, None] = field(default_factory=dict)
+    _rule_set: RuleSet = field(init=False)
+    _report: Coverage | None = field(init=False)
+    _begun: int = field(init=False)
+    _caller: object = field(init=False)  # the thread whose forwards are watched
+    _leaves: dict[int, Tensor] = field(default_factory=dict)
+
+    def begin(self, rule_set: RuleSet, report: Coverage | None) -> None:
+        """Forwards are watched from here on; older nodes of autograd's belong to others."""
+        self._rule_set, self._report, self._begun = rule_set, report, _sequence()
+        self._caller = caller()
+
+    def edited(self, prefix: str) -> bool:
+        """Whether a hook function edited something at a HookPoint whose name begins so."""
+        return any(name.startswith(prefix) for name in self.edits)
+
+    def watching(self, point: Any, fn: Callable[..., Any], key: Callable[[], int]) -> Any:
+        """A torch hook in place of ``fn`` that looks at what it does."""
+
+        def watched(module: Any, args: Any, output: Any) -> Any:
+            if caller() is not self._caller:
+                return fn(module, args, output)
+            user, own = _function(point, key(), fn)
+            if own or not torch.is_grad_enabled():
+                return fn(module, args, output)
+            return self._call(str(point.name), user, lambda: fn(module, args, output), output)
+
+        return watched
+
+    def _call(self, point: str, user: Any, run: Callable[[], Any], output: Any) -> Any:
+        given = marks.tensors((output,))
+        # kept, so that an id stays theirs
+        self._leaves.update({id(x): x for x in given if x.requires_grad and x.grad_fn is None})
+        versions = [_version(x) for x in given]
+        origin = _Origin(given, self._leaves, self._begun)
+        was_computed = any(map(origin.computed, given))
+        operations = _HookOperations(self._rule_set, origin)
+        cuts = Cuts(lambda: None, origin.computed)
+        with operations.on(), cuts:
+            returned = run()
+        after = marks.tensors((output if returned is None else returned,))
+        touched = versions != [_version(x) for x in given]
+        if not touched and len(after) == len(given) and all(map(_is, after, given)):
+            return returned
+        walker = _HookWalker(origin, operations)
+        for tensor in after:
+            if tensor.grad_fn is not None and origin.computed(tensor):
+                walker.run(tensor.grad_fn)
+        if not touched and walker.only_moves and _same_places(after, given):
+            return returned
+        self.edits.setdefault(point, {})[name_of(user)] = None
+        kept = any(map(origin.computed, after))
+        self._judge(point, user, walker)
+        self._note(point, user, walker, operations, cuts, was_computed, kept)
+        return returned
+
+    def _judge(self, point: str, user: Any, walker: _HookWalker) -> None:
+        """Refuse what has no rule."""
+        refused = [
+            found
+            for found in walker.found.values()
+            if not _may_keep_gradient(found, walker.infos[found.node], self._rule_set)
+        ]
+        if refused:
+            lines = dict.fromkeys(f"  {f.operation}: {f.why}." for f in refused)
+            raise UncoveredComponentError(
+                f"The hook function {name_of(user)} at {point} computes what no rule covers, so "
+                "relevance through it would be made up:\n" + "\n".join(lines) + f"\n{_ADVICE}"
+            )
+
+    def _note(
+        self,
+        point: str,
+        user: Any,
+        walker: _HookWalker,
+        operations: _HookOperations,
+        cuts: Cuts,
+        was_computed: bool,
+        kept: bool,
+    ) -> None:
+        """Add rows to the report."""
+        rows: dict[tuple[str, str, str], None] = {}
+        infos = walker.infos
+        for node in walker.piecewise:
+            rows[infos[node].operation.lower(), "identity", "its own gradient is f(x)/x"] = None
+        for info in infos.values():
+            if info.rule is not None and info.operation in _BY_RULE:
+                operation, rule = _BY_RULE[info.operation]
+                if rule == "identity" and operations.functions:
+                    operation = ", ".join(operations.functions)
+                rows[operation, rule, "by operation inside the hook"] = None
+        for node in walker.ordinary:
+            rows[infos[node].operation.lower(), "gradient", "ordinary gradient"] = None
+        for found in walker.found.values():
+            operation = "product" if found.why == UNHALVED else found.operation.lower()
+            rows[operation, "gradient", "ordinary gradient, as the rule set asks"] = None
+        for cut in cuts.found:
+            rows[cut.operation, "constant", "detached in the hook: relevance ends here"] = None
+        if not kept:
+            where = "relevance ends here" if was_computed else "before relevance begins"
+            rows["replacement", "constant", where] = None
+        elif not any(rule != "constant" for _, rule, _ in rows):
+            rows["linear", "gradient", "ordinary gradient, which is exact"] = None
+        name = f"user hook {name_of(user)}"
+        made = [CoverageRow(point, name, *row) for row in rows]
+        self.rows.update(dict.fromkeys(made))
+        if self._report is not None:
+            self._report.add(made)
+
+
+_BY_RULE = {
+    "ScaleGradient": ("product", "half"),
+    "GatedProduct": ("gated product", "identity"),
+    "Ratio": ("activation", "identity"),
+    "LinearNorm": ("norm", "ln"),
+    "Normalized": ("norm", "ln"),
+    "SoftmaxTemperature": ("softmax", "temperature"),
+}
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _is(a: Any, b: Any) -> bool:
+    return a is b
+
+
+def _same_places(after: list[Tensor], given: list[Tensor]) -> bool:
+    """Whether the tensors are the same numbers in memory, seen as the same shapes."""
+    return len(after) == len(given) and all(
+        x.data_ptr() == y.data_ptr()
+        and x.shape == y.shape
+        and x.stride() == y.stride()
+        and x.requires_grad == y.requires_grad
+        for x, y in zip(after, given, strict=True)
+    )
+
+
+def _function(point: Any, key: int, fn: Any) -> tuple[Any, bool]:
+    """The function behind a torch hook on a HookPoint, and whether it is not the user's.
+
+    This package's own are not, nor those that TransformerLens put there for good.
+    """
+    handle = next((h for h in getattr(point, "fwd_hooks", ()) if h.hook.id == key), None)
+    user = fn if handle is None else handle.user_hook or fn
+    home, module = __name__.rpartition(".")[0], getattr(user, "__module__", None) or ""
+    permanent = handle is not None and bool(handle.is_permanent)
+    own = is_rule(user) or module.startswith(f"{home}.")
+    return user, own or (permanent and module.startswith("transformer_lens."))
+
+
+def hooked_points(model: Any) -> frozenset[str]:
+    """Names in ``model.hook_dict`` of the HookPoints with a forward hook of the user's."""
+    found = []
+    for name, point in model.hook_dict.items():
+        if not getattr(point, "_forward_hooks", None):
+            continue
+        if not all(_function(point, key, fn)[1] for key, fn in point._forward_hooks.items()):
+            found.append(name)
+    return frozenset(found)
+
+
+def rows_to_come(model: Any) -> list[CoverageRow]:
+    """A row for every hook function of the user's, before any has run."""
+    rows: dict[CoverageRow, None] = {}
+    for name in hooked_points(model):
+        point = model.hook_dict[name]
+        for handle in point.fwd_hooks:
+            user, own = _function(point, handle.hook.id, handle.user_hook)
+            if not own:
+                shown = f"user hook {name_of(user)}"
+                rows[CoverageRow(str(point.name), shown, "?", "?", "seen when it runs")] = None
+    return list(rows)
+
+
+@contextmanager
+def rules_in_hooks(
+    model: Any,
+    rule_set: RuleSet,
+    report: Coverage | None = None,
+    *,
+    later: bool = False,
+    watch: HookWatch | None = None,
+) -> Iterator[HookWatch]:
+    """The rules inside the user's hook functions, for the block.
+
+    Args:
+        model: The bridge.
+        rule_set: Which rules.
+        report: Rows are added to it as hook functions run.
+        later: Also those that are added inside the block.
+        watch: What to note them in; a new one if None.
+
+    Raises:
+        UncoveredComponentError: inside the block, when a hook function has computed something
+            without a rule.
+    """
+    watch = HookWatch() if watch is None else watch
+    watch.begin(rule_set, report)
+    points = list({id(p): p for p in model.hook_dict.values()}.values())
+    replaced: list[tuple[Any, int, Any]] = []
+
+    def put(point: Any, key: int) -> None:
+        fn = point._forward_hooks[key]
+        replaced.append((point, key, fn))
+        point._forward_hooks[key] = watch.watching(point, fn, lambda: key)
+
+    def registering(point: Any) -> Callable[..., Any]:
+        def register_forward_hook(*args: Any, **kwargs: Any) -> Any:
+            handle = type(point).register_forward_hook(point, *args, **kwargs)
+            if not kwargs.get("with_kwargs"):
+                put(point, handle.id)
+            return handle
+
+        return register_forward_hook
+
+    try:
+        for point in points:
+            for key in list(getattr(point, "_forward_hooks", ())):
+                if key not in point._forward_hooks_with_kwargs:
+                    put(point, key)
+            if later:
+                point.register_forward_hook = registering(point)
+        yield watch
+    finally:
+        for point in points:
+            point.__dict__.pop("register_forward_hook", None)
+        for point, key, fn in reversed(replaced):
+            if key in point._forward_hooks:  # else it was removed inside
+                point._forward_hooks[key] = fn

@@ -1,0 +1,169 @@
+"""Where each rule goes on a model, and how the rules are put on and taken off again.
+
+``place`` attaches nothing; ``attached`` puts attachments on for a block. Both leave the forward
+bit-identical; on exit, also after an exception, every hook and operand is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from ..errors import ModelStateError
+from ..inputs.bridge import components, module_names, public_name, require_bridge
+from ..rules.rule_sets import RuleSet, get_rule_set
+from ..rules.threads import mine, own_hooks
+from .attach import attach
+from .attachment import Attachment, HookFn
+from .coverage import Coverage, CoverageRow
+from .sites import find_sites
+
+_MARK = "_tl_contrastive_lrp_rule"
+
+
+def check_ready(model: Any, what: str) -> None:
+    """Refuse a model or a torch state in which relevance would be wrong.
+
+    Raises:
+        TypeError: ``model`` is not a TransformerBridge.
+        ModelStateError: a module is in training mode, gradients are off, autocast is on, or rules
+            are already on.
+    """
+    require_bridge(model)
+    for root in (model, model.original_model):
+        for name, module in root.named_modules():
+            if module.training:
+                where = name.replace("._original_component", "") or type(module).__name__
+                raise ModelStateError(
+                    f"{what} needs the model in evaluation mode, but {where} is in training mode "
+                    "(dropout would be explained too). Call model.eval() first."
+                )
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        raise ModelStateError(
+            f"{what} needs gradients, which are switched off here. Leave torch.no_grad() or "
+            "torch.inference_mode(), or call torch.set_grad_enabled(True) "
+            "(torch.enable_grad() also works as a block)."
+        )
+    _refuse_autocast(model, what)
+
+
+def _refuse_autocast(model: Any, what: str) -> None:
+    """Refuse to run under autocast: it computes another forward, of which a backward is rounded."""
+    kinds = {p.device.type for p in model.original_model.parameters()} - {"meta"}
+    for kind in sorted(kinds):
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            raise ModelStateError(
+                f"{what} cannot run inside torch.autocast({kind!r}): it computes some operations "
+                f"in {dtype} and rounds gradients on their way. Leave that block, or put the call "
+                f'into `with torch.autocast("{kind}", enabled=False):`; for another precision '
+                f"boot the model in it, boot_transformers(name, dtype={dtype})."
+            )
+
+
+def check_single(model: Any) -> None:
+    """Refuse a model with rules on it, these or another tool's.
+
+    Raises:
+        ModelStateError: says which, and how to take them off.
+    """
+    for path, component in components(model).items():
+        # How TransformerLens' own development line counts rules of its own on a component.
+        if any(getattr(component, "_relevance_rule_refcounts", None) or ()):
+            raise ModelStateError(
+                f"TransformerLens' own relevance rules are on at {path}; together with these they "
+                "would apply twice. Leave its context first."
+            )
+    for name, hook_point in model.hook_dict.items():
+        for handle in hook_point.fwd_hooks:
+            if is_rule(handle.user_hook):
+                raise ModelStateError(
+                    f"Rules are already on this model (at {name}); a second set on top would "
+                    "apply them twice. Leave the other clrp.lrp(...) block first, or reset "
+                    "leftover hooks with model.reset_hooks()."
+                )
+
+
+def _mark_only(tensor: Any, hook: Any) -> None:
+    """Shows that rules are on, where none of them is a hook."""
+
+
+def is_rule(fn: Any) -> bool:
+    """Whether a hook function is one of the rules."""
+    return bool(getattr(fn, _MARK, False))
+
+
+def marked(fn: HookFn) -> HookFn:
+    setattr(fn, _MARK, True)
+    return fn
+
+
+def place(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Coverage]:
+    """Where each rule of ``rules`` goes on ``model``, as far as the tables know."""
+    rule_set = get_rule_set(rules)
+    attachments = tuple(attach(site, rule_set) for site in find_sites(model))
+    names = module_names(model) if any(a.site.component is None for a in attachments) else {}
+    rows = tuple(
+        CoverageRow(
+            names.get(a.site.module, a.site.path) if a.site.component is None else a.site.path,
+            a.site.class_name,
+            a.site.operation,
+            a.rule,
+            a.how,
+        )
+        for a in attachments
+    )
+    return attachments, Coverage(rule_set.name, rows)
+
+
+@contextmanager
+def reading_hooks(model: Any, pairs: list[tuple[str, HookFn]]) -> Iterator[None]:
+    """Hook functions that change no value, also at outputs that TransformerLens calls no hook for.
+
+    They act in this thread only.
+
+    A block that returns a list, as those of the first GPT do, has a ``hook_out`` that never fires.
+    """
+    hook_dict = model.hook_dict
+    by_point: dict[int, list[HookFn]] = {}
+    for name, fn in pairs:
+        by_point.setdefault(id(hook_dict[name]), []).append(fn)
+
+    def at_end(module: Any, args: Any, output: Any) -> Any:  # noqa: ARG001
+        if not isinstance(output, list) or not output or not isinstance(output[0], torch.Tensor):
+            return None
+        first = output[0]
+        for fn in by_point[id(module.hook_out)]:
+            returned = fn(first, module.hook_out)
+            first = first if returned is None else returned
+        return [first, *output[1:]]
+
+    with ExitStack() as stack:
+        for block in getattr(model, "blocks", ()):
+            if id(block.hook_out) in by_point:
+                stack.callback(block.register_forward_hook(mine(at_end)).remove)
+        named = [(public_name(hook_dict, name), fn) for name, fn in pairs]
+        stack.enter_context(own_hooks(model, named))
+        yield
+
+
+@contextmanager
+def attached(model: Any, attachments: tuple[Attachment, ...]) -> Iterator[None]:
+    """The given attachments on the model, for the block; they act in this thread only."""
+    hook_dict = model.hook_dict  # TransformerLens builds it anew at every access
+    with ExitStack() as stack:
+        hooks = [
+            (public_name(hook_dict, name), marked(fn))
+            for a in attachments
+            for name, fn in (a.hooks if a.scoped is None else a.beside)
+        ]
+        if not hooks and any(a.scoped is not None for a in attachments):
+            hooks = [(public_name(hook_dict, "embed.hook_out"), marked(_mark_only))]
+        stack.enter_context(own_hooks(model, hooks))
+        for a in attachments:
+            if a.scoped is not None:
+                stack.enter_context(a.scoped())
+        yield

@@ -1,0 +1,409 @@
+"""The user's own hooks on a bridge: which there are, and what each did to a value.
+
+Hooks are part of the model that is explained. A hook that only looks (returns None or the very
+tensor that it was given, and leaves that as it was) computes nothing; every other one edits.
+What a hook will do cannot be told from its code, so it is watched in a forward of the model:
+``observed`` notes each call. Ask before this package puts hooks of its own on the model, since
+those that only read carry no mark.
+
+Example:
+    hooks = user_hooks(model)
+    with observed(hooks) as seen, torch.no_grad():
+        model(tokens)
+    edits = [call for call in seen if not call.looked_only]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..rules.handed_on import constant_leaf, started
+from ..rules.threads import caller, elsewhere
+from .placement import _MARK
+
+Kind = Literal["forward", "forward_pre", "backward", "backward_pre"]
+How = Literal["looked", "in place", "returned", "gradient"]
+_TABLES: dict[Kind, str] = {
+    "forward": "_forward_hooks",
+    "forward_pre": "_forward_pre_hooks",
+    "backward": "_backward_hooks",
+    "backward_pre": "_backward_pre_hooks",
+}
+_LIBRARIES = ("transformer_lens.", "transformers.", "accelerate.", "torch.", "tl_contrastive_lrp.")
+_MISSING = object()
+_OWN = "_tl_contrastive_lrp_own"
+_Fn = TypeVar("_Fn", bound=Callable[..., Any])
+
+
+def as_own(fn: _Fn) -> _Fn:
+    """Mark a hook function as no user's: it is left on the model where theirs are set aside."""
+    setattr(fn, _OWN, True)
+    return fn
+
+
+@dataclass(frozen=True, eq=False)
+class UserHook:
+    """One hook function of the user's.
+
+    Attributes:
+        name: The HookPoint's first name in ``model.hook_dict``, or the module's path.
+        aliases: The HookPoint's other names.
+        module: The HookPoint, or the module.
+        kind: Called after the module's forward or before it, or in the backward.
+        key: Of torch's table of such hooks on the module.
+        fn: The function as the user gave it.
+        on_hook_point: False for torch hooks that were registered on another module.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    module: nn.Module
+    kind: Kind
+    key: int
+    fn: Callable[..., Any]
+    on_hook_point: bool = True
+
+    @property
+    def table(self) -> MutableMapping[int, Callable[..., Any]]:
+        """Torch's own table, by ``key``."""
+        found: MutableMapping[int, Callable[..., Any]] = getattr(self.module, _TABLES[self.kind])
+        return found
+
+    @property
+    def is_forward(self) -> bool:
+        """Whether it is called in the forward."""
+        return self.kind in ("forward", "forward_pre")
+
+    def __str__(self) -> str:
+        other = f" ({', '.join(self.aliases)})" if self.aliases else ""
+        return f"{self.name}{other}"
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What one call of a forward hook did.
+
+    Attributes:
+        hook: Which hook.
+        how: "looked": returned None or the very tensor, and wrote nothing into it; "in place":
+            wrote into it; "returned": gave back something else; "gradient": registered a torch
+            hook on the tensor, to read or change its gradient, and did nothing more.
+        changed: Whether any value is another one afterwards. An edit may change none (it writes
+            what was there, or into an empty range) and yet change gradients.
+        cut: Whether it was given a tensor with a gradient and returned one without.
+    """
+
+    hook: UserHook
+    how: How
+    changed: bool
+    cut: bool
+
+    @property
+    def looked_only(self) -> bool:
+        """Whether the model and its backward computed as without the hook."""
+        return self.how == "looked"
+
+
+def _is_own(handle: Any) -> bool:
+    """A hook that TransformerLens itself put there for good; part of the model."""
+    module = getattr(handle.user_hook, "__module__", None) or ""
+    return bool(handle.is_permanent) and module.startswith("transformer_lens.")
+
+
+def _of_library(fn: Callable[..., Any]) -> bool:
+    return (getattr(fn, "__module__", None) or "").startswith(_LIBRARIES)
+
+
+def _modules(model: Any) -> dict[int, tuple[str, nn.Module]]:
+    """Every module once, by the path that TransformerLens would show."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for root in (model, getattr(model, "original_model", None)):
+        for name, module in root.named_modules() if isinstance(root, nn.Module) else ():
+            shown = name.replace("._original_component", "").replace("_original_component.", "")
+            found.setdefault(id(module), (shown or "model", module))
+    return found
+
+
+def user_hooks(model: Any) -> tuple[UserHook, ...]:
+    """Every hook that is neither this package's rule nor TransformerLens' own permanent one.
+
+    On HookPoints, however they were added (``add_hook``, ``add_perma_hook``, ``model.hooks``,
+    ``run_with_hooks``), in both directions, and torch hooks registered on any module.
+
+    Args:
+        model: A ``TransformerBridge``.
+
+    Returns:
+        HookPoints' hooks in the order of ``model.hook_dict``, each point's in the order in which
+        they are called; torch hooks on other modules after them.
+    """
+    names: dict[int, list[str]] = {}
+    points: dict[int, Any] = {}
+    for name, point in model.hook_dict.items():
+        if isinstance(point, nn.Module):  # a module may have been put in a HookPoint's place
+            names.setdefault(id(point), []).append(name)
+            points[id(point)] = point
+    found: list[UserHook] = []
+    for which, point in points.items():
+        first, *rest = names[which]
+        given = {
+            handle.hook.id: handle
+            for handle in (*getattr(point, "fwd_hooks", ()), *getattr(point, "bwd_hooks", ()))
+        }
+        for kind, attribute in _TABLES.items():
+            for key, registered in getattr(point, attribute).items():
+                handle = given.get(key)
+                if handle is not None and (
+                    _is_own(handle)
+                    or getattr(handle.user_hook, _MARK, False)
+                    or getattr(handle.user_hook, _OWN, False)
+                ):
+                    continue
+                fn = registered if handle is None else handle.user_hook or registered
+                found.append(UserHook(first, tuple(rest), point, kind, key, fn))
+    for name, module in _modules(model).values():
+        if id(module) in points:
+            continue
+        for kind, attribute in _TABLES.items():
+            found += [
+                UserHook(name, (), module, kind, key, fn, on_hook_point=False)
+                for key, fn in getattr(module, attribute).items()
+                if not _of_library(fn)
+            ]
+    return tuple(found)
+
+
+@contextmanager
+def aside(hooks: Iterable[UserHook]) -> Iterator[None]:
+    """These hooks are not called in this thread inside the block; in other threads they are."""
+    kept = [(hook, hook.table[hook.key]) for hook in hooks if hook.key in hook.table]
+    try:
+        for hook, fn in kept:
+            hook.table[hook.key] = elsewhere(fn)  # in its old place among others
+        yield
+    finally:
+        for hook, fn in kept:
+            if hook.key in hook.table:  # another thread may have removed it
+                hook.table[hook.key] = fn
+
+
+class _Conversion:
+    """A HookPoint's conversion that knows whether a hook gave back what it was given."""
+
+    def __init__(self, conversion: Any) -> None:
+        self.conversion = conversion
+        self.given: object = _MISSING
+        self.state: tuple[int | None, Tensor] | None = None
+        self.same = False
+
+    def convert(self, value: Any, *context: Any) -> Any:
+        self.given = self.conversion.convert(value, *context)
+        self.state = _state(self.given) if isinstance(self.given, Tensor) else None
+        return self.given
+
+    def revert(self, value: Any, *context: Any) -> Any:
+        untouched = self.state is None or not _written(self.given, self.state)[0]
+        self.same = value is self.given and untouched
+        return self.conversion.revert(value, *context)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _state(tensor: Tensor) -> tuple[int | None, Tensor]:
+    return _version(tensor), tensor.detach().clone()
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+        return False
+    return bool(((one == other) | ((one != one) & (other != other))).all())  # NaN is NaN
+
+
+def _written(tensor: Any, state: tuple[int | None, Tensor]) -> tuple[bool, bool]:
+    """Whether a tensor was written into since, and whether its values are others."""
+    version, values = state
+    changed = not _equal(tensor.detach(), values)  # also writes past autograd, as through .data
+    return changed or _version(tensor) != version, changed
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [x for part in value for x in _tensors(part)]
+    return []
+
+
+def _as_in_backward(value: Any) -> Any:
+    """A tensor's copy that requires a gradient, as it does where a backward follows."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
+        return value
+    return value.detach().requires_grad_(True).clone()
+
+
+def _asks_for_gradient(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and (bool(tensor._backward_hooks) or tensor.retains_grad)
+
+
+def _watched(
+    hook: UserHook, fn: Callable[..., Any], seen: list[Call], gradients: bool
+) -> Callable[..., Any]:
+    at = -1 if hook.kind == "forward" else 0  # among the arguments: its output, or its input
+    me = caller()
+
+    def watching(module: Any, *args: Any) -> Any:
+        if caller() is not me:
+            return fn(module, *args)
+        shown = list(args)
+        with torch.set_grad_enabled(gradients or torch.is_grad_enabled()):
+            if gradients:
+                shown[at] = _as_in_backward(shown[at])
+            given = shown[at]
+            tensors = _tensors(given)
+            states = [_state(x) for x in tensors]
+            conversion = getattr(module, "hook_conversion", None)
+            looking = _Conversion(conversion) if conversion is not None else None
+            if looking is not None:
+                module.hook_conversion = looking
+            try:
+                returned = fn(module, *shown)
+            finally:
+                if looking is not None:
+                    module.hook_conversion = conversion
+        written = [_written(x, state) for x, state in zip(tensors, states, strict=True)]
+        changed, cut = any(now for _, now in written), False
+        how: How = "looked"
+        if any(touched for touched, _ in written):
+            how = "in place"
+        if returned is not None and returned is not given and not (looking and looking.same):
+            after = _tensors(returned)
+            how = "returned" if how == "looked" else how
+            changed = len(after) != len(states) or not all(
+                _equal(x.detach(), state[1]) for x, state in zip(after, states, strict=True)
+            )
+            cut = any(x.requires_grad for x in tensors) and not any(x.requires_grad for x in after)
+        elif how == "looked" and any(
+            _asks_for_gradient(x) for x in (*tensors, looking and looking.given)
+        ):
+            how = "gradient"
+        seen.append(Call(hook, how, changed, cut))
+        if how == "looked":
+            return None if gradients else returned
+        if given is args[at]:
+            return returned
+        return given if returned is None else returned
+
+    return watching
+
+
+@contextmanager
+def observed(hooks: Iterable[UserHook], *, gradients: bool = False) -> Iterator[list[Call]]:
+    """Note what forward hooks do while the block runs the model; values stay what they are.
+
+    Costs a copy and a comparison of each value that a hook is given.
+
+    Args:
+        hooks: From ``user_hooks``; backward ones are left alone.
+        gradients: In a forward without gradients, show each hook a tensor that requires one all
+            the same, as it would see where a backward follows.
+
+    Yields:
+        A list that each call of a hook is added to, in the order of the forward.
+    """
+    seen: list[Call] = []
+    watched = [(hook, hook.table[hook.key]) for hook in hooks if hook.is_forward]
+    try:
+        for hook, fn in watched:
+            hook.table[hook.key] = _watched(
+                hook, fn, seen, gradients
+            )  # in its old place among others
+        yield seen
+    finally:
+        for hook, fn in watched:
+            if hook.key in hook.table:  # it may have removed itself
+                hook.table[hook.key] = fn
+
+
+def _sequence() -> int:
+    """Autograd's number of the next node; it grows in order of creation."""
+    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return number
+
+
+def _descends(value: Tensor, since: int, until: int) -> bool:
+    """Whether a value was computed from a node that was made between two numbers.
+
+    A tensor cached in an earlier forward has a graph too, but not of this one.
+    """
+    seen, left = set(), [value.grad_fn]
+    while left:
+        node: Any = left.pop()
+        if node is None or node in seen or hasattr(node, "variable"):
+            continue
+        seen.add(node)
+        number = node._sequence_nr()
+        if since <= number < until:
+            return True
+        if number >= until:
+            left += [above for above, _ in node.next_functions]
+    return False
+
+
+def _restarting(
+    hook: UserHook, fn: Callable[..., Any], constants: list[Tensor], since: int
+) -> Callable[..., Any]:
+    at, me = -1 if hook.kind == "forward" else 0, caller()
+
+    def restarting(module: Any, *args: Any) -> Any:
+        if caller() is not me:
+            return fn(module, *args)
+        had, before = any(x.requires_grad for x in _tensors(args[at])), _sequence()
+        returned = fn(module, *args)
+        if not had or not torch.is_grad_enabled():
+            return returned
+        if any(x.requires_grad and _descends(x, since, before) for x in _tensors(returned)):
+            return returned
+
+        def of(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                constants.append(constant_leaf(value))
+                return started(constants[-1])
+            return type(value)(map(of, value)) if type(value) in (tuple, list) else value
+
+        return of(returned)
+
+    return restarting
+
+
+@contextmanager
+def restarted(hooks: Iterable[UserHook]) -> Iterator[list[Tensor]]:
+    """A constant that a hook puts in the place of a computed value starts a gradient of its own.
+
+    So relevance can be read at it and below it, as at any other value; what lies above it is cut
+    off all the same.
+
+    Args:
+        hooks: From ``user_hooks``.
+
+    Yields:
+        The constants of the forward inside the block, as leaves.
+    """
+    constants: list[Tensor] = []
+    since = _sequence()
+    wrapped = [(hook, hook.table[hook.key]) for hook in hooks if hook.is_forward]
+    try:
+        for hook, fn in wrapped:
+            hook.table[hook.key] = _restarting(hook, fn, constants, since)
+        yield constants
+    finally:
+        for hook, fn in wrapped:
+            if hook.key in hook.table:
+                hook.table[hook.key] = fn

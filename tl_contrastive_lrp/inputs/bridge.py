@@ -1,0 +1,111 @@
+"""``attribute``: explain one prediction, from one forward and one backward.
+
+What is read is reduced inside the backward (summed over hidden dimensions), so the result needs
+O(layers · pos) memory beside what autograd itself keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+
+def residual_sites(model: Any) -> tuple[str, ...]:
+    """HookPoints of the residual stream: every block's input, and the last block's output."""
+    n = int(model.cfg.n_layers)
+    return (*(f"blocks.{i}.hook_resid_pre" for i in range(n)), f"blocks.{n - 1}.hook_resid_post")
+
+
+def without_neurons(model: Any) -> str | None:
+    """Name of a block whose MLP has no neurons at ``hook_post``: experts have no HookPoints."""
+    for layer in range(int(model.cfg.n_layers)):
+        mlp = getattr(model.blocks[layer], "mlp", None)
+        experts = is_kind(mlp, "MoEBridge") and not getattr(mlp, "bound_dense", False)
+        if experts or f"blocks.{layer}.mlp.hook_post" not in model.hook_dict:
+            return f"blocks.{layer}.mlp"
+    return None
+
+
+def public_name(hook_dict: Mapping[str, Any], name: str) -> str:
+    """The one name under which TransformerLens calls a hook once at this HookPoint.
+
+    In compatibility mode a HookPoint is renamed, and a hook added under its other name is called
+    once per name: a rule would apply twice.
+    """
+    hook_point = hook_dict[name]
+    own: str | None = hook_point.name
+    return own if own and hook_dict.get(own) is hook_point else name
+
+
+# Where the input enters: everything upstream of these HookPoints is token ids.
+LEAVES = ("embed.hook_out", "pos_embed.hook_out")
+
+_BRIDGES = "transformer_lens."
+
+
+def is_component(module: object) -> bool:
+    """Whether a module is one of TransformerLens' components around a Hugging Face module."""
+    return type(module).__module__.startswith(_BRIDGES) and hasattr(module, "original_component")
+
+
+def components(model: Any) -> dict[str, Any]:
+    """Every TransformerLens component of the model by path, in the order of its HookPoints."""
+    found: dict[str, Any] = {}
+    for hook_name in model.hook_dict:
+        path = hook_name.rpartition(".")[0]
+        if not path or path in found:
+            continue
+        component: Any = model
+        for part in path.split("."):
+            component = component[int(part)] if part.isdigit() else getattr(component, part)
+        if is_component(component):
+            found[path] = component
+    return found
+
+
+def module_names(model: Any) -> dict[nn.Module, str]:
+    """Every module of the wrapped model by its path as TransformerLens names it.
+
+    "blocks.0.mlp" for a component, "blocks.0.mlp.act_fn" for what one wraps.
+    """
+    paths = {id(component): path for path, component in components(model).items()}
+    names: dict[nn.Module, str] = {}
+    translated: dict[str, str] = {"": ""}
+    for raw, module in model.original_model.named_modules():
+        head, _, last = raw.rpartition(".")
+        above = translated.get(head, head)
+        if id(module) in paths:
+            name = paths[id(module)]
+        elif last == "_original_component":
+            name = above
+        else:
+            name = f"{above}.{last}" if above else last
+        translated[raw] = name
+        names[module] = name or "model"
+    return names
+
+
+def is_kind(component: Any, class_name: str) -> bool:
+    """Whether the component is of that TransformerLens class or of one derived from it."""
+    return any(base.__name__ == class_name for base in type(component).__mro__)
+
+
+def require_bridge(model: Any) -> None:
+    """Refuse what is no ``TransformerBridge``.
+
+    Raises:
+        TypeError: says how to make one.
+    """
+    if not hasattr(model, "hook_dict") or not hasattr(model, "original_model"):
+        if any(base.__module__.split(".")[0] == "peft" for base in type(model).__mro__):
+            raise TypeError(
+                f"model must be a TransformerBridge, got {type(model).__name__}, a model with an "
+                "adapter. Merge the adapter into the weights and boot the result: "
+                "TransformerBridge.boot_transformers(base_name, hf_model=model.merge_and_unload())."
+            )
+        raise TypeError(
+            f"model must be a TransformerBridge, got {type(model).__name__}; make one with "
+            "TransformerBridge.boot_transformers(name_or_directory)."
+        )

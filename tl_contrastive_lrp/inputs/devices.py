@@ -1,0 +1,80 @@
+"""Where a model's weights are: kept elsewhere between calls, on several devices, or nowhere.
+
+With ``device_map`` accelerate keeps weights on disk or on another device while their module does
+not run, or spreads a model over devices. Its hooks bring weights and activations together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelStateError
+
+
+@contextmanager
+def loaded(module: Any) -> Iterator[None]:
+    """The module's own weights as numbers, for the block; they may be elsewhere before and after.
+
+    With ``device_map`` offloading, a parameter is on the "meta" device but while its module runs.
+    """
+    wrapped = getattr(module, "original_component", module)
+    if not isinstance(wrapped, nn.Module) or not any(
+        p.is_meta for p in wrapped.parameters(recurse=False)
+    ):
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(wrapped):
+        yield
+
+
+def _hooks(model: Any) -> Iterator[Any]:
+    """accelerate's hooks, outermost module first."""
+    for module in model.original_model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None:
+            yield from getattr(hook, "hooks", (hook,))
+
+
+def input_device(model: Any) -> torch.device:
+    """Device that token ids must be on, also where the embeddings' weights are on disk.
+
+    Raises:
+        ModelStateError: as ``require_one_place``.
+    """
+    require_one_place(model)
+    device: torch.device = next(iter(model.original_model.parameters())).device
+    if device.type != "meta":
+        return device
+    places = (getattr(hook, "execution_device", None) for hook in _hooks(model))
+    place = next(place for place in places if place is not None)
+    return torch.device(place)
+
+
+def require_one_place(model: Any) -> None:
+    """Refuse weights on several devices, or nowhere, that nothing brings together.
+
+    Raises:
+        ModelStateError: says which, and how to load the model.
+    """
+    devices = sorted({str(p.device) for p in model.original_model.parameters()})
+    if len(devices) < 2 and devices != ["meta"]:
+        return
+    if any(getattr(hook, "execution_device", None) is not None for hook in _hooks(model)):
+        return
+    if "meta" in devices:
+        raise ModelStateError(
+            "The model has weights on the meta device, which hold no numbers. Load it with its "
+            "weights, or with device_map=... where they do not fit the device."
+        )
+    raise ModelStateError(
+        f"The model's weights are on several devices ({', '.join(devices)}), and nothing moves "
+        f"activations between them. Put it on one, model.to({devices[-1]!r}), or load it with "
+        "device_map=... or n_devices=..., which spread it and move activations."
+    )

@@ -1,0 +1,322 @@
+"""Prompts and tokens: from what a user types to checked token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from ..errors import PromptError, TokenError
+from .bos import tokenised, warn_once
+from .bridge import require_bridge
+from .devices import input_device
+from .token_text import is_text_of, own_text, readings, texts_in_context, token_name, written_id
+
+
+def vocab_size(model: Any) -> int:
+    """Number of logits the model gives for a position."""
+    return int(model.cfg.d_vocab)
+
+
+def special_ids(model: Any) -> list[int]:
+    """Ids of the tokenizer's special tokens, sorted; none without a tokenizer.
+
+    Those that it has a role for (BOS, EOS, padding, ...), and those that tokenizer.json or
+    tokenizer_config.json mark as special without a role, such as ``<|im_start|>``.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        return []
+    marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(marked.union(tokenizer.all_special_ids))
+
+
+def str_tokens(model: Any, ids: Iterable[int]) -> tuple[str, ...]:
+    """What each token of a prompt contributes to its text; joined, they are the prompt's text.
+
+    The tokens that share a character show it at the first of them and are empty after it. Without
+    a tokenizer, and where it does not know an id, the text is ``id:123``.
+    """
+    if model.tokenizer is None:
+        return tuple(f"id:{i}" for i in ids)
+    return texts_in_context(model.tokenizer, ids)
+
+
+def token_names(model: Any, ids: Iterable[int]) -> tuple[str, ...]:
+    """A text for each token by itself that, typed as a target or contrast, means that token.
+
+    No two ids have the same one. See ``token_text`` for how it is chosen.
+    """
+    if model.tokenizer is None:
+        return tuple(f"id:{i}" for i in ids)
+    return tuple(token_name(model.tokenizer, int(i)) for i in ids)
+
+
+def model_name(model: Any) -> str:
+    """The model's name for results: as TransformerLens has it, of a local folder its last part."""
+    name = str(model.cfg.model_name)
+    return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
+
+
+def model_device(model: Any) -> torch.device:
+    """Device that token ids must be on.
+
+    Raises:
+        ModelStateError: weights on several devices, or without numbers, that nothing brings
+            together.
+    """
+    return input_device(model)
+
+
+def to_tokens(
+    model: Any, prompt: str | list[str] | Tensor, prepend_bos: bool | None = None
+) -> Int[Tensor, "batch pos"]:
+    """Token ids of a prompt or a batch, on the model's device.
+
+    Texts become the ids of ``model.to_tokens(text, prepend_bos=...)``; see ``bos.tokenised`` for
+    what is said, and for a text that begins with the BOS token. Tensors are taken as they are.
+
+    Warns:
+        SpecialTokenWarning: once a model and kind, where the ids of a text begin or end otherwise
+            than its own tokenizer has it, unless ``prepend_bos`` says so.
+
+    Raises:
+        PromptError: empty, not integer, not of shape [pos] or [batch, pos], out of range, or
+            texts of different lengths, longer than the model's context, or on another device;
+            ``prepend_bos=True`` with ids, or where it cannot be done.
+        TypeError: ``prepend_bos`` is neither None nor a bool.
+        ModelStateError: as ``model_device``.
+    """
+    return _checked(model, prompt, prepend_bos)[0]
+
+
+def _checked(
+    model: Any, prompt: str | list[str] | Tensor, prepend_bos: bool | None
+) -> tuple[Int[Tensor, "batch pos"], bool | None]:
+    """``to_tokens``, and whether a BOS token was put before all texts (None of ids)."""
+    if isinstance(prompt, list) and any(not isinstance(text, str) for text in prompt):
+        raise PromptError(
+            "The prompt is a list of something other than texts; give token ids as a tensor, "
+            "torch.tensor(ids)."
+        )
+    prepended: bool | None = None
+    if isinstance(prompt, str | list):
+        texts = prompt if isinstance(prompt, list) else [prompt]
+        if not texts or not all(texts):
+            raise PromptError("The prompt is empty. Give the text (or ids) the model continued.")
+        if model.tokenizer is None:
+            raise PromptError("This model has no tokenizer; give the prompt as a tensor of ids.")
+        rows = [tokenised(model, text, prepend_bos) for text in texts]
+        lengths = {len(row.ids) for row in rows}
+        if len(lengths) > 1:
+            # TransformerLens pads on the right by default, and the last position is then a pad.
+            raise PromptError(
+                f"The texts have different lengths ({min(lengths)} to {max(lengths)} tokens), and "
+                "padding would be explained. Pad on the left yourself and give "
+                "attention_mask=..., use texts of one length, or loop over them."
+            )
+        tokens = torch.tensor([row.ids for row in rows], dtype=torch.long)
+        prepended = all(row.prepended_bos for row in rows)
+        notes = tuple(note for row in rows for note in row.notes)
+    elif isinstance(prompt, Tensor):
+        if prompt.dtype.is_floating_point or prompt.dtype in (torch.bool, torch.complex64):
+            raise PromptError(
+                f"The prompt is a tensor of {prompt.dtype}; token ids are integers, as from "
+                "model.to_tokens(text)."
+            )
+        if prepend_bos:
+            raise PromptError(
+                "prepend_bos=True is for texts; the prompt is a tensor of ids, which are taken as "
+                "they are. Leave it out, or give ids that begin with the BOS token."
+            )
+        tokens, notes = prompt[None] if prompt.ndim == 1 else prompt, ()
+        if tokens.ndim != 2:
+            raise PromptError(
+                f"The prompt has shape {list(prompt.shape)}; use [pos] or [batch, pos]."
+            )
+    else:
+        raise PromptError(
+            f"The prompt is a {type(prompt).__name__}; use a string or a tensor of token ids "
+            "(torch.tensor(ids) for a list of ids)."
+        )
+    if tokens.numel() == 0:
+        raise PromptError("The prompt is empty. Give the text (or ids) the model continued.")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size(model):
+        raise PromptError(
+            f"Token ids must lie in 0..{vocab_size(model) - 1}; found {low if low < 0 else high}. "
+            "Was the prompt tokenised for another model?"
+        )
+    limit = int(model.cfg.n_ctx)
+    if tokens.shape[1] > limit:
+        raise PromptError(
+            f"The prompt has {tokens.shape[1]} tokens, more than the model's context of {limit}. "
+            "Shorten it (model.to_tokens(text) shows what fits)."
+        )
+    device = model_device(model)
+    if isinstance(prompt, Tensor) and prompt.device != device:
+        raise PromptError(
+            f"The prompt is on {prompt.device}, the model on {device}; "
+            f"use tokens.to({str(device)!r})."
+        )
+    ids: Tensor = tokens.to(device).long()
+    warn_once(model, notes)  # of a prompt that is explained
+    return ids, prepended
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One prompt, checked.
+
+    Attributes:
+        tokens: Its ids, on the model's device.
+        prepended_bos: Whether a BOS token was put before the text; None where ids were given.
+    """
+
+    tokens: Int[Tensor, "1 pos"]
+    prepended_bos: bool | None
+
+
+def single_prompt(model: Any, prompt: str | Tensor, prepend_bos: bool | None = None) -> Prompt:
+    """Like ``to_tokens``, for exactly one prompt.
+
+    Raises:
+        PromptError: also for a batch of several prompts.
+    """
+    tokens, prepended = _checked(model, prompt, prepend_bos)
+    if tokens.shape[0] != 1:
+        raise PromptError(
+            f"One prompt is explained at a time, got a batch of {tokens.shape[0]}. Loop over the "
+            "rows, or use run_with_relevance, which takes batches."
+        )
+    return Prompt(tokens, prepended)
+
+
+def to_single_prompt(
+    model: Any, prompt: str | Tensor, prepend_bos: bool | None = None
+) -> Int[Tensor, "1 pos"]:
+    """The ids of ``single_prompt``."""
+    return single_prompt(model, prompt, prepend_bos).tokens
+
+
+def continuation_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text that goes on with another: no special tokens are added, and no space.
+
+    Tokenizers of SentencePiece's kind put a space before the first word, as if a new text began.
+    Theirs is read off behind a character that no piece of the vocabulary joins to the text.
+
+    Raises:
+        PromptError: there is no such character.
+    """
+
+    def ids_of(part: str) -> list[int]:
+        return list(tokenizer(part, add_special_tokens=False)["input_ids"])
+
+    first = "".join(tokenizer.convert_ids_to_tokens(ids_of("a")))
+    if not text or not first.startswith(("\u2581", "\u0120")):  # as vocabularies write a space
+        return ids_of(text)
+    for anchor in ("\x01", "\n", "|", "\u00a7", "=", ";"):
+        before, whole = ids_of(anchor), ids_of(anchor + text)
+        told = tokenizer.unk_token_id not in before and tokenizer.decode(before).strip(" ") != ""
+        if told and whole[: len(before)] == before:
+            return whole[len(before) :]
+    raise PromptError(
+        "The answer cannot be tokenised as what follows the prompt: the tokenizer joins its "
+        "beginning to whatever comes before. Give the whole text, or ids."
+    )
+
+
+def _typed_id(model: Any, text: str, role: str) -> int:
+    """The id that a text names."""
+    tokenizer, written = model.tokenizer, written_id(text)
+    if written is not None:
+        found, said = written
+        if said is not None and not (tokenizer is not None and is_text_of(tokenizer, found, said)):
+            own = None if tokenizer is None else own_text(tokenizer, found)
+            raise TokenError(
+                f"The {role} {text!r} contradicts itself: id {found} is "
+                f"{'a token without a name' if own is None else repr(own)}, not {said!r}. "
+                f"For the id, give 'id:{found}'."
+            )
+        return found
+    if tokenizer is None:
+        raise TokenError(f"This model has no tokenizer; give the {role} as a token id.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise TokenError(f"The {role} {text!r} holds half a character, which is no text.") from None
+    meant = readings(tokenizer, text)
+    if len(meant) == 1:
+        return meant[0]
+    if meant:
+        ways = "; or ".join(
+            f"{_short_name(model, i)!r} for {tokenizer.convert_ids_to_tokens(i)!r} of the "
+            f"vocabulary (id {i})"
+            for i in meant
+        )
+        raise TokenError(f"The {role} {text!r} is ambiguous. Give {ways}.")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    if len(ids) == 1:
+        raise TokenError(f"The {role} {text!r} is not in the model's vocabulary.")
+    pieces = ", ".join(map(repr, token_names(model, ids)))
+    raise TokenError(
+        f"The {role} {text!r} is {len(ids)} tokens ({pieces or 'none'}), not one. Give one of them "
+        "(mind a leading space), its id, also written id:123, or explain the first token where "
+        "the two answers differ."
+    )
+
+
+def _short_name(model: Any, token_id: int) -> str:
+    name = token_names(model, [token_id])[0]
+    return name if written_id(name) is None else f"id:{token_id}"
+
+
+def _single_id(model: Any, token: object, role: str) -> int:
+    if isinstance(token, Tensor) and token.ndim == 0 and not token.dtype.is_floating_point:
+        token = token.item()
+    if isinstance(token, str):
+        token = _typed_id(model, token, role)
+    if isinstance(token, bool) or not isinstance(token, Integral):
+        raise TokenError(
+            f"The {role} must be a single-token string, a token id, or a set of these; "
+            f"got {token!r} ({type(token).__name__})."
+        )
+    if not 0 <= int(token) < vocab_size(model):
+        raise TokenError(
+            f"The {role} id {int(token)} is outside the vocabulary 0..{vocab_size(model) - 1}."
+        )
+    return int(token)
+
+
+def to_token_ids(model: Any, tokens: object, role: str) -> tuple[int, ...]:
+    """One token or a set of tokens as sorted, distinct ids.
+
+    Args:
+        tokens: A single-token string, an id (a number, or text such as ``id:123``), or a list,
+            tuple, set or 1-d tensor of these. A string is read as ``token_text`` says: a token's
+            own text, an entry of the vocabulary, or what the tokenizer makes one token of.
+        role: What the error messages call it ("target", "contrast").
+
+    Raises:
+        TokenError: a string that is not one token (its tokens are shown) or may be several (what
+            to give for each is shown), an id out of range, an empty set.
+    """
+    require_bridge(model)
+    if isinstance(tokens, Tensor) and tokens.ndim == 1:
+        tokens = tokens.tolist()
+    several = tokens if isinstance(tokens, list | tuple | set | frozenset) else [tokens]
+    ids = {_single_id(model, token, role) for token in several}
+    if not ids:
+        raise TokenError(f"The {role} is an empty set; give at least one token.")
+    return tuple(sorted(ids))
+
+
+def special_mask(token_ids: Tensor, special_ids: list[int]) -> Bool[Tensor, " pos"]:
+    """Which tokens are special ones of the tokenizer."""
+    return torch.isin(token_ids, torch.tensor(special_ids, dtype=token_ids.dtype))

@@ -1,0 +1,182 @@
+"""Where a graph's nodes and edges are drawn, and how large: numbers only, no markup."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .data import Edges, GraphData
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Pixels. A page's width of columns, and the room from which column and row sizes are worked out.
+_WIDE, _NARROWEST, _WIDEST = 1040, 15, 56
+_GAP = 0.7  # width of a gap, in columns, but wide enough for its words
+_WORDS = 12.5
+_TALL, _LOWEST, _HIGHEST = 620, 15, 64
+TOP = 46  # for the final node's words
+THICKEST, THINNEST = 6.5, 0.6
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Positions ``first`` to ``last`` that have no edge in the picture, and where they would be."""
+
+    x: float
+    width: float
+    first: int
+    last: int
+
+    @property
+    def count(self) -> int:
+        return self.last - self.first + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The picture in numbers.
+
+    Attributes:
+        edges: the edges to draw, weakest first.
+        thickness: their widths in pixels, ``[edge]``, linear in |weight| up to ``widest``.
+        strength: |weight| / ``widest``, at most 1, ``[edge]``.
+        stays: whether an edge stays at its position, ``[edge]``.
+        node_site, node_pos: the nodes with an edge to draw, and the final nodes (last; one, unless
+            several positions are explained), ``[node]``.
+        radius: in pixels, ``[node]``; the area is linear in |relevance| up to ``largest``.
+        source, target: index of an edge's nodes, ``[edge]``.
+        column: x of every position, ``[pos]``; NaN where it has no column.
+        row: y of every site, ``[site]``.
+        gaps: runs of positions without a column.
+        width, below: right end of the columns, and y below the lowest row.
+        widest, largest: |weight| of full width and |relevance| of full area, in logits.
+        left_out: number of edges too weak to be drawn.
+        mass: share of Σ|weight| that is drawn.
+    """
+
+    edges: Edges
+    thickness: NDArray[np.float64]
+    strength: NDArray[np.float64]
+    stays: NDArray[np.bool_]
+    node_site: NDArray[np.int64]
+    node_pos: NDArray[np.int64]
+    radius: NDArray[np.float64]
+    source: NDArray[np.int64]
+    target: NDArray[np.int64]
+    column: NDArray[np.float64]
+    row: NDArray[np.float64]
+    gaps: list[Gap]
+    width: float
+    below: float
+    widest: float
+    largest: float
+    left_out: int
+    mass: float
+
+
+def layout(data: GraphData, max_edges: int) -> Layout:
+    """Place the strongest ``max_edges`` edges of a graph.
+
+    Widths and areas have one scale each for the whole picture. Full width is the largest |weight|
+    among edges between two positions that are neither greyed nor folded: what stays at its
+    position is most of the relevance and would leave nothing to see of the rest.
+    """
+    every = data.edges
+    size = np.abs(every.weight)
+    kept = strongest(size, max_edges)
+    edges, size = every.take(kept), size[kept]
+    total = float(np.abs(every.weight).sum())
+    stays = edges.source_pos == edges.target_pos
+    outside = data.greyed | (data.first != data.last)  # of the scales
+    grey = outside[edges.source_pos] | outside[edges.target_pos]
+    widest = _scale(size, ~stays & ~grey, ~stays, ~grey)
+
+    sites, positions = data.relevance.shape
+    finals = (sites - 1) * positions + data.finals
+    ends = np.concatenate(
+        [
+            edges.source_site * positions + edges.source_pos,
+            edges.target_site * positions + edges.target_pos,
+            finals,
+        ]
+    ).astype(np.int64)
+    nodes = np.unique(ends)
+    nodes = np.append(nodes[~np.isin(nodes, finals)], finals)  # drawn last, on top
+    order = np.argsort(nodes)
+    index = order[np.searchsorted(nodes, ends, sorter=order)]
+    node_site, node_pos = np.divmod(nodes, positions)
+    relevance = np.abs(data.relevance[node_site, node_pos])
+    largest = _scale(relevance, ~outside[node_pos])
+
+    used = np.unique(node_pos)
+    column, gaps, step, width = _columns(used, positions)
+    gaps = [replace(g, first=int(data.first[g.first]), last=int(data.last[g.last])) for g in gaps]
+    height = float(np.clip(_TALL / max(sites - 1, 1), _LOWEST, _HIGHEST))
+    row = TOP + height * np.arange(sites - 1, -1, -1, dtype=float)
+    biggest = min(0.46 * step, 0.36 * height, 11.0)
+    strength = np.minimum(size / widest, 1.0)
+    return Layout(
+        edges=edges,
+        thickness=np.maximum(THICKEST * strength, THINNEST),
+        strength=strength,
+        stays=stays,
+        node_site=node_site,
+        node_pos=node_pos,
+        radius=np.maximum(biggest * np.sqrt(np.minimum(relevance / largest, 1.0)), 1.6),
+        source=index[: len(edges)],
+        target=index[len(edges) : 2 * len(edges)],
+        column=column,
+        row=row,
+        gaps=gaps,
+        width=width,
+        below=float(row[0]) + max(biggest, 4.0) + 7,
+        widest=widest,
+        largest=largest,
+        left_out=len(every) - len(edges),
+        mass=float(size.sum()) / total if total else 1.0,
+    )
+
+
+def strongest(size: NDArray[np.float64], limit: int) -> NDArray[np.int64]:
+    """Indices of the ``limit`` largest values, weakest first; of equal ones the earliest."""
+    if limit < 1:
+        raise ValueError(f"max_edges must be 1 or more, not {limit}")
+    kept = np.arange(len(size))
+    if len(size) > limit:
+        least = np.partition(size, len(size) - limit)[len(size) - limit]
+        above = np.flatnonzero(size > least)
+        equal = np.flatnonzero(size == least)[: limit - len(above)]
+        kept = np.sort(np.concatenate([above, equal]))
+    return kept[np.argsort(size[kept], kind="stable")]
+
+
+def _scale(size: NDArray[np.float64], *choices: NDArray[np.bool_]) -> float:
+    """The largest size among the first choice that has one above 0, else among all, else 1."""
+    for chosen in (*choices, np.ones(len(size), dtype=bool)):
+        largest = float(size[chosen].max(initial=0.0))
+        if largest > 0:
+            return largest
+    return 1.0
+
+
+def _columns(
+    used: NDArray[np.int64], positions: int
+) -> tuple[NDArray[np.float64], list[Gap], float, float]:
+    """x of every position, the gaps, the width of a column and the right end of all."""
+    ends = np.concatenate([[-1], used, [positions]])
+    missing = np.diff(ends) > 1  # a gap in front of each column, and after the last
+    columns = len(used) + _GAP * missing.sum()
+    step = float(np.clip(_WIDE / columns, _NARROWEST, _WIDEST))
+    room = max(_GAP * step, _WORDS)
+    left = 12.0
+    before = np.cumsum(missing) * room + np.arange(len(missing)) * step  # right end of each gap
+    column = np.full(positions, np.nan)
+    column[used] = left + before[:-1] + step / 2
+    gaps = [
+        Gap(left + float(before[i]) - room / 2, room, int(ends[i]) + 1, int(ends[i + 1]) - 1)
+        for i in np.flatnonzero(missing)
+    ]
+    return column, gaps, step, left + float(before[-1])

@@ -1,0 +1,153 @@
+"""Transitions of a graph, or heads of one transition, as circuitsvis' attention heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ..offline import OfflineHTML, component, source
+from ..scale import LIGHT_NEGATIVE, LIGHT_POSITIVE, as_array, as_mask, check_tokens
+from ..text import printable, signed, visible, with_parts
+from .layout import strongest
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# circuitsvis draws every cell as an object of its own; more make a browser crawl.
+MAX_CELLS = 40_000
+
+
+def attention_matrices(
+    str_tokens: Sequence[str],
+    matrices: Any,
+    labels: Sequence[str],
+    *,
+    greyed: Any = None,
+    scale: Literal["matrix", "shared"] = "matrix",
+    target: str = "the target",
+    contrast: str = "the contrast",
+    positions: Sequence[int] | None = None,
+    notes: Sequence[str] = (),
+    max_cells: int = MAX_CELLS,
+) -> OfflineHTML:
+    """circuitsvis' ``attention_heads`` for edges: red supports the target, blue the contrast.
+
+    Rows are targets (later site), columns sources. Scales are symmetric: full colour is the
+    largest size among entries between two different positions whose source is not greyed; the
+    diagonal, where most relevance stays, is cut off there. Tooltips show the true values. Where
+    sources never come after targets, that half is masked.
+
+    Args:
+        str_tokens: the tokens as text, ``[pos]``.
+        matrices: relevance that a target passes to a source, in logits,
+            ``[matrix, target_pos, source_pos]``; a matrix per transition or per head.
+        labels: a name per matrix.
+        greyed: bool per token, ``[pos]``: sources left out of the scale. ``None`` for none.
+        scale: ``"matrix"``, each on its own, or ``"shared"``, one for all: near the input
+            relevance is spread thin, and a shared scale leaves early transitions blank.
+        target: words for what positive relevance supports, for the legend.
+        contrast: words for what negative relevance supports.
+        positions: the tokens' true positions, if they are only some of the prompt's.
+        notes: more lines above the view.
+        max_cells: of more cells than this, in all matrices together, only the positions with the
+            largest share of the sum of sizes are shown, and the legend says so.
+
+    Raises:
+        ValueError: shapes and lengths disagree, nothing to show, NaN or infinite values, an
+            unknown ``scale``, or more matrices than ``max_cells`` can show.
+        TypeError: ``str_tokens`` is not a list of strings.
+    """
+    array = as_array(matrices, 3, "matrices")
+    count, length = len(array), array.shape[1]
+    if array.shape[2] != length:
+        raise ValueError(f"matrices must be square, got shape {array.shape}")
+    tokens = [visible(token) for token in with_parts(check_tokens(str_tokens, length))]
+    if len(labels) != count or not count:
+        raise ValueError(f"{len(labels)} labels, but {count} matrices")
+    if positions is not None and len(positions) != length:
+        raise ValueError(f"{len(positions)} positions, but {length} tokens")
+    if scale not in ("matrix", "shared"):
+        raise ValueError(f"scale must be 'matrix' or 'shared', not {scale!r}")
+    mask = as_mask(greyed, length)
+    scales = [_scale(matrix, mask) for matrix in (array if scale == "matrix" else [array])]
+    full = (
+        f"\u00b1{signed(scales[0])[1:]} logits" if len(scales) == 1 else "each matrix's own largest"
+    )
+    words = ["Rows: targets. Columns: the sources they pass relevance to.", *map(printable, notes)]
+    after = bool(np.triu(array, 1).any())
+    kept = np.arange(length)
+    if length > room(count, max_cells):
+        kept = busiest(array, room(count, max_cells))
+        shown = array[:, kept[:, None], kept]
+        share = np.abs(shown).sum() / (np.abs(array).sum() or 1.0)
+        words.append(
+            f"The {len(kept)} of {length} positions that exchange most relevance; "
+            f"their entries hold {100 * share:.1f} % of \u03a3|weight|."
+        )
+        array = shown
+    if positions is not None or len(kept) < length:
+        # circuitsvis numbers the columns it is given, so the true position goes with the token.
+        true = kept if positions is None else np.asarray(positions)[kept]
+        tokens = [
+            f"{pos}:{tokens[at]}" for pos, at in zip(true.tolist(), kept.tolist(), strict=True)
+        ]
+    legend = [
+        (LIGHT_POSITIVE, f"red, positive: supports {visible(target)}"),
+        (LIGHT_NEGATIVE, f"blue, negative: supports {visible(contrast)}"),
+        ("", f"full colour: {full} off the diagonal"),
+    ]
+    return component(
+        "AttentionHeads",
+        legend=[legend, *([("", line)] for line in words)],
+        tokens=tokens,  # drawn on a canvas: there is no markup to break out of
+        attention=_short(array),
+        attentionHeadNames=[printable(str(label)) for label in labels],
+        draw=source("graph_matrices.js"),
+        extra={
+            "scales": scales if scale == "matrix" else scales * count,
+            "title": "Point at a matrix to show it, click to keep it.",
+        },
+        positiveColor=LIGHT_POSITIVE,
+        negativeColor=LIGHT_NEGATIVE,
+        maskUpperTri=not after,
+    )
+
+
+def _scale(array: NDArray[np.float64], greyed: NDArray[np.bool_]) -> float:
+    """Full colour of one matrix, or of several together."""
+    apart = ~np.eye(array.shape[-1], dtype=bool)
+    size = np.abs(array).reshape(-1, *apart.shape).max(axis=0)
+    for chosen in (apart & ~greyed, apart, np.ones_like(apart)):
+        largest = float(size[chosen].max(initial=0.0))
+        if largest > 0:
+            return largest
+    return 1.0
+
+
+def room(count: int, max_cells: int) -> int:
+    """How many positions ``count`` matrices can show within ``max_cells``.
+
+    Raises:
+        ValueError: not even two.
+    """
+    found = int((max_cells / count) ** 0.5)
+    if found < 2:
+        raise ValueError(
+            f"{count} matrices do not fit into {max_cells} cells; choose fewer of them, such as "
+            "every fourth"
+        )
+    return found
+
+
+def busiest(array: NDArray[np.float64], limit: int) -> NDArray[np.int64]:
+    """The positions with the largest entries off the diagonal, in and out; in prompt order."""
+    size = np.abs(array).sum(axis=0)
+    np.fill_diagonal(size, 0.0)
+    return np.sort(strongest(size.sum(axis=0) + size.sum(axis=1), limit))
+
+
+def _short(array: NDArray[np.float64]) -> Any:
+    """Nested lists with four significant digits: enough for a tooltip, a third of the bytes."""
+    return [[[float(f"{value:.4g}") for value in row] for row in plane] for plane in array.tolist()]

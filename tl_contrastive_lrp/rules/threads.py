@@ -1,0 +1,327 @@
+"""Threads: one call at a time on a model, and nothing of it in another thread's forward.
+
+TransformerLens puts a hook on the model, where every thread's forward meets it, and so do the rules
+of this package. Two things keep threads apart:
+
+- a lock for each model: the functions of this package that run a model take turns;
+- ``mine``: a hook function that does nothing in any thread but the one that put it on, so that
+  ``model(tokens)`` in another thread is computed, and differentiated, as if no rules were on.
+
+What a hook function cannot keep apart is refused in the other thread, with a message:
+``frozen_parameters`` switches off the weights' gradients for all threads, so gradients of weights
+through a forward of that time raise ``ModelStateError``; so does any forward while
+``in_float32`` has the weights in another type (``refused_elsewhere``).
+
+On a GPU autograd calls what is read in the backward from a thread of its own. It acts there for the
+thread that ran the forward: see ``acting_for``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelStateError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Seconds that a call waits for another thread to leave a block such as ``with clrp.lrp(model):``.
+# What happens inside the block is the user's, and may itself wait for this call.
+PATIENCE = 60.0
+
+_WAKE = 0.5  # seconds between looks at whether the other thread still lives
+
+
+# ---------------------------------------------------------------- which thread
+
+
+class _Threads(threading.local):
+    """One object for each thread. Its identity, unlike a thread's number, is never used again."""
+
+    def __init__(self) -> None:
+        self.caller: object = object()
+
+
+_threads = _Threads()
+
+
+def caller() -> object:
+    """Stands for this thread, or for the one it acts for."""
+    return _threads.caller
+
+
+def acting_for(who: object, function: Callable[..., R], *args: Any) -> R:
+    """``function(*args)``, as if called in the thread that ``who`` stands for.
+
+    For what autograd calls in the backward, which on a GPU is in a thread of the device.
+    """
+    before, _threads.caller = _threads.caller, who
+    try:
+        return function(*args)
+    finally:
+        _threads.caller = before
+
+
+def mine(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook function that calls ``function`` in this thread, and changes nothing in others."""
+    me = caller()
+
+    def hook(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if _threads.caller is me else None
+
+    hook.__dict__.update(getattr(function, "__dict__", {}))
+    return hook
+
+
+def elsewhere(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The opposite: a hook function that calls ``function`` in all threads but this one."""
+    me = caller()
+
+    def hook(*args: Any, **kwargs: Any) -> Any:
+        return None if _threads.caller is me else function(*args, **kwargs)
+
+    return hook
+
+
+def own_hooks(model: Any, pairs: list[tuple[str, Callable[..., Any]]]) -> Any:
+    """``model.hooks(fwd_hooks=pairs)`` that act in this thread only."""
+    return model.hooks(fwd_hooks=[(name, mine(function)) for name, function in pairs])
+
+
+class PerThread(threading.local):
+    """What hook functions that act in every thread keep between two of them, for each thread."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Tensor] = {}
+
+
+# ---------------------------------------------------------------- one call at a time
+
+
+class _Turns:
+    """A lock that its holder may take again, and that an open block holds for a limited wait."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.holder: object = None
+        self.thread: threading.Thread | None = None
+        self.tickets: list[object] = []
+        self.blocks: list[str] = []
+
+    def take(self, ticket: object, block: str | None) -> None:
+        me, since = caller(), time.monotonic()
+        with self.changed:
+            while self.tickets and self.holder is not me:
+                if self.thread is not None and not self.thread.is_alive():
+                    self.tickets, self.blocks = [], []  # it can never give them back
+                    break
+                if not self.blocks:
+                    since = time.monotonic()  # a call comes to an end by itself
+                elif time.monotonic() - since > PATIENCE:
+                    raise self._refusal()
+                self.changed.wait(min(_WAKE, PATIENCE))
+            self.holder, self.thread = me, threading.current_thread()
+            self.tickets.append(ticket)
+            if block is not None:
+                self.blocks.append(block)
+
+    def give(self, ticket: object, block: str | None) -> None:
+        with self.changed:
+            if ticket not in self.tickets:
+                return
+            self.tickets.remove(ticket)
+            if block is not None:
+                self.blocks.remove(block)
+            if not self.tickets:
+                self.holder = self.thread = None
+                self.changed.notify_all()
+
+    def _refusal(self) -> ModelStateError:
+        where = f"thread {self.thread.name!r}" if self.thread is not None else "another thread"
+        return ModelStateError(
+            f"The model has been in use in {where}, inside `with {self.blocks[0]}:`, for "
+            f"{PATIENCE:.0f} seconds. Leave that block first. If it waits for this thread, do the "
+            "work in one of the two: calls on one model take turns."
+        )
+
+
+_turns: WeakKeyDictionary[Any, _Turns] = WeakKeyDictionary()
+_turns_lock = threading.Lock()
+
+
+def _turns_of(model: Any) -> _Turns | None:
+    """Of the wrapped model: several bridges may share it. None if ``model`` is no bridge."""
+    wrapped = getattr(model, "original_model", None)
+    if not isinstance(wrapped, nn.Module):
+        return None
+    with _turns_lock:
+        return _turns.setdefault(wrapped, _Turns())
+
+
+@contextmanager
+def turn(model: Any, block: str | None = None) -> Iterator[None]:
+    """The model for this thread alone, as far as this package goes.
+
+    Args:
+        model: A ``TransformerBridge``; with anything else nothing happens.
+        block: What to call it in messages, where a user's code runs inside.
+
+    Raises:
+        ModelStateError: another thread does not leave such a block.
+    """
+    turns, ticket = _turns_of(model), object()
+    if turns is None:
+        yield
+        return
+    try:
+        turns.take(ticket, block)
+        yield
+    finally:
+        turns.give(ticket, block)
+
+
+def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of a model (its first argument, or ``model=``) that waits for its turn."""
+
+    @wraps(function)
+    def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
+        with turn(args[0] if args else kwargs.get("model")):
+            return function(*args, **kwargs)
+
+    return waiting
+
+
+@contextmanager
+def model_lock(model: Any) -> Iterator[None]:
+    """Keep this package's calls in other threads off ``model`` for the block.
+
+    ``attribute`` and its like take turns by themselves, and ``model(tokens)`` in another thread is
+    always safe. Anything else of TransformerLens is not: its own hooks (``run_with_cache``,
+    ``run_with_hooks``, ``model.hooks``), ``generate`` and ``start_at_layer`` put state on the
+    model that every thread's forward meets, those of this package included. With threads, run it
+    in here, and other threads' calls wait:
+
+        with clrp.model_lock(model):
+            logits, cache = model.run_with_cache(tokens)
+
+    The same thread may enter again, and may explain inside.
+
+    Args:
+        model: A ``TransformerBridge``.
+
+    Raises:
+        TypeError: ``model`` is not a TransformerBridge.
+        ModelStateError: another thread stays inside such a block, or in ``lrp`` or
+            ``in_float32``, for more than a minute.
+    """
+    if _turns_of(model) is None:
+        raise TypeError(
+            f"model must be a TransformerBridge, got {type(model).__name__}; make one with "
+            "TransformerBridge.boot_transformers(name_or_directory)."
+        )
+    with turn(model, "clrp.model_lock(model)"):
+        yield
+
+
+# ---------------------------------------------------------------- what all threads see
+
+
+def _watched(model: Any) -> list[Any]:
+    """Modules that every forward passes, first to last within the whole."""
+    return [*getattr(model, "blocks", ()), model.original_model]
+
+
+@contextmanager
+def refused_elsewhere(model: Any, why: str) -> Iterator[None]:
+    """Forwards in other threads raise ``ModelStateError`` with this message."""
+
+    def refuse(*_: Any) -> None:
+        raise ModelStateError(why)
+
+    refuse = elsewhere(refuse)
+    with ExitStack() as stack:
+        for module in _watched(model):
+            stack.callback(module.register_forward_pre_hook(refuse).remove)
+        stack.callback(model.original_model.register_forward_hook(refuse).remove)
+        yield
+
+
+_INCOMPLETE = (
+    "Another thread explained this model (clrp.attribute or the like) during this forward and held "
+    "its weights fixed meanwhile, so gradients through it would be incomplete. Run forward and "
+    "backward inside `with clrp.model_lock(model):`, or the forward under torch.no_grad() if no "
+    "gradients are needed."
+)
+
+
+class _Incomplete(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # noqa: ARG004
+        raise ModelStateError(_INCOMPLETE)
+
+
+def _without_gradient(x: Any) -> Any:
+    """The same values; a gradient through them raises."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or not torch.is_grad_enabled():
+        return x
+    out: Tensor = _Incomplete.apply(x if x.requires_grad else x.detach().requires_grad_(True))
+    return out
+
+
+def _before(module: Any, args: Any, kwargs: Any = None) -> Any:  # noqa: ARG001
+    if args:
+        args = (_without_gradient(args[0]), *args[1:])
+    elif kwargs and "hidden_states" in kwargs:
+        kwargs = {**kwargs, "hidden_states": _without_gradient(kwargs["hidden_states"])}
+    return args if kwargs is None else (args, kwargs)
+
+
+def _after(module: Any, args: Any, output: Any) -> None:  # noqa: ARG001
+    logits = getattr(output, "logits", None)
+    if logits is not None:
+        output.logits = _without_gradient(logits)
+
+
+@contextmanager
+def frozen_parameters(model: Any) -> Iterator[None]:
+    """No parameter requires a gradient inside the block (less memory, no weight gradients).
+
+    That is so for all threads: in another one, a gradient through a forward that ran meanwhile
+    raises ``ModelStateError``; its values are as always.
+    """
+    parameters = {
+        id(p): p
+        for source in (model.original_model.parameters(), nn.Module.parameters(model))
+        for p in source
+        if p.requires_grad
+    }
+    if not parameters:
+        yield
+        return
+    *blocks, whole = _watched(model)
+    before, after = elsewhere(_before), elsewhere(_after)
+    with ExitStack() as stack:
+        for block in blocks:
+            handle = block.register_forward_pre_hook(before, with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.callback(whole.register_forward_hook(after).remove)
+        try:
+            for p in parameters.values():
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in parameters.values():
+                p.requires_grad_(True)
