@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import numpy as np
 import pandas as pd
-import planted
 import torch
-from planted_scores import measured
+from support.planted_scores import measured
 from tqdm.auto import tqdm
+from truth import planted
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.evaluation.faithfulness import auroc, average_precision

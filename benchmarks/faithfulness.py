@@ -17,10 +17,9 @@ from typing import Any
 
 import _faithfulness_runs as runs
 import pandas as pd
-import planted_deep
-import planted_induction
 import torch
 from _faithfulness_page import Found, written
+from truth import planted_deep, planted_induction
 
 import tl_contrastive_lrp as clrp
 

@@ -3,7 +3,7 @@
     python tools/families_page.py
 
 Nothing in the page is written by hand: every family TransformerLens boots offline is built tiny and
-random (``tests/zoo``), and asked the same questions as a user's own model: ``audit``, ``coverage``
+random (``tests/truth/zoo``), and asked the same questions as a user's own model: ``audit``, ``coverage``
 and whether a graph can be had.
 """
 
@@ -26,7 +26,7 @@ Written by `python tools/families_page.py`: every text family that TransformerLe
 offline, as a tiny random model with biases on, is asked what a model of yours is asked at the first
 `lrp()`: does each operation between the logits and the embeddings have its rule? `*` marks a
 variant of a family. On every covered family relevance and graph edges agree with an independent
-operation-level oracle to 1e-5, the logits are unchanged to the bit (`pytest tests/test_zoo.py`).
+operation-level oracle to 1e-5, the logits are unchanged to the bit (`pytest tests/house/test_zoo.py`).
 Coverage is decided by operation, not by name: a family that is not listed is covered if its
 operations are, and refused with their names if not. Ask with `tl-contrastive-lrp check MODEL`.
 
@@ -41,7 +41,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     import transformer_lens
     import transformers
-    import zoo
+    from truth import zoo
 
     transformers.utils.logging.disable_progress_bar()
     covered, refused = [], []
@@ -66,7 +66,7 @@ def main() -> None:
 
 def ask(model: Any) -> tuple[tuple[str, ...], str]:
     """The columns of a covered family, or why it is refused."""
-    import zoo
+    from truth import zoo
 
     import tl_contrastive_lrp as clrp
     from tl_contrastive_lrp.errors import ModelStateError, UncoveredComponentError

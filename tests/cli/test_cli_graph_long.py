@@ -1,0 +1,198 @@
+"""The command ``graph`` where edges are pruned while they come: as if the whole had been made."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from support.cli_runs import PROMPT, Run, asked, built, keys, same, words
+
+import tl_contrastive_lrp as clrp
+from tl_contrastive_lrp import AttributionGraph
+from tl_contrastive_lrp.cli import make_graph as graph_made
+from tl_contrastive_lrp.cli.errors import CliError
+from tl_contrastive_lrp.cli.pruning import Pruning
+
+WAYS = [("--memory", "plain"), ("--memory", "tiled", "--tile", 3)]
+
+
+@pytest.fixture(autouse=True)
+def long_from_here(bridge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt of these tests counts as long."""
+    monkeypatch.setattr(graph_made, "LONG", bridge.to_tokens(PROMPT).shape[1] - 1)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[AttributionGraph]:
+    """The graphs that the library was asked for."""
+    found: list[AttributionGraph] = []
+    real = clrp.attribution_graph  # before the patch: the package keeps what it first finds
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        found.append(real(*arguments, **options))
+        return found[-1]
+
+    monkeypatch.setattr(
+        "tl_contrastive_lrp.graph.data.assembly.attribution_graph.attribution_graph", watched
+    )
+    return found
+
+
+def close(found: AttributionGraph, wanted: AttributionGraph) -> None:
+    """The same edges; weights up to what tiles round otherwise."""
+    one, other = keys(found), keys(wanted)
+    assert one.keys() == other.keys()
+    assert all(one[ends] == pytest.approx(other[ends], abs=1e-5) for ends in one)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("typed", "options"),
+    [
+        ((), {"mass": 0.85}),
+        (("--mass", 0.5), {"mass": 0.5}),
+        (("--threshold", 0.05), {"threshold": 0.05}),
+        (("--top-k", 3), {"top_k": 3}),
+        (("--relative", 0.05), {"relative": 0.05}),
+        (("--relative", 0.1, "--mass", 0.9), {"relative": 0.1, "mass": 0.9}),
+        (("--top-k", 4, "--mass", 0.6), {"top_k": 4, "mass": 0.6}),
+        (("--top-k", 5, "--threshold", 0.3), {"top_k": 5, "threshold": 0.3}),
+        (("--top-k", 9, "--threshold", 0.1, "--mass", 0.8),
+         {"top_k": 9, "threshold": 0.1, "mass": 0.8}),
+    ],
+)  # fmt: skip
+def test_pruned_on_the_way_is_pruned_afterwards(
+    run: Run,
+    folder: Path,
+    bridge: Any,
+    taken: list[AttributionGraph],
+    way: tuple[object, ...],
+    typed: tuple[object, ...],
+    options: dict[str, Any],
+) -> None:
+    full = built(bridge)
+    wanted = full.prune(**options).connected()
+    assert 0 < len(wanted.weight) < len(full.weight)
+    save = ("--save", "p.safetensors", "--save-pruned", "--json")
+    told = run(*asked(folder, *way, *typed, *save)).json
+    found = AttributionGraph.load("p.safetensors")
+    close(found, wanted)
+    assert len(taken[0].weight) < len(full.weight), "the whole graph was made"
+    # The account is that of the whole graph.
+    weights = list(keys(full).values())
+    assert told["full"]["edges"] == len(weights)
+    assert told["full"]["mass"] == pytest.approx(sum(map(abs, weights)), rel=1e-5)
+    assert told["full"]["nodes"] is None
+    assert told["kept"]["edges"] == len(wanted.weight)
+    assert told["kept"]["mass_share"] == pytest.approx(wanted.mass / full.mass, rel=1e-5)
+    left = keys(wanted)
+    out = max(abs(w) for ends, w in keys(full).items() if ends not in left)
+    said = told["kept"]["strongest_left_out"]
+    if said["at_most"]:
+        assert said["logits"] >= out - 1e-5
+    else:
+        assert said["logits"] == pytest.approx(out, abs=1e-5)
+    assert said["relative"] == pytest.approx(said["logits"] / abs(full.delta), rel=1e-5)
+
+
+@pytest.mark.parametrize("mass", [0.5, 0.9])
+def test_a_bound_on_what_is_left_out(run: Run, folder: Path, bridge: Any, mass: float) -> None:
+    """In a transition none is larger than the weakest that stayed, nor than all left out weigh."""
+    full = built(bridge)
+    pruned, bounds = full.prune(mass=mass), []
+    for pair, part in full.slices.items():
+        kept = pruned.weight[pruned.slices[pair]].abs()
+        rest = float(full.weight[part].abs().sum()) - float(kept.sum())
+        bounds.append((float(kept.min()), rest))
+    decided = {weakest < rest for weakest, rest in bounds}
+    assert decided == ({True, False} if mass == 0.5 else {True}), "both bounds decide somewhere"
+    done = run(*asked(folder, "--mass", mass, "--no-connected", "--json"))
+    said = done.json["kept"]["strongest_left_out"]
+    assert said["logits"] == pytest.approx(max(map(min, bounds)), rel=1e-4)
+    assert said["at_most"] is True
+    done = run(*asked(folder, "--mass", mass, "--no-connected"))
+    assert "strongest left out: at most " in done.out
+
+
+def test_bounds_of_a_threshold_and_of_nothing_left_out(run: Run, folder: Path) -> None:
+    told = run(*asked(folder, "--threshold", 0.05, "--no-connected", "--json")).json
+    assert told["kept"]["strongest_left_out"]["logits"] <= 0.05
+    told = run(*asked(folder, "--mass", 1, "--no-connected", "--json")).json
+    assert told["kept"]["strongest_left_out"] is None
+
+
+def test_what_is_saved_and_said(run: Run, folder: Path, bridge: Any) -> None:
+    n, full = bridge.to_tokens(PROMPT).shape[1], built(bridge)
+    done = run(*asked(folder, "--mass", 0.6, "--save", "g.safetensors", "--top", 3))
+    saved = AttributionGraph.load("g.safetensors")
+    assert same(saved, full.prune(mass=0.6))
+    assert [step.name for step in saved.history] == ["mass"]
+    assert f"more than {n - 1} tokens ({n}), so its edges were pruned" in words(done.err)
+    assert "--save writes that graph; --mass 1 would keep every edge." in done.err
+    lines = done.out.splitlines()
+    assert "Graph as it was made: g.safetensors" in lines
+    assert any(line.startswith("Strongest paths of the graph as it was made") for line in lines)
+    for i, path in enumerate(saved.paths(3), 1):
+        assert f"{i}. {path}" in lines
+    strengths = [abs(path.strength) for path in full.paths(3)]
+    assert all(
+        abs(path.strength) >= least - 1e-6
+        for path, least in zip(saved.paths(3), strengths, strict=True)
+    )
+    assert f"Full graph: 3 sites, {len(full.weight)} edges, Σ|weight|" in done.out
+    assert f"kept {len(saved.weight)} of {len(full.weight)} edges" in done.out
+    assert run(*asked(folder, "--quiet")).err == ""
+    told = run(*asked(folder, "--save", "a.safetensors", "--mass", 1, "--json")).json
+    assert same(AttributionGraph.load("a.safetensors"), full)
+    assert any("pruned while they came" in note for note in told["notes"])
+    assert "--save" not in run(*asked(folder)).err
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_split_by_heads(run: Run, folder: Path, bridge: Any, way: tuple[object, ...]) -> None:
+    wanted = built(bridge, heads=True).prune(mass=0.85).connected()
+    save = ("--save", "p.safetensors", "--save-pruned")
+    assert run(*asked(folder, "--heads", *way, *save)).code == 0
+    found = AttributionGraph.load("p.safetensors")
+    close(found, wanted)
+    assert found.head is not None
+    assert wanted.head is not None
+    assert torch.equal(found.head, wanted.head)
+
+
+def test_a_page_of_a_long_prompt(run: Run, folder: Path, bridge: Any) -> None:
+    assert run(*asked(folder, "--out", "g.html", *WAYS[1])).code == 0
+    kept = built(bridge).prune(mass=0.85).connected()
+    html = words(Path("g.html").read_text(encoding="utf-8"))
+    assert f"{len(kept.weight)} edges between {int(kept.node_mask.sum())} hidden states" in html
+
+
+def test_relative_to_nothing_is_refused(bridge: Any) -> None:
+    relative, full = Pruning(relative=0.1), built(bridge)
+    for delta in (0.0, -0.0):
+        with pytest.raises(typer.BadParameter, match="use --threshold"):
+            relative.on_the_way(delta)
+    # Δℓ was another in the forward that the threshold was taken from.
+    made = full.prune(threshold=0.2 * abs(full.delta))
+    with pytest.raises(CliError, match="Use --threshold instead of --relative"):
+        relative.of(made)
+    assert same(Pruning(relative=0.3).of(made), full.prune(relative=0.3).connected())
+    with pytest.raises(typer.BadParameter, match="use --threshold"):
+        relative.of(replace(full, delta=0.0))
+
+
+def test_nothing_is_left_behind_by_a_stop(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tl_contrastive_lrp.engine.tiled.backward.Backward.layer", stop)
+    done = run(*asked(folder, *WAYS[1], "--save", "g.safetensors", "--out", "g.html"))
+    assert (done.code, done.out) == (130, "")
+    assert os.listdir() == []

@@ -1,0 +1,219 @@
+"""On the command line the prompt's forward runs once: for candidates, relevance and graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.cli_runs import PROMPT, Run, built, same
+from transformer_lens.model_bridge import TransformerBridge
+
+import tl_contrastive_lrp as clrp
+from tl_contrastive_lrp.attribution.attribute import relevance_readings
+from tl_contrastive_lrp.engine import memory
+from tl_contrastive_lrp.engine.plain import Forward
+from tl_contrastive_lrp.engine.prefilled import prefill_prompt
+from tl_contrastive_lrp.engine.reading import Slots
+from tl_contrastive_lrp.graph.assembly.attribution_graph import plan_of
+from tl_contrastive_lrp.graph.assembly.plain import graph_readings
+
+LONG = " ".join("abcdefghijklmnopqrstuvwx")  # longer than the few tokens on which models are tried
+TILE = 5
+SIDES = ("--target", " a", "--contrast", " b")
+TILED = ("--memory", "tiled", "--tile", TILE)
+
+
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """The ids that go into the embedding of any model that is booted, forward by forward."""
+    seen: list[tuple[int, ...]] = []
+    boot = TransformerBridge.boot_transformers
+
+    def booted(*arguments: Any, **options: Any) -> Any:
+        model = boot(*arguments, **options)
+        model.embed.register_forward_pre_hook(
+            lambda _, given: seen.append(tuple(given[0].flatten().tolist()))
+        )
+        return model
+
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", booted)
+    return seen
+
+
+def prompt_ids(model: Any) -> tuple[int, ...]:
+    ids = tuple(model.to_tokens(LONG)[0].tolist())
+    assert len(ids) > 20
+    return ids
+
+
+@pytest.mark.parametrize("command", ["explain", "graph"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (*SIDES, "--out", "r.html"),
+        (*SIDES,),
+        ("--contrast", " b", "--out", "r.html"),  # the target is the top token
+        (),  # only candidates
+    ],
+)
+def test_plainly_once(
+    run: Run,
+    folder: Path,
+    bridge: Any,
+    embedded: list[tuple[int, ...]],
+    command: str,
+    more: tuple[str, ...],
+) -> None:
+    ids = prompt_ids(bridge)
+    done = run(command, "--model", folder, "--prompt", LONG, *more, "--json")
+    assert done.code == (0 if more else 4), done
+    assert embedded.count(ids) == 1
+    if "--out" in more:
+        assert "<svg" in Path("r.html").read_text()
+
+
+@pytest.mark.parametrize("command", ["explain", "graph"])
+@pytest.mark.parametrize("more", [(*SIDES, "--out", "r.html"), ()])
+def test_in_tiles_once(
+    run: Run,
+    folder: Path,
+    bridge: Any,
+    embedded: list[tuple[int, ...]],
+    command: str,
+    more: tuple[str, ...],
+) -> None:
+    """The backward runs blocks again, never the embedding; the last position is a tile."""
+    ids = prompt_ids(bridge)
+    done = run(command, "--model", folder, "--prompt", LONG, *TILED, *more, "--json")
+    assert done.code == (0 if more else 4), done
+    ends = [*range(0, len(ids) - 1, TILE), len(ids) - 1, len(ids)]
+    tiles = [ids[a:b] for a, b in pairwise(ends)]
+    # What models are tried on, the prompt's beginning, ends at 13 tokens.
+    for tile in tiles[3:]:
+        assert embedded.count(tile) == tiles.count(tile), tile
+    assert ids not in embedded
+
+
+def test_the_demo_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tl_contrastive_lrp import demo
+
+    lengths: list[int] = []
+    real = demo.load_demo_model
+
+    def loaded(**options: Any) -> Any:
+        model = real(**options)
+        model.embed.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
+        return model
+
+    monkeypatch.setattr(demo, "load_demo_model", loaded)
+    assert run("demo", "--out", "r.html").code == 0
+    n = max(lengths)
+    assert n > 20
+    assert lengths.count(n) == 1
+
+
+# ---- the forward itself ------------------------------------------------------------------
+
+
+def prepared(model: Any, ids: torch.Tensor, *, tile: int | None = None, uses: int = 2) -> Any:
+    calls: dict[int, Any] = {}
+    readings = relevance_readings(model) + graph_readings(plan_of(model, ids, "gim"), calls)
+    way: Any = "plain" if tile is None else "tiled"
+    choice = memory.choose(model, ids.shape[1], way, tile)
+    return prefill_prompt(
+        model, ids, "gim", readings, choice, may_fall_back=False, calls=calls, uses=uses
+    )
+
+
+@pytest.mark.parametrize("tile", [None, 4])
+@pytest.mark.parametrize("order", ["relevance first", "graph first"])
+def test_results_of_a_shared_forward_are_those_of_their_own(
+    bridge: Any, tile: int | None, order: str
+) -> None:
+    ids = bridge.to_tokens(LONG)
+    way: dict[str, Any] = {"memory": "plain"} if tile is None else {"memory": "tiled", "tile": tile}
+    sides = {"target": " a", "contrast": " b"}
+    wanted = clrp.attribute(bridge, ids, **sides, **way, progress=False)
+    graph = clrp.attribution_graph(bridge, ids, **sides, **way, progress=False)
+    with torch.no_grad():
+        logits = bridge(ids)[0, -1]
+    shared = prepared(bridge, ids, tile=tile)
+    torch.testing.assert_close(shared.logits, logits, rtol=1e-5, atol=1e-5)
+    options: dict[str, Any] = {**sides, "prefilled": shared, "progress": False}
+    if order == "graph first":
+        found_graph = clrp.attribution_graph(bridge, ids, **options)
+        found = clrp.attribute(bridge, ids, **options)
+    else:
+        found = clrp.attribute(bridge, ids, **options)
+        found_graph = clrp.attribution_graph(bridge, ids, **options)
+    assert torch.equal(found.tokens, wanted.tokens)
+    assert torch.equal(found.resid, wanted.resid)
+    assert torch.equal(found.heads, wanted.heads)
+    assert found.ledger == wanted.ledger
+    assert found.memory == wanted.memory
+    assert same(found_graph, graph)
+    # The truth is autograd's: gradients at the embeddings under the rules.
+    leaf: list[torch.Tensor] = []
+
+    def start(x: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: ARG001
+        leaf.append(x.detach().requires_grad_(True))
+        return leaf[0]
+
+    target, contrast = (bridge.to_single_token(t) for t in (" a", " b"))
+    with bridge.hooks(fwd_hooks=[("embed.hook_out", start)]), clrp.lrp(bridge):
+        at = bridge(ids)[0, -1]
+        (g,) = torch.autograd.grad(at[target] - at[contrast], leaf[0])
+    torch.testing.assert_close(found.tokens, (leaf[0] * g).sum(-1)[0].detach(), rtol=0, atol=2e-5)
+    assert all(p.grad is None and p.requires_grad for p in bridge.original_model.parameters())
+    assert bridge.list_hooks() == {}
+
+
+def test_several_objectives_of_a_shared_forward(bridge: Any) -> None:
+    ids = bridge.to_tokens(LONG)
+    asked = [clrp.logit_diff(bridge, " a", " b"), clrp.top_logit()]
+    shared = prepared(bridge, ids)
+    for found, objective in zip(
+        clrp.attribute(bridge, ids, objectives=asked, prefilled=shared), asked, strict=True
+    ):
+        wanted = clrp.attribute(bridge, ids, objective)
+        assert torch.equal(found.tokens, wanted.tokens)
+    assert same(
+        clrp.attribution_graph(bridge, ids, asked[0], prefilled=shared),
+        clrp.attribution_graph(bridge, ids, asked[0]),
+    )
+
+
+def test_a_forward_serves_no_other_question(bridge: Any, folder: Path) -> None:
+    ids, sides = bridge.to_tokens(LONG), {"target": " a", "contrast": " b"}
+    shared = prepared(bridge, ids, uses=1)
+    other = TransformerBridge.boot_transformers(str(folder), device="cpu")
+    for call in (clrp.attribute, clrp.attribution_graph):
+        with pytest.raises(ValueError, match="another model"):
+            call(other, ids, **sides, prefilled=shared)
+        with pytest.raises(ValueError, match="another prompt"):
+            call(bridge, ids[:, 1:], **sides, prefilled=shared)
+        with pytest.raises(ValueError, match="another rules"):
+            call(bridge, ids, **sides, rules="cplrp", prefilled=shared)
+    with pytest.raises(ValueError, match="not prepared for reading"):
+        clrp.attribute(bridge, ids, **sides, neurons=True, prefilled=shared)
+    clrp.attribute(bridge, ids, **sides, prefilled=shared)
+    with pytest.raises(ValueError, match="used up"):
+        clrp.attribute(bridge, ids, **sides, prefilled=shared)
+
+
+def test_the_last_use_lets_go_of_the_graph(bridge: Any) -> None:
+    ids = bridge.to_tokens(PROMPT)
+    shared = prepared(bridge, ids)
+    plain: Forward = shared.plain
+    assert isinstance(plain.slots, Slots)
+    clrp.attribute(bridge, ids, target=" a", contrast=" b", prefilled=shared)
+    torch.autograd.grad(plain.logits.sum(), [*plain.leaves.values()], retain_graph=True)
+    clrp.attribution_graph(bridge, ids, target=" a", contrast=" b", prefilled=shared)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(plain.logits.sum(), [*plain.leaves.values()])
+    assert plain.slots._seen == {}
+    assert built(bridge).delta != 0

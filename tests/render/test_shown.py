@@ -1,0 +1,60 @@
+"""What results show of themselves: the numbers in each picture are the result's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.graphs import SPLIT, made
+from test_render import props
+from truth.families import boot
+
+import tl_contrastive_lrp as clrp
+
+
+@pytest.fixture(scope="module")
+def result() -> clrp.Attribution:
+    """One whose special token outweighs all others, as it often does."""
+    model = boot("gemma2", torch.float32)
+    found = clrp.attribute(model, "a b c d e f", target="a", contrast=" b")
+    resid = found.resid.clone()
+    resid[:, 0] = 50.0
+    return dataclasses.replace(found, tokens=resid[0], resid=resid)
+
+
+def near(found: Any, wanted: torch.Tensor) -> bool:
+    return bool(torch.allclose(torch.tensor(found).float(), wanted, rtol=1e-4, atol=1e-6))
+
+
+def test_tokens_in_colour(result: clrp.Attribution) -> None:
+    greyed = result.greyed
+    assert greyed.sum() == 1
+    _, given, *_ = props(result.show())
+    assert len(given["tokens"]) == len(result.str_tokens)
+    assert near(given["values"], result.tokens)
+    assert given["maxValue"] == pytest.approx(float(result.tokens[~greyed].abs().max()), rel=1e-4)
+    _, given, *_ = props(result.show(include_special=True))
+    assert given["maxValue"] == pytest.approx(float(result.tokens.abs().max()), rel=1e-4)
+
+
+def test_every_site_in_colour(result: clrp.Attribution) -> None:
+    _, given, extra = props(result.show_layers())
+    assert given["labels"] == list(result.sites)
+    assert near(given["values"], result.resid.T)
+    assert near(extra["scales"], result.resid[:, ~result.greyed].abs().amax(1))
+    _, _, extra = props(result.show_layers(include_special=True))
+    assert near(extra["scales"], result.resid.abs().amax(1))
+
+
+def test_a_graph_in_layers_and_in_matrices(tmp_path: Path) -> None:
+    graph = made(SPLIT, 3, 2, split=True)
+    _, given, _ = props(graph.show_matrices())
+    assert given["attention"] == [graph.matrix(*pair).tolist() for pair in graph.transitions]
+    _, given, _ = props(graph.show_matrices((0, "blocks.1.hook_resid_pre")))
+    assert given["attention"] == [graph.matrix(0, 1, head=head).tolist() for head in (0, 3)]
+    page = graph.save_html(tmp_path / "graph.html").read_text(encoding="utf-8")
+    for picture in (graph.show().body, page):
+        assert picture.count("<path ") == len(graph.merge_heads().weight)
