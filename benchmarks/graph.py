@@ -23,7 +23,7 @@ import torch
 from _models import random_bridge
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.graph.edges.batched import packed_edges
+from tl_contrastive_lrp.graph.edges.batched import batched_edges
 from tl_contrastive_lrp.rules.rule_sets import get_rule_set
 
 LAYERS, WIDTH, HEADS = 4, 256, 8
@@ -78,7 +78,7 @@ def _peak(pos: int, what: str, queue) -> None:
         clrp.attribution_graph(model, tokens, objective)
     else:
         pair = ("blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre")
-        packed_edges(model, tokens, objective, get_rule_set("attnlrp"), [pair], progress=False)
+        batched_edges(model, tokens, objective, get_rule_set("attnlrp"), [pair], progress=False)
     queue.put(_resident_mib("VmHWM") - before)
 
 
@@ -121,7 +121,7 @@ def main() -> None:
             pair = ("blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre")
             start = time.perf_counter()
             rules = get_rule_set("attnlrp")
-            packed_edges(model, tokens, objective, rules, [pair], progress=False)
+            batched_edges(model, tokens, objective, rules, [pair], progress=False)
             packed = time.perf_counter() - start
             print(f"  one transition at {pos}: packed {packed:.1f} s; closed form "
                   f"{closed:.4f} s a transition; ratio {packed / max(closed, 1e-4):,.0f}; "

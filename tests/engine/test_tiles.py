@@ -13,7 +13,7 @@ from truth import zoo
 from truth.families import FAMILIES, boot, make_config, make_tokenizer, random_tokens
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.engine.tiled.masks import Packed
+from tl_contrastive_lrp.engine.tiled.masks import BitMask
 
 
 @pytest.mark.parametrize("pos", [-1, 20])
@@ -110,11 +110,11 @@ def test_seven_hundred_tokens_nodes_and_edges(tmp_path: Path) -> None:
 
 def test_masks_take_a_bit_a_number() -> None:
     mask = torch.full((1, 1, 70, 101), torch.finfo(torch.float32).min).triu(7)
-    packed = Packed.of(mask)
+    packed = BitMask.of(mask)
     assert packed.bits.numel() == -(-70 * 101 // 8)
     assert torch.equal(packed.unpacked(), mask)
     assert packed.unpacked().dtype == mask.dtype
     many = torch.randn(70, 101)
-    assert Packed.of(many) is many
+    assert BitMask.of(many) is many
     hidden = mask == 0
-    assert torch.equal(Packed.of(hidden).unpacked(), hidden)
+    assert torch.equal(BitMask.of(hidden).unpacked(), hidden)

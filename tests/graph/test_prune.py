@@ -16,7 +16,7 @@ from support.graphs import edge_lists, given, listed, made
 from tl_contrastive_lrp.graph import pruning as prune
 from tl_contrastive_lrp.graph import pruning as subgraphs
 from tl_contrastive_lrp.graph.data import AttributionGraph
-from tl_contrastive_lrp.graph.prune_history import Kept
+from tl_contrastive_lrp.graph.prune_history import TransitionKept
 from tl_contrastive_lrp.graph.pruning import Pruned
 
 SHARES = st.floats(0, 1)
@@ -171,8 +171,8 @@ def test_the_account_by_hand() -> None:
     assert step.name == "mass"
     assert step.parameters == (("share", 0.85),)
     assert step.transitions == (
-        Kept(0, 1, 4, 3, 9.0, 8.0),
-        Kept(1, 2, 2, 1, 5.5, 5.0),
+        TransitionKept(0, 1, 4, 3, 9.0, 8.0),
+        TransitionKept(1, 2, 2, 1, 5.5, 5.0),
     )
     assert (step.edges_before, step.edges_kept) == (6, 4)
     assert step.share_kept == pytest.approx(13 / 14.5)
@@ -184,7 +184,7 @@ def test_the_account_by_hand() -> None:
 def test_of_nothing_all_is_kept() -> None:
     """A transition without edges, in the table as in the sum."""
     (empty,) = made([], 2, 2, transitions=[(0, 1)]).prune().history
-    assert empty.transitions == (Kept(0, 1, 0, 0, 0.0, 0.0),)
+    assert empty.transitions == (TransitionKept(0, 1, 0, 0, 0.0, 0.0),)
     assert empty.share_kept == 1.0
     assert empty.to_frame()["share_kept"].tolist() == [1.0]
 

@@ -118,14 +118,14 @@ def test_arguments_that_do_not_fit(arguments: dict[str, Any], says: str) -> None
 
 
 def test_the_packed_route_equals_the_closed_form_on_adjacent_sites() -> None:
-    from tl_contrastive_lrp.graph.edges.batched import packed_edges
+    from tl_contrastive_lrp.graph.edges.batched import batched_edges
     from tl_contrastive_lrp.rules.rule_sets import RULE_SETS
 
     model = boot("gpt2", torch.float32)
     objective = clrp.logit_diff(model, 7, 12)
     graph = clrp.attribution_graph(model, TOKENS, objective)
     pairs = [(graph.sites[0], graph.sites[1]), (graph.sites[1], graph.sites[2])]
-    packed = packed_edges(model, TOKENS, objective, RULE_SETS[graph.rules], pairs, progress=False)
+    packed = batched_edges(model, TOKENS, objective, RULE_SETS[graph.rules], pairs, progress=False)
     for pair in pairs:
         wanted = graph.matrix(*pair)
         assert (packed[pair] - wanted).abs().max() <= 1e-5 * wanted.abs().max()

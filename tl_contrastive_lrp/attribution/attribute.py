@@ -16,8 +16,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..engine.memory import Memory, choose
-from ..engine.relevance_sums import Sums, add_heads
-from ..engine.run import Ran, run_chosen
+from ..engine.relevance_sums import RelevanceSums, add_heads
+from ..engine.run import RunResult, run
 from ..inputs.bridge import LEAVES, components, require_bridge, residual_sites, without_neurons
 from ..inputs.devices import loaded
 from ..inputs.objective import Objective, positions_of, questions
@@ -59,7 +59,7 @@ def _step_of(name: str, n_layers: int) -> int:
 class _Reads:
     """What ``attribute`` reads: the sums, and under which names they are kept."""
 
-    sums: Sums
+    sums: RelevanceSums
     heads: list[str]
     neurons: list[str]
     biases: list[str]
@@ -72,7 +72,7 @@ def _reads(model: Any, neurons: bool) -> _Reads:
         ValueError: ``neurons`` of a model with experts.
     """
     n_layers = int(model.cfg.n_layers)
-    sums, biases, hook_dict = Sums(), _biases(model), model.hook_dict
+    sums, biases, hook_dict = RelevanceSums(), _biases(model), model.hook_dict
     for name in (*LEAVES, *residual_sites(model)):
         if name in hook_dict:
             sums.add(name, lambda r: r.sum(-1)[0])
@@ -211,7 +211,7 @@ def attribute(
         choice = prefilled.choice
     else:
         choice = choose(model, tokens.shape[1], memory, tile)
-    ran = run_chosen(
+    ran = run(
         model, tokens, asked, rules, reads.sums, choice, may_fall_back=memory == "auto",
         progress=progress, checkpoint_dir=checkpoint_dir, settings=f"nodes {neurons}",
         prefilled=prefilled,
@@ -236,7 +236,7 @@ def attribute(
 
 def _facts(
     model: Any,
-    ran: Ran,
+    ran: RunResult,
     objective: Callable[[Tensor], Tensor],
     heads: list[str],
     by_neuron: list[str],

@@ -20,7 +20,7 @@ from ..engine.memory import (
     fits_forward,
     forward_bytes,
     in_smaller_tiles,
-    instead,
+    require_plain_fits,
 )
 from ..errors import TokenError
 from ..hooks.user_hooks import user_hooks
@@ -72,7 +72,7 @@ def logits_at(
             choice = replace(choice, plain_bytes=forward_bytes(model, length))
             if memory == "tiled":
                 raise NotTileable(cannot(choice, error)) from error
-            instead(choice, str(error))
+            require_plain_fits(choice, str(error))
     with torch.no_grad():
         logits: Tensor = model(tokens)[0, pos].clone()  # a view would keep those of all positions
     return logits

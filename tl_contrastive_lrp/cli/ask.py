@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .errors import Code
-from .memory import Way
+from .memory import MemoryOptions
 from .model import is_local, load_model
 from .output import Output
 from .print_attribution import candidate_rows, print_candidates, print_json
 from .prompt import prompt_ids, read_prompt, special_notes, token_ids, token_word
 from .question import CANDIDATES, Question, T, question_of
 from .retype import again
-from .terminal import progress, say, tell
+from .terminal import print_err, print_out, progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ def ask(
     command: str,
     typed: dict[str, Any],
     output: Output,
-    way: Way,
+    way: MemoryOptions,
     forward: Callable[[Any, Tensor], tuple[Tensor, T]],
 ) -> tuple[Any, Question, T]:
     """The model and the question that the options of ``command`` name.
@@ -93,7 +93,7 @@ def ask(
     notes = [*loaded.notes, *_notes(model, text, typed, tokens[0].tolist(), candidates)]
     if not output.quiet:
         for note in notes:
-            say(f"Note: {note}")
+            print_err(f"Note: {note}")
     if ready is None:
         other = next(i for i in ids if i not in (target or ids[:1]))
         line = again(
@@ -120,7 +120,7 @@ def ask(
     return model, question, ready
 
 
-def next_logits(model: Any, tokens: Tensor, pos: int, output: Output, way: Way) -> Tensor:
+def next_logits(model: Any, tokens: Tensor, pos: int, output: Output, way: MemoryOptions) -> Tensor:
     """The logits [vocab] at a position, in tiles where the prompt is explained in tiles."""
     from ..attribution.candidates import logits_at
     from ..engine.memory import choose
@@ -173,9 +173,11 @@ def _show_candidates(
             }
         )
         return
-    tell("The model's likeliest next tokens:")
+    print_out("The model's likeliest next tokens:")
     print_candidates(candidates)
-    tell("Which of them, or which other token, should it have written? Name it with --contrast.")
-    tell("For the likeliest alternative, type:")
-    tell()
-    tell(command)
+    print_out(
+        "Which of them, or which other token, should it have written? Name it with --contrast."
+    )
+    print_out("For the likeliest alternative, type:")
+    print_out()
+    print_out(command)

@@ -12,7 +12,7 @@ from .errors import CliError, Code, exit_codes
 from .model import checked_device, load_model, quiet_libraries
 from .print_attribution import finite, print_json
 from .prompt import special_notes
-from .terminal import progress, say, table, tell
+from .terminal import print_err, print_out, progress, table
 
 if TYPE_CHECKING:
     from ..evaluation.verification.verify import Verification
@@ -169,34 +169,36 @@ class _Checked:
     def print(self, name: str, notes: tuple[str, ...], quiet: bool) -> None:
         kind = type(self.bridge.original_model).__name__
         status = "covered" if self.covered else "not covered"
-        tell(f"{name} ({kind}): {status}, rules {self.rules}, {self.dtype}")
+        print_out(f"{name} ({kind}): {status}, rules {self.rules}, {self.dtype}")
         if self.coverage is not None and self.covered:
             headings = ("component", "operation", "rule", "attached")
             rows = [[getattr(row, h) for h in headings] for row in self.coverage.summary()]
             table([(heading, False) for heading in headings], rows)
         if self.why is not None:
-            tell(self.why)
+            print_out(self.why)
         elif self.audit is not None:
             self._print_audit(self.audit)
         if self.verification is not None:
             self._print_verification(self.verification)
         if not quiet:
             for note in notes:
-                say(f"Note: {note}")
+                print_err(f"Note: {note}")
 
     def _print_audit(self, audit: Audit) -> None:
         if audit.clean:
             n = sum(audit.counts.values())
-            tell(f"Each of {n} operations between logits and embeddings is linear or has its rule.")
+            print_out(
+                f"Each of {n} operations between logits and embeddings is linear or has its rule."
+            )
             return
-        tell("No rule covers these, so relevance through them would be made up:")
+        print_out("No rule covers these, so relevance through them would be made up:")
         table(
             [("component", False), ("class", False), ("operation", False), ("why", False)],
             [tuple(vars(f).values()) for f in audit.summary()],
         )
 
     def _print_verification(self, verification: Verification) -> None:
-        tell(f"Verified on {verification.n_tokens} tokens, {verification.objective}:")
+        print_out(f"Verified on {verification.n_tokens} tokens, {verification.objective}:")
         table(
             [("check", False), ("verdict", False), ("figure", True), ("", False)],
             [

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CliError, Code
 from .explain import explain, prepare
-from .memory import Way
+from .memory import MemoryOptions
 from .model import quiet_libraries
 from .output import Output
 from .print_attribution import as_json, print_explained, print_json
 from .question import question_of
-from .terminal import progress, say, shown, table, tell
+from .terminal import print_err, print_out, progress, shown, table
 
 if TYPE_CHECKING:
     from ..demo import DemoCase
@@ -60,7 +60,7 @@ def list_failures(kind: str | None, json: bool) -> None:
         ],
     )  # fmt: skip
     number = " --kind " + kind if kind else ""
-    tell(f"Explain one: tl-contrastive-lrp demo{number} --case NUMBER (or ID)")
+    print_out(f"Explain one: tl-contrastive-lrp demo{number} --case NUMBER (or ID)")
 
 
 def choose(case: str | None, kind: str | None) -> DemoCase:
@@ -117,7 +117,9 @@ def run(case_name: str | None, kind: str | None, rules: str, output: Output, gra
             f"Demo case {case.id} is {tokens.shape[1]} tokens, but was recorded with "
             f"{case.n_tokens}: model and cases of this installation do not belong together.",
         )
-    prepared = prepare(model, tokens, -1, rules=rules, output=output, way=Way(), graph=graph)
+    prepared = prepare(
+        model, tokens, -1, rules=rules, output=output, way=MemoryOptions(), graph=graph
+    )
     question = question_of(
         model,
         tokens,
@@ -143,15 +145,15 @@ def run(case_name: str | None, kind: str | None, rules: str, output: Output, gra
         told = {name: getattr(case, name) for name in names}
         print_json(as_json(explained, output) | {"case": told | {"decisive": decisive}})
         return
-    tell(f"Case {case.id}")
-    tell(f"Prompt:       {_short(case.user)}")
-    tell(f"Right answer: {_short(case.answer)}")
-    tell(f"Model wrote:  {_short(case.model_answer)}")
-    tell()
+    print_out(f"Case {case.id}")
+    print_out(f"Prompt:       {_short(case.user)}")
+    print_out(f"Right answer: {_short(case.answer)}")
+    print_out(f"Model wrote:  {_short(case.model_answer)}")
+    print_out()
     print_explained(explained, output, case.decisive_positions)
     _print_decisive(decisive)
     if not output.quiet:
-        say("Your own model: tl-contrastive-lrp explain --model NAME_OR_FOLDER --prompt TEXT")
+        print_err("Your own model: tl-contrastive-lrp explain --model NAME_OR_FOLDER --prompt TEXT")
 
 
 def _print_decisive(decisive: list[dict[str, Any]]) -> None:
@@ -162,8 +164,8 @@ def _print_decisive(decisive: list[dict[str, Any]]) -> None:
     )
     more = f" and {len(some) - 8} more" if len(some) > 8 else ""
     hits = sum(bool(row["in_top_5"]) for row in some)
-    tell(f"What decides this case, by how it was made: position {words}{more}.")
+    print_out(f"What decides this case, by how it was made: position {words}{more}.")
     if len(some) == 1:
-        tell(f"It is {'' if hits else 'not '}among the {DECISIVE_TOP} strongest tokens.")
+        print_out(f"It is {'' if hits else 'not '}among the {DECISIVE_TOP} strongest tokens.")
     else:
-        tell(f"{hits} of these {len(some)} among the {DECISIVE_TOP} strongest tokens.")
+        print_out(f"{hits} of these {len(some)} among the {DECISIVE_TOP} strongest tokens.")

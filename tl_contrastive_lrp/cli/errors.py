@@ -19,7 +19,7 @@ from ..errors import (
     VersionError,
 )
 from ..inputs.versions import require_transformer_lens
-from .terminal import say
+from .terminal import print_err
 
 
 class Code(IntEnum):
@@ -105,22 +105,22 @@ def exit_codes(debug: bool) -> Iterator[None]:
     except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
     except KeyboardInterrupt:
-        say("Interrupted.")
+        print_err("Interrupted.")
         raise typer.Exit(Code.INTERRUPTED) from None
     except Exception as error:
         if debug:
             traceback.print_exc(file=sys.stderr)
         code = _code_of(error)
         if code is not None:
-            say(f"Error: {words_of(error)}")
+            print_err(f"Error: {words_of(error)}")
             raise typer.Exit(code) from None
         if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
-            say(
+            print_err(
                 "Error: out of memory. Explain a shorter prompt, or try --memory tiled and a small "
                 "--tile, --dtype bfloat16 or --device cpu."
             )
         else:
-            say(f"Unexpected error: {type(error).__name__}: {error}")
+            print_err(f"Unexpected error: {type(error).__name__}: {error}")
         if not debug:
-            say("Run the same command with --debug to see where it happened.")
+            print_err("Run the same command with --debug to see where it happened.")
         raise typer.Exit(Code.UNEXPECTED) from None

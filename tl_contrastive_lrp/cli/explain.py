@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import not_finite
 from .make_graph import is_long, report_graph, report_run
-from .memory import Run, Way
+from .memory import MemoryOptions, RunPlan
 from .output import Output, write
 from .question import Question
 from .results import Explained
-from .terminal import progress, say
+from .terminal import print_err, progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +30,8 @@ class Prepared:
     """
 
     prefilled: Prefilled
-    relevance: Run
-    graph: Run | str | None
+    relevance: RunPlan
+    graph: RunPlan | str | None
 
     @property
     def shared(self) -> Prefilled | None:
@@ -39,13 +39,20 @@ class Prepared:
         return self.prefilled if _share(self.relevance, self.graph) else None
 
 
-def _share(relevance: Run, graph: Run | str | None) -> bool:
+def _share(relevance: RunPlan, graph: RunPlan | str | None) -> bool:
     """Whether one forward serves both: a graph may need tiles where relevance does not."""
-    return isinstance(graph, Run) and graph.choice.tile == relevance.choice.tile
+    return isinstance(graph, RunPlan) and graph.choice.tile == relevance.choice.tile
 
 
 def prepare(
-    model: Any, tokens: Tensor, pos: int, *, rules: str, output: Output, way: Way, graph: bool
+    model: Any,
+    tokens: Tensor,
+    pos: int,
+    *,
+    rules: str,
+    output: Output,
+    way: MemoryOptions,
+    graph: bool,
 ) -> Prepared:
     """Decide how memory is used, and run the forward.
 
@@ -131,12 +138,12 @@ def explain(
     shown = None
     if prepared.graph is not None:
         if is_long(question) and not output.quiet:
-            say("The graph for the report comes next; --no-graph would leave it out.")
+            print_err("The graph for the report comes next; --no-graph would leave it out.")
         shown, note = report_graph(model, question, rules, output, prepared.graph, prepared.shared)
         if note:
             notes.append(note)
             if not output.quiet:
-                say(f"Note: {note}")
+                print_err(f"Note: {note}")
     explained = Explained(question, result, run, tuple(notes))
     with progress("Writing the report", output.spins and output.out is not None):
         write(output.out, lambda path: _write_report(explained, shown, path))

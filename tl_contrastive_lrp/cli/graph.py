@@ -13,13 +13,13 @@ import typer
 from . import options as o
 from .ask import ask, check_typed
 from .errors import exit_codes
-from .make_graph import is_long, long_note, made
-from .memory import Run, Way
+from .make_graph import is_long, long_note, make_graph
+from .memory import MemoryOptions, RunPlan
 from .output import Output, write
 from .print_attribution import print_json
 from .pruning import Pruning
 from .results import Graphed
-from .terminal import progress, say
+from .terminal import print_err, progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,9 +69,9 @@ def _prepared(
     pos: int,
     rules: str,
     output: Output,
-    way: Way,
+    way: MemoryOptions,
     shape: dict[str, Any],
-) -> tuple[Run, Prefilled]:
+) -> tuple[RunPlan, Prefilled]:
     """How memory is used, and the prompt's one forward; ``shape`` as ``graph_build.plan_of``."""
     from ..engine.prefilled import prefill_prompt
     from ..engine.reading import BlockCall
@@ -209,10 +209,10 @@ def graph_command(
         raise typer.BadParameter("--layers goes with --granularity block.")
     pruning = Pruning(mass, threshold, relative, top_k, not no_connected)
     pruning.check()
-    way, output = Way.typed(typed), Output(top, json, out, save, quiet)
+    way, output = MemoryOptions.typed(typed), Output(top, json, out, save, quiet)
     with exit_codes(debug):
 
-        def forward(model: Any, tokens: Tensor) -> tuple[Tensor, tuple[Run, Prefilled]]:
+        def forward(model: Any, tokens: Tensor) -> tuple[Tensor, tuple[RunPlan, Prefilled]]:
             if chosen is not None:
                 _check_layers(chosen, int(model.cfg.n_layers), heads)
             shape = {"granularity": granularity.value, "layers": chosen, "heads": heads}
@@ -223,9 +223,9 @@ def graph_command(
         run.announce(output)
         note = long_note(question, save is not None and not save_pruned)
         if note and not quiet:
-            say(f"Note: {note}")
+            print_err(f"Note: {note}")
         notes = (*question.notes, *filter(None, (run.note, note)))
-        full = made(
+        full = make_graph(
             bridge,
             question,
             rules.value,

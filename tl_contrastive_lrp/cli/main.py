@@ -17,11 +17,11 @@ from .check import check_command
 from .errors import exit_codes
 from .explain import Prepared, explain, prepare
 from .graph import graph_command
-from .memory import Way
+from .memory import MemoryOptions
 from .output import Output
 from .print_attribution import as_json, print_explained, print_json
 from .retype import PROGRAM
-from .terminal import tell
+from .terminal import print_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from .. import __version__
 
-        tell(f"{PROGRAM} {__version__}")
+        print_out(f"{PROGRAM} {__version__}")
         raise typer.Exit
 
 
@@ -107,7 +107,7 @@ def explain_command(
     check_typed(typed)
     if out is not None and out == save:
         raise typer.BadParameter("--out and --save name the same file.")
-    way, output = Way.typed(typed), Output(top, json, out, save, quiet)
+    way, output = MemoryOptions.typed(typed), Output(top, json, out, save, quiet)
     with exit_codes(debug):
 
         def forward(model: Any, tokens: Tensor) -> tuple[Tensor, Prepared]:

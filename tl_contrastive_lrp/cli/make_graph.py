@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from .errors import CliError, not_finite, words_of
-from .memory import Run, Way
+from .memory import MemoryOptions, RunPlan
 from .output import Output
 from .pruning import Pruning
 from .question import Question
@@ -43,7 +43,7 @@ def long_note(question: Question, saves_made: bool) -> str:
     return note
 
 
-def report_run(model: Any, length: int, way: Way) -> Run | str:
+def report_run(model: Any, length: int, way: MemoryOptions) -> RunPlan | str:
     """How memory is used for the report's graph, or why there is none."""
     from ..errors import FileFormatError, ModelStateError
 
@@ -58,7 +58,7 @@ def report_graph(
     question: Question,
     rules: str,
     output: Output,
-    run: Run | str,
+    run: RunPlan | str,
     prefilled: Prefilled | None = None,
 ) -> tuple[AttributionGraph | None, str]:
     """The graph for the report of ``explain``, pruned and connected, or None; and a note on it.
@@ -79,7 +79,7 @@ def report_graph(
     long = is_long(question)
     pruning = Pruning(mass=DEFAULT_MASS, top_k=REPORT_EDGES) if long else Pruning()
     try:
-        graph = made(
+        graph = make_graph(
             model, question, rules, output, run, pruning if long else None, prefilled=prefilled
         )
         kept = pruning.of(graph)
@@ -100,12 +100,12 @@ def report_graph(
         return None, "The report has no graph: there was not enough memory for it."
 
 
-def made(
+def make_graph(
     model: Any,
     question: Question,
     rules: str,
     output: Output,
-    run: Run,
+    run: RunPlan,
     pruning: Pruning | None = None,
     **options: Any,
 ) -> AttributionGraph:

@@ -16,14 +16,14 @@ import typer
 
 from .errors import CliError, Code
 from .output import Output, check_parent
-from .terminal import say
+from .terminal import print_err
 
 if TYPE_CHECKING:
-    from ..engine.memory import Choice, Memory
+    from ..engine.memory import Memory, MemoryPlan
 
 
 @dataclass(frozen=True)
-class Way:
+class MemoryOptions:
     """The options ``--memory``, ``--tile`` and ``--checkpoint-dir``."""
 
     memory: Memory = "auto"
@@ -31,7 +31,7 @@ class Way:
     checkpoint_dir: Path | None = None
 
     @classmethod
-    def typed(cls, options: dict[str, Any]) -> Way:
+    def typed(cls, options: dict[str, Any]) -> MemoryOptions:
         """Of the options of a command.
 
         Raises:
@@ -57,7 +57,9 @@ class Way:
             raise CliError(Code.FILE, f"--checkpoint-dir {self.checkpoint_dir} is a file.")
         check_parent(self.checkpoint_dir, "--checkpoint-dir")
 
-    def run(self, model: Any, length: int, kind: str, *, plain_only: str = "", **graph: Any) -> Run:
+    def run(
+        self, model: Any, length: int, kind: str, *, plain_only: str = "", **graph: Any
+    ) -> RunPlan:
         """What one run is told, and what it will do.
 
         Args:
@@ -71,7 +73,7 @@ class Way:
             FileFormatError: the folder holds something else.
             ModelStateError: only the plain way is possible, and it does not fit.
         """
-        from ..engine.memory import choose, instead
+        from ..engine.memory import choose, require_plain_fits
 
         way, folder = self, None if self.checkpoint_dir is None else self.checkpoint_dir / kind
         if folder is not None and folder.is_dir():
@@ -82,18 +84,18 @@ class Way:
                 way = replace(way, memory="tiled", tile=way.tile or begun)
         choice = choose(model, length, way.memory, way.tile, **graph)
         if plain_only and choice.tile is not None:
-            choice = instead(choice, plain_only)
+            choice = require_plain_fits(choice, plain_only)
         if choice.tile is None:
             folder = None
-        return Run(way, choice, folder)
+        return RunPlan(way, choice, folder)
 
 
 @dataclass(frozen=True)
-class Run:
+class RunPlan:
     """One run: the options, what is estimated and chosen, and its folder if it keeps one."""
 
-    way: Way
-    choice: Choice
+    way: MemoryOptions
+    choice: MemoryPlan
     folder: Path | None
 
     @property
@@ -129,9 +131,9 @@ class Run:
     def announce(self, output: Output) -> None:
         """Say on stderr, before a run that may take long, what was chosen."""
         if output.spins and (said := self.said()):
-            say(said)
+            print_err(said)
         if not output.quiet and self.note:
-            say(f"Note: {self.note}")
+            print_err(f"Note: {self.note}")
 
     def options(self) -> dict[str, Any]:
         """For ``attribute`` and ``attribution_graph``; makes the folder's parent."""
@@ -159,10 +161,12 @@ class Run:
         except KeyboardInterrupt:
             if self.folder is not None:
                 done = len(list(self.folder.glob("block_*.safetensors")))
-                say(
+                print_err(
                     f"Finished blocks ({done}) are kept in {self.folder}: the same command goes on "
                     "from there."
                 )
             elif self.tiles:
-                say("Nothing is kept. With --checkpoint-dir FOLDER a run can be taken up again.")
+                print_err(
+                    "Nothing is kept. With --checkpoint-dir FOLDER a run can be taken up again."
+                )
             raise

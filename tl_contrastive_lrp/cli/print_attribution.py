@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..inputs.token_text import printed
 from .output import Output
-from .terminal import shown, table, tell
+from .terminal import print_out, shown, table
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from ..attribution.result import Attribution
     from ..graph.data import AttributionGraph
-    from .memory import Run
+    from .memory import RunPlan
     from .question import Question
     from .results import Explained
 
@@ -60,25 +60,27 @@ def _percent(share: float) -> str:
     return f"{100 * share:+.1f} %" if math.isfinite(share) else "-"
 
 
-def print_question(question: Question, result: Attribution | AttributionGraph, run: Run) -> None:
+def print_question(
+    question: Question, result: Attribution | AttributionGraph, run: RunPlan
+) -> None:
     """Model, tokens and Δℓ in words, on stdout."""
     target, contrast = question.side(question.target), question.side(question.contrast)
     last = question.pos == question.n_tokens - 1
     where = "after the last token" if last else f"after position {question.pos}"
-    tell(
+    print_out(
         f"{question.model_name}: {question.n_tokens:,} tokens, rules {result.rules}, "
         f"{question.dtype} on {question.device}"
     )
     if said := run.said(result.memory):
-        tell(said)
-    tell(f"Why {target} and not {contrast}, {where}?")
-    tell(
+        print_out(said)
+    print_out(f"Why {target} and not {contrast}, {where}?")
+    print_out(
         f"Δℓ = {question.logit_of(question.target)} − {question.logit_of(question.contrast)} "
         f"= ({result.target_logit:.4f}) − ({result.contrast_logit:.4f}) = {_number(result.delta)}"
     )
     if result.delta < 0:
-        tell(f"Δℓ is negative: the model prefers {contrast}.")
-    tell(f"Positive relevance pushes towards {target}, negative towards {contrast}.")
+        print_out(f"Δℓ is negative: the model prefers {contrast}.")
+    print_out(f"Positive relevance pushes towards {target}, negative towards {contrast}.")
 
 
 def print_explained(explained: Explained, output: Output, decisive: Sequence[int] = ()) -> None:
@@ -107,17 +109,17 @@ def print_explained(explained: Explained, output: Output, decisive: Sequence[int
             row.append("yes" if int(row[0]) in decisive else "")
     table(columns, rows, dim=[greyed[row["pos"]] for row in top])
     if any(greyed[row["pos"]] for row in top):
-        tell("* special or first token: shown grey in the report and left out of its colours.")
-    tell(
+        print_out("* special or first token: shown grey in the report and left out of its colours.")
+    print_out(
         f"These are the {len(rows)} of {n} tokens with the largest relevance; all {n} together "
         f"carry {_percent(result.ledger.share_to_tokens)} of Δℓ."
     )
     if output.save is not None:
-        tell(f"Result: {output.save}")
+        print_out(f"Result: {output.save}")
     if output.out is not None:
-        tell(f"Report: {output.out}")
+        print_out(f"Report: {output.out}")
     else:
-        tell("Add --out report.html for a page with every token, layer and head.")
+        print_out("Add --out report.html for a page with every token, layer and head.")
 
 
 def finite(value: float) -> float | None:
@@ -126,7 +128,7 @@ def finite(value: float) -> float | None:
 
 
 def question_as_json(
-    question: Question, result: Attribution | AttributionGraph, run: Run, status: str
+    question: Question, result: Attribution | AttributionGraph, run: RunPlan, status: str
 ) -> dict[str, Any]:
     """What the JSON objects of ``explain`` and ``graph`` have in common."""
     from .. import __version__

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .output import Output
 from .print_attribution import candidate_rows, finite, print_question, question_as_json
 from .results import Graphed
-from .terminal import shown, table, tell
+from .terminal import print_out, shown, table
 
 if TYPE_CHECKING:
     from ..graph.data import AttributionGraph
@@ -120,42 +120,42 @@ def print_graphed(graphed: Graphed, output: Output, saved_pruned: bool) -> None:
     print_question(graphed.question, full, graphed.run)
     account = _account(graphed)
     whole, rest = account["full"], account["kept"]
-    tell()
+    print_out()
     split = ", split by head and path" if full.head is not None else ""
     nodes = "" if whole["nodes"] is None else f"{whole['nodes']:,} nodes, "
-    tell(
+    print_out(
         f"Full graph: {len(full.sites)} sites, {nodes}{whole['edges']:,} edges{split}, "
         f"Σ|weight| {whole['mass']:.4g} logits"
     )
     if full.node_threshold:
         said = _said(_size(full.node_threshold, full.delta))
-        tell(f"Hidden states of |relevance| up to {said} were not expanded.")
+        print_out(f"Hidden states of |relevance| up to {said} were not expanded.")
     for step in kept.history:
-        tell(f"Pruned by {_step(step)}")
-    tell(
+        print_out(f"Pruned by {_step(step)}")
+    print_out(
         f"Left: {rest['nodes']:,} nodes, {rest['edges']:,} edges ({_share(rest['edge_share'])}) "
         f"with {_share(rest['mass_share'])} of Σ|weight|"
     )
-    tell(
+    print_out(
         f"Weakest edge kept: {_said(rest['weakest_kept'])}; strongest left out: "
         f"{_said(rest['strongest_left_out'])}"
     )
-    tell()
+    print_out()
     if len(graphed.paths):
         of = "graph as it was made" if full.history else "full graph"
-        tell(f"Strongest paths of the {of}, from the prompt to the prediction, in logits:")
+        print_out(f"Strongest paths of the {of}, from the prompt to the prediction, in logits:")
     for line in str(graphed.paths).split("\n"):
-        tell(line)
-    tell()
-    tell("The pruned graph, site by site:")
+        print_out(line)
+    print_out()
+    print_out("The pruned graph, site by site:")
     _print_sites(kept)
     if output.save is not None:
         made = "Graph as it was made" if full.history else "Full graph"
-        tell(f"{'Pruned graph' if saved_pruned else made}: {output.save}")
+        print_out(f"{'Pruned graph' if saved_pruned else made}: {output.save}")
     if output.out is not None:
-        tell(f"Page: {output.out}")
+        print_out(f"Page: {output.out}")
     else:
-        tell("Add --out graph.html for a picture of the pruned graph.")
+        print_out("Add --out graph.html for a picture of the pruned graph.")
 
 
 def _print_sites(kept: AttributionGraph) -> None:
@@ -184,7 +184,7 @@ def _print_sites(kept: AttributionGraph) -> None:
             )
         )
     table(columns, rows)
-    tell(
+    print_out(
         "stay: share of Σ|weight| that stays at its position; lookback: mean distance of an edge, "
         "in tokens; hub: the position that exchanges most with others."
     )

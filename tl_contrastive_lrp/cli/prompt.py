@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CliError, Code, typed_words
-from .terminal import plain, say
+from .terminal import plain, print_err
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ def read_prompt(prompt: str | None, file: str | None, strip_newline: bool) -> st
 def _decoded(file: str) -> str:
     if file == "-":
         if sys.stdin.isatty():
-            say("Type the prompt; Ctrl-D on an empty line ends it.")
+            print_err("Type the prompt; Ctrl-D on an empty line ends it.")
         data, what = sys.stdin.buffer.read(), "Standard input"
     else:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .memory import Run
+from .memory import RunPlan
 from .question import Question
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class Explained:
 
     question: Question
     result: Attribution
-    run: Run
+    run: RunPlan
     notes: tuple[str, ...] = ()
 
 
@@ -36,5 +36,5 @@ class Graphed:
     made: AttributionGraph
     kept: AttributionGraph
     paths: Paths
-    run: Run
+    run: RunPlan
     notes: tuple[str, ...]

@@ -36,19 +36,19 @@ def plain(text: str) -> str:
 def shown(token: str) -> str:
     """A token on one line, its spaces and newlines visible, as the report shows it.
 
-    For ``tell``, ``say`` and ``table``, which make it safe to print.
+    For ``print_out``, ``print_err`` and ``table``, which make it safe to print.
     """
     from ..render.text import visible
 
     return visible(token)
 
 
-def say(message: str) -> None:
+def print_err(message: str) -> None:
     """One message on stderr, as it is."""
     print(plain(message), file=sys.stderr)
 
 
-def tell(line: str = "") -> None:
+def print_out(line: str = "") -> None:
     """One line on stdout, unwrapped, so that it can be copied."""
     print(plain(line))
 

@@ -44,7 +44,7 @@ _BY_EDGE = 40  # bytes of an edge's columns, and of putting them together
 
 
 @dataclass(frozen=True)
-class Choice:
+class MemoryPlan:
     """How a run uses memory.
 
     Attributes:
@@ -122,7 +122,7 @@ def _malloc_trim() -> Callable[[int], int] | None:
     return found
 
 
-def give_back(tile: int = 0) -> None:
+def trim_heap(tile: int = 0) -> None:
     """Have the C library give memory that is free inside the process back to the system.
 
     Tensors whose size changes from tile to tile leave holes that glibc keeps, more than a GiB of
@@ -185,7 +185,7 @@ def choose(
     *,
     graphs: int = 0,
     by_head: bool = False,
-) -> Choice:
+) -> MemoryPlan:
     """Plain or tiled, and the size of tiles.
 
     Args:
@@ -209,11 +209,11 @@ def choose(
     need = plain_bytes(model, length, graphs=graphs, by_head=by_head)
     fits = need <= _SAFE * free
     if memory == "plain" or (memory == "auto" and fits):
-        return Choice(None, need, free)
-    return Choice(tile or tile_for(model, length, free), need, free, given=tile is not None)
+        return MemoryPlan(None, need, free)
+    return MemoryPlan(tile or tile_for(model, length, free), need, free, given=tile is not None)
 
 
-def cannot(choice: Choice, reason: object) -> str:
+def cannot(choice: MemoryPlan, reason: object) -> str:
     """What to say where tiles were asked for and do not work."""
     need, free = gib(choice.plain_bytes), gib(choice.free_bytes)
     return (
@@ -222,7 +222,7 @@ def cannot(choice: Choice, reason: object) -> str:
     )
 
 
-def instead(choice: Choice, reason: str) -> Choice:
+def require_plain_fits(choice: MemoryPlan, reason: str) -> MemoryPlan:
     """The plain way where tiles do not work.
 
     Raises:
@@ -234,11 +234,11 @@ def instead(choice: Choice, reason: str) -> Choice:
             f"{gib(choice.free_bytes)} are free; in tiles it cannot run: {reason} Shorten the "
             "prompt, or give memory='plain' to try all the same."
         )
-    return Choice(None, choice.plain_bytes, choice.free_bytes, f"not in tiles: {reason}")
+    return MemoryPlan(None, choice.plain_bytes, choice.free_bytes, f"not in tiles: {reason}")
 
 
 def require_room(
-    transitions: int, length: int, pruned: object, memory: Memory, choice: Choice
+    transitions: int, length: int, pruned: object, memory: Memory, choice: MemoryPlan
 ) -> None:
     """Refuse a full graph whose edges alone would not fit.
 

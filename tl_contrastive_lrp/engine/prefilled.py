@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import TokenError
 from ..rules.rule_sets import RuleSet, get_rule_set
 from ..rules.threads import one_at_a_time
-from .memory import Choice, cannot, instead
+from .memory import MemoryPlan, cannot, require_plain_fits
 from .plain import Forward, forward
 from .reading import Reading, Slots
 from .tiled.run import TiledForward, forward_in_tiles
@@ -50,7 +50,7 @@ class Prefilled:
     rule_set: RuleSet
     pos: int
     logits: Float[Tensor, " vocab"]
-    choice: Choice
+    choice: MemoryPlan
     why_plain: str
     plain: Forward | None
     tiled: TiledForward | None
@@ -81,7 +81,7 @@ def prefill_prompt(
     tokens: Tensor,
     rules: str | RuleSet,
     readings: Iterable[Reading],
-    choice: Choice,
+    choice: MemoryPlan,
     *,
     may_fall_back: bool,
     pos: int = -1,
@@ -122,7 +122,7 @@ def prefill_prompt(
         except NotTileable as error:
             if not may_fall_back:
                 raise NotTileable(cannot(choice, error)) from error
-            choice, why = instead(choice, str(error)), str(error)
+            choice, why = require_plain_fits(choice, str(error)), str(error)
         else:
             assert tiled.prefill is not None
             logits = tiled.prefill.logits()[0, 0].detach()

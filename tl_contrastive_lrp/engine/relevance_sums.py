@@ -17,7 +17,7 @@ from ..rules.precision import NOTABLE, underflow
 from .reading import Reading, relevance_of
 
 
-class Sums:
+class RelevanceSums:
     """Readings that keep sums of relevance, by name, of one backward after the other."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class Sums:
             )
 
 
-def add_heads(sums: Sums, model: Any, layer: int) -> str:
+def add_heads(sums: RelevanceSums, model: Any, layer: int) -> str:
     """Sum a block's relevance by head, [head, pos]; returns the name it is kept under.
 
     Heads are read at ``hook_z``; where TransformerLens has none or splits it into other heads than

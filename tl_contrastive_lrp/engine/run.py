@@ -12,9 +12,9 @@ from torch import Tensor
 from ..hooks.coverage import Coverage
 from ..inputs.objective import described
 from ..rules.rule_sets import RuleSet
-from .memory import Choice, cannot, instead
+from .memory import MemoryPlan, cannot, require_plain_fits
 from .plain import run_each
-from .relevance_sums import Sums
+from .relevance_sums import RelevanceSums
 
 if TYPE_CHECKING:
     from .prefilled import Prefilled
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Ran:
+class RunResult:
     """What either way gives.
 
     Attributes:
@@ -53,27 +53,27 @@ class Ran:
         return facts | {"objective": str(objective)}
 
 
-def tiled(result: TiledResult, objective: Callable[[Tensor], Tensor]) -> Ran:
+def tiled(result: TiledResult, objective: Callable[[Tensor], Tensor]) -> RunResult:
     """Of one objective's result."""
     local = None if result.objective is objective else result.objective
     memory = f"tiled (tile {result.tile})"
-    return Ran(result.logits, result.value, result.coverage, result.kept, memory, local)
+    return RunResult(result.logits, result.value, result.coverage, result.kept, memory, local)
 
 
-def run_chosen(
+def run(
     model: Any,
     tokens: Tensor,
     objectives: Sequence[Callable[[Tensor], Tensor]],
     rule_set: str | RuleSet,
-    sums: Sums,
-    choice: Choice,
+    sums: RelevanceSums,
+    choice: MemoryPlan,
     *,
     may_fall_back: bool,
     progress: bool,
     checkpoint_dir: str | os.PathLike[str] | None,
     settings: str,
     prefilled: Prefilled | None = None,
-) -> list[Ran]:
+) -> list[RunResult]:
     """Run as ``choice`` says, one forward for all objectives.
 
     Args:
@@ -104,7 +104,7 @@ def run_chosen(
         except NotTileable as error:
             if not may_fall_back:
                 raise NotTileable(cannot(choice, error)) from error
-            choice = instead(choice, str(error))
+            choice = require_plain_fits(choice, str(error))
             sums.clear()
     kept: list[dict[str, Tensor]] = []
     logits, values, coverage = run_each(
@@ -113,6 +113,6 @@ def run_chosen(
         shared=prefilled.plain if prefilled is not None else None,
     )  # fmt: skip
     return [
-        Ran(logits, value, coverage, found, choice.memory)
+        RunResult(logits, value, coverage, found, choice.memory)
         for value, found in zip(values, kept, strict=True)
     ]

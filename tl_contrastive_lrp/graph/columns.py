@@ -227,7 +227,7 @@ def first_disorder(keys: Sequence[Int[Tensor, " edge"]]) -> int | None:
 
 POSITION, VALUE, KEY = 0, 1, 2
 
-PATHS = ("position", "value", "key")
+EDGE_KINDS = ("position", "value", "key")
 
 
 def slots(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..hooks.coverage import Coverage
 from ..inputs.objective import check_earlier
-from .columns import DTYPES, ORDER, PATHS, POSITION, EdgeColumns, first_disorder, in_order
+from .columns import DTYPES, EDGE_KINDS, ORDER, POSITION, EdgeColumns, first_disorder, in_order
 from .graph import GraphTools
 from .prune_history import PruneStep
 
@@ -383,7 +383,7 @@ def _check_columns(graph: AttributionGraph) -> None:
         return
     sites, pos = len(graph.sites), len(graph.str_tokens)
     limits = {"source_site": sites, "target_site": sites, "source_pos": pos, "target_pos": pos}
-    for name, limit in {**limits, "path": len(PATHS)}.items():
+    for name, limit in {**limits, "path": len(EDGE_KINDS)}.items():
         if name in keys:
             low, high = (int(v) for v in torch.aminmax(keys[name]))
             if low < 0 or high >= limit:

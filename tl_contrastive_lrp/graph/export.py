@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..files import FileKind, damage_named, read_result, write_result, written_whole
 from ..hooks.coverage import coverage_from
-from .columns import ORDER, PATHS
+from .columns import EDGE_KINDS, ORDER
 from .data import AttributionGraph
-from .prune_history import Kept, PruneStep
+from .prune_history import PruneStep, TransitionKept
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -59,7 +59,9 @@ def load(path: str | os.PathLike[str]) -> AttributionGraph:
 
 def _step(data: dict[str, Any]) -> PruneStep:
     parameters = tuple((name, value) for name, value in data["parameters"])
-    return PruneStep(data["name"], parameters, tuple(Kept(**row) for row in data["transitions"]))
+    return PruneStep(
+        data["name"], parameters, tuple(TransitionKept(**row) for row in data["transitions"])
+    )
 
 
 def facts(graph: AttributionGraph) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def _edges(graph: AttributionGraph) -> list[tuple[Any, Any, dict[str, Any]]]:
         ]
     columns += [graph.head.tolist(), graph.path.tolist()]
     return [
-        ((names[s], i), (names[t], j), {"weight": w, "head": head, "path": PATHS[path]})
+        ((names[s], i), (names[t], j), {"weight": w, "head": head, "path": EDGE_KINDS[path]})
         for s, t, i, j, w, head, path in zip(*columns, strict=True)
     ]
 

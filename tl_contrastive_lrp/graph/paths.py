@@ -39,7 +39,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .columns import PATHS
+from .columns import EDGE_KINDS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -320,7 +320,7 @@ def _path(graph: AttributionGraph, edges: tuple[int, ...], shares: Tensor) -> Pa
         relevance=tuple(graph.relevance[sites, positions].tolist()),
         weights=tuple(graph.weight[index].tolist()),
         heads=None if head is None else tuple(head[index].tolist()),
-        kinds=None if path is None else tuple(PATHS[p] for p in path[index].tolist()),
+        kinds=None if path is None else tuple(EDGE_KINDS[p] for p in path[index].tolist()),
         strength=strength,
         share=strength / graph.delta if graph.delta else float("nan"),
     )

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Kept:
+class TransitionKept:
     """What a step kept of one transition. Masses are Σ|weight| in logits.
 
     Attributes:
@@ -41,7 +41,7 @@ class PruneStep:
 
     name: str
     parameters: tuple[tuple[str, float | int | str | None], ...]
-    transitions: tuple[Kept, ...]
+    transitions: tuple[TransitionKept, ...]
 
     @property
     def edges_before(self) -> int:
@@ -71,7 +71,7 @@ class PruneStep:
         there was no mass)."""
         import pandas as pd
 
-        columns = list(Kept.__dataclass_fields__)
+        columns = list(TransitionKept.__dataclass_fields__)
         frame = pd.DataFrame([vars(row) for row in self.transitions], columns=columns)
         share = frame["mass_kept"] / frame["mass_before"]
         return frame.assign(share_kept=share.where(frame["mass_before"] > 0, 1.0))

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..inputs.objective import in_words
-from .prune_history import Kept, PruneStep
+from .prune_history import PruneStep, TransitionKept
 
 if TYPE_CHECKING:
     from .data import AttributionGraph
@@ -150,7 +150,7 @@ def step_of(
         before = slice(None) if among is None else among[part]
         after = mask[part] if among is None else mask[part] & among[part]
         rows.append(
-            Kept(
+            TransitionKept(
                 source,
                 target,
                 len(size) if among is None else int(among[part].sum()),
@@ -278,7 +278,7 @@ def _listed(values: list[Any], most: int = 12) -> str:
 
 
 @dataclass(frozen=True)
-class Rule:
+class PruneRule:
     """At most one of: cumulative share of mass, |weight| above a threshold, so many largest.
 
     Raises:
@@ -304,7 +304,7 @@ class Rule:
     def __bool__(self) -> bool:
         return any(x is not None for x in (self.mass, self.threshold, self.top_k))
 
-    def step(self, kept: list[Kept], delta: float) -> PruneStep:
+    def step(self, kept: list[TransitionKept], delta: float) -> PruneStep:
         """The account of what the rule did, as ``prune.py`` gives it."""
         rows = tuple(kept)
         if self.mass is not None:

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..inputs.float64 import with_float64
-from .prune_history import Kept
-from .pruning import Rule, fewest, largest
+from .prune_history import TransitionKept
+from .pruning import PruneRule, fewest, largest
 
 # Slack for adding up in another order than the final choice does.
 _CAREFUL = 1 - 1e-9
@@ -41,7 +41,7 @@ def _edge(index: int, dtype: torch.dtype) -> float:
 
 
 @dataclass(eq=False)
-class Selection:
+class StreamingSelection:
     """One transition's edges.
 
     Attributes:
@@ -49,7 +49,7 @@ class Selection:
         edges, mass: Number of entries seen, and Σ|weight| in logits.
     """
 
-    rule: Rule
+    rule: PruneRule
     edges: int = 0
     mass: float = 0.0
     _tau: float = 0.0
@@ -158,13 +158,13 @@ class Selection:
         return columns | {"edges": counted, "mass": mass}
 
     @classmethod
-    def restored(cls, rule: Rule, tensors: dict[str, Tensor]) -> Selection:
+    def restored(cls, rule: PruneRule, tensors: dict[str, Tensor]) -> StreamingSelection:
         """From ``saved``; choosing again among what was chosen changes nothing."""
         made = cls(rule, int(tensors["edges"]), float(tensors["mass"]))
         made._parts = [tuple(tensors[f"column{i}"] for i in range(len(tensors) - 2))]
         return made
 
-    def account(self, source: int, target: int, weights: Tensor) -> Kept:
+    def account(self, source: int, target: int, weights: Tensor) -> TransitionKept:
         """What was kept, between these sites."""
         kept = float(weights.abs().sum(dtype=torch.float64))
-        return Kept(source, target, self.edges, len(weights), self.mass, kept)
+        return TransitionKept(source, target, self.edges, len(weights), self.mass, kept)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .columns import PATHS
+from .columns import EDGE_KINDS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +36,7 @@ def edge_frame(graph: AttributionGraph) -> pd.DataFrame:
         "weight": graph.weight.numpy(),
     }
     if graph.head is not None and graph.path is not None:
-        columns |= {"head": graph.head.numpy(), "path": _named(graph.path, PATHS)}
+        columns |= {"head": graph.head.numpy(), "path": _named(graph.path, EDGE_KINDS)}
     # A copy, so that what is written into the table does not reach the frozen graph.
     return pd.DataFrame(columns, copy=True)
 
@@ -86,7 +86,7 @@ def _chosen(
     if head is not None:
         chosen &= graph.head[part] == head
     if path is not None:
-        if path not in (*PATHS, *range(len(PATHS))):
+        if path not in (*EDGE_KINDS, *range(len(EDGE_KINDS))):
             raise ValueError(f"path={path!r} is none of {PATHS}.")
-        chosen &= graph.path[part] == (PATHS.index(path) if isinstance(path, str) else path)
+        chosen &= graph.path[part] == (EDGE_KINDS.index(path) if isinstance(path, str) else path)
     return chosen

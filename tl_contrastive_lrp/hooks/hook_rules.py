@@ -25,7 +25,7 @@ from ..rules import functions as rules
 from ..rules.rule_sets import RuleSet
 from ..rules.threads import caller
 from .audit import operations as ops
-from .audit.detached import Cuts
+from .audit.detached import DetachedValues
 from .audit.walk import UNHALVED, Found, Info, Node, State, Walker
 from .by_operation import marks
 from .by_operation.mode import OperationRules
@@ -279,7 +279,7 @@ class HookWatch:
         origin = _Origin(given, self._leaves, self._begun)
         was_computed = any(map(origin.computed, given))
         operations = _HookOperations(self._rule_set, origin)
-        cuts = Cuts(lambda: None, origin.computed)
+        cuts = DetachedValues(lambda: None, origin.computed)
         with operations.on(), cuts:
             returned = run()
         after = marks.tensors((output if returned is None else returned,))
@@ -318,7 +318,7 @@ class HookWatch:
         user: Any,
         walker: _HookWalker,
         operations: _HookOperations,
-        cuts: Cuts,
+        cuts: DetachedValues,
         was_computed: bool,
         kept: bool,
     ) -> None:

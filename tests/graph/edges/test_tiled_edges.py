@@ -14,8 +14,8 @@ from truth.families import FAMILIES, boot, random_tokens
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.graph.columns import EdgeColumns
-from tl_contrastive_lrp.graph.pruning import Rule
-from tl_contrastive_lrp.graph.streaming_prune import Selection
+from tl_contrastive_lrp.graph.pruning import PruneRule
+from tl_contrastive_lrp.graph.streaming_prune import StreamingSelection
 
 TILED: dict[str, Any] = {"memory": "tiled", "tile": 7, "progress": False}
 COLUMNS = ("source_site", "target_site", "source_pos", "target_pos")
@@ -113,15 +113,15 @@ def test_what_tiles_cannot_do_is_refused() -> None:
 # ---------------------------------------------------------------- streaming alone
 
 
-def streamed(matrix: Tensor, rule: Rule, bounds: list[int]) -> Selection:
+def streamed(matrix: Tensor, rule: PruneRule, bounds: list[int]) -> StreamingSelection:
     """Rows in tiles, the last ones first, each as wide as causality lets it be."""
-    found = Selection(rule)
+    found = StreamingSelection(rule)
     for start, stop in reversed(list(pairwise(bounds))):
         found.add(matrix[start:stop, :stop], start, 0, start * (start + 1) // 2)
     return found
 
 
-def dense(matrix: Tensor, rule: Rule) -> clrp.AttributionGraph:
+def dense(matrix: Tensor, rule: PruneRule) -> clrp.AttributionGraph:
     """The same by the pruning rules of whole graphs."""
     n = len(matrix)
     columns = EdgeColumns()
@@ -146,13 +146,13 @@ def draw(kind: str, n: int, seed: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("kind", ["ties", "heavy", "even", "late"])
 @pytest.mark.parametrize(
     "rule",
-    [Rule(mass=p) for p in (0.0, 0.05, 0.5, 0.85, 0.999, 1.0)]
-    + [Rule(top_k=k) for k in (0, 1, 40, 10**6)]
-    + [Rule(threshold=t) for t in (0.0, 1.0, 3.0)],
+    [PruneRule(mass=p) for p in (0.0, 0.05, 0.5, 0.85, 0.999, 1.0)]
+    + [PruneRule(top_k=k) for k in (0, 1, 40, 10**6)]
+    + [PruneRule(threshold=t) for t in (0.0, 1.0, 3.0)],
     ids=str,
 )
 def test_streaming_chooses_what_the_whole_matrix_would(
-    rule: Rule, kind: str, dtype: torch.dtype
+    rule: PruneRule, kind: str, dtype: torch.dtype
 ) -> None:
     for seed, bounds in enumerate(([0, 60], [0, 1, 9, 10, 33, 60], list(range(61)))):
         matrix = draw(kind, 60, seed, dtype)
@@ -168,10 +168,10 @@ def test_streaming_chooses_what_the_whole_matrix_would(
         assert account.mass_kept == pytest.approx(step.mass_kept, rel=1e-12)
 
 
-@pytest.mark.parametrize("rule", [Rule(mass=0.85), Rule(top_k=50)], ids=str)
-def test_what_cannot_be_kept_is_dropped_on_the_way(rule: Rule) -> None:
+@pytest.mark.parametrize("rule", [PruneRule(mass=0.85), PruneRule(top_k=50)], ids=str)
+def test_what_cannot_be_kept_is_dropped_on_the_way(rule: PruneRule) -> None:
     matrix = draw("heavy", 400, 0, torch.float32)
-    found, most = Selection(rule), 0
+    found, most = StreamingSelection(rule), 0
     for start in range(380, -1, -20):
         found.add(matrix[start : start + 20, : start + 20], start, 0, start * (start + 1) // 2)
         most = max(most, sum(len(part[2]) for part in found._parts))
@@ -182,4 +182,4 @@ def test_a_weight_that_is_no_number_is_refused() -> None:
     matrix = torch.ones(3, 3)
     matrix[2, 1] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
-        Selection(Rule()).add(matrix, 0, 0, 0)
+        StreamingSelection(PruneRule()).add(matrix, 0, 0, 0)

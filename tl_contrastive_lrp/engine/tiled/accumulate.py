@@ -27,7 +27,7 @@ def laid_out(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 @dataclass(eq=False)
-class Joined:
+class TileAccumulator:
     """What was read of one objective's backward, by name.
 
     Attributes:
@@ -71,7 +71,7 @@ def _axis(name: str) -> int:
 
 
 @dataclass(eq=False)
-class Signal:
+class BackwardState:
     """One objective's backward.
 
     Attributes:
@@ -82,4 +82,4 @@ class Signal:
 
     value: Tensor
     g: Tensor
-    joined: Joined
+    joined: TileAccumulator

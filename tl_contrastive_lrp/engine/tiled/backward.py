@@ -23,10 +23,10 @@ from ...hooks.attachment import Attachment, HookFn
 from ...hooks.placement import attached, reading_hooks
 from ...rules.functions import at_least_float32
 from ...rules.precision import LOW, WideGradient, plain
-from ..memory import give_back
+from ..memory import trim_heap
 from ..reading import Reading, arranged
-from ..relevance_sums import Sums
-from .accumulate import Joined, Signal, laid_out
+from ..relevance_sums import RelevanceSums
+from .accumulate import BackwardState, TileAccumulator, laid_out
 from .prefill import Prefill, first_of
 
 
@@ -42,7 +42,7 @@ class TileReader(Protocol):
 
     def begin_tile(self, layer: int, tile: int, cache: Any) -> None: ...
 
-    def end_tile(self, layer: int, tile: int, joined: Joined, which: int) -> None: ...
+    def end_tile(self, layer: int, tile: int, joined: TileAccumulator, which: int) -> None: ...
 
     def end_layer(self, layer: int) -> None: ...
 
@@ -95,10 +95,10 @@ class Backward:
         self,
         model: Any,
         attachments: tuple[Attachment, ...],
-        sums: Sums,
+        sums: RelevanceSums,
         reader: TileReader | None,
         forward: Prefill,
-        signals: Sequence[Signal],
+        signals: Sequence[BackwardState],
         step: Callable[[], object],
         again: bool = False,
     ) -> None:
@@ -119,7 +119,7 @@ class Backward:
         if reader is not None:
             reader.begin_layer(layer, forward)
         for tile in reversed(range(len(forward.bounds))):
-            give_back(tile)
+            trim_heap(tile)
             self._tile(layer, tile, flows, mine, hooks)
             self.step()
         if reader is not None:
@@ -211,7 +211,7 @@ class Backward:
 
     def embeddings(self) -> None:
         """From the first block's input to the embeddings."""
-        found = [Joined(signal.joined.length) for signal in self.signals]
+        found = [TileAccumulator(signal.joined.length) for signal in self.signals]
         for tile, (start, leaves) in enumerate(self.forward.starts):
             own = self.forward.bounds[tile]
             for which, signal in enumerate(self.signals):

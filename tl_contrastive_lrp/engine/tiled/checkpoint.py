@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ...errors import FileFormatError
 from ...rules.precision import LOW
-from ..memory import Choice
-from .accumulate import Signal, laid_out
+from ..memory import MemoryPlan
+from .accumulate import BackwardState, laid_out
 
 _FORMAT = "tl_contrastive_lrp.checkpoint 2"
 
@@ -116,7 +116,9 @@ class Checkpoint:
     def _file(self, layer: int) -> Path:
         return self.path / f"block_{layer}.safetensors"
 
-    def write(self, layer: int, signals: Sequence[Signal], reader: Restorable | None) -> None:
+    def write(
+        self, layer: int, signals: Sequence[BackwardState], reader: Restorable | None
+    ) -> None:
         """Keep what block ``layer`` gave, by objective."""
         from safetensors.torch import save_file
 
@@ -135,7 +137,9 @@ class Checkpoint:
         )
         os.replace(partial, self._file(layer))
 
-    def resume(self, n_layers: int, signals: Sequence[Signal], reader: Restorable | None) -> int:
+    def resume(
+        self, n_layers: int, signals: Sequence[BackwardState], reader: Restorable | None
+    ) -> int:
         """Put back what was finished.
 
         Returns:
@@ -176,7 +180,7 @@ def _close(before: list[float], now: list[float], dtype: torch.dtype) -> bool:
 
 
 def checkpoint_of(
-    directory: str | os.PathLike[str] | None, settings: str, choice: Choice
+    directory: str | os.PathLike[str] | None, settings: str, choice: MemoryPlan
 ) -> tuple[Checkpoint | None, int]:
     """The checkpoint, if one is wanted, and positions a tile: those of the run begun there.
 

@@ -12,7 +12,7 @@ _PACKED_FROM = 4096  # numbers; smaller tensors are kept as they are
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class BitMask:
     """A tensor of two values, a mask, at one bit a number."""
 
     bits: Tensor
@@ -32,7 +32,7 @@ class Packed:
             return tensor
         padded = torch.nn.functional.pad(set_.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
         weights = 2 ** torch.arange(8, device=flat.device, dtype=torch.uint8)
-        return Packed((padded * weights).sum(-1, dtype=torch.uint8), tensor.shape, low, high)
+        return BitMask((padded * weights).sum(-1, dtype=torch.uint8), tensor.shape, low, high)
 
     def unpacked(self) -> Tensor:
         places = torch.arange(8, device=self.bits.device, dtype=torch.uint8)

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ...rules.threads import mine
-from ..memory import give_back
+from ..memory import trim_heap
 from .bounds import Range, is_wanted, tiles_of
-from .masks import Packed
+from .masks import BitMask
 
 if TYPE_CHECKING:
     from .cache import RecordingCache
@@ -86,7 +86,7 @@ class Prefill:
                 return cache
             if value is _HIDDEN:
                 return hidden
-            return value.unpacked() if isinstance(value, Packed) else value
+            return value.unpacked() if isinstance(value, BitMask) else value
 
         args, kwargs = self.calls[layer][tile]
         return tree_map(restored, args), tree_map(restored, kwargs)
@@ -132,7 +132,7 @@ class _Recorder:
         # The same mask goes to many blocks: it is packed once, while the tile holds it alive.
         found = self.packed.get(id(value))
         if found is None or found[0] is not value:
-            found = self.packed[id(value)] = value, Packed.of(value)
+            found = self.packed[id(value)] = value, BitMask.of(value)
         return found[1]
 
     def before(self, layer: int) -> Callable[..., Any]:
@@ -220,7 +220,7 @@ def prefill(
     logits = found.parts
     with recorder.on(model.blocks):
         for tile, (start, stop) in enumerate(bounds):
-            give_back(tile)
+            trim_heap(tile)
             if start >= wanted[-1][1]:  # by causality, without a part in what is wanted
                 step()
                 continue

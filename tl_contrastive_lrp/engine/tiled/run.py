@@ -27,8 +27,8 @@ from ...rules.threads import frozen_parameters
 from ..memory import in_smaller_tiles
 from ..plain import check_value
 from ..reading import Reading, Slots, arranged
-from ..relevance_sums import Sums
-from .accumulate import Joined, Signal
+from ..relevance_sums import RelevanceSums
+from .accumulate import BackwardState, TileAccumulator
 from .backward import Backward, TileReader, as_gradient, is_of_block
 from .bounds import Range, position_of, tiles_of, wanted_positions
 from .checkpoint import Checkpoint
@@ -87,14 +87,14 @@ class _Run:
     model: Any
     tokens: Tensor
     objectives: Objectives
-    sums: Sums
+    sums: RelevanceSums
     reader: TileReader | None
     checkpoint: Checkpoint | None
     attachments: tuple[Attachment, ...]
     coverage: Coverage
     todo: int
     shared: TiledForward | None = None
-    signals: list[Signal] = field(default_factory=list)
+    signals: list[BackwardState] = field(default_factory=list)
 
     def drop_unfinished(self) -> None:
         """Forget what was read of the block that was not finished."""
@@ -108,7 +108,7 @@ def run_tiled(
     tokens: Tensor,
     objectives: Objectives,
     rule_set: str | RuleSet,
-    sums: Sums,
+    sums: RelevanceSums,
     tile: int,
     *,
     reader: TileReader | None = None,
@@ -284,7 +284,9 @@ def _reading(
     return alone, replace(objective, pos=0)
 
 
-def _first_signals(run: _Run, forward: Prefill, values: list[Tensor], again: bool) -> list[Signal]:
+def _first_signals(
+    run: _Run, forward: Prefill, values: list[Tensor], again: bool
+) -> list[BackwardState]:
     """Every objective's gradient at the last block's output, [1, pos, d_model].
 
     What sums read behind the blocks is joined. ``again``: the graph is needed after this.
@@ -303,7 +305,7 @@ def _first_signals(run: _Run, forward: Prefill, values: list[Tensor], again: boo
                 "nothing to explain. Compute it from its argument."
             )
         g = at_least_float32(some.detach()).new_zeros(1, forward.bounds[-1][1], some.shape[-1])
-        joined = Joined(forward.bounds[-1][1])
+        joined = TileAccumulator(forward.bounds[-1][1])
         for i, (tile, final) in enumerate(forward.finals.items()):
             if at_logits[i] is None:
                 continue
@@ -311,7 +313,7 @@ def _first_signals(run: _Run, forward: Prefill, values: list[Tensor], again: boo
             (found,) = torch.autograd.grad(forward.parts[i], [final], part, retain_graph=more)
             g[:, slice(*forward.bounds[tile])] = plain(found).to(g)
             joined.take(run.sums.take(), forward.bounds[tile])
-        signals.append(Signal(value.detach().reshape(()), g, joined))
+        signals.append(BackwardState(value.detach().reshape(()), g, joined))
     run.sums.clear()
     return signals
 

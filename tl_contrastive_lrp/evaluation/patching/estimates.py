@@ -25,7 +25,7 @@ _REDUCE = ("scalar", "mean", "none")
 # A patch changes one factor of a product and leaves the other, so rules that share a product's
 # relevance between its factors ("attnlrp", "gim") estimate half of what it does. RelP halves none
 # in attention; benchmarks/patching.py measures the slopes.
-DEFAULT_RULES = "relp"
+PATCHING_RULES = "relp"
 
 
 @one_at_a_time

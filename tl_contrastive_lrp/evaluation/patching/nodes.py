@@ -29,7 +29,7 @@ from ...rules.rule_sets import RuleSet, get_rule_set
 from ...rules.threads import one_at_a_time, own_hooks
 from .checks import Watched, check_pair, require_point
 from .edges import EdgeReader, check_additive
-from .estimates import DEFAULT_RULES
+from .estimates import PATCHING_RULES
 
 
 def writer_names(n_layers: int) -> list[str]:
@@ -62,7 +62,7 @@ def relevance_patch(
     objective: Callable[[Tensor], Tensor],
     config: EdgeAttributionConfig | None = None,
     *,
-    rules: str | RuleSet = DEFAULT_RULES,
+    rules: str | RuleSet = PATCHING_RULES,
 ) -> AttributionResult:
     """Estimated effect of patching each node, or edge, from the corrupted run towards the clean.
 

@@ -18,7 +18,7 @@ from transformer_lens.patching import make_df_from_ranges
 
 from ...rules.rule_sets import RuleSet
 from .effects import Sweep, heads_of
-from .estimates import DEFAULT_RULES, Metric, Reduce, as_result, estimates, select
+from .estimates import PATCHING_RULES, Metric, Reduce, as_result, estimates, select
 
 
 class RelevancePatch(Protocol):
@@ -82,7 +82,7 @@ def _sweep(name: str, sweep: Sweep, what: str) -> RelevancePatch:
         index_df: pd.DataFrame | None = None,
         return_index_df: bool = False,
         *,
-        rules: str | RuleSet = DEFAULT_RULES,
+        rules: str | RuleSet = PATCHING_RULES,
         reduce: Reduce = "scalar",
         baseline: bool = False,
     ) -> Any:
@@ -157,7 +157,7 @@ def _every(
         clean_cache: Any,
         objective: Metric | Mapping[str, Metric],
         *,
-        rules: str | RuleSet = DEFAULT_RULES,
+        rules: str | RuleSet = PATCHING_RULES,
         reduce: Reduce = "scalar",
         baseline: bool = False,
     ) -> Any:

@@ -13,7 +13,7 @@ from ...engine.memory import free_bytes, gib
 from ...rules.precision import LOW
 
 Verdict = Literal["ok", "attention", "failed", "skipped"]
-Objective = Callable[[Tensor], Tensor]
+ObjectiveFn = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ...inputs.float64 import precise
 from ...rules.precision import in_float32, is_low
 from ...rules.rule_sets import RuleSet
 from ...rules.threads import frozen_parameters, own_hooks
-from .check import Check, Objective, dtype_of, judged, no_room, skipped
+from .check import Check, ObjectiveFn, dtype_of, judged, no_room, skipped
 from .conservation import account_for, leaf_hooks
 
 # ---------------------------------------------------------------- every operation accounted for
@@ -125,7 +125,7 @@ _CONSERVED: dict[torch.dtype, float] = {
 }
 
 
-def check_conservation(model: Any, tokens: Tensor, objective: Objective) -> Check:
+def check_conservation(model: Any, tokens: Tensor, objective: ObjectiveFn) -> Check:
     """Under CP-LRP, is Δℓ = relevance of tokens and positions + what biases took?"""
     account = account_for(model, tokens, objective)
     limit = _CONSERVED[dtype_of(model)]
@@ -147,7 +147,7 @@ def check_conservation(model: Any, tokens: Tensor, objective: Objective) -> Chec
 _GRADIENT = 2e-2
 
 
-def check_gradient(model: Any, tokens: Tensor, objective: Objective) -> Check:
+def check_gradient(model: Any, tokens: Tensor, objective: ObjectiveFn) -> Check:
     """Does the plain gradient at the embeddings see all that the model computes?
 
     Finite differences along a random direction, two step sizes combined to cancel the leading

@@ -13,7 +13,7 @@ from ...engine.reading import Reading, relevance_of
 from ...inputs.bridge import LEAVES
 from ...rules.precision import LOW, in_float32, underflow
 from ...rules.rule_sets import RuleSet
-from .check import Check, Objective, dtype_of, judged, no_room, skipped
+from .check import Check, ObjectiveFn, dtype_of, judged, no_room, skipped
 from .checks import STREAM
 
 
@@ -39,7 +39,7 @@ class Relevance:
 def relevance_at_sites(
     model: Any,
     tokens: Tensor,
-    objective: Objective,
+    objective: ObjectiveFn,
     rule_set: RuleSet,
     other: Relevance | None = None,
 ) -> Relevance:
@@ -125,7 +125,7 @@ def check_precision(model: Any, found: Relevance, exact: Relevance | None, why: 
 
 
 def in_float32_too(
-    model: Any, tokens: Tensor, objective: Objective, rule_set: RuleSet, found: Relevance
+    model: Any, tokens: Tensor, objective: ObjectiveFn, rule_set: RuleSet, found: Relevance
 ) -> tuple[Relevance | None, str]:
     """The same relevance with the same rounded weights in float32, or why not."""
     if dtype_of(model) not in LOW:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, overload
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ...engine.memory import Memory, cannot, choose, instead, plain_bytes, require_room
+from ...engine.memory import Memory, cannot, choose, plain_bytes, require_plain_fits, require_room
 from ...hooks.sites import find_sites
 from ...inputs.bridge import require_bridge
 from ...inputs.objective import questions
@@ -24,7 +24,7 @@ from ...rules.rule_sets import DEFAULT_RULES, RuleSet, get_rule_set
 from ...rules.threads import one_at_a_time
 from ..data import AttributionGraph
 from ..edges.check import require_closed_form
-from ..pruning import Rule
+from ..pruning import PruneRule
 from .plain import plain_graphs
 from .plan import Granularity, GraphPlan, transitions
 
@@ -159,7 +159,7 @@ def attribution_graph(
             details=details,
         ),
         objectives=asked,
-        rule=Rule(mass, threshold, top_k),
+        rule=PruneRule(mass, threshold, top_k),
         node_threshold=node_threshold,
         progress=progress,
         prepended_bos=given.prepended_bos,
@@ -194,7 +194,7 @@ def plan_of(
         sites=sites,
         steps=steps,
         granularity=granularity if layers is None else "custom",
-        rule=Rule(),
+        rule=PruneRule(),
         node_threshold=0.0,
         heads=heads,
         details=details,
@@ -217,12 +217,12 @@ def _made(
         need = plain_bytes(plan.model, length, graphs=graphs, by_head=plan.heads)
         choice = replace(prefilled.choice, plain_bytes=need)
         if prefilled.why_plain:  # there may be no room for the edges, too
-            instead(choice, prefilled.why_plain)
+            require_plain_fits(choice, prefilled.why_plain)
     if choice.tile is not None and any(step.kind == "packed" for step in plan.steps):
         why = "layers=[...] that skip blocks need the plain way."
         if memory == "tiled":
             raise ValueError(why)
-        choice = instead(choice, why)
+        choice = require_plain_fits(choice, why)
     if choice.tile is not None:
         from ...engine.tiled.cache import NotTileable
         from .tiled import tiled_graphs
@@ -234,5 +234,5 @@ def _made(
         except NotTileable as error:
             if memory == "tiled":
                 raise NotTileable(cannot(choice, error)) from error
-            instead(choice, str(error))
+            require_plain_fits(choice, str(error))
     return plain_graphs(plan, prefilled)

@@ -17,7 +17,7 @@ from ...hooks.hook_rules import HookWatch, hooked_points
 from ...inputs.objective import described
 from ..columns import EdgeColumns
 from ..data import AttributionGraph
-from ..edges.batched import packed_edges
+from ..edges.batched import batched_edges
 from ..edges.check import HookedEdges, require_closed_form
 from ..edges.closed_form import BlockEdges, HookedBlock, biased_blocks, edge_readings
 from .plan import GraphPlan
@@ -180,7 +180,7 @@ def _add_packed(
     """The transitions over several blocks."""
     steps = [step for step in plan.steps if step.kind == "packed"]
     ends = [(plan.sites[step.source], plan.sites[step.target]) for step in steps]
-    packed = packed_edges(
+    packed = batched_edges(
         plan.model, plan.tokens, plan.objectives[which], plan.rule_set, ends,
         node_threshold=plan.node_threshold, progress=plan.progress,
     )  # fmt: skip

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...engine.relevance_sums import Sums, add_heads
+from ...engine.relevance_sums import RelevanceSums, add_heads
 from ...hooks.sites import Site
 from ...inputs.bridge import residual_sites, without_neurons
 from ...inputs.objective import positions_of
 from ...inputs.tokens import model_name, special_ids, special_mask, str_tokens
 from ...rules.rule_sets import RuleSet
-from ..pruning import Rule
+from ..pruning import PruneRule
 
 Granularity = Literal["block", "sublayer"]
 
@@ -59,7 +59,7 @@ class GraphPlan:
     sites: tuple[str, ...]
     steps: Sequence[Step]
     granularity: str
-    rule: Rule
+    rule: PruneRule
     node_threshold: float
     heads: bool
     details: bool
@@ -71,9 +71,9 @@ class GraphPlan:
         """Whether neurons are wanted, and there are any."""
         return self.details and without_neurons(self.model) is None
 
-    def sums(self) -> tuple[Sums, list[str]]:
+    def sums(self) -> tuple[RelevanceSums, list[str]]:
         """Readings of all nodes, and under which names heads are kept."""
-        sums, layers = Sums(), range(int(self.model.cfg.n_layers))
+        sums, layers = RelevanceSums(), range(int(self.model.cfg.n_layers))
         for site in self.sites:
             whole = site.endswith("resid_mid")
             reduce: Callable[[Tensor], Tensor] = _by_dimension if self.details else _by_position

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...engine.memory import Choice
+from ...engine.memory import MemoryPlan
 from ...engine.run import tiled
 from ...engine.tiled.checkpoint import checkpoint_of
 from ...engine.tiled.run import TiledResult, run_tiled
 from ..columns import EdgeColumns
 from ..data import AttributionGraph
 from ..edges.tiled import TiledEdges
-from ..prune_history import Kept
-from ..pruning import Rule
-from ..streaming_prune import Selection
+from ..prune_history import TransitionKept
+from ..pruning import PruneRule
+from ..streaming_prune import StreamingSelection
 from .plan import GraphPlan
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def tiled_graphs(
     plan: GraphPlan,
-    choice: Choice,
+    choice: MemoryPlan,
     checkpoint_dir: str | os.PathLike[str] | None,
     prefilled: Prefilled | None = None,
 ) -> list[AttributionGraph]:
@@ -66,11 +66,11 @@ def _graph(
     plan: GraphPlan,
     objective: Callable[[Tensor], Tensor],
     result: TiledResult,
-    edges: dict[int, Selection],
+    edges: dict[int, StreamingSelection],
     by_head: list[str],
 ) -> AttributionGraph:
     relevance, details = plan.nodes(result.kept, by_head)
-    columns, kept = EdgeColumns(with_heads=plan.heads), list[Kept]()
+    columns, kept = EdgeColumns(with_heads=plan.heads), list[TransitionKept]()
     for step in plan.steps:
         if step.kind == "attention":
             found = edges[step.block]
@@ -95,13 +95,15 @@ def _graph(
     )
 
 
-def _diagonal(rule: Rule, source: Tensor, target: Tensor, node_threshold: float) -> Selection:
+def _diagonal(
+    rule: PruneRule, source: Tensor, target: Tensor, node_threshold: float
+) -> StreamingSelection:
     """A transition in which every position keeps to itself, last rows first, in parts.
 
     At threshold 0 also where what arrives adds up to 0: it is what is passed on.
     """
     live = target.abs() > node_threshold if node_threshold else torch.ones_like(target.bool())
-    found, values = Selection(rule), torch.where(live, source, 0)
+    found, values = StreamingSelection(rule), torch.where(live, source, 0)
     for stop in range(len(values), 0, -512):
         start = max(stop - 512, 0)
         found.add(torch.diag(values[start:stop]), start, start, start)

@@ -117,7 +117,7 @@ def edge_by_dimension(
     return (at_least_float32(h) * at_least_float32(g)).cpu()
 
 
-def packed_edges(
+def batched_edges(
     model: Any,
     tokens: Int[Tensor, "1 pos"],
     objective: Callable[[Tensor], Tensor],
@@ -167,7 +167,7 @@ def edges_by_position(
     rule_set: RuleSet,
     transitions: Sequence[tuple[str, str]],
 ) -> list[Float[Tensor, "target source"]]:
-    """As ``packed_edges``, one plain backward a target: for a few tokens, whatever the model does.
+    """As ``batched_edges``, one plain backward a target: for a few tokens, whatever the model does.
 
     Raises:
         ModelStateError, UncoveredComponentError: as ``lrp``.

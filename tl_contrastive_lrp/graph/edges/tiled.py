@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...engine.reading import BlockCall, Reading
-from ...engine.tiled.accumulate import Joined
+from ...engine.tiled.accumulate import TileAccumulator
 from ...engine.tiled.backward import as_gradient
 from ...engine.tiled.cache import Enough, ReplayCache
 from ...engine.tiled.prefill import Prefill
@@ -24,8 +24,8 @@ from ...rules.functions import at_least_float32
 from ...rules.precision import plain
 from ...rules.rule_sets import RuleSet
 from ..columns import slots
-from ..pruning import Rule
-from ..streaming_prune import Selection
+from ..pruning import PruneRule
+from ..streaming_prune import StreamingSelection
 from .closed_form import BlockEdges, biased_blocks, edge_readings, needs_tangents
 from .tangents import block_tangents, dual, tangent_of
 
@@ -114,7 +114,7 @@ class TiledEdges:
         model: Any,
         sites: tuple[Site, ...],
         rule_set: RuleSet,
-        rule: Rule,
+        rule: PruneRule,
         targets: dict[int, str],
         node_threshold: float,
         *,
@@ -124,7 +124,7 @@ class TiledEdges:
         self.model, self.sites, self.rule_set, self.rule = model, sites, rule_set, rule
         self.targets, self.node_threshold, self.heads = targets, node_threshold, heads
         self.biased = biased_blocks(model)
-        self.found: list[dict[int, Selection]] = [{} for _ in range(objectives)]
+        self.found: list[dict[int, StreamingSelection]] = [{} for _ in range(objectives)]
         self._columns: list[Tensor] = []
         self._edges: BlockEdges | None = None
         self._moving: _Moving | None = None
@@ -161,7 +161,7 @@ class TiledEdges:
         self._forward = forward
         length = forward.bounds[-1][1]
         for found in self.found:
-            found[layer] = Selection(self.rule)
+            found[layer] = StreamingSelection(self.rule)
         self._columns = [torch.zeros(length, dtype=torch.float64) for _ in self.found]
         self._moving = None
         if needs_tangents(layer, self.sites, self.rule_set, self.biased):
@@ -173,7 +173,7 @@ class TiledEdges:
         self._edges.clear()
         self._edges._kept.clear()
 
-    def end_tile(self, layer: int, tile: int, joined: Joined, which: int) -> None:
+    def end_tile(self, layer: int, tile: int, joined: TileAccumulator, which: int) -> None:
         """The tile's rows, its diagonal included."""
         assert self._edges is not None
         assert self._forward is not None
@@ -219,4 +219,4 @@ class TiledEdges:
         return self.found[which][layer].saved()
 
     def restore(self, layer: int, which: int, tensors: dict[str, Tensor]) -> None:
-        self.found[which][layer] = Selection.restored(self.rule, tensors)
+        self.found[which][layer] = StreamingSelection.restored(self.rule, tensors)

@@ -37,7 +37,7 @@ _READABLE = {"__get__": "data"}
 _FIRST_ONLY = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 
 
-class Cuts(TorchFunctionMode):
+class DetachedValues(TorchFunctionMode):
     """Follows cut-off values while it is active; ``found`` lists those that were used.
 
     Args:

@@ -20,7 +20,7 @@ from ...inputs.bridge import module_names
 from ...inputs.devices import input_device
 from ...rules.threads import frozen_parameters, mine, own_hooks
 from ..user_hooks import aside, user_hooks
-from .detached import Cuts, repeated_blocks
+from .detached import DetachedValues, repeated_blocks
 from .report import Audit, Finding
 from .walk import Found, walk_graph
 
@@ -98,7 +98,7 @@ def examine(
         stack.enter_context(_leaves_at(model, leaves, inputs))
         stack.enter_context(attach())
         stack.enter_context(owners.watch())
-        cuts = stack.enter_context(Cuts(owners.at_work))
+        cuts = stack.enter_context(DetachedValues(owners.at_work))
         repeated = stack.enter_context(repeated_blocks(model))
         logits = model(tokens)
     walk = walk_graph(logits, inputs.values())
