@@ -8,22 +8,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .attribution.attribute import attribute
-    from .attribution.candidates import next_token_table
-    from .attribution.relevance_cache import run_with_relevance
-    from .attribution.result import Attribution
+    from .attribution import Attribution, attribute, next_token_table, run_with_relevance
     from .demo import DemoCase, load_demo_cases, load_demo_model
-    from .evaluation.circuits.faithfulness import circuit_curve, circuit_faithfulness
-    from .evaluation.circuits.results import CircuitCurve, CircuitFaithfulness
-    from .evaluation.comparison.compare import Comparison, compare
-    from .evaluation.faithfulness import FaithfulnessCurves, baseline_scores, faithfulness_curves
-    from .evaluation.verification.verify import Verification, verify
-    from .graph.assembly.attribution_graph import attribution_graph
-    from .graph.data import AttributionGraph
-    from .hooks.audit.audit import Audit, audit
-    from .hooks.context import coverage, lrp, lrp_hooks
-    from .hooks.coverage import Coverage
-    from .inputs.objective import (
+    from .evaluation import (
+        CircuitCurve,
+        CircuitFaithfulness,
+        Comparison,
+        FaithfulnessCurves,
+        Verification,
+        baseline_scores,
+        circuit_curve,
+        circuit_faithfulness,
+        compare,
+        faithfulness_curves,
+        verify,
+    )
+    from .graph import AttributionGraph, attribution_graph
+    from .hooks import Audit, Coverage, audit, coverage, lrp, lrp_hooks
+    from .inputs import (
         Objective,
         logit_diff,
         logit_minus_mean,
@@ -31,9 +33,7 @@ if TYPE_CHECKING:
         target_logit,
         top_logit,
     )
-    from .rules.precision import in_float32
-    from .rules.rule_sets import DEFAULT_RULES, RULE_SETS, RuleSet
-    from .rules.threads import model_lock
+    from .rules import DEFAULT_RULES, RULE_SETS, RuleSet, in_float32, model_lock
 
 __version__ = "0.1.0"
 
@@ -79,20 +79,24 @@ __all__ = [
 
 # Loaded at first use (PEP 562): the command line answers --help without importing torch.
 _ROOMS = {
-    "attribution": ("Attribution",),
-    "audit_model": ("Audit", "audit"),
-    "candidates": ("next_token_table",),
-    "circuit_results": ("CircuitCurve", "CircuitFaithfulness"),
-    "circuits": ("circuit_curve", "circuit_faithfulness"),
-    "comparison": ("Comparison", "compare"),
-    "context": ("coverage", "lrp", "lrp_hooks"),
-    "coverage_table": ("Coverage",),
+    "attribution": ("Attribution", "attribute", "next_token_table", "run_with_relevance"),
     "demo": ("DemoCase", "load_demo_cases", "load_demo_model"),
-    "explain": ("attribute",),
-    "faithfulness": ("FaithfulnessCurves", "baseline_scores", "faithfulness_curves"),
-    "graph": ("AttributionGraph",),
-    "graph_build": ("attribution_graph",),
-    "objective": (
+    "evaluation": (
+        "CircuitCurve",
+        "CircuitFaithfulness",
+        "Comparison",
+        "FaithfulnessCurves",
+        "Verification",
+        "baseline_scores",
+        "circuit_curve",
+        "circuit_faithfulness",
+        "compare",
+        "faithfulness_curves",
+        "verify",
+    ),
+    "graph": ("AttributionGraph", "attribution_graph"),
+    "hooks": ("Audit", "Coverage", "audit", "coverage", "lrp", "lrp_hooks"),
+    "inputs": (
         "Objective",
         "logit_diff",
         "logit_minus_mean",
@@ -100,14 +104,16 @@ _ROOMS = {
         "target_logit",
         "top_logit",
     ),
-    "precision": ("in_float32",),
-    "relevance": ("run_with_relevance",),
-    "rulesets": ("DEFAULT_RULES", "RULE_SETS", "RuleSet"),
-    "threads": ("model_lock",),
-    "verification": ("Verification", "verify"),
+    "rules": ("DEFAULT_RULES", "RULE_SETS", "RuleSet", "in_float32", "model_lock"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
-_SUBMODULES = ("demo", "errors", "faithfulness", "patching", "rules")
+_SUBMODULES = {
+    "demo": ".demo",
+    "errors": ".errors",
+    "faithfulness": ".evaluation.faithfulness",
+    "patching": ".evaluation.patching",
+    "rules": ".rules",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -117,7 +123,7 @@ def __getattr__(name: str) -> object:
 
     require_transformer_lens()
     if name in _SUBMODULES:
-        return import_module(f".{name}", __name__)
+        return import_module(_SUBMODULES[name], __name__)
     value = getattr(import_module(f".{_ROOM_OF[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.graphs import SPLIT, edge_lists, facts, given, listed, made, same
 
 from tl_contrastive_lrp.graph.columns import EdgeColumns, _sorted
-from tl_contrastive_lrp.graph.data import AttributionGraph
+from tl_contrastive_lrp.graph.graph import AttributionGraph
 
 
 @given(edge_lists(), st.randoms())

@@ -17,7 +17,7 @@ from support.graphs import SPLIT, edge_lists, given, made, same
 
 from tl_contrastive_lrp import Attribution
 from tl_contrastive_lrp.errors import FileFormatError
-from tl_contrastive_lrp.graph.data import AttributionGraph
+from tl_contrastive_lrp.graph.graph import AttributionGraph
 
 
 @given(edge_lists(), st.sampled_from([torch.float32, torch.float64]))

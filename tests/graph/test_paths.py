@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from support.graphs import edge_lists, facts, given, listed, made
 
-from tl_contrastive_lrp.graph.data import AttributionGraph
+from tl_contrastive_lrp.graph.graph import AttributionGraph
 from tl_contrastive_lrp.graph.paths import CANCELLED, _between
 
 # Three tokens, three sites: 0.6 and 0.4 of the final node, whose sources pass on all they have.

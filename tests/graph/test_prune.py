@@ -15,7 +15,7 @@ from support.graphs import edge_lists, given, listed, made
 
 from tl_contrastive_lrp.graph import pruning as prune
 from tl_contrastive_lrp.graph import pruning as subgraphs
-from tl_contrastive_lrp.graph.data import AttributionGraph
+from tl_contrastive_lrp.graph.graph import AttributionGraph
 from tl_contrastive_lrp.graph.prune_history import TransitionKept
 from tl_contrastive_lrp.graph.pruning import Pruned
 

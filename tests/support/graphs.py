@@ -8,7 +8,7 @@ import hypothesis
 import torch
 from hypothesis import strategies as st
 
-from tl_contrastive_lrp.graph.data import AttributionGraph
+from tl_contrastive_lrp.graph.graph import AttributionGraph
 from tl_contrastive_lrp.hooks.coverage import Coverage, CoverageRow
 
 Edge = tuple[int, int, int, int, int, int, float]  # target site, source site, positions, ...

@@ -1,1 +1,15 @@
-"""TODO door."""
+"""Relevance of one prediction: ``attribute``, its result and ledger, and candidate tokens.
+
+A call here turns a prompt and an objective into a plan, has the engine run it, and returns a frozen result;
+``run_with_relevance`` does the same for every HookPoint, as TransformerLens' ``run_with_cache`` does.
+"""
+
+from __future__ import annotations
+
+from .attribute import attribute
+from .candidates import next_token_table
+from .ledger import Ledger
+from .relevance_cache import run_with_relevance
+from .result import Attribution
+
+__all__ = ["Attribution", "Ledger", "attribute", "next_token_table", "run_with_relevance"]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from circuitsvis.utils.render import RenderedHTML
 
-    from ..graph.data import AttributionGraph
+    from ..graph.graph import AttributionGraph
 
 _FILE = FileKind("tl_contrastive_lrp.attribution", 1, "the attribution")
 

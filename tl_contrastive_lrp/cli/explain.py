@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..engine.prefilled import Prefilled
-    from ..graph.data import AttributionGraph
+    from ..graph.graph import AttributionGraph
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from .terminal import progress
 
 if TYPE_CHECKING:
     from ..engine.prefilled import Prefilled
-    from ..graph.data import AttributionGraph
+    from ..graph.graph import AttributionGraph
 
 # A full graph grows with the square of the prompt: at 2,000 tokens it holds two million edges, or
 # 32 MB, a block. Above that edges are pruned while they come.

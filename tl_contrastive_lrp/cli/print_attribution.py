@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ..attribution.result import Attribution
-    from ..graph.data import AttributionGraph
+    from ..graph.graph import AttributionGraph
     from .memory import RunPlan
     from .question import Question
     from .results import Explained

@@ -13,7 +13,7 @@ from .results import Graphed
 from .terminal import print_out, shown, table
 
 if TYPE_CHECKING:
-    from ..graph.data import AttributionGraph
+    from ..graph.graph import AttributionGraph
     from ..graph.prune_history import PruneStep
 
 

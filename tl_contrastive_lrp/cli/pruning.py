@@ -11,7 +11,7 @@ import typer
 from .errors import CliError, Code
 
 if TYPE_CHECKING:
-    from ..graph.data import AttributionGraph
+    from ..graph.graph import AttributionGraph
 
 # Of the threshold that --relative means, while Δℓ is known from another forward only.
 _CAREFUL = 0.9

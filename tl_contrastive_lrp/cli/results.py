@@ -10,7 +10,7 @@ from .question import Question
 
 if TYPE_CHECKING:
     from ..attribution.result import Attribution
-    from ..graph.data import AttributionGraph
+    from ..graph.graph import AttributionGraph
     from ..graph.paths import Paths
 
 

@@ -1,1 +1,12 @@
-"""TODO door."""
+"""The attribution graph: how relevance flows between hidden states, from the answer to the prompt.
+
+``edges`` computes edges while a backward runs, ``assembly`` makes a graph of them, ``data`` is the frozen
+graph, and pure functions prune, measure, draw and write it; ``AttributionGraph`` has them as methods.
+"""
+
+from __future__ import annotations
+
+from .assembly.attribution_graph import attribution_graph
+from .graph import AttributionGraph
+
+__all__ = ["AttributionGraph", "attribution_graph"]

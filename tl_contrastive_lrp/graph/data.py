@@ -5,26 +5,23 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from typing_extensions import Self
 
 from ..hooks.coverage import Coverage
 from ..inputs.objective import check_earlier
 from .columns import DTYPES, EDGE_KINDS, ORDER, POSITION, EdgeColumns, first_disorder, in_order
-from .graph import GraphTools
 from .prune_history import PruneStep
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AttributionGraph(GraphTools):
+class GraphData:
     """How relevance flows from one prediction down to its input tokens.
 
     A node is a hidden state: a site of the residual stream at a position. An edge's weight is the
@@ -120,7 +117,7 @@ class AttributionGraph(GraphTools):
         transitions: Iterable[tuple[int, int]] | None = None,
         final_pos: int | None = None,
         **facts: Any,
-    ) -> AttributionGraph:
+    ) -> Self:
         """A graph of edges in any order, with integers of any width.
 
         Args:
@@ -170,7 +167,7 @@ class AttributionGraph(GraphTools):
         cls,
         matrices: Mapping[tuple[int, int], Float[Tensor, "target_pos source_pos"]],
         **facts: Any,
-    ) -> AttributionGraph:
+    ) -> Self:
         """A graph of dense transitions by (source, target) site index; entries of 0 are no edges.
 
         For transitions split by heads collect them in an ``EdgeColumns``.
@@ -253,48 +250,15 @@ class AttributionGraph(GraphTools):
             )
         return pair
 
-    @property
-    def edges(self) -> pd.DataFrame:
-        """An edge a row: source_site, source_pos, target_site, target_pos, weight [, head, path].
-
-        Sites are names, paths "value", "key" or "position" (then head is -1).
-        """
-        from .tables import edge_frame
-
-        return edge_frame(self)
-
-    @property
-    def nodes(self) -> pd.DataFrame:
-        """A node a row: site, pos, token, relevance (logits), special; input first."""
-        from .tables import node_frame
-
-        return node_frame(self)
-
-    def matrix(
-        self,
-        source: int | str,
-        target: int | str,
-        *,
-        head: int | None = None,
-        path: str | int | None = None,
-    ) -> Float[Tensor, "target_pos source_pos"]:
-        """One transition as a dense matrix; what is not in the graph is 0.
-
-        Args:
-            source, target: Sites, by HookPoint name or index.
-            head: Only this head (-1: the position-wise part); None adds all up.
-            path: Only "value", "key" or "position"; None adds all up.
-
-        Raises:
-            ValueError: no such site, transition or path; a head or path where edges are not split.
-        """
-        from .tables import transition_matrix
-
-        return transition_matrix(self, source, target, head, path)
+    def merge_heads(self) -> Self:
+        """The graph with each edge's heads and paths added up."""
+        if self.head is None:
+            return self
+        return replace(self, **merged(self), head=None, path=None)
 
     def __repr__(self) -> str:
         return (
-            f"AttributionGraph({self.model_name}, {len(self.str_tokens)} tokens, "
+            f"{type(self).__name__}({self.model_name}, {len(self.str_tokens)} tokens, "
             f"{len(self.sites)} sites, {len(self.weight):,} edges, "
             f"{self.target!r} vs {self.contrast!r}, Δℓ={self.delta:+.4f}, rules={self.rules!r})"
         )
@@ -323,7 +287,7 @@ def _starts(column: Tensor, values: Iterable[int]) -> list[int]:
 GRANULARITIES = ("block", "sublayer", "custom")
 
 
-def check_graph(graph: AttributionGraph) -> None:
+def check_graph(graph: GraphData) -> None:
     """Look at every field.
 
     Raises:
@@ -336,7 +300,7 @@ def check_graph(graph: AttributionGraph) -> None:
         raise ValueError("Some edges belong to no transition in transitions.")
 
 
-def _check_facts(graph: AttributionGraph) -> None:
+def _check_facts(graph: GraphData) -> None:
     """Fields that are no columns of edges."""
     sites, pos = len(graph.sites), len(graph.str_tokens)
     if sites < 2 or len(set(graph.sites)) != sites:
@@ -368,7 +332,7 @@ def _check_facts(graph: AttributionGraph) -> None:
         raise ValueError(f"transitions must be pairs source < target < {sites}.")
 
 
-def _check_columns(graph: AttributionGraph) -> None:
+def _check_columns(graph: GraphData) -> None:
     """Columns of edges: their types, limits, meaning and order."""
     names = [name for name in ORDER if getattr(graph, name) is not None]
     if ("head" in names) != ("path" in names):
@@ -407,7 +371,7 @@ def _check_columns(graph: AttributionGraph) -> None:
         )
 
 
-def _check_details(graph: AttributionGraph) -> None:
+def _check_details(graph: GraphData) -> None:
     """Details of the nodes come together, and fit sites and prompt."""
     dimensions, neurons, heads = graph.dimensions, graph.neurons, graph.head_relevance
     if dimensions is None and neurons is None and heads is None:
@@ -423,7 +387,7 @@ def _check_details(graph: AttributionGraph) -> None:
         raise ValueError("dimensions, neurons and head_relevance do not fit sites and prompt.")
 
 
-def pair_starts(graph: AttributionGraph, part: slice = slice(None)) -> Bool[Tensor, " edge"]:
+def pair_starts(graph: GraphData, part: slice = slice(None)) -> Bool[Tensor, " edge"]:
     """Which edges of ``part`` are their pair of nodes' first: its heads and paths lie together."""
     new = torch.zeros(len(graph.weight[part]), dtype=torch.bool)
     new[:1] = True
@@ -433,7 +397,7 @@ def pair_starts(graph: AttributionGraph, part: slice = slice(None)) -> Bool[Tens
     return new
 
 
-def merged(graph: AttributionGraph) -> dict[str, Any]:
+def merged(graph: GraphData) -> dict[str, Any]:
     """Columns of the graph's edges with heads and paths added up (in float64)."""
     new = pair_starts(graph)
     total = torch.zeros(int(new.sum()), dtype=torch.float64)

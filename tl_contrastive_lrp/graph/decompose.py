@@ -22,12 +22,12 @@ from ..rules.threads import turn
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .data import AttributionGraph
+    from .data import GraphData
 
 Node = tuple[int | str, int]
 
 
-def _position(graph: AttributionGraph, pos: int) -> int:
+def _position(graph: GraphData, pos: int) -> int:
     return one_position(pos, len(graph.str_tokens))
 
 
@@ -56,7 +56,7 @@ def writer_block(site: str) -> tuple[int | None, bool]:
     return block, place == "post"
 
 
-def explain_node(graph: AttributionGraph, site: int | str, pos: int, k: int = 10) -> pd.DataFrame:
+def explain_node(graph: GraphData, site: int | str, pos: int, k: int = 10) -> pd.DataFrame:
     """What carries the relevance of one node.
 
     Args:
@@ -90,7 +90,7 @@ def explain_node(graph: AttributionGraph, site: int | str, pos: int, k: int = 10
 
 
 def explain_edge(
-    graph: AttributionGraph,
+    graph: GraphData,
     source: Node,
     target: Node,
     k: int = 10,
@@ -151,9 +151,7 @@ def explain_edge(
     return _frame(rows, edge, len(rows))
 
 
-def _heads(
-    graph: AttributionGraph, here: Tensor, target: int, k: int
-) -> list[tuple[str, str, float]]:
+def _heads(graph: GraphData, here: Tensor, target: int, k: int) -> list[tuple[str, str, float]]:
     assert graph.head is not None
     assert graph.path is not None
     block, _ = writer_block(graph.sites[target])

@@ -7,18 +7,21 @@ import os
 import re
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
 from ..files import FileKind, damage_named, read_result, write_result, written_whole
 from ..hooks.coverage import coverage_from
 from .columns import EDGE_KINDS, ORDER
-from .data import AttributionGraph
+from .data import GraphData
 from .prune_history import PruneStep, TransitionKept
+from .tables import node_frame
 
 if TYPE_CHECKING:
     import networkx as nx
+
+GraphT = TypeVar("GraphT", bound=GraphData)
 
 _FILE = FileKind("tl_contrastive_lrp.graph", 1, "the attribution graph")
 _DETAILS = ("dimensions", "neurons", "head_relevance")
@@ -27,7 +30,7 @@ _TENSORS = ("relevance", "token_ids", "special", "weight", *ORDER, *_DETAILS)
 _NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def save(graph: AttributionGraph, path: str | os.PathLike[str]) -> Path:
+def save(graph: GraphData, path: str | os.PathLike[str]) -> Path:
     """See ``AttributionGraph.save``."""
     tensors: dict[str, Tensor | None] = {name: getattr(graph, name) for name in _TENSORS}
     rest = {f.name: getattr(graph, f.name) for f in fields(graph) if f.name not in _TENSORS}
@@ -40,8 +43,8 @@ def save(graph: AttributionGraph, path: str | os.PathLike[str]) -> Path:
     return write_result(path, _FILE, tensors, rest)
 
 
-def load(path: str | os.PathLike[str]) -> AttributionGraph:
-    """See ``AttributionGraph.load``."""
+def load(path: str | os.PathLike[str], kind: type[GraphT]) -> GraphT:
+    """See ``AttributionGraph.load``; ``kind`` is the class to make."""
     tensors, data = read_result(path, _FILE)
     with damage_named(path):
         data["coverage"] = coverage_from(data["coverage"])
@@ -54,7 +57,7 @@ def load(path: str | os.PathLike[str]) -> AttributionGraph:
         missing = [name for name in _TENSORS if name not in data]
         if missing:
             raise KeyError(missing[0])
-        return AttributionGraph(**data)
+        return kind(**data)
 
 
 def _step(data: dict[str, Any]) -> PruneStep:
@@ -64,7 +67,7 @@ def _step(data: dict[str, Any]) -> PruneStep:
     )
 
 
-def facts(graph: AttributionGraph) -> dict[str, Any]:
+def facts(graph: GraphData) -> dict[str, Any]:
     """What travels with the graph into other formats: texts and numbers; None is left out."""
     names = (
         "model_name", "rules", "objective", "target", "contrast", "delta", "target_logit",
@@ -78,12 +81,12 @@ def facts(graph: AttributionGraph) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _nodes(graph: AttributionGraph) -> list[dict[str, Any]]:
-    frame = graph.nodes.astype({"site": object})
+def _nodes(graph: GraphData) -> list[dict[str, Any]]:
+    frame = node_frame(graph).astype({"site": object})
     return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
 
 
-def _edges(graph: AttributionGraph) -> list[tuple[Any, Any, dict[str, Any]]]:
+def _edges(graph: GraphData) -> list[tuple[Any, Any, dict[str, Any]]]:
     """(source, target, attributes), nodes as (site name, position)."""
     names = graph.sites
     columns = [column.tolist() for column in (graph.source_site, graph.target_site)]
@@ -100,7 +103,7 @@ def _edges(graph: AttributionGraph) -> list[tuple[Any, Any, dict[str, Any]]]:
     ]
 
 
-def to_networkx(graph: AttributionGraph) -> nx.DiGraph[Any]:
+def to_networkx(graph: GraphData) -> nx.DiGraph[Any]:
     """A networkx graph whose edges point as information flows, from source to target.
 
     Nodes are (site name, position) with attributes site, pos, token, relevance, special; edges
@@ -119,7 +122,7 @@ def _id(node: tuple[str, int]) -> str:
     return f"{node[0]}@{node[1]}"
 
 
-def write_json(graph: AttributionGraph, path: str | os.PathLike[str]) -> Path:
+def write_json(graph: GraphData, path: str | os.PathLike[str]) -> Path:
     """Node-link JSON: directed, multigraph, graph (its facts), nodes, edges.
 
     Node ids are ``site@position``; weights are written exactly.
@@ -142,7 +145,7 @@ def write_json(graph: AttributionGraph, path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def write_graphml(graph: AttributionGraph, path: str | os.PathLike[str]) -> Path:
+def write_graphml(graph: GraphData, path: str | os.PathLike[str]) -> Path:
     """GraphML with node ids ``site@position``; XML cannot hold some control characters, which
     are written as in Python (``\\x00``).
 

@@ -22,14 +22,14 @@ from .pruning import fewest
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .data import AttributionGraph
+    from .data import GraphData
 
 
 def _mean(sum_of_weighted: float, weight: float) -> float:
     return sum_of_weighted / weight if weight else NAN
 
 
-def site_metrics(graph: AttributionGraph) -> pd.DataFrame:
+def site_metrics(graph: GraphData) -> pd.DataFrame:
     """A row a site, input first. Edge columns are about edges whose target is at the site; they
     are 0 or NaN at the first site, which is no target.
 
@@ -91,7 +91,7 @@ def site_metrics(graph: AttributionGraph) -> pd.DataFrame:
     return pd.DataFrame(rows)[order]
 
 
-def _fans(graph: AttributionGraph) -> tuple[Tensor, Tensor]:
+def _fans(graph: GraphData) -> tuple[Tensor, Tensor]:
     """[site, pos]: how many edges lead into each node, and how many out of it."""
     n = len(graph.str_tokens)
     fan_in, fan_out = torch.zeros(2, *graph.relevance.shape, dtype=torch.int64)
@@ -101,7 +101,7 @@ def _fans(graph: AttributionGraph) -> tuple[Tensor, Tensor]:
     return fan_in, fan_out
 
 
-def _exchanged(graph: AttributionGraph) -> tuple[Tensor, Tensor]:
+def _exchanged(graph: GraphData) -> tuple[Tensor, Tensor]:
     """[site, pos]: Σ|w| that each node takes in from other positions; that others take from it."""
     taken, given = torch.zeros(2, *graph.relevance.shape, dtype=torch.float64)
     for (source, target), part in graph.slices.items():
@@ -122,7 +122,7 @@ def _signed_counts(name: str, values: Tensor) -> dict[str, int]:
     return {f"{name}_top90_pos": top_count(values), f"{name}_top90_neg": top_count(-values)}
 
 
-def _edge_row(graph: AttributionGraph, parts: list[slice], n: int) -> dict[str, Any]:
+def _edge_row(graph: GraphData, parts: list[slice], n: int) -> dict[str, Any]:
     # Transitions into one site lie next to each other, so that one slice holds them all.
     part = slice(parts[0].start, parts[-1].stop) if parts else slice(0, 0)
     weight = graph.weight[part]
@@ -140,21 +140,21 @@ def _edge_row(graph: AttributionGraph, parts: list[slice], n: int) -> dict[str, 
     }
 
 
-def _sums(graph: AttributionGraph, part: slice) -> tuple[float, float, float]:
+def _sums(graph: GraphData, part: slice) -> tuple[float, float, float]:
     """Σ|w| of these edges, of those among them that stay at their position, and Σ|w| · distance."""
     size = graph.weight[part].abs().double()
     distance = graph.target_pos[part] - graph.source_pos[part]
     return float(size.sum()), float(size[distance == 0].sum()), float((size * distance).sum())
 
 
-def _pairs(graph: AttributionGraph, part: slice) -> int:
+def _pairs(graph: GraphData, part: slice) -> int:
     """How many pairs of nodes these edges join."""
     if graph.head is None:
         return len(graph.weight[part])
     return int(pair_starts(graph, part).sum())
 
 
-def hubs(graph: AttributionGraph, k: int = 10) -> pd.DataFrame:
+def hubs(graph: GraphData, k: int = 10) -> pd.DataFrame:
     """The ``k`` positions that exchange most relevance with other positions, over all sites.
 
     Edges that stay at their position are left out: the residual stream alone would make every
@@ -190,7 +190,7 @@ def hubs(graph: AttributionGraph, k: int = 10) -> pd.DataFrame:
     )
 
 
-def graph_summary(graph: AttributionGraph) -> pd.DataFrame:
+def graph_summary(graph: GraphData) -> pd.DataFrame:
     """The whole graph in one row, to be stacked with those of other graphs.
 
     Columns:

@@ -44,7 +44,7 @@ from .columns import EDGE_KINDS
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .data import AttributionGraph
+    from .data import GraphData
 
 # Of float32 relevance about 1e-6 is rounding; a thousand times that still has a sure sign.
 CANCELLED = 1e-3
@@ -175,7 +175,7 @@ class Paths:
         return "\n".join(lines)
 
 
-def strongest_paths(graph: AttributionGraph, k: int = 10) -> Paths:
+def strongest_paths(graph: GraphData, k: int = 10) -> Paths:
     """The ``k`` paths of largest |strength| from the first site to a final node.
 
     Exact: the largest product from the input up to each node comes from dynamic programming, a
@@ -200,7 +200,7 @@ def strongest_paths(graph: AttributionGraph, k: int = 10) -> Paths:
     return Paths(tuple(made), graph.delta, k, closed)
 
 
-def _starts(graph: AttributionGraph) -> list[tuple[int, float]]:
+def _starts(graph: GraphData) -> list[tuple[int, float]]:
     """The final nodes with relevance, and log |R| of each, less that of the largest."""
     relevance = graph.relevance[-1, list(graph.final_positions)].double().abs()
     largest = relevance.max()
@@ -212,7 +212,7 @@ def _starts(graph: AttributionGraph) -> list[tuple[int, float]]:
     ]
 
 
-def _edge_shares(graph: AttributionGraph) -> tuple[Float[Tensor, " edge"], int]:
+def _edge_shares(graph: GraphData) -> tuple[Float[Tensor, " edge"], int]:
     """w · sign R(target) / D(target) of every edge, 0 at targets whose edges cancel (float64).
 
     Returns:
@@ -232,7 +232,7 @@ def _edge_shares(graph: AttributionGraph) -> tuple[Float[Tensor, " edge"], int]:
     return shares, int(closed.sum())
 
 
-def _best(graph: AttributionGraph, size: Float[Tensor, " edge"]) -> Float[Tensor, " node"]:
+def _best(graph: GraphData, size: Float[Tensor, " edge"]) -> Float[Tensor, " node"]:
     """Per node, the largest Σ log |share| of a path from the first site, or -inf."""
     n = len(graph.str_tokens)
     best = torch.full((len(graph.sites), n), -torch.inf, dtype=torch.float64)
@@ -244,7 +244,7 @@ def _best(graph: AttributionGraph, size: Float[Tensor, " edge"]) -> Float[Tensor
 
 
 def _descend(
-    graph: AttributionGraph,
+    graph: GraphData,
     size: Tensor,
     best: Tensor,
     finals: list[tuple[int, float]],
@@ -294,7 +294,7 @@ def _descend(
     return found
 
 
-def _row(graph: AttributionGraph, site: int, pos: int) -> Tensor:
+def _row(graph: GraphData, site: int, pos: int) -> Tensor:
     """Indices of the edges whose target is one node."""
     found = []
     for (_, target), part in graph.slices.items():
@@ -306,7 +306,7 @@ def _row(graph: AttributionGraph, site: int, pos: int) -> Tensor:
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
 
 
-def _path(graph: AttributionGraph, edges: tuple[int, ...], shares: Tensor) -> Path:
+def _path(graph: GraphData, edges: tuple[int, ...], shares: Tensor) -> Path:
     index = torch.tensor(edges[::-1])
     sites = [*graph.source_site[index].tolist(), len(graph.sites) - 1]
     final = int(graph.target_pos[edges[0]])

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..render.offline import OfflineHTML
-    from .data import AttributionGraph
+    from .data import GraphData
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(?:.*\.)?hook_(?:resid_)?(.+)")
 _PLACE = {"pre": "in", "mid": "mid", "post": "out"}
 
 
-def view_of(graph: AttributionGraph) -> GraphView:
+def view_of(graph: GraphData) -> GraphView:
     """What a picture shows of a graph; heads and paths of an edge are added up.
 
     Special tokens and the first token are greyed. The notes say what building the graph left out
@@ -94,7 +94,7 @@ def _between(sites: tuple[str, ...], names: list[str], source: int, target: int)
 
 
 def matrices_of(
-    graph: AttributionGraph,
+    graph: GraphData,
     transition: tuple[int | str, int | str] | None = None,
     *,
     max_cells: int = MAX_CELLS,

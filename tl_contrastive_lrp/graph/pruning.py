@@ -27,12 +27,12 @@ from ..inputs.objective import in_words
 from .prune_history import PruneStep, TransitionKept
 
 if TYPE_CHECKING:
-    from .data import AttributionGraph
+    from .data import GraphData
 
 DEFAULT_MASS = 0.85
 
 
-def _relative(graph: AttributionGraph, threshold: float) -> float | None:
+def _relative(graph: GraphData, threshold: float) -> float | None:
     return threshold / abs(graph.delta) if graph.delta else None
 
 
@@ -43,7 +43,7 @@ def _non_negative(name: str, value: float) -> float:
 
 
 def by_threshold(
-    graph: AttributionGraph, threshold: float | None = None, *, relative: float | None = None
+    graph: GraphData, threshold: float | None = None, *, relative: float | None = None
 ) -> Pruned:
     """Keep edges with |weight| > τ, one τ for the whole graph.
 
@@ -71,7 +71,7 @@ def by_threshold(
     return mask, step_of(graph, "threshold", parameters, mask)
 
 
-def by_node_threshold(graph: AttributionGraph, threshold: float) -> Pruned:
+def by_node_threshold(graph: GraphData, threshold: float) -> Pruned:
     """Keep edges whose target node has |relevance| > τ: the other targets are not expanded.
 
     Args:
@@ -88,7 +88,7 @@ def by_node_threshold(graph: AttributionGraph, threshold: float) -> Pruned:
     return mask, step_of(graph, "node threshold", parameters, mask)
 
 
-def by_mass(graph: AttributionGraph, share: float = DEFAULT_MASS) -> Pruned:
+def by_mass(graph: GraphData, share: float = DEFAULT_MASS) -> Pruned:
     """Keep, per transition, the fewest largest edges that hold ``share`` of its mass.
 
     Sorted by |weight|, the smallest m with Σ_{e ≤ m} |w_e| ≥ share · Σ_e |w_e|. A share of 1
@@ -106,7 +106,7 @@ def by_mass(graph: AttributionGraph, share: float = DEFAULT_MASS) -> Pruned:
     return mask, step_of(graph, "mass", {"share": float(share)}, mask)
 
 
-def by_top_k(graph: AttributionGraph, k: int) -> Pruned:
+def by_top_k(graph: GraphData, k: int) -> Pruned:
     """Keep, per transition, the ``k`` edges of largest |weight|.
 
     Raises:
@@ -121,7 +121,7 @@ def by_top_k(graph: AttributionGraph, k: int) -> Pruned:
 
 
 def combined(
-    graph: AttributionGraph, steps: Iterable[Pruned]
+    graph: GraphData, steps: Iterable[Pruned]
 ) -> tuple[Bool[Tensor, " edge"], list[PruneStep]]:
     """Edges that all of several rules keep, each judged on the graph given, so that their order
     is of no importance to the result; each step's account is what it took from those before."""
@@ -137,7 +137,7 @@ Pruned = tuple[Bool[Tensor, " edge"], PruneStep]
 
 
 def step_of(
-    graph: AttributionGraph,
+    graph: GraphData,
     name: str,
     parameters: dict[str, Any],
     mask: Bool[Tensor, " edge"],
@@ -196,7 +196,7 @@ def fewest(size: Float[Tensor, " item"], share: float, total: float | None = Non
     return min(int(np.searchsorted(falling, share * total)) + 1, len(falling))
 
 
-def connected(graph: AttributionGraph) -> Pruned:
+def connected(graph: GraphData) -> Pruned:
     """Keep edges on a path of edges down from a final node (last site, a position explained)."""
     pos = len(graph.str_tokens)
     reached = torch.zeros(len(graph.sites), pos, dtype=torch.bool)
@@ -214,7 +214,7 @@ def connected(graph: AttributionGraph) -> Pruned:
 
 
 def within(
-    graph: AttributionGraph,
+    graph: GraphData,
     *,
     positions: int | Iterable[int] | None = None,
     sites: int | str | Iterable[int | str] | None = None,
@@ -268,7 +268,7 @@ def _each(given: Any) -> Iterable[Any]:
     return [given] if isinstance(given, str | Integral) else given
 
 
-def _few(graph: AttributionGraph) -> str:
+def _few(graph: GraphData) -> str:
     return ", ".join(map(repr, dict.fromkeys(graph.str_tokens[:6])))
 
 

@@ -14,7 +14,7 @@ from .columns import EDGE_KINDS
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .data import AttributionGraph
+    from .data import GraphData
 
 
 def _named(codes: Tensor, names: Iterable[str]) -> Any:
@@ -24,7 +24,7 @@ def _named(codes: Tensor, names: Iterable[str]) -> Any:
     return from_codes(codes.numpy(), categories=list(names))
 
 
-def edge_frame(graph: AttributionGraph) -> pd.DataFrame:
+def edge_frame(graph: GraphData) -> pd.DataFrame:
     """See ``AttributionGraph.edges``."""
     import pandas as pd
 
@@ -41,7 +41,7 @@ def edge_frame(graph: AttributionGraph) -> pd.DataFrame:
     return pd.DataFrame(columns, copy=True)
 
 
-def node_frame(graph: AttributionGraph) -> pd.DataFrame:
+def node_frame(graph: GraphData) -> pd.DataFrame:
     """See ``AttributionGraph.nodes``."""
     import pandas as pd
 
@@ -58,7 +58,7 @@ def node_frame(graph: AttributionGraph) -> pd.DataFrame:
 
 
 def transition_matrix(
-    graph: AttributionGraph,
+    graph: GraphData,
     source: int | str,
     target: int | str,
     head: int | None,
@@ -76,7 +76,7 @@ def transition_matrix(
 
 
 def _chosen(
-    graph: AttributionGraph, part: slice, head: int | None, path: str | int | None
+    graph: GraphData, part: slice, head: int | None, path: str | int | None
 ) -> Tensor | None:
     if head is None and path is None:
         return None
@@ -87,6 +87,6 @@ def _chosen(
         chosen &= graph.head[part] == head
     if path is not None:
         if path not in (*EDGE_KINDS, *range(len(EDGE_KINDS))):
-            raise ValueError(f"path={path!r} is none of {PATHS}.")
+            raise ValueError(f"path={path!r} is none of {EDGE_KINDS}.")
         chosen &= graph.path[part] == (EDGE_KINDS.index(path) if isinstance(path, str) else path)
     return chosen

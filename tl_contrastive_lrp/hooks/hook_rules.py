@@ -388,7 +388,7 @@ def _function(point: Any, key: int, fn: Any) -> tuple[Any, bool]:
     """
     handle = next((h for h in getattr(point, "fwd_hooks", ()) if h.hook.id == key), None)
     user = fn if handle is None else handle.user_hook or fn
-    home, module = __name__.rpartition(".")[0], getattr(user, "__module__", None) or ""
+    home, module = __name__.partition(".")[0], getattr(user, "__module__", None) or ""
     permanent = handle is not None and bool(handle.is_permanent)
     own = is_rule(user) or module.startswith(f"{home}.")
     return user, own or (permanent and module.startswith("transformer_lens."))

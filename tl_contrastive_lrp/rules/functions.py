@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .handed_on import handed_on
+from .rule_node import RuleNode
 
 Ratio = Callable[[Tensor], Tensor]
 
@@ -33,6 +34,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class _ScaleGradient(torch.autograd.Function):
+    audit = RuleNode((0,), "halve")
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float | Tensor) -> Tensor:
         ctx.factor = factor
@@ -68,6 +71,8 @@ def constant(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 class _LinearNorm(torch.autograd.Function):
+    audit = RuleNode((1, 2), "norm")
+
     @staticmethod
     def forward(ctx: Any, y: Tensor, normalized: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(normalized, scale, weight)
@@ -106,6 +111,8 @@ def linear_norm(
 
 
 class _Normalized(torch.autograd.Function):
+    audit = RuleNode((1,), "norm")
+
     @staticmethod
     def forward(ctx: Any, n: Tensor, x: Tensor, eps: float, centred: bool) -> Tensor:
         ctx.save_for_backward(x)
@@ -121,6 +128,8 @@ class _Normalized(torch.autograd.Function):
 
 
 class _Weighted(torch.autograd.Function):
+    audit = RuleNode((1,))
+
     @staticmethod
     def forward(ctx: Any, y: Tensor, n: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG004
         ctx.save_for_backward(weight)
@@ -159,6 +168,8 @@ def weighted(
 
 
 class _Ordinary(torch.autograd.Function):
+    audit = RuleNode((0,), "ordinary")
+
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:  # noqa: ARG004
         return handed_on(y)
@@ -178,6 +189,8 @@ def ordinary(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 class _Ratio(torch.autograd.Function):
+    audit = RuleNode((1,))
+
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, ratio: Ratio) -> Tensor:
         ctx.save_for_backward(x)
@@ -203,6 +216,8 @@ def identity(
 
 
 class _GatedProduct(torch.autograd.Function):
+    audit = RuleNode((1, 2), "product")
+
     @staticmethod
     def forward(ctx: Any, y: Tensor, gate: Tensor, up: Tensor, ratio: Ratio) -> Tensor:
         ctx.save_for_backward(gate, up)

@@ -22,6 +22,7 @@ from ..errors import ModelStateError
 from .functions import at_least_float32
 from .handed_on import handed_on, is_constant
 from .precision import WideGradient
+from .rule_node import RuleNode
 
 _RULED = "temperature"  # marks a softmax's autograd node that has its rule
 
@@ -39,6 +40,8 @@ def _to_scores(
 
 
 class _SoftmaxTemperature(torch.autograd.Function):
+    audit = RuleNode((0,))
+
     @staticmethod
     def forward(ctx: Any, pattern: Tensor, unrounded: Tensor, temperature: float) -> Tensor:
         ctx.save_for_backward(pattern, unrounded)

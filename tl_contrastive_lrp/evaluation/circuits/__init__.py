@@ -1,1 +1,1 @@
-"""TODO door."""
+"""A graph run as a circuit: how much of Δℓ the kept edges alone bring about."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...graph.columns import KEY, POSITION, VALUE
 
 if TYPE_CHECKING:
-    from ...graph.data import AttributionGraph
+    from ...graph.graph import AttributionGraph
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ from .results import CircuitCurve, CircuitFaithfulness
 from .setting import CircuitSetting
 
 if TYPE_CHECKING:
-    from ...graph.data import AttributionGraph
+    from ...graph.graph import AttributionGraph
 
 # Of the benchmark above; 0 is added, where the recovered share is 0 by definition.
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

@@ -20,7 +20,7 @@ from .results import CircuitFaithfulness
 from .runs import chunks, reference_states, run_circuits, visible_positions
 
 if TYPE_CHECKING:
-    from ...graph.data import AttributionGraph
+    from ...graph.graph import AttributionGraph
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,1 +1,1 @@
-"""TODO door."""
+"""Estimated effects held against measured ones: correlation, overlap and where they differ."""

@@ -22,8 +22,8 @@ from ...inputs.objective import questions
 from ...inputs.tokens import single_prompt
 from ...rules.rule_sets import DEFAULT_RULES, RuleSet, get_rule_set
 from ...rules.threads import one_at_a_time
-from ..data import AttributionGraph
 from ..edges.check import require_closed_form
+from ..graph import AttributionGraph
 from ..pruning import PruneRule
 from .plain import plain_graphs
 from .plan import Granularity, GraphPlan, transitions

@@ -16,10 +16,10 @@ from ...engine.reading import BlockCall, Reading
 from ...hooks.hook_rules import HookWatch, hooked_points
 from ...inputs.objective import described
 from ..columns import EdgeColumns
-from ..data import AttributionGraph
 from ..edges.batched import batched_edges
 from ..edges.check import HookedEdges, require_closed_form
 from ..edges.closed_form import BlockEdges, HookedBlock, biased_blocks, edge_readings
+from ..graph import AttributionGraph
 from .plan import GraphPlan
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from ...engine.run import tiled
 from ...engine.tiled.checkpoint import checkpoint_of
 from ...engine.tiled.run import TiledResult, run_tiled
 from ..columns import EdgeColumns
-from ..data import AttributionGraph
 from ..edges.tiled import TiledEdges
+from ..graph import AttributionGraph
 from ..prune_history import TransitionKept
 from ..pruning import PruneRule
 from ..streaming_prune import StreamingSelection

@@ -1,1 +1,1 @@
-"""TODO door."""
+"""Edges of one transition: in closed form, plainly or by tiles, or by batched backward signals."""

@@ -1,1 +1,1 @@
-"""TODO door."""
+"""The audit: every operation between logits and embeddings is accounted for, or refused."""

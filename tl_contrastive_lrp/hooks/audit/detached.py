@@ -34,6 +34,7 @@ _VALUE_FREE = frozenset(
     | {f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn")}
 )
 _READABLE = {"__get__": "data"}
+_PACKAGE = __name__.partition(".")[0]
 _FIRST_ONLY = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 
 
@@ -100,7 +101,7 @@ def _is_ours() -> bool:
     while frame is not None:
         room = frame.f_globals.get("__name__", "")
         if not room.startswith(("torch.", __name__)):
-            return bool(room.startswith(f"{__package__}."))
+            return str(room).partition(".")[0] == _PACKAGE
         frame = frame.f_back  # type: ignore[assignment]
     return False
 

@@ -10,8 +10,7 @@ parameters frozen, everything else is a constant of the model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from ...rules.rule_node import RuleNode
 
 
 def words(text: str) -> frozenset[str]:
@@ -95,35 +94,17 @@ NONLINEAR: dict[str, str] = {
     "NativeDropout": "dropout is on; call model.eval() first",
 }
 
-
-@dataclass(frozen=True)
-class RuleNode:
-    """What a custom autograd Function means for the walk.
-
-    Attributes:
-        follow: Positions of the inputs that its backward sends a gradient to.
-        effect: "pass" hands everything on; "halve" announces a product below; "product" is one that
-            has its rule inside; "norm" is a norm that has its rule inside; "ordinary" says
-            that the next nonlinear node below keeps its ordinary gradient by decision.
-    """
-
-    follow: tuple[int, ...]
-    effect: Literal["pass", "halve", "product", "norm", "ordinary"] = "pass"
-
-
-_HOME = __package__
-
-# Custom autograd Functions, by where they are defined.
+# Custom autograd Functions of others, by where they are defined. This package's own rules carry
+# their row themselves, as the attribute ``audit`` of the Function.
 RULES: dict[str, RuleNode] = {
-    f"{_HOME}.rules._ScaleGradient": RuleNode((0,), "halve"),
-    f"{_HOME}.rules._LinearNorm": RuleNode((1, 2), "norm"),
-    f"{_HOME}.rules._Normalized": RuleNode((1,), "norm"),
-    f"{_HOME}.rules._Weighted": RuleNode((1,)),
-    f"{_HOME}.rules._Ratio": RuleNode((1,)),
-    f"{_HOME}.rules._GatedProduct": RuleNode((1, 2), "product"),
-    f"{_HOME}.rules_softmax._SoftmaxTemperature": RuleNode((0,)),
-    f"{_HOME}.backward._Tap": RuleNode((0,)),
-    f"{_HOME}.rules._Ordinary": RuleNode((0,), "ordinary"),
     # TransformerLens': the scale that some models put on a residual contribution, taken off again.
     "transformer_lens.model_bridge.generalized_components.base._ScaledHookGradient": RuleNode((0,)),
 }
+
+
+def rule_node(function: type) -> RuleNode | None:
+    """The row of a custom autograd Function, None where nobody vouches for its gradient."""
+    own = getattr(function, "audit", None)
+    if isinstance(own, RuleNode):
+        return own
+    return RULES.get(f"{function.__module__}.{function.__qualname__}")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...inputs.float64 import precise
+from ...rules.rule_node import RuleNode
 from . import operations as ops
 
 Node = Any  # torch.autograd.graph.Node, and the context objects of Python Functions
@@ -85,7 +86,7 @@ class Info(NamedTuple):
 
     operation: str
     key: str  # as in the tables, "" for Python Functions
-    rule: ops.RuleNode | None
+    rule: RuleNode | None
     below: tuple[tuple[int, Node], ...]  # computed inputs with their positions
 
 
@@ -105,7 +106,7 @@ def _info(node: Node) -> Info:
     below = tuple((i, n) for i, (n, _) in enumerate(node.next_functions) if n is not None)
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         function = node._forward_cls  # type: ignore[attr-defined]
-        rule = ops.RULES.get(f"{function.__module__}.{function.__qualname__}")
+        rule = ops.rule_node(function)
         return Info(function.__qualname__.lstrip("_"), "", rule, below)
     stem, full = _parsed(node.name())
     exact = full if full in ops.NONLINEAR else stem
@@ -223,7 +224,7 @@ class Walker:
             self.go(factors, _FRESH)
         self.go(addends, state)
 
-    def _rule(self, node: Node, info: Info, rule: ops.RuleNode, state: State) -> None:
+    def _rule(self, node: Node, info: Info, rule: RuleNode, state: State) -> None:
         below = [step for step in info.below if step[0] in rule.follow]
         if rule.effect == "halve":
             if state.halved is not None:

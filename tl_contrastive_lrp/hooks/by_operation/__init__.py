@@ -1,1 +1,1 @@
-"""TODO door."""
+"""Rules for single operations inside wrapped modules that no HookPoint reaches."""
