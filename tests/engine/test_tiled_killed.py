@@ -14,8 +14,8 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import snapshot_of
 from support.killed_child import KINDS, boot, run
+from support.model_state import snapshot_of
 from truth import zoo
 from truth.zoo.row import windows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from test_zoo import COVERED, REFUSED
+from support.zoo_expected import COVERED, REFUSED
 from truth import zoo
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "families.md").read_text("utf-8")

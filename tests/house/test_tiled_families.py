@@ -17,7 +17,7 @@ import pytest
 import torch
 from support.long_zoo import LENGTH, boot, float64_throughout, has_window
 from support.tiling import assert_same
-from test_zoo import COVERED
+from support.zoo_expected import COVERED
 from torch import Tensor
 from truth import zoo
 from truth.rounding import PROMISED

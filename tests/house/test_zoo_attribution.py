@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_zoo import COVERED
+from support.zoo_expected import COVERED
 from truth import zoo
 
 import tl_contrastive_lrp as clrp

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import socket
 import urllib.request
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from circuitsvis.utils.render import RenderedHTML
 from hypothesis import given
 from hypothesis import strategies as st
-from support.browser import JOINER, Flat
+from support.browser import JOINER, Flat, props
 from support.reports import contrast_ratio
 
 from tl_contrastive_lrp.render import colored_tokens, colored_tokens_by_site, page, save_html
@@ -65,13 +64,6 @@ def test_visible_shows_whitespace_and_controls() -> None:
 
 
 # ---- scale -----------------------------------------------------------------------------------
-
-
-def props(view: RenderedHTML) -> list[Any]:
-    """The arguments of a view's drawing call: element id, properties, extra data."""
-    found = re.search(r"\)\((\"circuits-vis-.*)\);$", view.script, re.DOTALL)
-    assert found
-    return list(json.loads(f"[{found[1]}]"))
 
 
 def test_greyed_tokens_are_left_out_of_the_scale() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.browser import props
 from support.graphs import SPLIT, made
-from test_render import props
 from truth.families import boot
 
 import tl_contrastive_lrp as clrp

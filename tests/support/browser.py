@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from circuitsvis.utils.render import RenderedHTML
 
 JOINER = "\u2060"
 PWN = "document.documentElement.dataset.pwned=1"
@@ -191,3 +192,10 @@ TOOLS = """
 def probe(body: str, **given: int) -> str:
     """A probe for :func:`visit` of a page with a long prompt, with ``TOOLS`` and these numbers."""
     return f"(async () => {{const given = {json.dumps(given)};{TOOLS}{body}}})()"
+
+
+def props(view: RenderedHTML) -> list[Any]:
+    """The arguments of a view's drawing call: element id, properties, extra data."""
+    found = re.search(r"\)\((\"circuits-vis-.*)\);$", view.script, re.DOTALL)
+    assert found
+    return list(json.loads(f"[{found[1]}]"))

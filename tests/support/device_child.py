@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import snapshot_of
 from torch import Tensor
 from truth import zoo
 
 import tl_contrastive_lrp as clrp
 from support import long_zoo, pretend_device
+from support.model_state import snapshot_of
 
 OTHER = "other:0"
 WINDOW = 30

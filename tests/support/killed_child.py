@@ -12,9 +12,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from conftest import snapshot_of
 
 import tl_contrastive_lrp as clrp
+from support.model_state import snapshot_of
 from tl_contrastive_lrp.engine.tiled.checkpoint import Checkpoint
 
 TILES: dict[str, Any] = {"memory": "tiled", "tile": 17, "progress": False}
