@@ -57,6 +57,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
+pytest_plugins = ("support.cli_fixtures",)
+
 
 @pytest.fixture(scope="session")
 def snapshot() -> Callable[[Any], dict[str, Any]]:

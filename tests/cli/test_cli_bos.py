@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from support.cli_runs import TEXT, USAGE, Run, ids_of, typed_next, words
-from test_bos import OTHER, own_ids, true_logits
 from truth import chat_tokenizers as forms
+from truth.chat_tokenizers import own_ids, true_logits
 
 from tl_contrastive_lrp.inputs.tokens import continuation_ids
 
+OTHER = "The capital of Italy is"
 SIDES = ("--target", "id:200", "--contrast", "id:210")
 ANSWERS = ["    return a", "return a", "\n\n    return a\n", " Paris ", "\t", "é 12|", "ing the"]
 CHATS = ["smollm", "qwen", "llama2", "llama2-first", "llama3", "gemma"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.hooking import delta, leaf, off, reader
-from support.written import Written, patch
+from support.written import PLACES, Written, patch
 from torch import Tensor
 from truth.families import boot, make_hf, random_tokens, true_float64
 
@@ -22,16 +22,6 @@ EDITS: dict[str, Callable[[Tensor], Tensor]] = {
     "bend": lambda t: t + 0.2 * clrp.rules.ordinary(torch.sin(3.0 * t)),
 }
 RULES = ("attnlrp", "gim")
-EDITED = ("hook_in", "ln1.hook_in", "ln1.hook_out", "attn.q.hook_out", "attn.k.hook_out",
-          "attn.v.hook_out", "attn.hook_pattern", "attn.o.hook_in", "attn.hook_out", "ln2.hook_in",
-          "ln2.hook_out", "mlp.in.hook_out", "mlp.out.hook_in", "mlp.hook_out",
-          "hook_out")  # fmt: skip
-ROTARY = ("attn.hook_rot_q", "attn.hook_rot_k", "mlp.gate.hook_out")
-PLACES = {
-    "gpt2": EDITED,
-    "qwen3": (*EDITED, *ROTARY, "attn.q_norm.hook_in", "attn.k_norm.hook_out"),
-    "gemma2": (*EDITED, *ROTARY, "ln1_post.hook_in", "ln2_post.hook_out"),
-}
 
 
 def _compare(

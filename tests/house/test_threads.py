@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import snapshot_of
+from support.model_state import snapshot_of
 from torch import Tensor
 from truth import zoo
 from truth.families import boot, random_tokens

@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import snapshot_of
 from support.hooking import delta, fresh, objective_of
+from support.model_state import snapshot_of
 from support.tiling import TILED, assert_same
-from support.written import Written
-from test_context_edits import PLACES
+from support.written import PLACES, Written
 from torch import Tensor
 from truth import zoo
 from truth.families import boot, make_hf, random_tokens, true_float64

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from truth import chat_tokenizers as forms
+from truth.chat_tokenizers import own_ids, true_logits
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import PromptError, SpecialTokenWarning
@@ -39,20 +40,6 @@ def models() -> Iterator[dict[str, Any]]:
     made = Made()
     yield made
     made.clear()
-
-
-def own_ids(form: str, text: str, bos: bool | None = None) -> list[int]:
-    """Hugging Face's ids; with ``bos``, the text's own ones, behind BOS or not."""
-    tokenizer, _ = forms.alone(form)
-    if bos is None:
-        return list(tokenizer(text)["input_ids"])
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return [tokenizer.bos_token_id, *ids] if bos else ids
-
-
-def true_logits(form: str, ids: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        return forms.alone(form)[1](torch.tensor([ids])).logits[0, -1]
 
 
 def true_delta(form: str, ids: list[int]) -> float:

@@ -28,8 +28,6 @@ from tl_contrastive_lrp.render import colored_tokens, page
 from tl_contrastive_lrp.render.graph.picture import graph_html
 from tl_contrastive_lrp.render.text import part_marks, script_json, visible_tokens, with_parts
 
-pytest_plugins = ("cli_fixtures",)
-
 WITH_BYTES = ("llama2", "gemma", "unigram-bytes")
 
 

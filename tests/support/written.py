@@ -13,6 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# HookPoints of a block that may be edited.
+EDITED = ("hook_in", "ln1.hook_in", "ln1.hook_out", "attn.q.hook_out", "attn.k.hook_out",
+          "attn.v.hook_out", "attn.hook_pattern", "attn.o.hook_in", "attn.hook_out", "ln2.hook_in",
+          "ln2.hook_out", "mlp.in.hook_out", "mlp.out.hook_in", "mlp.hook_out",
+          "hook_out")  # fmt: skip
+ROTARY = ("attn.hook_rot_q", "attn.hook_rot_k", "mlp.gate.hook_out")
+PLACES = {
+    "gpt2": EDITED,
+    "qwen3": (*EDITED, *ROTARY, "attn.q_norm.hook_in", "attn.k_norm.hook_out"),
+    "gemma2": (*EDITED, *ROTARY, "ln1_post.hook_in", "ln2_post.hook_out"),
+}
+
 
 class Written:
     """``rules`` on a small decoder, from its state dict and configuration, in plain torch."""

@@ -220,3 +220,17 @@ def alone(form: str) -> tuple[Any, Any]:
             path, dtype=torch.float64, attn_implementation="eager"
         ).eval(),
     )
+
+
+def own_ids(form: str, text: str, bos: bool | None = None) -> list[int]:
+    """Hugging Face's ids; with ``bos``, the text's own ones, behind BOS or not."""
+    tokenizer, _ = alone(form)
+    if bos is None:
+        return list(tokenizer(text)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return [tokenizer.bos_token_id, *ids] if bos else ids
+
+
+def true_logits(form: str, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return alone(form)[1](torch.tensor([ids])).logits[0, -1]

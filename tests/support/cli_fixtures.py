@@ -1,6 +1,6 @@
 """The command line in this process, on a tiny local model.
 
-A plugin of the test modules that name it in ``pytest_plugins``.
+A plugin that ``tests/conftest.py`` names.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.cli_runs import TEMPLATE, Ran, Run
 from transformer_lens.model_bridge import TransformerBridge
 from truth import families
 
+from support.cli_runs import TEMPLATE, Ran, Run
 from tl_contrastive_lrp.cli import main as cli_main
 from tl_contrastive_lrp.cli import retype as cli_command
 
