@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.computed_graphs import circuit_graph
 from torch import Tensor
-from truth.circuit_truth import ASKED, CORRUPTED, TOKENS, N, graph_of, objective, states
+from truth.circuit_truth import ASKED, CORRUPTED, TOKENS, N, objective, states
 from truth.families import FAMILIES, boot, true_float64
 
 import tl_contrastive_lrp as clrp
@@ -42,7 +43,7 @@ def setting(model: Any, graph: Any) -> tuple[EdgeSpace, dict[str, Tensor], dict[
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_target_sees_only_its_kept_sources(name: str, granularity: str) -> None:
     """A plain run of the whole block for every target, on that target's own mixture of states."""
-    model, graph = graph_of(name, granularity=granularity)
+    model, graph = circuit_graph(name, granularity=granularity)
     with true_float64(model):
         space, references, truth = setting(model, graph)
         keep = drawn(space)
@@ -63,7 +64,7 @@ def test_each_target_sees_only_its_kept_sources(name: str, granularity: str) -> 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2"])
 def test_each_head_sees_only_the_keys_and_values_it_keeps(name: str) -> None:
     """A plain run for every target and head, on that head's own mixture of keys and of values."""
-    model, graph = graph_of(name, heads=True)
+    model, graph = circuit_graph(name, heads=True)
     heads = model.cfg.n_heads
     with true_float64(model):
         space, references, truth = setting(model, graph)
@@ -92,7 +93,7 @@ def test_each_head_sees_only_the_keys_and_values_it_keeps(name: str) -> None:
 @pytest.mark.parametrize("granularity", ["block", "sublayer"])
 def test_masks_hold_the_edges_of_the_table(granularity: str, heads: bool) -> None:
     """Edge by edge: a graph's rows by name, head and path, and nothing else."""
-    model, graph = graph_of("qwen3", granularity=granularity, heads=heads)
+    model, graph = circuit_graph("qwen3", granularity=granularity, heads=heads)
     some = torch.rand(len(graph.weight), generator=torch.Generator().manual_seed(5)) < 0.4
     graph = graph.where(some)
     visible, _ = visible_positions(model, TOKENS)
@@ -119,7 +120,7 @@ def test_masks_hold_the_edges_of_the_table(granularity: str, heads: bool) -> Non
 @pytest.mark.parametrize("how", [{}, {"heads": True, "granularity": "sublayer"}])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_edges_are_the_model_and_none_the_reference(name: str, how: dict[str, Any]) -> None:
-    model, graph = graph_of(name, **how)
+    model, graph = circuit_graph(name, **how)
     with true_float64(model), torch.no_grad():
         curve = clrp.circuit_curve(model, graph, **ASKED, corrupted=CORRUPTED, progress=False)
         clean, corrupted = (float(objective(model(tokens))) for tokens in (TOKENS, CORRUPTED))
@@ -134,7 +135,7 @@ def test_all_edges_are_the_model_and_none_the_reference(name: str, how: dict[str
 def test_possible_edges_are_those_that_masks_allow_and_the_end_can_see(how: str) -> None:
     """Counted by hand: window 4 in block 0, none in block 1, prompt of 9, end at the last."""
     settings = {"block": {}, "sublayer": {"granularity": "sublayer"}, "heads": {"heads": True}}
-    model, graph = graph_of("gemma2", **settings[how])
+    model, graph = circuit_graph("gemma2", **settings[how])
     with true_float64(model):
         point = clrp.circuit_faithfulness(model, graph, **ASKED, corrupted=CORRUPTED)
     first, second = 1 + 2 + 3 + 4 * 6, 9

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.computed_graphs import circuit_graph
 from support.hooking import fresh
 from torch import Tensor
-from truth.circuit_truth import ASKED, CORRUPTED, TOKENS, N, graph_of, objective, states
+from truth.circuit_truth import ASKED, CORRUPTED, TOKENS, N, objective, states
 from truth.families import random_tokens, true_float64
 
 import tl_contrastive_lrp as clrp
@@ -21,7 +22,7 @@ from tl_contrastive_lrp.evaluation.circuits.runs import reference_states
 
 
 def test_mean_states_are_means_over_prompts() -> None:
-    model, graph = graph_of("qwen3", granularity="sublayer")
+    model, graph = circuit_graph("qwen3", granularity="sublayer")
     prompts = random_tokens(5, N, seed=8)
     with true_float64(model):
         found = reference_states(model, prompts, 2)
@@ -58,7 +59,7 @@ def test_cpr_and_cmd_of_known_curves() -> None:
 
 
 def test_circuits_grow_by_weight_or_by_given_scores() -> None:
-    model, graph = graph_of("qwen3")
+    model, graph = circuit_graph("qwen3")
     how = {**ASKED, "corrupted": CORRUPTED, "progress": False}
     with true_float64(model):
         curve = clrp.circuit_curve(model, graph, fractions=[0.25], **how)
@@ -83,7 +84,7 @@ def test_circuits_grow_by_weight_or_by_given_scores() -> None:
 
 def test_edges_without_weight_come_last() -> None:
     """A pruned graph as ranking: its edges first, whatever it lost after them."""
-    model, graph = graph_of("qwen3")
+    model, graph = circuit_graph("qwen3")
     half = graph.prune(top_k=12)
     how = {**ASKED, "corrupted": CORRUPTED, "progress": False}
     with true_float64(model):
@@ -95,7 +96,7 @@ def test_edges_without_weight_come_last() -> None:
 
 
 def test_compatibility_mode() -> None:
-    model, graph = graph_of("qwen3", heads=True)
+    model, graph = circuit_graph("qwen3", heads=True)
     with true_float64(model):
         wanted = clrp.circuit_faithfulness(model, graph.prune(), **ASKED, corrupted=CORRUPTED)
     other = fresh("qwen3", torch.float64)
@@ -110,7 +111,7 @@ def test_compatibility_mode() -> None:
 
 
 def test_what_cannot_be_right_is_refused(snapshot: Any) -> None:
-    model, graph = graph_of("qwen3")
+    model, graph = circuit_graph("qwen3")
     clrp.circuit_faithfulness(model, graph, **ASKED, corrupted=CORRUPTED)
     before = snapshot(model)
     good = {**ASKED, "corrupted": CORRUPTED}
@@ -138,7 +139,7 @@ def test_what_cannot_be_right_is_refused(snapshot: Any) -> None:
 
 
 def test_the_model_is_left_as_found(snapshot: Any) -> None:
-    model, graph = graph_of("gemma2", heads=True)
+    model, graph = circuit_graph("gemma2", heads=True)
     before = snapshot(model)
     with true_float64(model):
         clrp.circuit_faithfulness(model, graph, **ASKED, corrupted=CORRUPTED)

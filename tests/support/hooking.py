@@ -7,18 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from truth.families import random_tokens, saved
+from truth.families import fresh as fresh  # tests import it from here
+from truth.families import random_tokens
 
 import tl_contrastive_lrp as clrp
 
 Snapshot = Callable[[Any], dict[str, Any]]
-
-
-def fresh(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of one's own, free to be changed."""
-    from transformer_lens.model_bridge import TransformerBridge
-
-    return TransformerBridge.boot_transformers(str(saved(name)), device="cpu", dtype=dtype)
 
 
 def delta(logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Graphs to cut circuits out of, and plain runs of a model with states put in place."""
+"""A prompt and its corruption for circuits, and plain runs of a model with states put in place."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import tl_contrastive_lrp as clrp
-from truth.families import boot, random_tokens, true_float64
+from truth.families import random_tokens
 
 TOKENS = random_tokens()
 CORRUPTED = TOKENS.clone()
@@ -19,12 +18,6 @@ ASKED = {"target": 7, "contrast": 12}
 
 def objective(logits: Tensor) -> Tensor:
     return (logits[:, -1, 7] - logits[:, -1, 12]).sum()
-
-
-def graph_of(name: str, **how: Any) -> Any:
-    model = boot(name)
-    with true_float64(model):
-        return model, clrp.attribution_graph(model, TOKENS, **ASKED, **how)
 
 
 def states(

@@ -1,4 +1,4 @@
-"""Graphs and what their edges should be, made once for all tests, and how far apart they are.
+"""What the edges of graphs should be, made once for all tests, and how far a graph is from it.
 
 Errors are relative to the largest entry of what is compared, off the diagonal and on it
 separately: residual streams make diagonals large.
@@ -7,35 +7,17 @@ separately: residual streams make diagonals large.
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
-import tl_contrastive_lrp as clrp
-from truth.families import boot, hf_model, random_tokens, true_float64
+from truth.families import hf_model, random_tokens
 from truth.oracle import contrast_seed
 from truth.oracle_edges import EdgeTruth
 
 TARGET, CONTRAST, VOCAB = 7, 12, 48
 TOKENS = random_tokens()
 N = TOKENS.shape[1]
-
-
-def graph_of(
-    model: Any, rules: str, objective: Any = None, tokens: Tensor = TOKENS, **how: Any
-) -> Any:
-    if objective is None:
-        objective = clrp.logit_diff(model, TARGET, CONTRAST)
-    double = next(model.parameters()).dtype == torch.float64
-    with true_float64(model) if double else nullcontext():
-        return clrp.attribution_graph(model, tokens, objective, rules=rules, **how)
-
-
-@functools.cache
-def graph(name: str, rules: str, granularity: str = "block", heads: bool = False) -> Any:
-    return graph_of(boot(name), rules, granularity=granularity, heads=heads)
 
 
 @functools.cache

@@ -244,6 +244,13 @@ def _boot(name: str, dtype: torch.dtype, seed: int) -> Any:
     return TransformerBridge.boot_transformers(str(saved(name, seed)), device="cpu", dtype=dtype)
 
 
+def fresh(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The family as a TransformerBridge of one's own, free to be changed."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return TransformerBridge.boot_transformers(str(saved(name)), device="cpu", dtype=dtype)
+
+
 def hf_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
     """The family as a Hugging Face model with the weights that ``boot`` has; one per session."""
     return _hf_model(name, dtype, seed)

@@ -11,8 +11,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from support.hooking import fresh
 from torch import Tensor
+
+from truth.families import fresh
 
 
 def linear_model() -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.computed_graphs import graph, graph_of
 from torch import Tensor
 from truth import families, rounding
 from truth.autograd_forms import draw, off
@@ -25,8 +26,6 @@ from truth.edge_truth import (
     between,
     error,
     errors_of,
-    graph,
-    graph_of,
     matrix,
     truth,
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.computed_graphs import graph_of
 from truth import families
 from truth.autograd_forms import off
 from truth.edge_truth import (
@@ -19,7 +20,6 @@ from truth.edge_truth import (
     assert_all_below,
     error,
     errors_of,
-    graph_of,
     truth,
 )
 from truth.families import FAMILIES, boot, make_tokenizer
