@@ -7,6 +7,9 @@ be, by the rule in ``_faithfulness_rule.py``.
 
     python benchmarks/faithfulness.py
     python benchmarks/faithfulness.py --quick --out /tmp/faithfulness.md
+
+Prints the page, and bars while it measures. Removing tokens and edges
+dominates: a forward for each step of each curve; --quick takes two prompts of everything.
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@
   mark, in fresh processes).
 
     python benchmarks/graph.py
+
+Prints a line for each length, with ratios and MiB. The packed signals dominate: 22.5 s a transition
+at 512 tokens (docs/accuracy_and_speed.md).
 """
 
 from __future__ import annotations

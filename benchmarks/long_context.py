@@ -4,7 +4,8 @@
     python benchmarks/long_context.py --lengths 1024 2048 --device cuda --shape qwen3-0.6b
 
 Random weights; shapes are what costs. Peak memory is the process's (CPU) or torch's (CUDA), above
-what it was with the model loaded.
+what it was with the model loaded. Prints a line for each run. The defaults take about four minutes
+by the table of docs/long_prompts.md; the longest prompt is more than half of it.
 """
 
 from __future__ import annotations

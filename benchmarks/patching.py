@@ -10,6 +10,8 @@ the prompts of what ``clrp.compare`` finds for each rule set.
 
     python benchmarks/patching.py
     python benchmarks/patching.py --only agreement --prompts 8
+
+Prints both tables. What is measured dominates: a forward for each cell of each sweep.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ Both sides run the same random model of Qwen3's architecture on the same tokens 
   then ``torch.autograd.grad`` of the logit difference at the embeddings;
 - relevance: ``clrp.run_with_relevance`` at the same HookPoints, and ``clrp.attribute``.
 
-The runs alternate and the medians' ratios are printed, since machines are noisy.
+The runs alternate and the medians' ratios are printed, since machines are noisy; a line for each
+length, of which the longest dominates.
 
     python benchmarks/relevance.py --pos 512 --layers 4 --d-model 256 --repeats 9
 """

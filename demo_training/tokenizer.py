@@ -1,4 +1,9 @@
-"""Train the byte-level BPE tokenizer of the demo model on generated text."""
+"""Train the byte-level BPE tokenizer of the demo model on generated text.
+
+    python -m demo_training.tokenizer --out RUN/tokenizer
+
+Prints how many tokens it has; a few seconds.
+"""
 
 from __future__ import annotations
 

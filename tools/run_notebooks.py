@@ -1,6 +1,8 @@
-"""Execute every notebook below a folder and fail on the first error; nothing is written.
+"""Execute every notebook in a folder and fail on the first error; nothing is written.
 
-python tools/run_notebooks.py tutorials
+    python tools/run_notebooks.py tutorials
+
+Prints each notebook's cells and seconds. Tutorials 3 and 4, which measure, dominate.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
 """What README, CONTRIBUTING and the pages under docs say: Python runs, links lead somewhere.
 
-The Python blocks of a page run in order, in one namespace of their own, offline, in an empty folder.
+A page's Python blocks run in order, in one namespace of their own, offline, in an empty folder.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
-import warnings
 from pathlib import Path
 
 import pytest
