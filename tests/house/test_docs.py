@@ -15,6 +15,7 @@ PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+NAME = re.compile(r"`(\w+)`")
 PATH = re.compile(r"`((?:[\w.]+/)+(?:[\w.]+\.\w+)?)`")  # `folder/`, `folder/file.py`
 
 
@@ -69,3 +70,12 @@ def test_files_that_pages_name_exist() -> None:
         if not any((root / path).exists() for root in roots)
     ]
     assert missing == []
+
+
+def test_names_that_contributing_gives_are_in_the_code() -> None:
+    folders = ("tl_contrastive_lrp", "tests", "pyproject.toml")
+    files = [file for name in folders for file in (ROOT / name, *(ROOT / name).rglob("*.py"))]
+    words = {word for f in files if f.is_file() for word in re.findall(r"\w+", text_of(f))}
+    named = NAME.findall(FENCED.sub("", text_of(ROOT / "CONTRIBUTING.md")))
+    assert named
+    assert sorted({name for name in named if name not in words}) == []

@@ -1,7 +1,8 @@
 """Relevance of one prediction: ``attribute``, its result and ledger, and candidate tokens.
 
-A call here turns a prompt and an objective into a plan, has the engine run it, and returns a frozen result;
-``run_with_relevance`` does the same for every HookPoint, as TransformerLens' ``run_with_cache`` does.
+A call here turns a prompt and an objective into a plan, has the engine run it, and returns a frozen
+result; ``run_with_relevance`` does the same for every HookPoint, as TransformerLens'
+``run_with_cache`` does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One forward and its backwards under the rules, read from inside.
 
-``run`` decides between the plain engine, which keeps every block's attention for one backward, and the
-tiled one, which replays block by block over a key-value cache; both give the same kind of result.
+``run`` decides between the plain engine, which keeps every block's attention for one backward, and
+the tiled one, which replays block by block over a key-value cache; both give the same kind of
+result.
 """
 
 from __future__ import annotations

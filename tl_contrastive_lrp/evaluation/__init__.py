@@ -1,7 +1,8 @@
 """Is it right? Relevance held against interventions on the model, planted truth and itself.
 
 ``patching`` estimates activation patching, ``compare`` holds an estimate against what was measured,
-``faithfulness`` removes tokens, ``circuits`` runs a graph as a circuit, and ``verify`` checks a model.
+``faithfulness`` removes tokens, ``circuits`` runs a graph as a circuit, and ``verify`` checks a
+model.
 ``patching`` needs TransformerLens 4.3 and is imported when it is asked for.
 """
 

@@ -199,7 +199,7 @@ class AttributionGraph(GraphData):
     # ------------------------------------------------------------ what carries a node or an edge
 
     def explain_node(self, site: int | str, pos: int, k: int = 10) -> pd.DataFrame:
-        """Hidden dimensions, heads and neurons that carry a node's relevance; see ``decompose.py``."""
+        """Dimensions, heads and neurons that carry a node's relevance; see ``decompose.py``."""
         from .decompose import explain_node
 
         return explain_node(self, site, pos, k)

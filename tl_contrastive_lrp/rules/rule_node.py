@@ -1,8 +1,9 @@
 """What a rule's autograd Function means for the audit: a row that the Function itself carries.
 
-The audit follows the autograd graph from the logits to the embeddings and has to know, of every custom
-Function it meets, which inputs its backward sends a gradient to and whether it shares out a product. A rule
-says so in its class attribute ``audit``; a Function without one is a finding, and the model is refused.
+The audit follows the autograd graph from the logits to the embeddings and has to know, of every
+custom Function it meets, which inputs its backward sends a gradient to and whether it shares out a
+product. A rule says so in its class attribute ``audit``; a Function without one is a finding, and
+the model is refused.
 """
 
 from __future__ import annotations
