@@ -41,7 +41,8 @@ NOT_NUMERICAL = (
 )  # fmt: skip
 
 
-# Nearly a hundred families each, minutes long; TEST_EVERY=n takes every n-th test of these files.
+# Nearly a hundred families each, minutes long. TEST_EVERY=n takes every n-th test, and of these files
+# every 4n-th.
 MANY_FAMILIES = ("test_fuzz", "test_op_oracle", "test_tiled_families", "test_zoo")
 
 
@@ -51,7 +52,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.numerical)
     every = int(os.environ.get("TEST_EVERY", "1"))
     many = [item for item in items if item.path.name.startswith(MANY_FAMILIES)]
-    left_out = set(many) - set(many[::every])
+    others = [item for item in items if not item.path.name.startswith(MANY_FAMILIES)]
+    left_out = set(items) - set(others[::every]) - set(many[:: every if every == 1 else 4 * every])
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]

@@ -23,7 +23,7 @@ from tl_contrastive_lrp.engine.tiled import backward as tiled_backward
 from tl_contrastive_lrp.hooks.user_hooks import as_own
 
 BLOCKS = 6
-CHILD = Path(__file__).with_name("killed_child.py")
+CHILD = Path(__file__).parents[1] / "support" / "killed_child.py"
 
 
 @pytest.fixture(scope="module")

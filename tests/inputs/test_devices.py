@@ -30,7 +30,7 @@ RUNS = {
     "plain nodes", "plain graphs", "tiled nodes", "tiled graphs", "kept", "resumed",
     "over several blocks",
 }  # fmt: skip
-CHILD = Path(__file__).with_name("device_child.py")
+CHILD = Path(__file__).parents[1] / "support" / "device_child.py"
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import torch
 from tl_contrastive_lrp.inputs.float64 import has_float64, precise
 
 MODELS = ("gpt2", "qwen3")  # biases, positions; gates, grouped queries, norms of queries
-CHILD = Path(__file__).with_name("mps_child.py")
+CHILD = Path(__file__).parents[1] / "support" / "mps_child.py"
 RUNS = (
     "audit", "attribute", "attribute in tiles", "run_with_relevance", "lrp", "next tokens",
     "next tokens in tiles", "graph", "graph by heads", "graph by mass", "graph over blocks",
