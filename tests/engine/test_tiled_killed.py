@@ -6,7 +6,6 @@ import dataclasses
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support.children import command, environment
 from support.killed_child import KINDS, boot, run
 from support.model_state import snapshot_of
 from truth import zoo
@@ -23,7 +23,6 @@ from tl_contrastive_lrp.engine.tiled import backward as tiled_backward
 from tl_contrastive_lrp.hooks.user_hooks import as_own
 
 BLOCKS = 6
-CHILD = Path(__file__).parents[1] / "support" / "killed_child.py"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def untouched(model: Any) -> dict[str, Any]:
 def stopped_at(block: int, how: signal.Signals, arguments: list[str], after: float) -> int:
     """Runs the child until that block is on disk and a moment longer; its exit status."""
     checkpoint = Path(arguments[1])
-    with subprocess.Popen([sys.executable, str(CHILD), *arguments]) as child:
+    with subprocess.Popen(command("killed_child", *arguments), env=environment()) as child:
         try:
             for _ in range(120_000):
                 if (checkpoint / f"block_{block}.safetensors").exists() or child.poll() is not None:

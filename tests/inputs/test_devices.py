@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.children import command, environment
 from support.model_state import snapshot_of
 from torch import Tensor
 from truth.families import boot, random_tokens, saved
@@ -30,13 +30,12 @@ RUNS = {
     "plain nodes", "plain graphs", "tiled nodes", "tiled graphs", "kept", "resumed",
     "over several blocks",
 }  # fmt: skip
-CHILD = Path(__file__).parents[1] / "support" / "device_child.py"
 
 
 @pytest.fixture(scope="module")
 def pretended() -> list[dict[str, Any]]:
-    arguments = [sys.executable, str(CHILD), ",".join(ALONE), ",".join(HALVES)]
-    ran = subprocess.run(arguments, capture_output=True, text=True, timeout=900)
+    arguments = command("device_child", ",".join(ALONE), ",".join(HALVES))
+    ran = subprocess.run(arguments, capture_output=True, text=True, timeout=900, env=environment())
     assert ran.returncode == 0, ran.stderr[-3000:]
     return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
 
