@@ -41,8 +41,8 @@ NOT_NUMERICAL = (
 )  # fmt: skip
 
 
-# Nearly a hundred families each, minutes long. TEST_EVERY=n takes every n-th test, and of these files
-# every 4n-th.
+# Nearly a hundred families each, minutes long. TEST_EVERY=n takes every n-th test, and of these
+# files every 4n-th.
 MANY_FAMILIES = ("test_fuzz", "test_op_oracle", "test_tiled_families", "test_zoo")
 
 

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.children import command, environment
 
 from tl_contrastive_lrp.inputs.float64 import has_float64, precise
 
 MODELS = ("gpt2", "qwen3")  # biases, positions; gates, grouped queries, norms of queries
-CHILD = Path(__file__).parents[1] / "support" / "mps_child.py"
 RUNS = (
     "audit", "attribute", "attribute in tiles", "run_with_relevance", "lrp", "next tokens",
     "next tokens in tiles", "graph", "graph by heads", "graph by mass", "graph over blocks",
@@ -34,8 +32,8 @@ LIMIT = 100 * torch.finfo(torch.float32).eps
 
 @pytest.fixture(scope="module")
 def pretended() -> list[dict[str, Any]]:
-    arguments = [sys.executable, str(CHILD), ",".join(MODELS)]
-    ran = subprocess.run(arguments, capture_output=True, text=True, timeout=900)
+    arguments = command("mps_child", ",".join(MODELS))
+    ran = subprocess.run(arguments, capture_output=True, text=True, timeout=900, env=environment())
     assert ran.returncode == 0, ran.stderr[-3000:]
     return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
 

@@ -1,4 +1,4 @@
-"""Starting a script of this folder as a process of its own, for what a test must not do to itself."""
+"""Starting a script of this folder as a process of its own."""
 
 from __future__ import annotations
 
