@@ -50,6 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if not item.path.name.startswith(NOT_NUMERICAL):
             item.add_marker(pytest.mark.numerical)
+        if "house" in item.path.parts:
+            item.add_marker(pytest.mark.slow)
     every = int(os.environ.get("TEST_EVERY", "1"))
     many = [item for item in items if item.path.name.startswith(MANY_FAMILIES)]
     others = [item for item in items if not item.path.name.startswith(MANY_FAMILIES)]
