@@ -92,6 +92,12 @@ class Slots:
 
         return Reading(reading.name, sink, reading.how, fired)
 
+    def pass_over(self) -> None:
+        """One result less to come."""
+        self.uses -= 1
+        if not self.uses:
+            self._seen.clear()  # so that the last backward lets go of activations as it goes
+
     @contextmanager
     def bound(self, readings: Iterable[Reading]) -> Iterator[None]:
         """Have these sinks called by the backwards inside the block, which belong to one result.
@@ -115,9 +121,7 @@ class Slots:
             self._bound.setdefault(place, []).append(reading)
             if reading.fired is not None and place in self._seen:
                 reading.fired(self._seen[place])
-        self.uses -= 1
-        if not self.uses:
-            self._seen.clear()  # so that the last backward lets go of activations as it goes
+        self.pass_over()
         try:
             yield
         finally:
