@@ -210,6 +210,8 @@ def run_each(
         run = forward(
             model, tokens, rule_set, readings, scopes, hook_watch=hook_watch, **forward_kwargs
         )
+    if run.slots is not None:
+        run.slots.require_left()
     values = [run.value(objective) for objective in objectives]
     with nullcontext() if run.slots is None else run.slots.bound(readings):
         for which, value in enumerate(values):

@@ -69,8 +69,10 @@ class Prefilled:
             ("model", model is self.model),
             ("prompt", torch.equal(tokens, self.tokens)),
             ("rules", get_rule_set(rules) == self.rule_set),
-            ("state of the model (its weights or your hooks have changed since)",
-             state_of(model) == self.state),
+            (
+                "state of the model (its weights or your hooks have changed since)",
+                state_of(model) == self.state,
+            ),
         )
         other = next((what for what, equal in same if not equal), None)
         if other is not None:
@@ -141,7 +143,9 @@ def prefill_prompt(
             assert tiled.prefill is not None
             logits = tiled.prefill.logits()[0, 0].detach()
             done = replace(choice, tile=tiled.tile)
-            return Prefilled(model, tokens, rule_set, at, logits, done, why, None, tiled, calls, state)
+            return Prefilled(
+                model, tokens, rule_set, at, logits, done, why, None, tiled, calls, state
+            )
     slots = Slots(readings, uses)
     scopes = [call.recorded(model.blocks[block]) for block, call in calls.items()]
     plain = forward(model, tokens, rule_set, slots.readings, scopes)

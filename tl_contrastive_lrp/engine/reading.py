@@ -92,6 +92,15 @@ class Slots:
 
         return Reading(reading.name, sink, reading.how, fired)
 
+    def require_left(self) -> None:
+        """Refuse another result than those that were planned.
+
+        Raises:
+            ValueError: none is left.
+        """
+        if self.uses < 1:
+            raise ValueError("The graph of this forward was used up; run another one.")
+
     def pass_over(self) -> None:
         """One result less to come."""
         self.uses -= 1
@@ -108,8 +117,7 @@ class Slots:
         Raises:
             ValueError: the forward was not prepared for one of them, or is used up.
         """
-        if self.uses < 1:
-            raise ValueError("The graph of this forward was used up; run another one.")
+        self.require_left()
         wanted = list(readings)
         for reading in wanted:
             if (reading.name, reading.how) not in self._places:

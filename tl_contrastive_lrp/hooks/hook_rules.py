@@ -294,7 +294,9 @@ class HookWatch:
 
         return watched
 
-    def _watching_gradient(self, fn: Callable[..., Any], told: Callable[[], Any]) -> Any:
+    def _watching_gradient(
+        self, fn: Callable[..., Any], told: Callable[[], tuple[str, Any] | None]
+    ) -> Any:
         """In place of a function that is given gradients, and may return others."""
         self.of_backward = True
         state = {"edits": False}
@@ -310,8 +312,10 @@ class HookWatch:
             after = given if returned is None else tensors_in(returned)
             if not _same_values(after, given) or any(_version(x) != v for x, v in before):
                 state["edits"] = True
-                self.edits.setdefault(who[0], {})[name_of(who[1])] = None
-                self._add([_row(*who, "gradient", "the hook's own", "changed in the backward")])
+                point, user = who
+                self.edits.setdefault(point, {})[name_of(user)] = None
+                how = "changed in the backward"
+                self._add([_row(point, user, "gradient", "the hook's own", how)])
             return returned
 
         return watched
@@ -401,7 +405,7 @@ class HookWatch:
             rows["replacement", "constant", where] = None
         elif not any(rule != "constant" for _, rule, _ in rows):
             rows["linear", "gradient", "ordinary gradient, which is exact"] = None
-        self._add([_row(point, user, *row) for row in rows])
+        self._add([_row(point, user, what, rule, how) for what, rule, how in rows])
 
 
 def _row(point: str, user: Any, operation: str, rule: str, attached: str) -> CoverageRow:
@@ -438,9 +442,13 @@ def _same_places(after: list[Tensor], given: list[Tensor]) -> bool:
 
 
 def _same_values(after: list[Tensor], given: list[Tensor]) -> bool:
-    return len(after) == len(given) and all(
-        x is y or torch.equal(plain(x), plain(y)) for x, y in zip(after, given, strict=True)
-    )
+    """Whether gradients are the same numbers; False where that cannot be told."""
+    try:
+        return len(after) == len(given) and all(
+            x is y or torch.equal(plain(x), plain(y)) for x, y in zip(after, given, strict=True)
+        )
+    except RuntimeError:  # several signals at once, in a vectorised backward
+        return False
 
 
 def rows_to_come(model: Any) -> list[CoverageRow]:

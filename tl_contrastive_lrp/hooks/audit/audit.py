@@ -29,8 +29,8 @@ def audit(model: Any) -> Audit:
     known, and what the model hides from autograd, is a finding. The answer is kept until the
     model's components or flags change.
 
-    The user's hook functions, on HookPoints and other modules, are set aside, and named in ``hooks``: they are
-    judged call by call where they run, under the rules of that run.
+    The user's hook functions, on HookPoints and other modules, are set aside, and named in
+    ``hooks``: they are judged call by call where they run, under the rules of that run.
 
     What it cannot see: operations that a longer prompt would take another way, and whether a rule's
     closed form is that of its activation; ``verify`` measures these on a prompt.
