@@ -20,6 +20,7 @@ from tl_contrastive_lrp.engine.prefilled import prefill_prompt
 from tl_contrastive_lrp.engine.reading import Slots
 from tl_contrastive_lrp.graph.assembly.attribution_graph import plan_of
 from tl_contrastive_lrp.graph.assembly.plain import graph_readings
+from tl_contrastive_lrp.hooks.user_hooks import as_own
 
 LONG = " ".join("abcdefghijklmnopqrstuvwx")  # longer than the few tokens on which models are tried
 TILE = 5
@@ -35,8 +36,9 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]
 
     def booted(*arguments: Any, **options: Any) -> Any:
         model = boot(*arguments, **options)
+        # as no user's hook: one is shown the prompt by a forward of its own
         model.embed.register_forward_pre_hook(
-            lambda _, given: seen.append(tuple(given[0].flatten().tolist()))
+            as_own(lambda _, given: seen.append(tuple(given[0].flatten().tolist())))
         )
         return model
 
@@ -106,7 +108,9 @@ def test_the_demo_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def loaded(**options: Any) -> Any:
         model = real(**options)
-        model.embed.register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape[1]))
+        model.embed.register_forward_pre_hook(
+            as_own(lambda _, given: lengths.append(given[0].shape[1]))
+        )
         return model
 
     monkeypatch.setattr(demo, "load_demo_model", loaded)
@@ -205,15 +209,43 @@ def test_a_forward_serves_no_other_question(bridge: Any, folder: Path) -> None:
         clrp.attribute(bridge, ids, **sides, prefilled=shared)
 
 
+def test_a_forward_serves_no_changed_model(bridge: Any) -> None:
+    """What it explains would not be the model's own forward any more."""
+    ids, sides = bridge.to_tokens(PROMPT), {"target": " a", "contrast": " b"}
+    shared, weight = prepared(bridge, ids), next(bridge.original_model.parameters())
+    hook = [("blocks.0.hook_mlp_out", lambda x, hook: 2.0 * x)]  # noqa: ARG005
+    for call in (clrp.attribute, clrp.attribution_graph):
+        with bridge.hooks(fwd_hooks=hook), pytest.raises(ValueError, match="hooks have changed"):
+            call(bridge, ids, **sides, prefilled=shared)
+    clrp.attribute(bridge, ids, **sides, prefilled=shared)
+    with torch.no_grad():
+        weight.mul_(1.0)
+    with pytest.raises(ValueError, match="weights or your hooks"):
+        clrp.attribution_graph(bridge, ids, **sides, prefilled=shared)
+
+
+def test_a_graph_under_hooks_lets_go_of_the_forward_that_it_cannot_use(bridge: Any) -> None:
+    ids, sides = bridge.to_tokens(PROMPT), {"target": " a", "contrast": " b"}
+    with bridge.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda x, hook: 2.0 * x)]):  # noqa: ARG005
+        shared, wanted = prepared(bridge, ids), clrp.attribution_graph(bridge, ids, **sides)
+        result = clrp.attribute(bridge, ids, **sides, prefilled=shared)
+        graph = clrp.attribution_graph(bridge, ids, **sides, prefilled=shared)
+        assert result.delta == graph.delta == wanted.delta
+        torch.testing.assert_close(graph.weight, wanted.weight)
+        assert not shared.plain.logits.requires_grad
+        with pytest.raises(ValueError, match="used up"):
+            clrp.attribute(bridge, ids, **sides, prefilled=shared)
+
+
 def test_the_last_use_lets_go_of_the_graph(bridge: Any) -> None:
     ids = bridge.to_tokens(PROMPT)
     shared = prepared(bridge, ids)
     plain: Forward = shared.plain
     assert isinstance(plain.slots, Slots)
     clrp.attribute(bridge, ids, target=" a", contrast=" b", prefilled=shared)
-    torch.autograd.grad(plain.logits.sum(), [*plain.leaves.values()], retain_graph=True)
+    torch.autograd.grad(plain.logits.sum(), plain.ends, retain_graph=True)
     clrp.attribution_graph(bridge, ids, target=" a", contrast=" b", prefilled=shared)
     with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(plain.logits.sum(), [*plain.leaves.values()])
+        torch.autograd.grad(plain.logits.sum(), plain.ends)
     assert plain.slots._seen == {}
     assert built(bridge).delta != 0

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from support.hooking import delta, fresh, objective_of, off
+from support.model_state import snapshot_of
 from support.written import Written
 from torch import Tensor
 from truth.families import boot, make_hf, random_tokens, true_float64
 from truth.sparse_autoencoder import ERRORS, KINDS, Error, Kind, SparseAutoencoder
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.errors import UncoveredComponentError
+from tl_contrastive_lrp.errors import ModelStateError, UncoveredComponentError
 
 F64 = torch.float64
 OUT = "blocks.0.mlp.hook_out"
@@ -257,17 +258,81 @@ def test_what_is_said_before_any_hook_has_run() -> None:
     assert clrp.audit(model).hooks == ()
 
 
-def test_torch_hooks_on_modules_are_audited_with_the_model() -> None:
-    """A hook on a module that is no HookPoint is not set aside: the audit runs with it."""
+@pytest.mark.parametrize("place", ["module", "module before", "point before", "point, keywords"])
+def test_torch_hooks_are_judged_as_hook_functions_are(place: str) -> None:
     model, ids = boot("qwen3"), random_tokens(1)
+    module, point = model.blocks[0].mlp, model.hook_dict[OUT]
     clrp.attribute(model, ids, objective_of(model))
-    handle = model.blocks[0].mlp.register_forward_hook(lambda module, args, out: torch.sin(out))  # noqa: ARG005
+    handle = {
+        "module": lambda: module.register_forward_hook(lambda _, args, y: torch.sin(y)),  # noqa: ARG005
+        "module before": lambda: module.register_forward_pre_hook(
+            lambda _, args, kwargs: ((torch.sin(args[0]), *args[1:]), kwargs), with_kwargs=True
+        ),
+        "point before": lambda: point.register_forward_pre_hook(lambda _, args: torch.sin(args[0])),
+        "point, keywords": lambda: point.register_forward_hook(
+            lambda _, args, kwargs, y: torch.sin(y),  # noqa: ARG005
+            with_kwargs=True,
+        ),
+    }[place]()
     try:
-        with pytest.raises(UncoveredComponentError, match="Sin"):
-            clrp.attribute(model, ids, objective_of(model))
+        for call in (clrp.attribute, clrp.attribution_graph, clrp.run_with_relevance):
+            with pytest.raises(UncoveredComponentError, match=r"at blocks\.0\.mlp.*\n  Sin"):
+                call(model, ids, objective_of(model))
+        with pytest.raises(UncoveredComponentError, match="Sin"), clrp.lrp(model):
+            model(ids)
+        assert any("<lambda>" in row.class_name for row in clrp.coverage(model).rows)
+        got = clrp.attribute(model, ids, objective_of(model), rules="gradient")
+        with torch.no_grad():
+            assert abs(got.delta - float(delta(model(ids)))) < 1e-6
     finally:
         handle.remove()
     clrp.attribute(model, ids, objective_of(model))
+
+
+def test_torch_hooks_put_on_inside_the_rules_are_judged() -> None:
+    model, ids = fresh("qwen3"), random_tokens(1)
+    with clrp.lrp(model):
+        model.blocks[0].mlp.register_forward_hook(lambda _, args, y: torch.sin(y))  # noqa: ARG005
+        with pytest.raises(UncoveredComponentError, match="Sin"):
+            model(ids)
+    assert not any("register_forward_hook" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("memory", ["plain", "tiled"])
+def test_a_hook_that_adds_one_is_refused(memory: Any) -> None:
+    """What the other one does would be lost in tiles, and get no rule plainly."""
+    model, ids = fresh("qwen3"), random_tokens(1)
+
+    def add(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
+        model.add_hook("blocks.1.hook_mlp_out", bend)
+
+    model.add_hook("blocks.0.hook_mlp_out", add)
+    with pytest.raises(ModelStateError, match=r"put at blocks\.1\..*while the model ran"):
+        clrp.attribute(
+            model, ids, objective_of(model), memory=memory,
+            tile=3 if memory == "tiled" else None, progress=False,
+        )  # fmt: skip
+
+
+def test_a_hook_that_takes_the_rules_off_is_refused() -> None:
+    model, ids = fresh("qwen3"), random_tokens(1)
+
+    def reset(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
+        model.reset_hooks()
+
+    with torch.no_grad():
+        model(ids)  # with the first run come hooks of transformers' own
+    before = snapshot_of(model)
+    for call in (
+        lambda: clrp.attribute(model, ids, objective_of(model)),
+        lambda: clrp.run_with_relevance(model, ids, objective_of(model), "embed.hook_out"),
+    ):
+        model.add_hook("blocks.0.hook_mlp_out", reset)
+        with pytest.raises(ModelStateError, match=r"taken off.*Remove your own hooks alone"):
+            call()
+    with pytest.raises(ModelStateError, match="taken off"), clrp.lrp(model):
+        model.reset_hooks()
+    assert snapshot_of(model) == before
 
 
 def test_a_module_in_a_hookpoints_place_is_refused_with_what_to_type() -> None:

@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.hooking import delta, objective_of
+from support.hooking import delta, fresh, objective_of
 from torch import Tensor
-from truth.edge_truth import error
+from truth.edge_truth import error as edge_error
 from truth.families import boot, random_tokens, true_float64
 from truth.sparse_autoencoder import SparseAutoencoder
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import UncoveredComponentError
+from tl_contrastive_lrp.graph.edges.batched import batched_edges
+from tl_contrastive_lrp.rules.rule_sets import get_rule_set
 
 Hook = tuple[str, Callable[..., Any]]
 F64 = torch.float64
@@ -81,7 +83,7 @@ def graph_with(model: Any, rules: str, hooks: Sequence[Hook], ids: Tensor, **how
 
 def largest_error(graph: Any, wanted: list[Tensor], names: list[str]) -> float:
     pairs = zip(pairwise(names), wanted, strict=True)
-    return max(error(graph.matrix(*ends), a.double()) for ends, a in pairs)
+    return max(edge_error(graph.matrix(*ends), a.double()) for ends, a in pairs)
 
 
 def hook_of(edit: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -267,3 +269,83 @@ def test_random_hooks_give_right_edges_or_a_refusal(seed: int) -> None:
             return
         wanted = true_edges(model, rules, hooks, IDS)
     assert largest_error(graph, wanted, sites_of(model)) < 1e-9
+
+
+def _rolled(out: Any) -> Any:
+    return (out[0].roll(1, 1), *out[1:]) if isinstance(out, tuple) else out.roll(1, 1)
+
+
+@pytest.mark.parametrize("at", ["block", "mlp", "before a HookPoint"])
+def test_torch_hooks_hold_edges_to_autograd(at: str) -> None:
+    model = fresh("qwen3")
+    module = model.blocks[0] if at == "block" else model.blocks[0].mlp
+    graph_with(model, "attnlrp", [], IDS)
+    if at == "before a HookPoint":
+        point = model.hook_dict["blocks.0.mlp.hook_out"]
+        point.register_forward_pre_hook(lambda _, args: (args[0].roll(1, 1),))
+    else:
+        module.register_forward_hook(lambda _, args, out: _rolled(out))  # noqa: ARG005
+    with pytest.raises(UncoveredComponentError, match=r"<lambda> at blocks\.0.*layers="):
+        graph_with(model, "attnlrp", [], IDS)
+
+
+def _tripled_from_inside(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+    out = tensor * 1.0
+    if out.requires_grad:
+        out.register_hook(lambda g: 3.0 * g)
+    return out
+
+
+@pytest.mark.parametrize("how", ["backward hook", "hook on a tensor"])
+@pytest.mark.parametrize("point", ["attn.v.hook_out", "attn.k.hook_out", "mlp.hook_out"])
+def test_hooks_that_change_gradients_have_right_edges_or_none(point: str, how: str) -> None:
+    model, name = boot("qwen3", F64), f"blocks.1.{point}"
+    source, target = sites_of(model)[1:]
+    settings: dict[str, Any] = {"rules": "attnlrp", "progress": False}
+    forward = how == "hook on a tensor"
+    triple = _tripled_from_inside if forward else hook_of(lambda g: 3.0 * g)
+    with (
+        true_float64(model),
+        model.hooks(**{"fwd_hooks" if forward else "bwd_hooks": [(name, triple)]}),
+    ):
+        wanted = batched_edges(
+            model, IDS, objective_of(model), get_rule_set("attnlrp"), [(source, target)],
+            progress=False,
+        )[source, target]  # fmt: skip
+        if point != "mlp.hook_out":
+            with pytest.raises(UncoveredComponentError, match=name):
+                clrp.attribution_graph(model, IDS, objective_of(model), **settings)
+            return
+        graph = clrp.attribution_graph(model, IDS, objective_of(model), **settings)
+    assert edge_error(graph.matrix(source, target), wanted.double()) < 1e-10
+    assert any(row.attached == "changed in the backward" for row in graph.coverage.rows)
+
+
+def test_hooks_of_the_backward_that_look_are_shown_the_models_own_alone() -> None:
+    model, seen = boot("gpt2", F64), list[Tensor]()
+    point = "blocks.1.mlp.hook_out"
+
+    def look(gradient: Tensor, hook: Any) -> None:  # noqa: ARG001
+        seen.append(gradient.clone())
+
+    with true_float64(model), model.hooks(bwd_hooks=[(point, look)]):
+        hooks = [("blocks.0.attn.o.hook_in", hook_of(lambda z: 1.3 * z))]
+        graph_with(model, "attnlrp", hooks, IDS)
+    assert len(seen) == 1
+
+
+def test_a_rule_in_a_hook_before_scores_is_right_or_refused() -> None:
+    """Keys' and values' derivatives are taken forward, where autograd Functions have none."""
+    model = boot("gpt2", F64)
+    for rule in (
+        lambda x: x + 0.2 * clrp.rules.ordinary(torch.sin(3.0 * x)),
+        lambda x: clrp.rules.uniform(x * x),
+    ):
+        hooks = [("blocks.1.ln1.hook_out", hook_of(rule))]
+        with true_float64(model):
+            try:
+                graph = graph_with(model, "attnlrp", hooks, IDS)
+            except UncoveredComponentError:
+                continue
+            wanted = true_edges(model, "attnlrp", hooks, IDS)
+        assert largest_error(graph, wanted, sites_of(model)) < 1e-10

@@ -16,6 +16,7 @@ from truth.families import FAMILIES, boot, random_tokens
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.engine.tiled import backward as tiled_backward
+from tl_contrastive_lrp.errors import ModelStateError
 
 WAYS = {"plain": PLAIN, "tiled": TILED}
 
@@ -156,3 +157,26 @@ def test_bad_lists_are_refused(call: Any) -> None:
         call(model, ids, objectives=one)
     with pytest.raises(TypeError, match="'x' among objectives"):
         call(model, ids, objectives=[one, "x"])
+
+
+@pytest.mark.parametrize("memory", ["plain", "tiled"])
+def test_functions_that_look_past_the_logits_are_refused(memory: Any) -> None:
+    """An activation that a hook kept: in tiles it is no part of the run, in a graph of no edge."""
+    model, ids, kept = boot("qwen3", torch.float32), random_tokens(1), {}
+    way = {"memory": memory, "progress": False, "tile": 4 if memory == "tiled" else None}
+
+    def keep(tensor: Any, hook: Any) -> None:  # noqa: ARG001
+        kept["x"] = tensor
+
+    def both(logits: Any) -> Any:
+        return logits[0, -1, 7] + kept["x"].sum()
+
+    def with_a_probe(logits: Any) -> Any:
+        return (logits[0, -1] * probe).sum() + kept["x"].detach().sum()
+
+    probe = torch.nn.Parameter(torch.ones(model.cfg.d_vocab))
+    with model.hooks(fwd_hooks=[("blocks.0.hook_out", keep)]):
+        for call in (clrp.attribute, clrp.attribution_graph):
+            with pytest.raises(ModelStateError, match=r"beside the logits.*\.detach\(\)"):
+                call(model, ids, both, **way)
+            assert call(model, ids, with_a_probe, **way).delta

@@ -79,6 +79,13 @@ class Forward:
     kept: bool = False
     slots: Slots | None = None
 
+    def pass_over(self) -> None:
+        """One of the results that were planned is made without this forward."""
+        if self.slots is not None:
+            self.slots.pass_over()
+            if not self.slots.uses:
+                self.logits, self.ends = self.logits.detach(), []
+
     def value(self, objective: Callable[[Tensor], Tensor]) -> Tensor:
         """The objective's value, on the graph.
 
@@ -86,7 +93,7 @@ class Forward:
             ModelStateError: it is not one differentiable number.
         """
         with frozen_parameters(self.model):
-            return check_value(objective(self.logits))
+            return check_value(objective(self.logits), [self.logits])
 
     def backward(self, value: Tensor, *, more: bool) -> None:
         """Bring the gradient of a value to the embeddings; sinks are called on the way.
@@ -128,8 +135,8 @@ def forward(
     They act in the calling thread alone, and sinks for it, in whatever thread autograd calls them.
 
     Args:
-        hook_watch: Notes what the user's hook functions do. If one edits, the graph is kept also
-            after the last backward.
+        hook_watch: Notes what the user's hook functions do. If one edits, or is called in the
+            backward, the graph is kept also after the last.
 
     Raises:
         ModelStateError: training mode, gradients off, or rules already on.
@@ -152,7 +159,7 @@ def forward(
     with (
         frozen_parameters(model),
         ExitStack() as stack,
-        rules_in_hooks(model, get_rule_set(rule_set), coverage, watch=hook_watch),
+        rules_in_hooks(model, get_rule_set(rule_set), coverage, hooks=hooks, watch=hook_watch),
         writable(any(hook.is_forward for hook in hooks)),
         restarted(hooks) as constants,
         reading_hooks(model, [*starts, *before]),
@@ -163,7 +170,7 @@ def forward(
             stack.enter_context(scope)
         logits = model(tokens, **forward_kwargs)
         _require_whole(logits, tokens)
-    kept = hook_watch is not None and bool(hook_watch.edits)
+    kept = hook_watch is not None and (bool(hook_watch.edits) or hook_watch.of_backward)
     return Forward(model, logits, coverage, [*leaves.values(), *constants], kept)
 
 
@@ -203,6 +210,8 @@ def run_each(
         run = forward(
             model, tokens, rule_set, readings, scopes, hook_watch=hook_watch, **forward_kwargs
         )
+    if run.slots is not None:
+        run.slots.require_left()
     values = [run.value(objective) for objective in objectives]
     with nullcontext() if run.slots is None else run.slots.bound(readings):
         for which, value in enumerate(values):
@@ -212,11 +221,15 @@ def run_each(
     return run.logits.detach(), [value.detach().reshape(()) for value in values], run.coverage
 
 
-def check_value(value: object) -> Tensor:
+def check_value(value: object, logits: Iterable[Tensor]) -> Tensor:
     """What an objective returned, if relevance can start from it.
 
+    Args:
+        value: What it returned.
+        logits: What it was given, on their graph.
+
     Raises:
-        ModelStateError: it is not one differentiable number.
+        ModelStateError: it is not one differentiable number, or it looks at more than the logits.
     """
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         raise ModelStateError(
@@ -224,7 +237,30 @@ def check_value(value: object) -> Tensor:
             f"number; it returned {_kind(value)}. Use clrp.logit_diff(...), or a function "
             "that sums over the batch and detaches nothing."
         )
+    _require_of_logits(value, logits)
     return value
+
+
+def _require_of_logits(value: Tensor, logits: Iterable[Tensor]) -> None:
+    """Refuse a value that has a gradient past the logits: in tiles or in a graph it would be lost.
+
+    Parameters of the user's own, such as a probe's, are none of the prompt's.
+    """
+    seen = {x.grad_fn for x in logits}
+    left: list[Any] = [value.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and not isinstance(leaf, torch.nn.Parameter):
+            raise ModelStateError(
+                "The objective looks at a tensor beside the logits that it was given (an "
+                "activation that a hook kept?), so part of its value could not be explained. "
+                "Compute it from its argument, and .detach() what else it uses."
+            )
+        left += [above for above, _ in node.next_functions]
 
 
 def _require_whole(logits: object, tokens: Tensor) -> None:

@@ -10,7 +10,7 @@ read has to be named before the forward (``explain.relevance_readings``,
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import TokenError
+from ..hooks.user_hooks import user_hooks
 from ..rules.rule_sets import RuleSet, get_rule_set
 from ..rules.threads import one_at_a_time
 from .memory import MemoryPlan, cannot, require_plain_fits
@@ -43,6 +44,7 @@ class Prefilled:
         why_plain: Why it is plain although tiles were chosen, or "".
         plain, tiled: The one or the other.
         calls: What each block was called with, for edges.
+        state: See ``state_of``; as the model was then.
     """
 
     model: Any
@@ -55,17 +57,22 @@ class Prefilled:
     plain: Forward | None
     tiled: TiledForward | None
     calls: dict[int, BlockCall]
+    state: object = field(repr=False)
 
     def check(self, model: Any, tokens: Tensor, rules: str | RuleSet) -> None:
         """Refuse to explain something else with it.
 
         Raises:
-            ValueError: another model, prompt or rule set.
+            ValueError: another model, prompt or rule set, or the model has changed since.
         """
         same = (
             ("model", model is self.model),
             ("prompt", torch.equal(tokens, self.tokens)),
             ("rules", get_rule_set(rules) == self.rule_set),
+            (
+                "state of the model (its weights or your hooks have changed since)",
+                state_of(model) == self.state,
+            ),
         )
         other = next((what for what, equal in same if not equal), None)
         if other is not None:
@@ -73,6 +80,15 @@ class Prefilled:
                 f"prefilled= is a forward of another {other}; leave it out, or run "
                 "prefill_prompt again."
             )
+
+
+def state_of(model: Any) -> object:
+    """What a forward depends on, as far as it can change on a living model: weights and hooks."""
+    weights = (p for p in model.original_model.parameters() if not p.is_meta)  # those come and go
+    return (
+        tuple((id(p), p.dtype, None if p.is_inference() else p._version) for p in weights),
+        tuple((id(hook.module), hook.kind, hook.key, hook.fn) for hook in user_hooks(model)),
+    )
 
 
 @one_at_a_time
@@ -110,7 +126,7 @@ def prefill_prompt(
     length, readings, calls = int(tokens.shape[1]), list(readings), calls or {}
     if not -length <= pos < length:
         raise TokenError(f"Position {pos} does not exist in a prompt of {length} tokens.")
-    at, rule_set, why = pos % length, get_rule_set(rules), ""
+    at, rule_set, why, state = pos % length, get_rule_set(rules), "", state_of(model)
     if choice.tile is not None:
         from .tiled.cache import NotTileable
 
@@ -127,10 +143,12 @@ def prefill_prompt(
             assert tiled.prefill is not None
             logits = tiled.prefill.logits()[0, 0].detach()
             done = replace(choice, tile=tiled.tile)
-            return Prefilled(model, tokens, rule_set, at, logits, done, why, None, tiled, calls)
+            return Prefilled(
+                model, tokens, rule_set, at, logits, done, why, None, tiled, calls, state
+            )
     slots = Slots(readings, uses)
     scopes = [call.recorded(model.blocks[block]) for block, call in calls.items()]
     plain = forward(model, tokens, rule_set, slots.readings, scopes)
     plain.slots = slots
     logits = plain.logits[0, at].detach().clone()
-    return Prefilled(model, tokens, rule_set, at, logits, choice, why, plain, None, calls)
+    return Prefilled(model, tokens, rule_set, at, logits, choice, why, plain, None, calls, state)

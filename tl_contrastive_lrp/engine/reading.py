@@ -92,6 +92,21 @@ class Slots:
 
         return Reading(reading.name, sink, reading.how, fired)
 
+    def require_left(self) -> None:
+        """Refuse another result than those that were planned.
+
+        Raises:
+            ValueError: none is left.
+        """
+        if self.uses < 1:
+            raise ValueError("The graph of this forward was used up; run another one.")
+
+    def pass_over(self) -> None:
+        """One result less to come."""
+        self.uses -= 1
+        if not self.uses:
+            self._seen.clear()  # so that the last backward lets go of activations as it goes
+
     @contextmanager
     def bound(self, readings: Iterable[Reading]) -> Iterator[None]:
         """Have these sinks called by the backwards inside the block, which belong to one result.
@@ -102,8 +117,7 @@ class Slots:
         Raises:
             ValueError: the forward was not prepared for one of them, or is used up.
         """
-        if self.uses < 1:
-            raise ValueError("The graph of this forward was used up; run another one.")
+        self.require_left()
         wanted = list(readings)
         for reading in wanted:
             if (reading.name, reading.how) not in self._places:
@@ -115,9 +129,7 @@ class Slots:
             self._bound.setdefault(place, []).append(reading)
             if reading.fired is not None and place in self._seen:
                 reading.fired(self._seen[place])
-        self.uses -= 1
-        if not self.uses:
-            self._seen.clear()  # so that the last backward lets go of activations as it goes
+        self.pass_over()
         try:
             yield
         finally:

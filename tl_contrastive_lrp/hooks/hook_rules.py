@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ..errors import UncoveredComponentError
 from ..rules import functions as rules
+from ..rules.precision import plain
 from ..rules.rule_sets import RuleSet
 from ..rules.threads import caller
 from .audit import operations as ops
@@ -30,7 +32,7 @@ from .audit.walk import UNHALVED, Found, Info, Node, State, Walker
 from .by_operation import marks
 from .by_operation.mode import OperationRules
 from .coverage import Coverage, CoverageRow
-from .placement import is_rule
+from .user_hooks import Kind, UserHook, behind, modules_of, require_no_new, tensors_in, user_hooks
 
 # f(c·x) = c·f(x) for c > 0, piece by piece, or a constant: the ordinary gradient times x is f(x).
 _PIECEWISE = ops.words("Relu LeakyRelu PreluKernel Threshold Hardshrink Abs Maximum Minimum")
@@ -121,9 +123,12 @@ class _Origin:
 class _HookOperations(OperationRules):
     """The rules by operation while a hook function runs, and a record of what it wrote in place."""
 
-    def __init__(self, rule_set: RuleSet, origin: _Origin) -> None:
+    def __init__(
+        self, rule_set: RuleSet, origin: _Origin, of_gradient: Callable[[Any], Any]
+    ) -> None:
         super().__init__(rule_set, attention=False)
         self._origin = origin
+        self._of_gradient = of_gradient  # in place of a torch hook on a tensor
         self.functions: dict[str, None] = {}  # got the identity rule
         self.linear_writes: list[tuple[int, int]] = []  # sequence numbers before and after
 
@@ -132,6 +137,8 @@ class _HookOperations(OperationRules):
     ) -> Any:
         name, before = getattr(func, "__name__", ""), _sequence()
         linear = name in _WRITES or (name in _SCALES and self._factors(args) < 2)
+        if name == "register_hook" and len(args) == 2:
+            args = (args[0], self._of_gradient(args[1]))
         if name in _ROOTS_OF_SUMS and self.rule_set.norm == "ln":
             out = func(*args, **(kwargs or {}))
             # a norm's denominator: one number for each position
@@ -237,12 +244,17 @@ class HookWatch:
     """What the user's hook functions did in the forwards inside a ``rules_in_hooks`` block.
 
     Attributes:
-        edits: Names of hook functions that did more than look, by HookPoint.
+        edits: Names of hook functions that did more than look, by HookPoint or module.
         rows: What they computed, for the coverage report.
+        quiet: Whether a backward runs that is none of the model's: hooks of the backward that
+            only looked so far are not shown it.
+        of_backward: Whether any hook is called in the backward.
     """
 
     edits: dict[str, dict[str, None]] = field(default_factory=dict)
     rows: dict[CoverageRow, None] = field(default_factory=dict)
+    quiet: Callable[[], bool] = lambda: False
+    of_backward: bool = False
     _rule_set: RuleSet = field(init=False)
     _report: Coverage | None = field(init=False)
     _begun: int = field(init=False)
@@ -255,35 +267,83 @@ class HookWatch:
         self._caller = caller()
 
     def edited(self, prefix: str) -> bool:
-        """Whether a hook function edited something at a HookPoint whose name begins so."""
-        return any(name.startswith(prefix) for name in self.edits)
+        """Whether a hook function edited something below a name that begins so."""
+        return any(f"{name}.".startswith(prefix) for name in self.edits)
 
-    def watching(self, point: Any, fn: Callable[..., Any], key: Callable[[], int]) -> Any:
-        """A torch hook in place of ``fn`` that looks at what it does."""
+    def watching(
+        self, fn: Callable[..., Any], kind: Kind, told: Callable[[], tuple[str, Any] | None]
+    ) -> Any:
+        """A torch hook in place of ``fn`` that looks at what it does.
 
-        def watched(module: Any, args: Any, output: Any) -> Any:
-            if caller() is not self._caller:
-                return fn(module, args, output)
-            user, own = _function(point, key(), fn)
-            if own or not torch.is_grad_enabled():
-                return fn(module, args, output)
-            return self._call(str(point.name), user, lambda: fn(module, args, output), output)
+        Args:
+            fn: As it stands in torch's table.
+            kind: Of which.
+            told: The place and the user's function; None if it is no user's.
+        """
+        if kind in ("backward", "backward_pre"):
+            return self._watching_gradient(fn, told)
+
+        def watched(module: Any, *args: Any) -> Any:
+            if caller() is not self._caller or not torch.is_grad_enabled():
+                return fn(module, *args)
+            who = told()
+            if who is None:
+                return fn(module, *args)
+            value = args[-1] if kind == "forward" or len(args) == 1 else args
+            return self._call(*who, lambda: fn(module, *args), value, tensors_in(args))
 
         return watched
 
-    def _call(self, point: str, user: Any, run: Callable[[], Any], output: Any) -> Any:
-        given = marks.tensors((output,))
+    def _watching_gradient(
+        self, fn: Callable[..., Any], told: Callable[[], tuple[str, Any] | None]
+    ) -> Any:
+        """In place of a function that is given gradients, and may return others."""
+        self.of_backward = True
+        state = {"edits": False}
+
+        def watched(*args: Any) -> Any:
+            if self.quiet() and not state["edits"]:
+                return None
+            given = tensors_in(args[-1])
+            before = [(x, _version(x)) for x in given]
+            returned, who = fn(*args), told()
+            if who is None:
+                return returned
+            after = given if returned is None else tensors_in(returned)
+            if not _same_values(after, given) or any(_version(x) != v for x, v in before):
+                state["edits"] = True
+                point, user = who
+                self.edits.setdefault(point, {})[name_of(user)] = None
+                how = "changed in the backward"
+                self._add([_row(point, user, "gradient", "the hook's own", how)])
+            return returned
+
+        return watched
+
+    def _add(self, made: list[CoverageRow]) -> None:
+        self.rows.update(dict.fromkeys(made))
+        if self._report is not None:
+            self._report.add(made)
+
+    def _call(
+        self, point: str, user: Any, run: Callable[[], Any], output: Any, shown: list[Tensor]
+    ) -> Any:
+        given = tensors_in(output)
         # kept, so that an id stays theirs
-        self._leaves.update({id(x): x for x in given if x.requires_grad and x.grad_fn is None})
-        versions = [_version(x) for x in given]
+        self._leaves.update({id(x): x for x in shown if x.requires_grad and x.grad_fn is None})
+        versions = [_version(x) for x in shown]
         origin = _Origin(given, self._leaves, self._begun)
         was_computed = any(map(origin.computed, given))
-        operations = _HookOperations(self._rule_set, origin)
+
+        def of_gradient(fn: Any) -> Any:
+            return self._watching_gradient(fn, lambda: (point, user))
+
+        operations = _HookOperations(self._rule_set, origin, of_gradient)
         cuts = DetachedValues(lambda: None, origin.computed)
         with operations.on(), cuts:
             returned = run()
-        after = marks.tensors((output if returned is None else returned,))
-        touched = versions != [_version(x) for x in given]
+        after = tensors_in(output if returned is None else returned)
+        touched = versions != [_version(x) for x in shown]
         if not touched and len(after) == len(given) and all(map(_is, after, given)):
             return returned
         walker = _HookWalker(origin, operations)
@@ -345,11 +405,11 @@ class HookWatch:
             rows["replacement", "constant", where] = None
         elif not any(rule != "constant" for _, rule, _ in rows):
             rows["linear", "gradient", "ordinary gradient, which is exact"] = None
-        name = f"user hook {name_of(user)}"
-        made = [CoverageRow(point, name, *row) for row in rows]
-        self.rows.update(dict.fromkeys(made))
-        if self._report is not None:
-            self._report.add(made)
+        self._add([_row(point, user, what, rule, how) for what, rule, how in rows])
+
+
+def _row(point: str, user: Any, operation: str, rule: str, attached: str) -> CoverageRow:
+    return CoverageRow(point, f"user hook {name_of(user)}", operation, rule, attached)
 
 
 _BY_RULE = {
@@ -381,41 +441,22 @@ def _same_places(after: list[Tensor], given: list[Tensor]) -> bool:
     )
 
 
-def _function(point: Any, key: int, fn: Any) -> tuple[Any, bool]:
-    """The function behind a torch hook on a HookPoint, and whether it is not the user's.
-
-    This package's own are not, nor those that TransformerLens put there for good.
-    """
-    handle = next((h for h in getattr(point, "fwd_hooks", ()) if h.hook.id == key), None)
-    user = fn if handle is None else handle.user_hook or fn
-    home, module = __name__.partition(".")[0], getattr(user, "__module__", None) or ""
-    permanent = handle is not None and bool(handle.is_permanent)
-    own = is_rule(user) or module.startswith(f"{home}.")
-    return user, own or (permanent and module.startswith("transformer_lens."))
-
-
-def hooked_points(model: Any) -> frozenset[str]:
-    """Names in ``model.hook_dict`` of the HookPoints with a forward hook of the user's."""
-    found = []
-    for name, point in model.hook_dict.items():
-        if not getattr(point, "_forward_hooks", None):
-            continue
-        if not all(_function(point, key, fn)[1] for key, fn in point._forward_hooks.items()):
-            found.append(name)
-    return frozenset(found)
+def _same_values(after: list[Tensor], given: list[Tensor]) -> bool:
+    """Whether gradients are the same numbers; False where that cannot be told."""
+    try:
+        return len(after) == len(given) and all(
+            x is y or torch.equal(plain(x), plain(y)) for x, y in zip(after, given, strict=True)
+        )
+    except RuntimeError:  # several signals at once, in a vectorised backward
+        return False
 
 
 def rows_to_come(model: Any) -> list[CoverageRow]:
     """A row for every hook function of the user's, before any has run."""
-    rows: dict[CoverageRow, None] = {}
-    for name in hooked_points(model):
-        point = model.hook_dict[name]
-        for handle in point.fwd_hooks:
-            user, own = _function(point, handle.hook.id, handle.user_hook)
-            if not own:
-                shown = f"user hook {name_of(user)}"
-                rows[CoverageRow(str(point.name), shown, "?", "?", "seen when it runs")] = None
-    return list(rows)
+    hooks = user_hooks(model)
+    return list(
+        dict.fromkeys(_row(hook.name, hook.fn, "?", "?", "seen when it runs") for hook in hooks)
+    )
 
 
 @contextmanager
@@ -424,6 +465,7 @@ def rules_in_hooks(
     rule_set: RuleSet,
     report: Coverage | None = None,
     *,
+    hooks: tuple[UserHook, ...] | None = None,
     later: bool = False,
     watch: HookWatch | None = None,
 ) -> Iterator[HookWatch]:
@@ -433,43 +475,69 @@ def rules_in_hooks(
         model: The bridge.
         rule_set: Which rules.
         report: Rows are added to it as hook functions run.
-        later: Also those that are added inside the block.
+        hooks: ``user_hooks(model)``, where the caller has them.
+        later: Also those that are added inside the block. Otherwise none may be.
         watch: What to note them in; a new one if None.
 
     Raises:
         UncoveredComponentError: inside the block, when a hook function has computed something
             without a rule.
+        ModelStateError: at its end, if hooks were added.
     """
     watch = HookWatch() if watch is None else watch
     watch.begin(rule_set, report)
-    points = list({id(p): p for p in model.hook_dict.values()}.values())
+    hooks = user_hooks(model) if hooks is None else hooks
     replaced: list[tuple[Any, int, Any]] = []
 
-    def put(point: Any, key: int) -> None:
-        fn = point._forward_hooks[key]
-        replaced.append((point, key, fn))
-        point._forward_hooks[key] = watch.watching(point, fn, lambda: key)
+    def put(table: Any, key: int, kind: Kind, told: Callable[[], tuple[str, Any] | None]) -> None:
+        replaced.append((table, key, table[key]))
+        table[key] = watch.watching(table[key], kind, told)
 
-    def registering(point: Any) -> Callable[..., Any]:
-        def register_forward_hook(*args: Any, **kwargs: Any) -> Any:
-            handle = type(point).register_forward_hook(point, *args, **kwargs)
-            if not kwargs.get("with_kwargs"):
-                put(point, handle.id)
-            return handle
-
-        return register_forward_hook
-
+    modules = modules_of(model) if later else []
     try:
-        for point in points:
-            for key in list(getattr(point, "_forward_hooks", ())):
-                if key not in point._forward_hooks_with_kwargs:
-                    put(point, key)
-            if later:
-                point.register_forward_hook = registering(point)
+        for hook in hooks:
+            put(hook.table, hook.key, hook.kind, partial(_told, hook))
+        for module in modules:
+            for kind, name in _REGISTER.items():
+                vars(module)[name] = _registering(module, kind, name, put)
         yield watch
     finally:
-        for point in points:
-            point.__dict__.pop("register_forward_hook", None)
-        for point, key, fn in reversed(replaced):
-            if key in point._forward_hooks:  # else it was removed inside
-                point._forward_hooks[key] = fn
+        for module in modules:
+            for name in _REGISTER.values():
+                vars(module).pop(name, None)
+        for table, key, fn in reversed(replaced):
+            if key in table:  # else it was removed inside
+                table[key] = fn
+    if hooks and not later:
+        require_no_new(model, hooks)
+
+
+_REGISTER: dict[Kind, str] = {
+    "forward": "register_forward_hook",
+    "forward_pre": "register_forward_pre_hook",
+}
+
+
+def _told(hook: UserHook) -> tuple[str, Any]:
+    return hook.name, hook.fn
+
+
+def _registering(
+    module: Any, kind: Kind, name: str, put: Callable[..., None]
+) -> Callable[..., Any]:
+    """In place of a module's own method, so that what is registered is watched."""
+
+    def register(*args: Any, **kwargs: Any) -> Any:
+        handle = getattr(type(module), name)(module, *args, **kwargs)
+        table = vars(module)[f"_{kind}_hooks"]
+        registered = table[handle.id]
+
+        def told() -> tuple[str, Any] | None:
+            user = behind(module, handle.id, registered)
+            place = getattr(module, "name", None) or type(module).__name__
+            return None if user is None else (str(place), user)
+
+        put(table, handle.id, kind, told)
+        return handle
+
+    return register

@@ -152,7 +152,11 @@ def reading_hooks(model: Any, pairs: list[tuple[str, HookFn]]) -> Iterator[None]
 
 @contextmanager
 def attached(model: Any, attachments: tuple[Attachment, ...]) -> Iterator[None]:
-    """The given attachments on the model, for the block; they act in this thread only."""
+    """The given attachments on the model, for the block; they act in this thread only.
+
+    Raises:
+        ModelStateError: at the end of the block, if it took them off.
+    """
     hook_dict = model.hook_dict  # TransformerLens builds it anew at every access
     with ExitStack() as stack:
         hooks = [
@@ -167,3 +171,11 @@ def attached(model: Any, attachments: tuple[Attachment, ...]) -> Iterator[None]:
             if a.scoped is not None:
                 stack.enter_context(a.scoped())
         yield
+        for name, _ in hooks:
+            if not any(is_rule(handle.user_hook) for handle in hook_dict[name].fwd_hooks):
+                raise ModelStateError(
+                    f"The rule at {name} was taken off the model while rules were on (one of your "
+                    "hooks, or your code inside `with clrp.lrp(...)`, called model.reset_hooks() "
+                    "or remove_hooks()), so what came after it had ordinary gradients. Remove your "
+                    "own hooks alone: with the handle that add_hook returns, or model.hooks(...)."
+                )

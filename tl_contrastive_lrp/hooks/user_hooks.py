@@ -3,8 +3,8 @@
 Hooks are part of the model that is explained. A hook that only looks (returns None or the very
 tensor that it was given, and leaves that as it was) computes nothing; every other one edits.
 What a hook will do cannot be told from its code, so it is watched in a forward of the model:
-``observed`` notes each call. Ask before this package puts hooks of its own on the model, since
-those that only read carry no mark.
+``observed`` notes each call. This package's own hooks are told by their marks
+and by the module that they come from.
 
 Example:
     hooks = user_hooks(model)
@@ -15,7 +15,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -23,6 +23,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelStateError
+from ..inputs.bridge import module_names
 from ..rules.handed_on import constant_leaf, started
 from ..rules.threads import caller, elsewhere
 from .placement import _MARK
@@ -35,7 +37,8 @@ _TABLES: dict[Kind, str] = {
     "backward": "_backward_hooks",
     "backward_pre": "_backward_pre_hooks",
 }
-_LIBRARIES = ("transformer_lens.", "transformers.", "accelerate.", "torch.", "tl_contrastive_lrp.")
+_PACKAGE = f"{__name__.partition('.')[0]}."
+_LIBRARIES = ("transformer_lens.", "transformers.", "accelerate.", "torch.")
 _MISSING = object()
 _OWN = "_tl_contrastive_lrp_own"
 _Fn = TypeVar("_Fn", bound=Callable[..., Any])
@@ -110,28 +113,57 @@ class Call:
         return self.how == "looked"
 
 
-def _is_own(handle: Any) -> bool:
-    """A hook that TransformerLens itself put there for good; part of the model."""
-    module = getattr(handle.user_hook, "__module__", None) or ""
-    return bool(handle.is_permanent) and module.startswith("transformer_lens.")
+def behind(
+    module: nn.Module, key: int, registered: Callable[..., Any]
+) -> Callable[..., Any] | None:
+    """The user's function behind a hook in one of torch's tables; None if it is no user's.
+
+    Not the user's are this package's own, those that TransformerLens put on a HookPoint for good,
+    and torch hooks of the libraries below.
+    """
+    handles = (*getattr(module, "fwd_hooks", ()), *getattr(module, "bwd_hooks", ()))
+    handle = next((h for h in handles if h.hook.id == key), None)
+    fn = registered if handle is None else handle.user_hook or registered
+    home = getattr(fn, "__module__", None) or ""
+    own = getattr(fn, _MARK, False) or getattr(fn, _OWN, False) or home.startswith(_PACKAGE)
+    if handle is None:
+        own = own or home.startswith(_LIBRARIES)
+    else:
+        own = own or (bool(handle.is_permanent) and home.startswith("transformer_lens."))
+    return None if own else fn
 
 
-def _of_library(fn: Callable[..., Any]) -> bool:
-    return (getattr(fn, "__module__", None) or "").startswith(_LIBRARIES)
+def modules_of(model: Any) -> list[nn.Module]:
+    """Every module of the bridge and of the wrapped model, once."""
+    found: dict[int, nn.Module] = {}
+    todo = [m for m in (getattr(model, "original_model", None), model) if isinstance(m, nn.Module)]
+    while todo:
+        module = todo.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            todo += [m for m in reversed(vars(module)["_modules"].values()) if m is not None]
+    return list(found.values())
 
 
-def _modules(model: Any) -> dict[int, tuple[str, nn.Module]]:
-    """Every module once, by the path that TransformerLens would show."""
-    found: dict[int, tuple[str, nn.Module]] = {}
-    for root in (model, getattr(model, "original_model", None)):
-        for name, module in root.named_modules() if isinstance(root, nn.Module) else ():
-            shown = name.replace("._original_component", "").replace("_original_component.", "")
-            found.setdefault(id(module), (shown or "model", module))
-    return found
+def _named(model: Any, points: dict[int, list[str]]) -> Callable[[nn.Module], list[str]]:
+    """What modules are called in messages."""
+    paths: dict[int, str] = {}
+
+    def names(module: nn.Module) -> list[str]:
+        if id(module) in points:
+            own = getattr(module, "name", None)
+            return sorted(points[id(module)], key=lambda name: name != own)
+        if not paths:
+            for name, found in model.named_modules():
+                paths.setdefault(id(found), name or "model")
+            paths.update({id(found): name for found, name in module_names(model).items()})
+        return [paths.get(id(module), type(module).__name__)]
+
+    return names
 
 
 def user_hooks(model: Any) -> tuple[UserHook, ...]:
-    """Every hook that is neither this package's rule nor TransformerLens' own permanent one.
+    """Every hook that is neither this package's nor TransformerLens' own permanent one.
 
     On HookPoints, however they were added (``add_hook``, ``add_perma_hook``, ``model.hooks``,
     ``run_with_hooks``), in both directions, and torch hooks registered on any module.
@@ -143,40 +175,44 @@ def user_hooks(model: Any) -> tuple[UserHook, ...]:
         HookPoints' hooks in the order of ``model.hook_dict``, each point's in the order in which
         they are called; torch hooks on other modules after them.
     """
-    names: dict[int, list[str]] = {}
-    points: dict[int, Any] = {}
+    hooked = {
+        id(m): m for m in modules_of(model) if any(map(vars(m).__getitem__, _TABLES.values()))
+    }
+    if not hooked:
+        return ()
+    points: dict[int, list[str]] = {}
     for name, point in model.hook_dict.items():
-        if isinstance(point, nn.Module):  # a module may have been put in a HookPoint's place
-            names.setdefault(id(point), []).append(name)
-            points[id(point)] = point
-    found: list[UserHook] = []
-    for which, point in points.items():
-        first, *rest = names[which]
-        given = {
-            handle.hook.id: handle
-            for handle in (*getattr(point, "fwd_hooks", ()), *getattr(point, "bwd_hooks", ()))
-        }
+        points.setdefault(id(point), []).append(name)
+    order = [hooked.pop(which) for which in points if which in hooked]
+    names, found = _named(model, points), list[UserHook]()
+    for module in (*order, *hooked.values()):
         for kind, attribute in _TABLES.items():
-            for key, registered in getattr(point, attribute).items():
-                handle = given.get(key)
-                if handle is not None and (
-                    _is_own(handle)
-                    or getattr(handle.user_hook, _MARK, False)
-                    or getattr(handle.user_hook, _OWN, False)
-                ):
-                    continue
-                fn = registered if handle is None else handle.user_hook or registered
-                found.append(UserHook(first, tuple(rest), point, kind, key, fn))
-    for name, module in _modules(model).values():
-        if id(module) in points:
-            continue
-        for kind, attribute in _TABLES.items():
-            found += [
-                UserHook(name, (), module, kind, key, fn, on_hook_point=False)
-                for key, fn in getattr(module, attribute).items()
-                if not _of_library(fn)
-            ]
+            for key, registered in vars(module)[attribute].items():
+                fn = behind(module, key, registered)
+                if fn is not None:
+                    first, *rest = names(module)
+                    on_point = id(module) in points
+                    found.append(UserHook(first, tuple(rest), module, kind, key, fn, on_point))
     return tuple(found)
+
+
+def require_no_new(model: Any, known: Iterable[UserHook]) -> None:
+    """Refuse a run in which a hook was added: nobody has looked at what that one did.
+
+    Args:
+        known: ``user_hooks`` before the run.
+
+    Raises:
+        ModelStateError: names the hook.
+    """
+    before = {(id(hook.module), hook.kind, hook.key) for hook in known}
+    for hook in user_hooks(model):
+        if (id(hook.module), hook.kind, hook.key) not in before:
+            raise ModelStateError(
+                f"A hook was put at {hook} while the model ran, by another hook or in another "
+                "thread, so this run had it in part. Put it there before the call; with threads, "
+                "inside `with clrp.model_lock(model):`."
+            )
 
 
 @contextmanager
@@ -234,16 +270,21 @@ def _written(tensor: Any, state: tuple[int | None, Tensor]) -> tuple[bool, bool]
     return changed or _version(tensor) != version, changed
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in what a module is given or gives back, in their order."""
     if isinstance(value, Tensor):
         return [value]
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
     if isinstance(value, tuple | list):
-        return [x for part in value for x in _tensors(part)]
+        return [x for part in value for x in tensors_in(part)]
     return []
 
 
 def _as_in_backward(value: Any) -> Any:
     """A tensor's copy that requires a gradient, as it does where a backward follows."""
+    if type(value) in (tuple, list):
+        return type(value)(map(_as_in_backward, value))
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
         return value
     return value.detach().requires_grad_(True).clone()
@@ -267,8 +308,10 @@ def _watched(
             if gradients:
                 shown[at] = _as_in_backward(shown[at])
             given = shown[at]
-            tensors = _tensors(given)
+            tensors = tensors_in(given)
             states = [_state(x) for x in tensors]
+            others = args[:-1] if at else args[1:]
+            beside = [(x, _version(x)) for x in tensors_in(others)]
             conversion = getattr(module, "hook_conversion", None)
             looking = _Conversion(conversion) if conversion is not None else None
             if looking is not None:
@@ -281,10 +324,10 @@ def _watched(
         written = [_written(x, state) for x, state in zip(tensors, states, strict=True)]
         changed, cut = any(now for _, now in written), False
         how: How = "looked"
-        if any(touched for touched, _ in written):
+        if any(touched for touched, _ in written) or any(_version(x) != v for x, v in beside):
             how = "in place"
         if returned is not None and returned is not given and not (looking and looking.same):
-            after = _tensors(returned)
+            after = tensors_in(returned)
             how = "returned" if how == "looked" else how
             changed = len(after) != len(states) or not all(
                 _equal(x.detach(), state[1]) for x, state in zip(after, states, strict=True)
@@ -360,22 +403,25 @@ def _descends(value: Tensor, since: int, until: int) -> bool:
 def _restarting(
     hook: UserHook, fn: Callable[..., Any], constants: list[Tensor], since: int
 ) -> Callable[..., Any]:
-    at, me = -1 if hook.kind == "forward" else 0, caller()
+    at, me = -1, caller()
 
     def restarting(module: Any, *args: Any) -> Any:
         if caller() is not me:
             return fn(module, *args)
-        had, before = any(x.requires_grad for x in _tensors(args[at])), _sequence()
+        given = args[at] if hook.kind == "forward" else args
+        had, before = any(x.requires_grad for x in tensors_in(given)), _sequence()
         returned = fn(module, *args)
         if not had or not torch.is_grad_enabled():
             return returned
-        if any(x.requires_grad and _descends(x, since, before) for x in _tensors(returned)):
+        if any(x.requires_grad and _descends(x, since, before) for x in tensors_in(returned)):
             return returned
 
         def of(value: Any) -> Any:
             if isinstance(value, Tensor) and value.is_floating_point():
                 constants.append(constant_leaf(value))
                 return started(constants[-1])
+            if type(value) is dict:
+                return {name: of(part) for name, part in value.items()}
             return type(value)(map(of, value)) if type(value) in (tuple, list) else value
 
         return of(returned)

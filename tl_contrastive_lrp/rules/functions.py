@@ -181,6 +181,8 @@ class _Ordinary(torch.autograd.Function):
 
 def ordinary(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """``y`` unchanged: a mark that the operation which made it keeps its ordinary gradient."""
+    if not torch.is_grad_enabled():
+        return y  # also where a derivative is taken forward, along with the values
     out: Tensor = _Ordinary.apply(y)
     return out
 

@@ -247,7 +247,7 @@ def _attempt(run: _Run, tile: int, progress: bool) -> list[TiledResult]:
             model, run.tokens, run.attachments, around, wanted, bounds, bar.update
         )
         read = [_reading(forward, objective, length) for objective in run.objectives]
-        values = [check_value(asked(logits)) for logits, asked in read]
+        values = [check_value(asked(logits), forward.parts) for logits, asked in read]
         sums.clear()  # so far only zeros
         again = slots is not None and slots.uses > 0
         if not run.signals:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...hooks.user_hooks import aside, observed, user_hooks
+from ...hooks.user_hooks import aside, observed, require_no_new, user_hooks
 from ...inputs.tokens import model_device
 from ..memory import fits_forward, forward_bytes, free_bytes, gib
 
@@ -45,6 +45,7 @@ def without_lookers(model: Any, tokens: Tensor, *, backward: bool = True) -> Ite
 
     Raises:
         NotTileable: a hook edits, or is called in the backward, or it cannot be told.
+        ModelStateError: a hook puts another one on the model.
     """
     from .cache import NotTileable
 
@@ -77,6 +78,7 @@ def without_lookers(model: Any, tokens: Tensor, *, backward: bool = True) -> Ite
                 "positions at a time, counted from the tile's start, which are not those of the "
                 "model's own forward."
             )
+        require_no_new(model, hooks)
         hooks = user_hooks(model)  # one may have removed itself
     with aside(hooks):
         yield

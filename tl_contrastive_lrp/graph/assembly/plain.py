@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...engine.plain import run_each
 from ...engine.reading import BlockCall, Reading
-from ...hooks.hook_rules import HookWatch, hooked_points
+from ...hooks.hook_rules import HookWatch
+from ...hooks.user_hooks import user_hooks
 from ...inputs.objective import described
 from ..columns import EdgeColumns
 from ..edges.batched import batched_edges
@@ -79,12 +80,14 @@ def plain_graphs(plan: GraphPlan, prefilled: Prefilled | None = None) -> list[At
     sums, by_head = plan.sums()
     shared = None if prefilled is None else prefilled.plain
     calls = {block: BlockCall() for block in edges}
-    points, watch = hooked_points(model), HookWatch()
+    points = {f"{hook.name}." for hook in user_hooks(model)}
     if prefilled is not None and shared is not None and not points:
         calls = prefilled.calls
-    else:
-        shared = None  # edges under the user's hooks are checked in a forward of their own
+    elif shared is not None:  # edges under the user's hooks are checked in a forward of their own
+        shared.pass_over()
+        shared = None
     check = HookedEdges(plan.sites)
+    watch = HookWatch(quiet=lambda: check.quiet)
     hooked = {
         block: HookedBlock(block, partial(watch.edited, prefix), lambda: check.quiet)
         for block in edges

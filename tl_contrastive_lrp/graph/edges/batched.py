@@ -76,7 +76,7 @@ def _recorded(
     hooks = user_hooks(model)
     with frozen_parameters(model):
         with (
-            rules_in_hooks(model, rule_set),
+            rules_in_hooks(model, rule_set, hooks=hooks),
             writable(any(hook.is_forward for hook in hooks)),
             restarted(hooks),
             reading_hooks(model, [*starts, *keeps]),

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...engine.reading import BlockCall
+from ...errors import UncoveredComponentError
 from ...hooks.attach_norm import norm_weight, uses_native_norm
 from ...hooks.attachment import HookFn
 from ...hooks.by_operation.attach import where_computed
@@ -180,6 +181,9 @@ def block_tangents(
         ṽ [pos, kv_head, d_head] before any repetition for grouped queries, and S̃ as it stands at
         ``hook_attn_scores``. Where attention's rules are put on by operation, ṽ is as it enters
         pattern·v, [pos, head, d_head].
+
+    Raises:
+        UncoveredComponentError: a user's hook there has no derivative in forward mode.
     """
     prefix = f"blocks.{layer}."
     read: dict[str, Tensor] = {}
@@ -225,4 +229,12 @@ def block_tangents(
             model.blocks[layer](*args, **kwargs)
         except _Stop:
             return read["v"], read["scores"]
+        except NotImplementedError as error:
+            raise UncoveredComponentError(
+                f"No graph of blocks.{layer} with your hooks on it: one of those before its "
+                "attention scores uses a function whose derivative torch cannot take forward "
+                "(clrp.rules.identity, clrp.rules.uniform, or an autograd.Function without jvp). "
+                "Relevance itself is right: use clrp.attribute, or transitions over several "
+                "blocks (attribution_graph(..., layers=[...]))."
+            ) from error
     raise RuntimeError(f"blocks.{layer} never computed attention scores.")

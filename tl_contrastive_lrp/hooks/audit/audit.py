@@ -11,7 +11,7 @@ from ...errors import ModelStateError, UncoveredComponentError
 from ...inputs.bridge import LEAVES, require_bridge
 from ...rules.threads import one_at_a_time
 from .. import placement
-from ..hook_rules import hooked_points
+from ..user_hooks import user_hooks
 from .report import Audit, Finding, not_run, refusal
 from .run import examine, remember, remembered
 
@@ -29,8 +29,8 @@ def audit(model: Any) -> Audit:
     known, and what the model hides from autograd, is a finding. The answer is kept until the
     model's components or flags change.
 
-    Hook functions that the user has on HookPoints are set aside, and named in ``hooks``: they are
-    judged call by call where they run, under the rules of that run.
+    The user's hook functions, on HookPoints and other modules, are set aside, and named in
+    ``hooks``: they are judged call by call where they run, under the rules of that run.
 
     What it cannot see: operations that a longer prompt would take another way, and whether a rule's
     closed form is that of its activation; ``verify`` measures these on a prompt.
@@ -43,7 +43,7 @@ def audit(model: Any) -> Audit:
         UncoveredComponentError: a component that is refused before anything runs, or a model that
             does not run on token ids alone.
     """
-    return replace(audit_of(model), hooks=tuple(sorted(hooked_points(model))))
+    return replace(audit_of(model), hooks=tuple(sorted({hook.name for hook in user_hooks(model)})))
 
 
 def audit_of(model: Any) -> Audit:

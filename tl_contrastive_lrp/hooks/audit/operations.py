@@ -99,6 +99,8 @@ NONLINEAR: dict[str, str] = {
 RULES: dict[str, RuleNode] = {
     # TransformerLens': the scale that some models put on a residual contribution, taken off again.
     "transformer_lens.model_bridge.generalized_components.base._ScaledHookGradient": RuleNode((0,)),
+    # Torch's own: what a module with hooks of the backward is given and gives back, unchanged.
+    "torch.nn.modules._functions.BackwardHookFunction": RuleNode(tuple(range(64))),
 }
 
 

@@ -60,18 +60,12 @@ def _signature(model: Any) -> object:
             id(kind),
             values.get("_use_processed_weights"),
             "forward" in values,
-            () if kind.__name__ == "HookPoint" else _torch_hooks(values),
         )
         for kind, values in own
     )
     config = getattr(model.original_model, "config", None)
     attention = getattr(config, "_attn_implementation", None)
     return flags, getattr(model, "compatibility_mode", None), attention, modules
-
-
-def _torch_hooks(values: dict[str, Any]) -> tuple[int, ...]:
-    """Of a user's own torch hooks on a module, which are part of the model that is audited."""
-    return (*values["_forward_pre_hooks"], *values["_forward_hooks"])
 
 
 def examine(
