@@ -10,6 +10,7 @@ from support.cli_runs import TEXT, USAGE, Run, ids_of, typed_next, words
 from truth import chat_tokenizers as forms
 from truth.chat_tokenizers import own_ids, true_logits
 
+import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.inputs.tokens import continuation_ids
 
 OTHER = "The capital of Italy is"
@@ -87,6 +88,26 @@ def test_the_command_to_type_next_keeps_the_option(run: Run) -> None:
         assert option in line
         done = run(*line[1:], "--json")
         assert ids_of(done) == own_ids("smollm", OTHER, option == "--bos")
+
+
+def test_the_command_to_type_next_keeps_an_empty_system_message(run: Run) -> None:
+    """It is not the same as none: templates put one of their own where there is none."""
+    common = ("explain", "--model", forms.folder("smollm"), "--prompt", OTHER, "--chat")
+    listed = run(*common, "--system", "")
+    done = run(*shlex.split(typed_next(listed))[1:], "--json")
+    assert ids_of(done) == ids_of(run(*common, "--system", "", *SIDES, "--json"))
+    assert ids_of(done) != ids_of(run(*common, *SIDES, "--json"))
+
+
+def test_what_is_saved_says_whether_bos_was_put_first(run: Run) -> None:
+    common = ("--model", forms.folder("smollm"), "--prompt", OTHER, *SIDES, "--save", "r")
+    for options, bos in (((), True), (("--bos",), True), (("--no-bos",), False)):
+        assert run("explain", *common, *options).code == 0
+        assert clrp.Attribution.load("r").prepended_bos is bos
+        assert run("graph", *common, *options).code == 0
+        assert clrp.AttributionGraph.load("r").prepended_bos is bos
+    assert run("explain", *common, "--chat").code == 0  # the template's ids are taken as they are
+    assert clrp.Attribution.load("r").prepended_bos is None
 
 
 def test_a_prompt_that_begins_with_bos_gets_no_second_one(run: Run) -> None:

@@ -320,6 +320,11 @@ def test_gguf_files_that_cannot_be_read(
     assert (done.code, done.out) == (MODEL, "")
     assert "broken.gguf cannot be loaded" in done.err
     assert "Traceback" not in done.err
+    for missing in ("missing.gguf", tmp_path / "missing.gguf"):
+        for command in (("explain", "--model", missing, *SIDES), ("check", missing)):
+            done = run(*command)
+            assert done.code == MODEL
+            assert f"There is no file {missing}." in done.err
     assert "is a file. Give the folder" in run("explain", "--model", other, *SIDES).err
     assert "is a file" in run("check", gguf_file[0], "--config-only").err
     find = cli_model.find_spec

@@ -13,6 +13,7 @@ from support.graphs import SPLIT, made
 from truth.families import boot
 
 import tl_contrastive_lrp as clrp
+from tl_contrastive_lrp.graph.picture import matrices_of
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +59,12 @@ def test_a_graph_in_layers_and_in_matrices(tmp_path: Path) -> None:
     page = graph.save_html(tmp_path / "graph.html").read_text(encoding="utf-8")
     for picture in (graph.show().body, page):
         assert picture.count("<path ") == len(graph.merge_heads().weight)
+
+
+def test_matrices_of_some_positions_keep_the_parts_of_their_characters() -> None:
+    """Which tokens share a character is known from the whole prompt, not from those shown."""
+    texts = (" a", "你", "", "", " b", "é", "")
+    edges = [(1, 0, 6, i, 0, 1, float(w)) for i, w in ((1, 5), (3, 4))]
+    graph = made([*edges, (1, 0, 4, 2, 0, 1, 0.1)], 2, 7, split=True, str_tokens=texts)
+    _, given, _ = props(matrices_of(graph, max_cells=9))
+    assert given["tokens"] == ["1:你¹⁄₃", "3:你³⁄₃", "6:é²⁄₂"]

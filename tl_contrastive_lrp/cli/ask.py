@@ -74,7 +74,7 @@ def ask(
         model, name = loaded.bridge, loaded.name
         from ..attribution.candidates import candidate_table
 
-    tokens = prompt_ids(
+    given = prompt_ids(
         model,
         text,
         chat=typed["chat"],
@@ -82,6 +82,7 @@ def ask(
         answer=typed["answer"],
         prepend_bos=typed["prepend_bos"],
     )
+    tokens = given.tokens
     target = token_ids(model, typed["target"], "target") if typed["target"] else ()
     contrast = token_ids(model, typed["contrast"], "contrast") if typed["contrast"] else ()
     if contrast:
@@ -115,6 +116,7 @@ def ask(
         contrast,
         pos=typed["pos"],
         model_name=name,
+        prepended_bos=given.prepended_bos,
         notes=notes,
     )
     return model, question, ready

@@ -11,7 +11,7 @@ from .errors import CliError, Code, typed_words
 from .terminal import plain, print_err
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ..inputs.tokens import Prompt
 
 
 def read_prompt(prompt: str | None, file: str | None, strip_newline: bool) -> str:
@@ -65,8 +65,8 @@ def prompt_ids(
     system: str | None = None,
     answer: str = "",
     prepend_bos: bool | None = None,
-) -> Tensor:
-    """Token ids [1, pos] of the prompt, whole.
+) -> Prompt:
+    """Token ids [1, pos] of the prompt, whole, and whether a BOS token was put before its text.
 
     Args:
         model: The bridge.
@@ -85,14 +85,15 @@ def prompt_ids(
     import torch
 
     from ..inputs.bos import tokenised
-    from ..inputs.tokens import model_device, to_single_prompt
+    from ..inputs.tokens import Prompt, model_device, to_single_prompt
 
     if not text:
         to_single_prompt(model, text)  # says what is wrong
     if chat:
-        ids = _chat_ids(model.tokenizer, text, system, answer)
+        ids, prepended = _chat_ids(model.tokenizer, text, system, answer), None
     else:
-        ids = tokenised(model, text, prepend_bos).ids
+        made = tokenised(model, text, prepend_bos)
+        ids, prepended = made.ids, made.prepended_bos
     tokens = torch.tensor([ids], device=model_device(model))
     limit = int(model.cfg.n_ctx)
     if tokens.shape[1] > limit:
@@ -101,7 +102,7 @@ def prompt_ids(
             f"The prompt is {tokens.shape[1]} tokens, but this model's context is {limit}. "
             "Shorten it.",
         )
-    return to_single_prompt(model, tokens)
+    return Prompt(to_single_prompt(model, tokens), prepended)
 
 
 def special_notes(model: Any, text: str, prepend_bos: bool | None) -> list[str]:

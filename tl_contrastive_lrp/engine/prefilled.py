@@ -3,13 +3,13 @@
 The likeliest tokens are known before the objective is, and several results of one prompt need the
 same forward. ``prefill_prompt`` runs it once, under the rules, plainly or in tiles; ``attribute``
 and ``attribution_graph`` take it as ``prefilled=`` and run their own backward from it. What they
-read has to be named before the forward (``explain.relevance_readings``,
-``graph_plain.GraphReadings``).
+read has to be named before the forward (``attribute.relevance_readings``,
+``assembly.plain.graph_readings``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import TokenError
+from ..hooks.user_hooks import UserHook, user_hooks
 from ..rules.rule_sets import RuleSet, get_rule_set
 from ..rules.threads import one_at_a_time
 from .memory import MemoryPlan, cannot, require_plain_fits
@@ -43,6 +44,7 @@ class Prefilled:
         why_plain: Why it is plain although tiles were chosen, or "".
         plain, tiled: The one or the other.
         calls: What each block was called with, for edges.
+        hooks: The user's hooks that were on.
     """
 
     model: Any
@@ -55,17 +57,19 @@ class Prefilled:
     plain: Forward | None
     tiled: TiledForward | None
     calls: dict[int, BlockCall]
+    hooks: tuple[UserHook, ...]
 
     def check(self, model: Any, tokens: Tensor, rules: str | RuleSet) -> None:
         """Refuse to explain something else with it.
 
         Raises:
-            ValueError: another model, prompt or rule set.
+            ValueError: another model, prompt or rule set; other hooks of the user's.
         """
         same = (
             ("model", model is self.model),
             ("prompt", torch.equal(tokens, self.tokens)),
             ("rules", get_rule_set(rules) == self.rule_set),
+            ("set of hooks", model is not self.model or _same(self.hooks, user_hooks(model))),
         )
         other = next((what for what, equal in same if not equal), None)
         if other is not None:
@@ -73,6 +77,14 @@ class Prefilled:
                 f"prefilled= is a forward of another {other}; leave it out, or run "
                 "prefill_prompt again."
             )
+
+
+def _same(some: Sequence[UserHook], others: Sequence[UserHook]) -> bool:
+    """Whether the same functions are on the same modules, in the same order."""
+    first, second = (
+        [(hook.module, hook.kind, hook.fn) for hook in hooks] for hooks in (some, others)
+    )
+    return first == second
 
 
 @one_at_a_time
@@ -111,6 +123,7 @@ def prefill_prompt(
     if not -length <= pos < length:
         raise TokenError(f"Position {pos} does not exist in a prompt of {length} tokens.")
     at, rule_set, why = pos % length, get_rule_set(rules), ""
+    hooks = user_hooks(model)
     if choice.tile is not None:
         from .tiled.cache import NotTileable
 
@@ -127,10 +140,12 @@ def prefill_prompt(
             assert tiled.prefill is not None
             logits = tiled.prefill.logits()[0, 0].detach()
             done = replace(choice, tile=tiled.tile)
-            return Prefilled(model, tokens, rule_set, at, logits, done, why, None, tiled, calls)
+            return Prefilled(
+                model, tokens, rule_set, at, logits, done, why, None, tiled, calls, hooks
+            )
     slots = Slots(readings, uses)
     scopes = [call.recorded(model.blocks[block]) for block, call in calls.items()]
     plain = forward(model, tokens, rule_set, slots.readings, scopes)
     plain.slots = slots
     logits = plain.logits[0, at].detach().clone()
-    return Prefilled(model, tokens, rule_set, at, logits, choice, why, plain, None, calls)
+    return Prefilled(model, tokens, rule_set, at, logits, choice, why, plain, None, calls, hooks)
