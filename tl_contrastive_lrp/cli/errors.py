@@ -74,6 +74,8 @@ _TYPED = {
     "checkpoint_dir": "--checkpoint-dir",
     "prepend_bos=True": "--bos",
     "prepend_bos=False": "--no-bos",
+    "Load the model unquantised, for example TransformerBridge.boot_transformers(name, "
+    "dtype=torch.bfloat16).": "Give the unquantised model.",
     "with mass=0.85, or give threshold= or top_k=": "with --mass 0.85, --threshold or --top-k",
 }
 

@@ -83,7 +83,7 @@ def checked_name(name: str) -> str:
             raise CliError(
                 Code.MODEL,
                 f"The folder {name} holds an adapter, not a whole model. Type --adapter {name}, "
-                "and leave --model out (or give it the base model).",
+                "and leave the model out (or give the base model).",
             )
         if adapter:  # transformers would leave it out without a word
             _needs("peft", "adapters", f"The folder {name} holds an adapter, too, which")
