@@ -18,7 +18,6 @@ from ..errors import (
     UncoveredComponentError,
     VersionError,
 )
-from ..inputs.versions import require_transformer_lens
 from .terminal import print_err
 
 
@@ -102,6 +101,8 @@ def exit_codes(debug: bool) -> Iterator[None]:
         debug: Print the traceback too.
     """
     try:
+        from ..inputs.versions import require_transformer_lens  # the room's door imports torch
+
         require_transformer_lens()
         yield
     except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
