@@ -18,6 +18,7 @@ from ..errors import (
     UncoveredComponentError,
     VersionError,
 )
+from ..inputs.versions import require_transformer_lens
 from .terminal import print_err
 
 
@@ -101,8 +102,6 @@ def exit_codes(debug: bool) -> Iterator[None]:
         debug: Print the traceback too.
     """
     try:
-        from ..inputs.versions import require_transformer_lens  # the room's door imports torch
-
         require_transformer_lens()
         yield
     except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):

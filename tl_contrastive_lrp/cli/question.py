@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..inputs.token_text import printed
+
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
@@ -50,17 +52,12 @@ class Question:
 
     def side(self, ids: Sequence[int]) -> str:
         """One side's tokens in words."""
-        return " or ".join(map(self._quoted, ids))
+        return " or ".join(f"«{printed(self.names[i], i)}»" for i in ids)
 
     def logit_of(self, ids: Sequence[int]) -> str:
         """One side's term of Δℓ in words."""
-        names = ", ".join(map(self._quoted, ids))
+        names = ", ".join(f"«{printed(self.names[i], i)}»" for i in ids)
         return f"logit of {names}" if len(ids) == 1 else f"mean logit of {{{names}}}"
-
-    def _quoted(self, token_id: int) -> str:
-        from ..inputs.token_text import printed
-
-        return f"«{printed(self.names[token_id], token_id)}»"
 
 
 def question_of(
