@@ -26,11 +26,20 @@ def read_prompt(prompt: str | None, file: str | None, strip_newline: bool) -> st
         text = _decoded(file)
         if text.endswith("\n") and strip_newline:
             text = text[:-2] if text.endswith("\r\n") else text[:-1]
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise CliError(Code.PROMPT, "The prompt holds bytes that are no UTF-8 text.") from None
+    check_text(text, "prompt")
     return text
+
+
+def check_text(text: str | None, what: str) -> None:
+    """Refuse what was typed in another encoding.
+
+    Raises:
+        CliError: it holds bytes that are no UTF-8.
+    """
+    try:
+        (text or "").encode("utf-8")
+    except UnicodeEncodeError:
+        raise CliError(Code.PROMPT, f"The {what} holds bytes that are no UTF-8 text.") from None
 
 
 def _decoded(file: str) -> str:
