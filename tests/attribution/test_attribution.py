@@ -207,6 +207,12 @@ def test_a_position_beside_an_objective_is_refused() -> None:
         clrp.attribute(model, TEXT, clrp.logit_diff(model, 7, 11), pos=2)
 
 
+@pytest.mark.parametrize("ask", [clrp.attribute, clrp.attribution_graph])
+def test_a_token_in_place_of_an_objective_is_refused(ask: Any) -> None:
+    with pytest.raises(TypeError, match=r"The objective ' a' is not one; use clrp\.logit_diff"):
+        ask(boot("llama", torch.float32), TEXT, " a")
+
+
 def test_a_batch_is_refused() -> None:
     model = boot("qwen3", torch.float32)
     with pytest.raises(PromptError, match="batch of 2"):

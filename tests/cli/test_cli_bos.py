@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from typing import Any
 
 import pytest
 from support.cli_runs import TEXT, USAGE, Run, ids_of, typed_next, words
+from transformers.utils import logging as chatter
 from truth import chat_tokenizers as forms
 from truth.chat_tokenizers import own_ids, true_logits
 
+import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.inputs.tokens import continuation_ids
 
 OTHER = "The capital of Italy is"
@@ -87,6 +90,44 @@ def test_the_command_to_type_next_keeps_the_option(run: Run) -> None:
         assert option in line
         done = run(*line[1:], "--json")
         assert ids_of(done) == own_ids("smollm", OTHER, option == "--bos")
+
+
+def test_the_command_to_type_next_keeps_an_empty_system_message(run: Run) -> None:
+    """It is not the same as none: templates put one of their own where there is none."""
+    common = ("explain", "--model", forms.folder("smollm"), "--prompt", OTHER, "--chat")
+    listed = run(*common, "--system", "")
+    done = run(*shlex.split(typed_next(listed))[1:], "--json")
+    assert ids_of(done) == ids_of(run(*common, "--system", "", *SIDES, "--json"))
+    assert ids_of(done) != ids_of(run(*common, *SIDES, "--json"))
+
+
+def test_a_prompt_that_is_too_long_is_said_once(run: Run) -> None:
+    """By us: the tokenizer's own words about its maximum would come before."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("transformers").addHandler(handler)
+    before = chatter.get_verbosity()
+    chatter.set_verbosity_warning()
+    try:
+        done = run("explain", "--model", forms.folder("smollm"), "--prompt", "a " * 3000)
+    finally:
+        chatter.set_verbosity(before)
+        logging.getLogger("transformers").removeHandler(handler)
+    assert (done.code, done.out, said) == (TEXT, "", [])
+    assert done.err.count("\n") == 1
+    assert "context is 512" in done.err
+
+
+def test_what_is_saved_says_whether_bos_was_put_first(run: Run) -> None:
+    common = ("--model", forms.folder("smollm"), "--prompt", OTHER, *SIDES, "--save", "r")
+    for options, bos in (((), True), (("--bos",), True), (("--no-bos",), False)):
+        assert run("explain", *common, *options).code == 0
+        assert clrp.Attribution.load("r").prepended_bos is bos
+        assert run("graph", *common, *options).code == 0
+        assert clrp.AttributionGraph.load("r").prepended_bos is bos
+    assert run("explain", *common, "--chat").code == 0  # the template's ids are taken as they are
+    assert clrp.Attribution.load("r").prepended_bos is None
 
 
 def test_a_prompt_that_begins_with_bos_gets_no_second_one(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -31,6 +32,9 @@ from truth import families
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.cli import terminal as cli_terminal
 from tl_contrastive_lrp.cli.prompt import read_prompt, token_ids, token_word
+
+# The module: its room's door has a function of the same name.
+ATTRIBUTE = importlib.import_module("tl_contrastive_lrp.attribution.attribute")
 
 # ---- prompts -----------------------------------------------------------------------------------
 
@@ -157,7 +161,7 @@ def test_every_token_can_be_named(hostile: Path) -> None:
         ({"--model": "not a name"}, MODEL, "not a name cannot be loaded"),
         ({"--target": "ab"}, TEXT, "'ab' is 2 tokens ('a', 'b')"),
         ({"--target": "ab"}, TEXT, "written id:123"),
-        ({"--contrast": ""}, TEXT, "0 tokens"),
+        ({"--contrast": ""}, TEXT, "The contrast is an empty text"),
         ({"--contrast": "id:48"}, TEXT, "outside the vocabulary 0..47"),
         ({"--target": "z"}, TEXT, "share the token 'z'"),
         ({"--prompt": ""}, TEXT, "The prompt is empty"),
@@ -188,6 +192,15 @@ def test_errors_have_a_code_and_a_message(
     assert done.out == ""
     assert "Traceback" not in done.err
     assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "what"), [("--answer", "answer"), ("--system", "system message")]
+)
+def test_what_goes_with_a_chat_is_text_too(run: Run, folder: Path, option: str, what: str) -> None:
+    done = run("explain", "--model", folder, "--prompt", PROMPT, "--chat", option, "a\udcff")
+    assert (done.code, done.out) == (TEXT, "")
+    assert f"Error: The {what} holds bytes that are no UTF-8 text." in done.err
 
 
 def test_broken_models_are_no_tracebacks(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -292,7 +305,7 @@ def test_errors_on_the_way(
     def fail(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("tl_contrastive_lrp.attribution.attribute.attribute", fail)
+    monkeypatch.setattr(ATTRIBUTE, "attribute", fail)
     arguments = ("explain", "--model", folder, "--prompt", "a", "--contrast", "z", "--out", "r")
     done = run(*arguments)
     assert done.code == code
@@ -327,7 +340,7 @@ def test_overflow_is_not_reported_as_relevance(
         result = real(*arguments, **options)
         return replace(result, tokens=result.tokens * float("inf"))
 
-    monkeypatch.setattr("tl_contrastive_lrp.attribution.attribute.attribute", overflowed)
+    monkeypatch.setattr(ATTRIBUTE, "attribute", overflowed)
     done = run("explain", "--model", folder, "--prompt", "a", "--contrast", "z", "--out", "r")
     assert (done.code, done.out) == (1, "")
     assert "Use --dtype float32" in done.err

@@ -22,6 +22,7 @@ from truth.families import SPACE, make_tokenizer, random_tokens
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.cli import model as cli_model
+from tl_contrastive_lrp.cli.errors import words_of
 from tl_contrastive_lrp.errors import ModelStateError, UncoveredComponentError
 
 SIDES = ("--prompt", PROMPT, "--target", " a", "--contrast", " b")
@@ -140,6 +141,15 @@ def test_what_to_type_for_an_adapter(
         "--model", adapter
     )
     assert f"It holds a whole model: --model {folder}" in said("--adapter", folder)
+    done = run("check", adapter)  # and what it says can be typed
+    assert f"Type --adapter {adapter}, and leave the model out" in done.err
+    done = run("check", "--adapter", adapter, "--json")
+    assert (done.code, done.json["status"]) == (0, "covered")
+    assert done.json["model"].endswith(f"+ {adapter}")
+    done = run("check", "--adapter", folder)
+    assert f"It holds a whole model. Type: tl-contrastive-lrp check {folder}" in done.err
+    done = run("check")
+    assert (done.code, "Missing argument 'MODEL'" in done.err) == (USAGE, True)
     assert "There is no folder nowhere" in said("--adapter", "nowhere")
     assert "Missing option '--model'" in said(code=USAGE)
     lost, nameless = tmp_path / "lost", tmp_path / "nameless"
@@ -320,6 +330,11 @@ def test_gguf_files_that_cannot_be_read(
     assert (done.code, done.out) == (MODEL, "")
     assert "broken.gguf cannot be loaded" in done.err
     assert "Traceback" not in done.err
+    for missing in ("missing.gguf", tmp_path / "missing.gguf"):
+        for command in (("explain", "--model", missing, *SIDES), ("check", missing)):
+            done = run(*command)
+            assert done.code == MODEL
+            assert f"There is no file {missing}." in done.err
     assert "is a file. Give the folder" in run("explain", "--model", other, *SIDES).err
     assert "is a file" in run("check", gguf_file[0], "--config-only").err
     find = cli_model.find_spec
@@ -401,6 +416,9 @@ def test_a_quantised_model_names_the_library(
         message = str(info.value)
         assert f"The model is quantised by {library}: model.layers.1.mlp.down_proj" in message
         assert "Load the model unquantised" in message
+        typed = words_of(info.value)  # on the command line nobody types Python
+        assert "Give the unquantised model." in typed
+        assert ("TransformerBridge" in typed) == (library == "bitsandbytes")
         assert ("dequantize(dtype=torch.float32)" in message) == (library == "bitsandbytes")
 
 

@@ -204,6 +204,11 @@ def test_a_forward_serves_no_other_question(bridge: Any, folder: Path) -> None:
             call(bridge, ids, **sides, rules="cplrp", prefilled=shared)
     with pytest.raises(ValueError, match="not prepared for reading"):
         clrp.attribute(bridge, ids, **sides, neurons=True, prefilled=shared)
+    scale = ("blocks.0.hook_attn_out", lambda x, hook: 2 * x)  # noqa: ARG005
+    for call in (clrp.attribute, clrp.attribution_graph):
+        # The forward was run without the hook: its value is not the model's own by now.
+        with bridge.hooks([scale]), pytest.raises(ValueError, match="another set of hooks"):
+            call(bridge, ids, **sides, prefilled=shared)
     clrp.attribute(bridge, ids, **sides, prefilled=shared)
     with pytest.raises(ValueError, match="used up"):
         clrp.attribute(bridge, ids, **sides, prefilled=shared)
@@ -235,6 +240,17 @@ def test_a_graph_under_hooks_lets_go_of_the_forward_that_it_cannot_use(bridge: A
         assert not shared.plain.logits.requires_grad
         with pytest.raises(ValueError, match="used up"):
             clrp.attribute(bridge, ids, **sides, prefilled=shared)
+
+
+def test_a_forward_for_relevance_alone_makes_no_graph(bridge: Any) -> None:
+    ids = bridge.to_tokens(LONG)
+    readings, choice = (
+        relevance_readings(bridge),
+        memory.choose(bridge, ids.shape[1], "plain", None),
+    )
+    shared = prefill_prompt(bridge, ids, "gim", readings, choice, may_fall_back=False)
+    with pytest.raises(ValueError, match=r"not prepared for edges of block 0"):
+        clrp.attribution_graph(bridge, ids, target=" a", contrast=" b", prefilled=shared)
 
 
 def test_the_last_use_lets_go_of_the_graph(bridge: Any) -> None:

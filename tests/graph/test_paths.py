@@ -215,3 +215,15 @@ def test_no_path_at_all() -> None:
 )
 def test_blocks_are_named(source: str, target: str, said: str) -> None:
     assert _between(source, target) == said
+
+
+def test_parts_of_a_character_are_told_apart() -> None:
+    """They have no text of their own in the prompt; a path and a hub still say which they are."""
+    graph = made(EDGES, 3, 3, split=True, relevance=RELEVANCE, str_tokens=("你", "", ""))
+    paths = graph.paths(4)
+    names = ("你¹⁄₃", "你²⁄₃", "你³⁄₃")
+    for path in paths:
+        assert path.tokens == tuple(names[pos] for pos in path.positions)
+        assert f"'{names[path.positions[-1]]}' @{path.positions[-1]}" in str(path)
+    for frame in (paths.to_frame(), graph.hubs()):
+        assert list(frame["token"]) == [names[pos] for pos in frame["pos"]]

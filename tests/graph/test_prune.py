@@ -243,3 +243,21 @@ def test_what_is_not_there() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             graph.subgraph(**asked)
+
+
+def test_subgraphs_by_id_and_by_a_part_of_a_character() -> None:
+    """What a table or a path shows can be given back: ids, and the parts of one character."""
+    edges = [(1, 0, i, i, -1, 0, 1.0 + i) for i in range(4)]
+    graph = made(
+        edges, 2, 4, str_tokens=(" a", "é", "", ""), token_ids=torch.tensor([7, 200, 201, 202])
+    )
+    assert listed(graph.subgraph(tokens="id:201")) == [edges[2]]
+    assert listed(graph.subgraph(tokens=["id:7 a", " a", "id:202"])) == [edges[0], edges[3]]
+    assert listed(graph.subgraph(tokens="é²⁄₂")) == [edges[2]]
+    assert listed(graph.subgraph(tokens=["é¹⁄₂", "é"])) == [edges[1]]
+    assert listed(graph.subgraph(tokens="")) == edges[2:]
+    with pytest.raises(ValueError, match=r"No token of the prompt is 'id:20'.*id:123"):
+        graph.subgraph(tokens="id:20")
+    # A token without a name is shown as its id: the text comes first.
+    shown = made(edges, 2, 4, str_tokens=("a", "id:0", "b", "c"))
+    assert listed(shown.subgraph(tokens="id:0")) == [edges[1]]

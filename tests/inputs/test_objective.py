@@ -144,7 +144,7 @@ def test_objectives_are_plain_values(model: Any) -> None:
     [
         ("ab", ["2 tokens", "'a'", "'b'", "'ab'"]),
         (" z", ["2 tokens", "' '", "'z'"]),
-        ("", ["0 tokens", "none"]),
+        ("", ["is an empty text"]),
         (VOCAB, ["47", str(VOCAB)]),
         (-1, ["-1", "0..47"]),
         (True, ["True", "bool"]),

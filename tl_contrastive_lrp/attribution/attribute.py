@@ -186,20 +186,27 @@ def attribute(
             (``prefilled.prefill_prompt``); ``memory`` and ``tile`` are those of it then.
 
     Returns:
-        An ``Attribution``: relevance in logits, positive for the target. With ``objectives``, one
-        for each.
+        An ``Attribution``: relevance in logits, positive for the target, of the tokens [pos],
+        hidden states [site, pos], heads [layer, head, pos] and, if asked for, neurons [layer, pos,
+        d_mlp], all on the CPU. With ``objectives``, a list of one for each.
 
     Warns:
         SpecialTokenWarning: once a model and kind, where a text's ids begin or end otherwise than
             the model's own tokenizer has it and ``prepend_bos`` does not say so.
 
     Raises:
-        TypeError: neither or both of an objective and a target with contrast; ``prepend_bos`` is no
-            bool.
+        TypeError: ``model`` is no bridge; neither or both of an objective and a target with
+            contrast, or an objective that is no function; ``prepend_bos`` is no bool.
         ValueError: ``neurons`` of a model with experts; an unknown ``memory`` or a wrong ``tile``;
-            no objectives; ``prefilled`` of another prompt or rules, or used up.
+            no objectives; ``prefilled`` of another prompt, rules or hooks, not prepared for what is
+            asked, or used up.
+        TokenError: a target or contrast that is not one token or may be several, an id out of
+            range, the same token on both sides, or a position that the prompt does not have.
+        PromptError: a prompt that is empty, not one, too long, or on another device.
+        ModelStateError: a model in training mode, without gradients, on several devices; one that
+            cannot run as ``memory`` says; an objective that gives no differentiable number.
+        UncoveredComponentError: no rule covers a part of the model.
         FileFormatError: ``checkpoint_dir`` holds something else.
-        TokenError, PromptError, ModelStateError, UncoveredComponentError: see their messages.
     """
     require_bridge(model)
     asked = questions(model, objective, objectives, target, contrast, pos)

@@ -7,6 +7,7 @@ tiles it needs what ``tiles.prefill`` keeps, which is linear in the prompt.
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,14 +153,16 @@ def next_token_table(
         SpecialTokenWarning: as ``attribute``.
 
     Raises:
-        PromptError: the prompt is empty or not one prompt.
-        TokenError: the position does not exist, or ``k`` is below 1.
+        TypeError: ``model`` is no bridge, or ``prepend_bos`` no bool.
+        PromptError: the prompt is empty, not one prompt, too long, or has ids out of range; a BOS
+            token that cannot be put before it.
+        TokenError: the position does not exist, or ``k`` is no whole number above 0.
         ValueError: an unknown ``memory`` or a wrong ``tile``.
         ModelStateError: it cannot run in tiles, and plainly it does not fit or was not asked for.
     """
     require_bridge(model)
-    if k < 1:
-        raise TokenError(f"k={k} lists no candidates; use 1 or more.")
+    if not isinstance(k, Integral) or k < 1:
+        raise TokenError(f"k={k!r} lists no candidates; use a whole number, 1 or more.")
     tokens = to_single_prompt(model, prompt, prepend_bos)
     logits = logits_at(model, tokens, pos, memory, tile, progress=progress)
     return candidate_table(model, logits, k)

@@ -9,10 +9,10 @@ import typer
 
 from .errors import Code
 from .memory import MemoryOptions
-from .model import is_local, load_model
+from .model import is_local, load_model, quiet_libraries
 from .output import Output
 from .print_attribution import candidate_rows, print_candidates, print_json
-from .prompt import prompt_ids, read_prompt, special_notes, token_ids, token_word
+from .prompt import check_text, prompt_ids, read_prompt, special_notes, token_ids, token_word
 from .question import CANDIDATES, Question, T, question_of
 from .retype import again
 from .terminal import print_err, print_out, progress
@@ -65,6 +65,8 @@ def ask(
         CliError, TokenError, PromptError: see their messages.
     """
     text = read_prompt(typed["prompt"], typed["prompt_file"], typed["strip_newline"])
+    check_text(typed["system"], "system message")
+    check_text(typed["answer"], "answer")
     output.check()
     way.check()
     name, adapter, device = typed["model"], typed["adapter"], typed["device"]
@@ -74,14 +76,16 @@ def ask(
         model, name = loaded.bridge, loaded.name
         from ..attribution.candidates import candidate_table
 
-    tokens = prompt_ids(
-        model,
-        text,
-        chat=typed["chat"],
-        system=typed["system"],
-        answer=typed["answer"],
-        prepend_bos=typed["prepend_bos"],
-    )
+    with quiet_libraries():  # a long prompt makes the tokenizer write to stderr
+        given = prompt_ids(
+            model,
+            text,
+            chat=typed["chat"],
+            system=typed["system"],
+            answer=typed["answer"],
+            prepend_bos=typed["prepend_bos"],
+        )
+    tokens = given.tokens
     target = token_ids(model, typed["target"], "target") if typed["target"] else ()
     contrast = token_ids(model, typed["contrast"], "contrast") if typed["contrast"] else ()
     if contrast:
@@ -115,6 +119,7 @@ def ask(
         contrast,
         pos=typed["pos"],
         model_name=name,
+        prepended_bos=given.prepended_bos,
         notes=notes,
     )
     return model, question, ready

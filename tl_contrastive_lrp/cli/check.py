@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options as o
-from .errors import CliError, Code, exit_codes
-from .model import checked_device, load_model, quiet_libraries
+from .errors import CliError, Code, exit_codes, words_of
+from .model import Loaded, checked_device, load_model, quiet_libraries
 from .print_attribution import finite, print_json
 from .prompt import special_notes
 from .terminal import print_err, print_out, progress, table
@@ -20,9 +21,21 @@ if TYPE_CHECKING:
     from ..hooks.coverage import Coverage
 
 ModelArgument = Annotated[
-    str,
-    typer.Argument(help="Folder of a Hugging Face model, its name on the hub, or a GGUF file."),
+    str | None,
+    typer.Argument(
+        help="Folder of a Hugging Face model, its name on the hub, or a GGUF file. Needed, except "
+        "with --adapter.",
+        show_default=False,
+    ),
 ]
+# Here the model is an argument; messages of ``load_model`` know it as an option.
+_AS_ARGUMENT = {
+    "It holds a whole model: --model ": "It holds a whole model. Type: tl-contrastive-lrp check ",
+    "--model gives another": "the argument MODEL gives another",
+    "Give it with --model": "Give it as the argument MODEL",
+    "and --model is ": "and the model given is ",
+    "Give the unquantised model with --model": "Give the unquantised model",
+}
 VerifyOption = Annotated[
     bool, typer.Option("--verify", help="Measure on a prompt whether relevance is right.")
 ]
@@ -40,7 +53,7 @@ CheckPromptOption = Annotated[
 
 
 def check_command(
-    model: ModelArgument,
+    model: ModelArgument = None,
     adapter: o.AdapterOption = None,
     verify: VerifyOption = False,
     prompt: CheckPromptOption = None,
@@ -66,6 +79,8 @@ def check_command(
     gradient by rule); *verification* (null, or *verdict, objective, n_tokens, checks*: *name,
     verdict, figure, limit, says*); *notes*.
     """
+    if model is None and adapter is None:
+        raise typer.BadParameter("Missing argument 'MODEL'.")
     if adapter is not None and config_only:
         raise typer.BadParameter("--adapter needs the weights: it does not go with --config-only.")
     if prompt is not None and not verify:
@@ -77,7 +92,8 @@ def check_command(
     with exit_codes(debug):
         spins = not (quiet or json)
         with progress("Loading the model", spins):
-            bridge, random, notes = _load(model, config_only, device, dtype.value, adapter)
+            loaded, random = _load(model, config_only, device, dtype.value, adapter)
+            bridge, notes = loaded.bridge, loaded.notes
         if prompt is not None and random:
             raise CliError(
                 Code.USAGE, "There is no tokenizer with random weights: leave --prompt out."
@@ -92,25 +108,38 @@ def check_command(
                 verification = _verified(bridge, prompt, rules.value, prepend_bos)
         found = _Checked(bridge, rules.value, dtype.value, coverage, audit, why, verification)
         if json:
-            print_json(found.as_json(model, "random" if random else "checkpoint", notes))
+            print_json(found.as_json(loaded.name, "random" if random else "checkpoint", notes))
         else:
-            found.print(model, notes, quiet)
+            found.print(loaded.name, notes, quiet)
         if not found.good:
             raise typer.Exit(Code.MODEL)
 
 
 def _load(
-    name: str, config_only: bool, device: o.Device | None, dtype: str, adapter: str | None
-) -> tuple[Any, bool, tuple[str, ...]]:
-    """The model, whether its weights are random, and notes."""
+    name: str | None, config_only: bool, device: o.Device | None, dtype: str, adapter: str | None
+) -> tuple[Loaded, bool]:
+    """The model, and whether its weights are random.
+
+    Raises:
+        CliError: as ``load_model`` and ``sketch``.
+    """
     from .random_model import has_weights, sketch
 
     where = None if device is None else device.value
-    if config_only or (adapter is None and not has_weights(name)):
+    if name is not None and (config_only or (adapter is None and not has_weights(name))):
         made = sketch(name, checked_device(where, dtype), dtype)
-        return made.bridge, True, made.notes
-    loaded = load_model(name, where, dtype, adapter)
-    return loaded.bridge, False, loaded.notes
+        return Loaded(made.bridge, name, made.notes), True
+    try:
+        loaded = load_model(name, where, dtype, adapter)
+    except CliError as error:
+        raise CliError(error.code, _as_argument(str(error))) from error
+    return replace(loaded, notes=tuple(map(_as_argument, loaded.notes))), False
+
+
+def _as_argument(message: str) -> str:
+    for option, argument in _AS_ARGUMENT.items():
+        message = message.replace(option, argument)
+    return message
 
 
 def _examined(bridge: Any, rules: str) -> tuple[Coverage | None, Audit | None, str | None]:
@@ -124,7 +153,7 @@ def _examined(bridge: Any, rules: str) -> tuple[Coverage | None, Audit | None, s
             _, coverage = place(bridge, rules)
             return coverage, audit(bridge), None
     except UncoveredComponentError as error:
-        return None, None, str(error)
+        return None, None, words_of(error)
 
 
 def _verified(

@@ -103,14 +103,19 @@ def _short(text: str) -> str:
 def run(case_name: str | None, kind: str | None, rules: str, output: Output, graph: bool) -> None:
     """Explain one case and print it."""
     case = choose(case_name, kind)
+    import torch
+
     from ..demo import load_demo_model
+    from ..inputs.bos import tokenised
+    from ..inputs.tokens import model_device
 
     with progress("Loading the demo model", output.spins), quiet_libraries():
         try:
             model: Any = load_demo_model(device="cpu")
         except FileNotFoundError as error:
             raise CliError(Code.MODEL, f"{str(error)[:1].upper()}{str(error)[1:]}") from error
-    tokens = model.to_tokens(case.prompt, truncate=False)
+    given = tokenised(model, case.prompt)
+    tokens = torch.tensor([given.ids], device=model_device(model))
     if tokens.shape[1] != case.n_tokens:
         raise CliError(
             Code.UNEXPECTED,
@@ -128,6 +133,7 @@ def run(case_name: str | None, kind: str | None, rules: str, output: Output, gra
         (case.contrast_id,),
         pos=-1,
         model_name="demo model",
+        prepended_bos=given.prepended_bos,
     )
     explained = explain(model, question, prepared, rules=rules, output=output)
     ranking = [int(pos) for pos in explained.result.top(case.n_tokens)["pos"]]

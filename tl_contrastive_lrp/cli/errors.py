@@ -72,8 +72,12 @@ _TYPED = {
     "memory='plain'": "--memory plain",
     "memory='tiled'": "--memory tiled",
     "checkpoint_dir": "--checkpoint-dir",
+    "(model.to_tokens(text) would)": "(TransformerLens would)",
+    "because model.cfg.default_prepend_bos is": "because its default_prepend_bos for this model is",
     "prepend_bos=True": "--bos",
     "prepend_bos=False": "--no-bos",
+    "Load the model unquantised, for example TransformerBridge.boot_transformers(name, "
+    "dtype=torch.bfloat16).": "Give the unquantised model.",
     "with mass=0.85, or give threshold= or top_k=": "with --mass 0.85, --threshold or --top-k",
 }
 

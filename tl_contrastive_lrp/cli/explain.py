@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +133,7 @@ def explain(
         )
     if not (math.isfinite(result.delta) and bool(result.tokens.isfinite().all())):
         raise not_finite(question.dtype)
+    result = replace(result, prepended_bos=question.prepended_bos)  # it was given ids
     write(output.save, result.save)  # before what else may take long
     notes = [*question.notes, *filter(None, [run.note])]
     shown = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import CliError, not_finite, words_of
@@ -147,4 +148,4 @@ def make_graph(
             if type(error) is ValueError and re.search(r"\b(nan|inf|infinite)\b", str(error), re.I):
                 raise not_finite(question.dtype) from error
             raise
-    return graph
+    return replace(graph, prepended_bos=question.prepended_bos)  # it was given ids

@@ -74,7 +74,7 @@ def checked_name(name: str) -> str:
     """The folder or the name on the hub, as transformers takes it.
 
     Raises:
-        CliError: there is no such folder, or it holds no model.
+        CliError: there is no such folder or file, or it holds no model.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -83,7 +83,7 @@ def checked_name(name: str) -> str:
             raise CliError(
                 Code.MODEL,
                 f"The folder {name} holds an adapter, not a whole model. Type --adapter {name}, "
-                "and leave --model out (or give it the base model).",
+                "and leave the model out (or give the base model).",
             )
         if adapter:  # transformers would leave it out without a word
             _needs("peft", "adapters", f"The folder {name} holds an adapter, too, which")
@@ -98,6 +98,8 @@ def checked_name(name: str) -> str:
         raise CliError(
             Code.MODEL, f"{name} is a file. Give the folder that holds config.json and weights."
         )
+    if path.suffix.lower() == ".gguf":
+        raise CliError(Code.MODEL, f"There is no file {name}. Give the path of a GGUF file here.")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
         raise CliError(
             Code.MODEL,

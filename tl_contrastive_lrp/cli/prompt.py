@@ -11,7 +11,7 @@ from .errors import CliError, Code, typed_words
 from .terminal import plain, print_err
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ..inputs.tokens import Prompt
 
 
 def read_prompt(prompt: str | None, file: str | None, strip_newline: bool) -> str:
@@ -26,11 +26,20 @@ def read_prompt(prompt: str | None, file: str | None, strip_newline: bool) -> st
         text = _decoded(file)
         if text.endswith("\n") and strip_newline:
             text = text[:-2] if text.endswith("\r\n") else text[:-1]
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise CliError(Code.PROMPT, "The prompt holds bytes that are no UTF-8 text.") from None
+    check_text(text, "prompt")
     return text
+
+
+def check_text(text: str | None, what: str) -> None:
+    """Refuse what was typed in another encoding.
+
+    Raises:
+        CliError: it holds bytes that are no UTF-8.
+    """
+    try:
+        (text or "").encode("utf-8")
+    except UnicodeEncodeError:
+        raise CliError(Code.PROMPT, f"The {what} holds bytes that are no UTF-8 text.") from None
 
 
 def _decoded(file: str) -> str:
@@ -65,8 +74,8 @@ def prompt_ids(
     system: str | None = None,
     answer: str = "",
     prepend_bos: bool | None = None,
-) -> Tensor:
-    """Token ids [1, pos] of the prompt, whole.
+) -> Prompt:
+    """Token ids [1, pos] of the prompt, whole, and whether a BOS token was put before its text.
 
     Args:
         model: The bridge.
@@ -85,14 +94,15 @@ def prompt_ids(
     import torch
 
     from ..inputs.bos import tokenised
-    from ..inputs.tokens import model_device, to_single_prompt
+    from ..inputs.tokens import Prompt, model_device, to_single_prompt
 
     if not text:
         to_single_prompt(model, text)  # says what is wrong
     if chat:
-        ids = _chat_ids(model.tokenizer, text, system, answer)
+        ids, prepended = _chat_ids(model.tokenizer, text, system, answer), None
     else:
-        ids = tokenised(model, text, prepend_bos).ids
+        made = tokenised(model, text, prepend_bos)
+        ids, prepended = made.ids, made.prepended_bos
     tokens = torch.tensor([ids], device=model_device(model))
     limit = int(model.cfg.n_ctx)
     if tokens.shape[1] > limit:
@@ -101,7 +111,7 @@ def prompt_ids(
             f"The prompt is {tokens.shape[1]} tokens, but this model's context is {limit}. "
             "Shorten it.",
         )
-    return to_single_prompt(model, tokens)
+    return Prompt(to_single_prompt(model, tokens), prepended)
 
 
 def special_notes(model: Any, text: str, prepend_bos: bool | None) -> list[str]:

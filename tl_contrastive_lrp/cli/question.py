@@ -22,7 +22,7 @@ class Question:
     """One prediction to explain: ids of both sides, and the likeliest tokens.
 
     at is the position as typed: -1 reads "the last position" in an objective's words. delta is
-    Δℓ in the forward that the candidates are from.
+    Δℓ in the forward that the candidates are from; prepended_bos is as results have it.
     """
 
     tokens: Tensor
@@ -35,6 +35,7 @@ class Question:
     model_name: str
     dtype: str
     device: str
+    prepended_bos: bool | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -68,6 +69,7 @@ def question_of(
     *,
     pos: int,
     model_name: str,
+    prepended_bos: bool | None,
     notes: Sequence[str] = (),
 ) -> Question:
     """The question with what telling its answer needs; logits [vocab] are those at ``pos``."""
@@ -87,5 +89,6 @@ def question_of(
         model_name,
         str(next(iter(model.original_model.parameters())).dtype).removeprefix("torch."),
         str(model_device(model)),
+        prepended_bos,
         tuple(notes),
     )

@@ -12,7 +12,7 @@ from .terminal import shell_word
 PROGRAM = "tl-contrastive-lrp"
 _DEFAULTS = {
     "pos": -1, "rules": DEFAULT_RULES.value, "dtype": "float32", "top": 10, "granularity": "block",
-    "node_threshold": 0.0, "memory": "auto",
+    "node_threshold": 0.0, "memory": "auto", "answer": "",
 }  # fmt: skip
 _INLINE = 4000  # characters of standard input that are written out; a shell line has its limits
 
@@ -46,7 +46,7 @@ def again(
         if name == "prepend_bos" and value is not None:
             words.append("--bos" if value else "--no-bos")
             continue
-        if value is None or value is False or value == "" or _DEFAULTS.get(name) == value:
+        if value is None or value is False or _DEFAULTS.get(name) == value:
             continue
         if value is True:
             words.append(option)

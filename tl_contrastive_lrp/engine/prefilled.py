@@ -3,8 +3,8 @@
 The likeliest tokens are known before the objective is, and several results of one prompt need the
 same forward. ``prefill_prompt`` runs it once, under the rules, plainly or in tiles; ``attribute``
 and ``attribution_graph`` take it as ``prefilled=`` and run their own backward from it. What they
-read has to be named before the forward (``explain.relevance_readings``,
-``graph_plain.GraphReadings``).
+read has to be named before the forward (``attribute.relevance_readings``,
+``assembly.plain.graph_readings``).
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..render.text import with_parts
 from .data import pair_starts
 from .pruning import fewest
 
@@ -178,10 +179,11 @@ def hubs(graph: GraphData, k: int = 10) -> pd.DataFrame:
     both = taken + given
     order = torch.sort(both, descending=True, stable=True).indices[:k]
     order = order[both[order] > 0]
+    texts = with_parts(graph.str_tokens)
     return pd.DataFrame(
         {
             "pos": order.numpy(),
-            "token": [graph.str_tokens[p] for p in order.tolist()],
+            "token": [texts[p] for p in order.tolist()],
             "in_mass": taken[order].numpy(),
             "out_mass": given[order].numpy(),
             "mass": both[order].numpy(),

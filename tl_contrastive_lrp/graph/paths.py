@@ -39,6 +39,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..render.text import with_parts
 from .columns import EDGE_KINDS
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Path:
     Attributes:
         sites: Site of every node.
         positions: Position of every node.
-        tokens: Text of every node's token.
+        tokens: Text of every node's token; a part of a character is shown with it ("你²⁄₃").
         relevance: Relevance of every node, logits.
         weights: Weight of every edge, logits: one fewer than nodes.
         heads: Head of every edge (-1: position-wise), where the graph is split by heads.
@@ -196,7 +197,8 @@ def strongest_paths(graph: GraphData, k: int = 10) -> Paths:
     size = shares.abs().log_()
     best = _best(graph, size)
     found = _descend(graph, size, best, _starts(graph), k)
-    made = [_path(graph, edges, shares) for edges in found]
+    texts = with_parts(graph.str_tokens)
+    made = [_path(graph, edges, shares, texts) for edges in found]
     return Paths(tuple(made), graph.delta, k, closed)
 
 
@@ -306,7 +308,7 @@ def _row(graph: GraphData, site: int, pos: int) -> Tensor:
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
 
 
-def _path(graph: GraphData, edges: tuple[int, ...], shares: Tensor) -> Path:
+def _path(graph: GraphData, edges: tuple[int, ...], shares: Tensor, texts: list[str]) -> Path:
     index = torch.tensor(edges[::-1])
     sites = [*graph.source_site[index].tolist(), len(graph.sites) - 1]
     final = int(graph.target_pos[edges[0]])
@@ -316,7 +318,7 @@ def _path(graph: GraphData, edges: tuple[int, ...], shares: Tensor) -> Path:
     return Path(
         sites=tuple(graph.sites[s] for s in sites),
         positions=tuple(positions),
-        tokens=tuple(graph.str_tokens[p] for p in positions),
+        tokens=tuple(texts[p] for p in positions),
         relevance=tuple(graph.relevance[sites, positions].tolist()),
         weights=tuple(graph.weight[index].tolist()),
         heads=None if head is None else tuple(head[index].tolist()),

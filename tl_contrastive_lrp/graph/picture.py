@@ -10,6 +10,7 @@ import numpy as np
 from ..render.graph.data import GraphView
 from ..render.graph.layout import strongest
 from ..render.graph.matrices import MAX_CELLS, attention_matrices, room
+from ..render.text import visible, with_parts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -161,8 +162,9 @@ def matrices_of(
         )
     greyed = graph.special.numpy().copy()
     greyed[0] = True
+    texts = [visible(text) for text in with_parts(graph.str_tokens)]  # of the whole prompt
     return attention_matrices(
-        [graph.str_tokens[p] for p in kept.tolist()],
+        [texts[p] for p in kept.tolist()],
         dense,
         labels,
         greyed=greyed[kept],

@@ -24,6 +24,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..inputs.objective import in_words
+from ..inputs.token_text import written_id
+from ..render.text import with_parts
 from .prune_history import PruneStep, TransitionKept
 
 if TYPE_CHECKING:
@@ -226,8 +228,9 @@ def within(
         graph: Any graph.
         positions: Positions in the prompt, or one; negative ones count from the end.
         sites: HookPoint names or indices, or one.
-        tokens: Texts of tokens, or one, exactly as in ``str_tokens``: every position that holds
-            one. With ``positions`` too, a position must satisfy both.
+        tokens: Texts of tokens, or one, exactly as in ``str_tokens`` or as paths show them
+            ("你²⁄₃"), or ids as text, ``id:123`` (what may stand behind the number is not read):
+            every position that holds one. With ``positions`` too, a position must satisfy both.
 
     Raises:
         ValueError: a position, site or token that the graph does not have, or nothing given.
@@ -245,12 +248,15 @@ def within(
         said["positions"] = _listed(sorted({p % n for p in wanted}))
     if tokens is not None:
         texts = set(_each(tokens))
-        missing = sorted(texts - set(graph.str_tokens))
+        found = {text: _positions_of(graph, text) for text in texts}
+        missing = sorted(text for text, where in found.items() if not where)
         if missing:
             raise ValueError(
-                f"No token of the prompt is {missing[0]!r}; spaces count, as in {_few(graph)}."
+                f"No token of the prompt is {missing[0]!r}; spaces count, as in {_few(graph)}. "
+                "An id is written id:123."
             )
-        at &= torch.tensor([text in texts for text in graph.str_tokens])
+        there = set().union(*found.values())
+        at &= torch.tensor([pos in there for pos in range(n)])
         said["tokens"] = _listed(sorted(map(repr, texts)))
     kept_sites = torch.ones(len(graph.sites), dtype=torch.bool)
     if sites is not None:
@@ -262,6 +268,16 @@ def within(
     node = (kept_sites[:, None] & at[None]).flatten()
     mask = node[graph.source_node] & node[graph.target_node]
     return mask, step_of(graph, "subgraph", said, mask)
+
+
+def _positions_of(graph: GraphData, text: str) -> set[int]:
+    """The positions whose token is shown as ``text``; if there are none, has the id it names."""
+    pairs = zip(graph.str_tokens, with_parts(graph.str_tokens), strict=True)
+    found = {pos for pos, shown in enumerate(pairs) if text in shown}
+    written = written_id(text)
+    if not found and written is not None:
+        found = set(torch.nonzero(graph.token_ids == written[0])[:, 0].tolist())
+    return found
 
 
 def _each(given: Any) -> Iterable[Any]:

@@ -1,6 +1,6 @@
 """What is refused before anything runs, and why: kinds of component that no rule covers.
 
-The audit (``audit_model.py``) would refuse each of them too, operation by operation; a row here
+The audit (``audit/audit.py``) would refuse each of them too, operation by operation; a row here
 says in one sentence what the component is, and what to do instead.
 """
 
@@ -15,7 +15,7 @@ from .families import UNCOVERED, UNCOVERED_PARTS
 
 _ADVICE = (
     " Relevance through it would be made up. `tl-contrastive-lrp check MODEL` lists what is "
-    "covered; leave this model to activation patching, or add a row to tl_contrastive_lrp.sites."
+    "covered; leave this model to activation patching, or add a row to tl_contrastive_lrp.hooks.families."
 )
 
 _TWO_INPUTS = (

@@ -370,8 +370,8 @@ def question(
     """The objective itself, or ``logit_diff`` of both tokens.
 
     Raises:
-        TypeError: neither an objective nor both tokens, or both ways at once, or ``pos`` beside
-            an objective.
+        TypeError: neither an objective nor both tokens, or both ways at once, an objective that is
+            no function, or ``pos`` beside an objective.
         TokenError: ``pos`` is no position of one prompt.
     """
     given = objective is not None, target is not None, contrast is not None
@@ -380,6 +380,11 @@ def question(
             "Give either an objective, such as clrp.logit_diff(model, ...), as third argument, or "
             "both tokens, target=... and contrast=... (clrp.next_token_table(model, prompt) lists "
             "candidates for the contrast)."
+        )
+    if objective is not None and not callable(objective):
+        raise TypeError(
+            f"The objective {objective!r} is not one; use clrp.logit_diff(model, target, "
+            "contrast), or give target=... and contrast=... by name."
         )
     if objective is not None and _pos(pos) != -1:
         raise TypeError(

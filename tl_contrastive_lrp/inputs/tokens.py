@@ -245,6 +245,8 @@ def _typed_id(model: Any, text: str, role: str) -> int:
                 f"For the id, give 'id:{found}'."
             )
         return found
+    if not text:
+        raise TokenError(f"The {role} is an empty text. Give one token, or its id.")
     if tokenizer is None:
         raise TokenError(f"This model has no tokenizer; give the {role} as a token id.")
     try:
@@ -261,7 +263,7 @@ def _typed_id(model: Any, text: str, role: str) -> int:
             for i in meant
         )
         raise TokenError(f"The {role} {text!r} is ambiguous. Give {ways}.")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) == 1:
         raise TokenError(f"The {role} {text!r} is not in the model's vocabulary.")
     pieces = ", ".join(map(repr, token_names(model, ids)))

@@ -135,17 +135,20 @@ def attribution_graph(
         prefilled: As for ``attribute``. Transitions over several blocks run forwards of their own.
 
     Returns:
-        An ``AttributionGraph``; with ``objectives``, one for each.
+        An ``AttributionGraph``: relevance [site, pos] and edges, in logits, on the CPU; with
+        ``objectives``, a list of one for each.
 
     Warns:
         SpecialTokenWarning: as ``attribute``.
 
     Raises:
         ValueError: layers or granularity that do not fit the model; several prunings; tiles with
-            layers that skip blocks; no objectives; ``prefilled`` of another prompt or rules, or
-            used up.
-        TypeError, TokenError, PromptError, ModelStateError, UncoveredComponentError: as
-            ``attribute``.
+            layers that skip blocks; an unknown ``memory`` or a wrong ``tile``; no objectives;
+            ``prefilled`` of another prompt, rules or hooks, not prepared for this graph, or used
+            up.
+        UncoveredComponentError: as ``attribute``; also where the edges' closed form does not hold
+            for the model.
+        TypeError, TokenError, PromptError, ModelStateError, FileFormatError: as ``attribute``.
     """
     require_bridge(model)
     asked = questions(model, objective, objectives, target, contrast, pos)

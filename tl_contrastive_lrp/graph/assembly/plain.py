@@ -73,6 +73,7 @@ def plain_graphs(plan: GraphPlan, prefilled: Prefilled | None = None) -> list[At
         prefilled: The forward, if it was run before.
 
     Raises:
+        ValueError: the forward was not prepared for a graph.
         ModelStateError, UncoveredComponentError: as ``backward.run_each``.
     """
     model, rule_set = plan.model, plan.rule_set
@@ -83,6 +84,11 @@ def plain_graphs(plan: GraphPlan, prefilled: Prefilled | None = None) -> list[At
     points = {f"{hook.name}." for hook in user_hooks(model)}
     if prefilled is not None and shared is not None and not points:
         calls = prefilled.calls
+        if missing := [block for block in edges if block not in calls]:
+            raise ValueError(
+                f"The forward was not prepared for edges of block {missing[0]} (graph_readings); "
+                "leave prefilled= out, or run another one."
+            )
     elif shared is not None:  # edges under the user's hooks are checked in a forward of their own
         shared.pass_over()
         shared = None

@@ -146,6 +146,14 @@ def _body(view: GraphView, max_edges: int, uid: str, max_positions: int) -> str:
     over = max(0.0, *(0.5 * length + 10 - x for x, length in reach))
     deep = 0.87 * max(length for _, length in reach) + 14
     side = 12 + max(marks.width(name) for name in names)
+    # The words above the final node: in a narrow picture they begin at its left and make it wider.
+    final_words = _final_words(view, data)
+    anchor, text_x = ("end", final + 12) if at_right else ("start", final - 12)
+    right, room = plan.width + 16, 1.2 * marks.width(final_words)  # of 13 pixels, and bold
+    if at_right and text_x - room < -over:
+        anchor, text_x = "start", 4 - over
+    if anchor == "start":
+        right = max(right, text_x + room)
     return (
         templates()
         .get_template("graph.html")
@@ -155,13 +163,13 @@ def _body(view: GraphView, max_edges: int, uid: str, max_positions: int) -> str:
             down=marks.DOWN,
             target=_quoted(view.target) if view.target else "the target",
             contrast=_quoted(view.contrast) if view.contrast else "its alternatives",
-            final_words=_final_words(view, data),
+            final_words=final_words,
             final={
                 "x": marks.rounded(final),
                 "y": marks.rounded(plan.row[-1]),
                 "r": marks.rounded(plan.radius[-1] + 3.5),
-                "anchor": "end" if at_right else "start",
-                "text_x": marks.rounded(final + (12 if at_right else -12)),
+                "anchor": anchor,
+                "text_x": marks.rounded(text_x),
             },
             finals=[marks.rounded(plan.column[pos]) for pos in data.finals.tolist()],
             edges=marks.edges(data, plan, where, names),
@@ -172,7 +180,7 @@ def _body(view: GraphView, max_edges: int, uid: str, max_positions: int) -> str:
             side=marks.rounded(side),
             side_end=marks.rounded(side - 4),
             from_x=marks.rounded(-over),
-            box=marks.rounded(plan.width + over + 16),
+            box=marks.rounded(right + over),
             height=marks.rounded(below + deep),
             width=marks.rounded(plan.width),
             top=TOP - 14,
