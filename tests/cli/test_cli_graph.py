@@ -256,7 +256,7 @@ def test_overflow_is_said(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatc
         return replace(graph, relevance=graph.relevance * float("inf"))
 
     monkeypatch.setattr(
-        "tl_contrastive_lrp.graph.data.assembly.attribution_graph.attribution_graph", overflowed
+        "tl_contrastive_lrp.graph.assembly.attribution_graph.attribution_graph", overflowed
     )
     done = run(*asked(folder, "--out", "g.html"))
     assert (done.code, done.out) == (1, "")

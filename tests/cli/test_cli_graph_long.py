@@ -38,7 +38,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[AttributionGraph]:
         return found[-1]
 
     monkeypatch.setattr(
-        "tl_contrastive_lrp.graph.data.assembly.attribution_graph.attribution_graph", watched
+        "tl_contrastive_lrp.graph.assembly.attribution_graph.attribution_graph", watched
     )
     return found
 

@@ -215,7 +215,7 @@ def test_a_stopped_report_keeps_the_result_that_was_to_be_saved(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(
-        "tl_contrastive_lrp.graph.data.assembly.attribution_graph.attribution_graph", stop
+        "tl_contrastive_lrp.graph.assembly.attribution_graph.attribution_graph", stop
     )
     done = run(*explained(folder, "--out", "r.html", "--save", "r.safetensors"))
     assert done.code == Code.INTERRUPTED

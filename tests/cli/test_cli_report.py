@@ -40,7 +40,7 @@ def test_no_graph_is_made_for_no_report(
         raise AssertionError("a graph was made")
 
     monkeypatch.setattr(
-        "tl_contrastive_lrp.graph.data.assembly.attribution_graph.attribution_graph", never
+        "tl_contrastive_lrp.graph.assembly.attribution_graph.attribution_graph", never
     )
     assert run(*asked(folder)).code == 1, "the graph command would notice"
     assert run("explain", *asked(folder)[1:], "--json").code == 0
@@ -60,7 +60,7 @@ def test_a_long_prompt_has_a_graph_pruned_on_the_way(
         return taken[-1]
 
     monkeypatch.setattr(
-        "tl_contrastive_lrp.graph.data.assembly.attribution_graph.attribution_graph", watched
+        "tl_contrastive_lrp.graph.assembly.attribution_graph.attribution_graph", watched
     )
     done = run(*explained(folder))
     assert done.code == 0
@@ -95,7 +95,7 @@ def test_a_graph_that_fails_costs_no_report(
         raise error
 
     monkeypatch.setattr(
-        "tl_contrastive_lrp.graph.data.assembly.attribution_graph.attribution_graph", fail
+        "tl_contrastive_lrp.graph.assembly.attribution_graph.attribution_graph", fail
     )
     told = run(*explained(folder, "--json")).json
     assert message in told["notes"][0]
@@ -112,7 +112,7 @@ def test_a_bug_in_the_graph_is_not_hidden(
         raise RuntimeError("boom")
 
     monkeypatch.setattr(
-        "tl_contrastive_lrp.graph.data.assembly.attribution_graph.attribution_graph", fail
+        "tl_contrastive_lrp.graph.assembly.attribution_graph.attribution_graph", fail
     )
     done = run(*explained(folder))
     assert done.code == 1
