@@ -38,6 +38,7 @@ from ...inputs.bridge import components
 from ...rules.functions import at_least_float32
 from ...rules.precision import plain
 from ...rules.rule_sets import RuleSet
+from ...rules.threads import mine
 from .tangents import block_tangents
 
 
@@ -147,7 +148,7 @@ class HookedBlock:
             return (tap(z, read), *args[1:])
 
         point = model.hook_dict[f"blocks.{self.layer}.attn.o.hook_in"]
-        handle = point.register_forward_pre_hook(pre_hook)
+        handle = point.register_forward_pre_hook(mine(pre_hook))
         try:
             yield
         finally:
