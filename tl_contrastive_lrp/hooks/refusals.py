@@ -15,7 +15,8 @@ from .families import UNCOVERED, UNCOVERED_PARTS
 
 _ADVICE = (
     " Relevance through it would be made up. `tl-contrastive-lrp check MODEL` lists what is "
-    "covered; leave this model to activation patching, or add a row to tl_contrastive_lrp.hooks.families."
+    "covered; leave this model to activation patching, or add a row to "
+    "tl_contrastive_lrp.hooks.families."
 )
 
 _TWO_INPUTS = (
