@@ -13,6 +13,7 @@ from truth import zoo
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import UncoveredComponentError
+from tl_contrastive_lrp.hooks.user_hooks import as_own
 
 TOKENS = zoo.random_tokens()
 LONGEST = 700  # characters
@@ -143,7 +144,7 @@ def test_the_check_is_made_once_and_sees_no_hook_of_the_user() -> None:
         clrp.attribution_graph(model, TOKENS, objective)
     assert runs == [8, 8], "the user's hook saw the prompt alone"
     counted: list[int] = []
-    handle = model.original_model.register_forward_pre_hook(lambda *_: counted.append(1))
+    handle = model.original_model.register_forward_pre_hook(as_own(lambda *_: counted.append(1)))
     clrp.attribution_graph(model, TOKENS, objective)
     assert len(counted) == 1
     clrp.attribution_graph(model, TOKENS, objective, rules="relp")

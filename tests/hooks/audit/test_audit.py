@@ -21,6 +21,7 @@ from tl_contrastive_lrp.hooks.audit.audit import audit, require_clean
 from tl_contrastive_lrp.hooks.audit.report import Audit, Finding
 from tl_contrastive_lrp.hooks.audit.run import examine
 from tl_contrastive_lrp.hooks.placement import attached, place
+from tl_contrastive_lrp.hooks.user_hooks import as_own
 from tl_contrastive_lrp.inputs.bridge import LEAVES
 from tl_contrastive_lrp.rules import functions as rules
 
@@ -138,7 +139,7 @@ def test_a_sigmoid_is_a_gate_only_where_it_weighs_something() -> None:
     for path, clean in (("attn.o", False), ("mlp.in", True)):
         parent, _, name = path.rpartition(".")
         wrapped = getattr(getattr(model.blocks[1], parent), name).original_component
-        handle = wrapped.register_forward_hook(lambda *args: torch.sigmoid(args[-1]))
+        handle = wrapped.register_forward_hook(as_own(lambda *args: torch.sigmoid(args[-1])))
         report = examine(model, lambda: attached(model, placed(model)), LEAVES)
         handle.remove()
         where = (f"blocks.1.{path}", "Sigmoid")
@@ -218,7 +219,7 @@ def test_tokens_that_enter_a_second_time_are_found() -> None:
     wrapped = model.blocks[0].mlp.original_component
     wrapped.second = table.eval()
     ids: list[Tensor] = []
-    handle = model.register_forward_pre_hook(lambda _, args: ids.append(args[0]))
+    handle = model.register_forward_pre_hook(as_own(lambda _, args: ids.append(args[0])))
     honest = wrapped.down_proj.original_component.forward
     wrapped.down_proj.original_component.forward = lambda x: honest(x) + table(ids[-1])
     report = audit(model)
