@@ -21,6 +21,7 @@ from tl_contrastive_lrp.engine import memory
 from tl_contrastive_lrp.engine.tiled import backward as tiled_backward
 from tl_contrastive_lrp.engine.tiled import prefill as tiles
 from tl_contrastive_lrp.engine.tiled.cache import NotTileable
+from tl_contrastive_lrp.hooks.user_hooks import as_own
 
 TILED = ("--memory", "tiled", "--tile", 4)
 
@@ -77,7 +78,9 @@ def test_where_plain_does_not_fit_nothing_is_run_plainly(
 
     def booted(*arguments: Any, **options: Any) -> Any:
         model = boot(*arguments, **options)
-        model.blocks[0].attn.hook_pattern.add_hook(lambda x, hook: seen.append(x.shape[-2]))  # noqa: ARG005
+        model.blocks[0].attn.hook_pattern.add_hook(
+            as_own(lambda x, hook: seen.append(x.shape[-2]))  # noqa: ARG005
+        )
         return model
 
     monkeypatch.setattr(TransformerBridge, "boot_transformers", booted)

@@ -159,17 +159,24 @@ def test_cells_that_do_not_exist(model: Any, cache: Any, objective: Any) -> None
         patch_z(model, CORRUPTED, cache, objective, beyond)
 
 
-def test_a_value_held_constant_is_named(model: Any, cache: Any, objective: Any) -> None:
-    def constant(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return tensor.detach()
+def test_a_value_held_constant_has_an_effect_of_its_own(
+    model: Any, cache: Any, objective: Any
+) -> None:
+    """Nothing above it has; what is patched there goes on to the logits all the same."""
+    name, kept = "blocks.1.attn.hook_pattern", list[Tensor]()
 
-    with (
-        model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", constant)]),
-        refuse(ValueError, r"no gradient at 'blocks\.1\.attn\.hook_pattern'.*constant"),
-    ):
-        clrp.patching.get_relevance_patch_attn_head_pattern_all_pos(
-            model, CORRUPTED, cache, objective
+    def leaf(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        kept.append(tensor.detach().requires_grad_(True))
+        return kept[0]
+
+    logits = model.run_with_hooks(CORRUPTED, fwd_hooks=[(name, leaf)])
+    (g,) = torch.autograd.grad(objective(logits), kept)
+    true = objective(logits).detach() + ((cache[name] - kept[0].detach()) * g).sum((0, 2, 3))
+    with model.hooks(fwd_hooks=[(name, lambda x, hook: x.detach())]):  # noqa: ARG005
+        found = clrp.patching.get_relevance_patch_attn_head_pattern_all_pos(
+            model, CORRUPTED, cache, objective, rules="gradient"
         )
+    torch.testing.assert_close(found[1].to(true), true, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("failing", [False, True])

@@ -43,7 +43,9 @@ def audit(model: Any) -> Audit:
         UncoveredComponentError: a component that is refused before anything runs, or a model that
             does not run on token ids alone.
     """
-    return replace(audit_of(model), hooks=tuple(sorted({hook.name for hook in user_hooks(model)})))
+    report = audit_of(model)
+    hooks = tuple(sorted({hook.name for hook in user_hooks(model)}))
+    return replace(report, hooks=hooks) if hooks else report
 
 
 def audit_of(model: Any) -> Audit:
