@@ -270,7 +270,7 @@ def test_a_full_disk_names_the_file(
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(28, "No space left on device", ".hidden.tmp")
 
-    monkeypatch.setattr("tl_contrastive_lrp.graph.data.export.save", full)
+    monkeypatch.setattr("tl_contrastive_lrp.graph.export.save", full)
     done = run(*asked(folder, "--save", "g.safetensors"))
     assert (done.code, done.out) == (FILE, "")
     assert done.err == "Error: g.safetensors cannot be written: No space left on device.\n"

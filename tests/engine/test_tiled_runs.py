@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from truth import zoo
 from truth.families import boot, random_tokens
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.attribution import attribute as explain_module
 from tl_contrastive_lrp.engine import memory
 from tl_contrastive_lrp.engine.tiled import backward as tiled_backward
 from tl_contrastive_lrp.engine.tiled import run as tiled_run
@@ -244,7 +244,8 @@ def test_what_cannot_run_in_tiles_runs_the_plain_way_or_says_so(
     with pytest.raises(ModelStateError, match="This model cannot run in tiles: "):
         clrp.attribution_graph(model, ids, objective, **TILED)
     # Where tiles would be taken, and the plain way turns out to fit.
-    monkeypatch.setattr(explain_module, "choose", lambda *_, **__: memory.Choice(7, 1, 1000))
+    room = import_module("tl_contrastive_lrp.attribution.attribute")
+    monkeypatch.setattr(room, "choose", lambda *_, **__: memory.MemoryPlan(7, 1, 1000))
     assert clrp.attribute(model, ids, objective, progress=False).memory == "plain"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from truth.families import FAMILIES, boot, make_config, make_tokenizer, random_t
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.engine.tiled.masks import BitMask
+from tl_contrastive_lrp.errors import ModelStateError
 
 
 @pytest.mark.parametrize("pos", [-1, 20])
@@ -58,12 +60,17 @@ def test_the_tile_does_not_matter(tile: int) -> None:
     assert_same(*both(model, random_tokens(1, 12), objective, tile=tile))
 
 
+class Nothing(clrp.Objective):
+    """An objective that says its position and asks for nothing there."""
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return 0.0 * super().__call__(logits)
+
+
 def test_no_relevance_is_zero_everywhere() -> None:
     model, ids = boot("qwen3-bias", torch.float32), random_tokens(1, 20)
-
-    def objective(logits: Tensor) -> Tensor:
-        return 0.0 * logits[0, -1, 7]
-
+    asked = clrp.logit_diff(model, 7, 11)
+    objective = Nothing(**{f.name: getattr(asked, f.name) for f in dataclasses.fields(asked)})
     plain, tiled = (
         clrp.attribute(model, ids, objective, neurons=True, **way) for way in (PLAIN, TILED)
     )
@@ -72,6 +79,14 @@ def test_no_relevance_is_zero_everywhere() -> None:
         assert got.shape == wanted.shape
         assert not got.any()
         assert not wanted.any()
+
+
+def test_a_function_that_asks_for_nothing_is_refused() -> None:
+    """Of a function the positions are those with a gradient, and there are none."""
+    model, ids = boot("qwen3-bias", torch.float32), random_tokens(1, 20)
+    for way in (PLAIN, TILED):
+        with pytest.raises(ModelStateError, match="gradient is 0 at every logit"):
+            clrp.attribute(model, ids, lambda logits: 0.0 * logits[0, -1, 7], **way)
 
 
 def test_half_precision_keeps_its_float32_backward() -> None:

@@ -60,7 +60,7 @@ def test_float32(name: str, rules: str) -> None:
     errors = _largest_errors(relevance, _oracle(name, rules, tokens))
     worst = max(errors, key=errors.__getitem__)
     # What is promised, or what a whole run's roundings can come to where that is more: on these
-    # tiny models terms cancel (a softmax's gradient at the keys), and the largest is not what cancels.
+    # tiny models terms cancel (a softmax's gradient at the keys) that are larger than any sum.
     limit = max(PROMISED[torch.float32], through(depth(model, tokens.shape[1]), torch.float32))
     assert errors[worst] <= limit, (worst, errors[worst])
 

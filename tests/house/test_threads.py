@@ -22,6 +22,7 @@ from truth.families import boot, random_tokens
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import ModelStateError
+from tl_contrastive_lrp.hooks.user_hooks import as_own
 from tl_contrastive_lrp.rules import threads
 
 IDS, OTHERS = random_tokens(1, 12), random_tokens(1, 12).flip(1)
@@ -351,7 +352,8 @@ def test_gradients_of_weights_meanwhile_are_refused(call: str, trainable: Any) -
 
     with other_thread() as pool:
         held = Held(lambda: pool.submit(check).result(PATIENCE))
-        with model.hooks(fwd_hooks=[("blocks.1.hook_in", held)]):
+        # as this package's own, so that it is called in the tiles too
+        with model.hooks(fwd_hooks=[("blocks.1.hook_in", as_own(held))]):
             CALLS[call](model, IDS)  # the audit's forward is part of what is tried
             with held.here():
                 found = CALLS[call](model, IDS)
