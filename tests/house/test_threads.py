@@ -145,8 +145,24 @@ PAIRS = [(name, call) for name in MODELS for call in CALLS if name == "qwen3" or
 def test_a_forward_elsewhere_meanwhile(name: str, call: str) -> None:
     """It is bit for bit what it is alone, with its gradient; and the run it fell into, too."""
     model = model_of(name)
-    for p in model.original_model.parameters():
-        p.requires_grad_(False)
+    with weights_fixed(model):
+        forward_elsewhere(model, call)
+
+
+@contextmanager
+def weights_fixed(model: Any) -> Iterator[None]:
+    """No weight requires a gradient; the model is shared, so afterwards all are as they were."""
+    flags = [(p, p.requires_grad) for p in model.original_model.parameters()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+def forward_elsewhere(model: Any, call: str) -> None:
     wanted = CALLS[call](model, IDS)
     logits, g = model(OTHERS), gradient(model, OTHERS)
     before = snapshot_of(model)
@@ -159,6 +175,8 @@ def test_a_forward_elsewhere_meanwhile(name: str, call: str) -> None:
 
     with other_thread() as pool:
         held = Held(lambda: pool.submit(check).result(PATIENCE))
+        if "tiles" in call:
+            as_own(held)  # a user's hook that looks is set aside while the tiles run
         points = [
             p for n, p in model.hook_dict.items()
             if n in ("hook_embed", "embed.hook_out", "blocks.1.hook_in", "unembed.hook_in")

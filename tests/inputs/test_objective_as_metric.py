@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from truth.families import boot, fresh, random_tokens
+from truth.families import boot, random_tokens
 
 import tl_contrastive_lrp as clrp
 
@@ -50,7 +50,7 @@ def test_as_the_metric_of_attribution_patching(name: str, rules: str | None) -> 
     """Inside the rules it scores (clean − corrupt) ⊙ modified gradient: relevance patching."""
     from transformer_lens.tools.analysis import attribution_patching as ap
 
-    model = fresh(name)
+    model = boot(name, torch.float32)
     clean, corrupted = random_tokens(1, 6, seed=1), random_tokens(1, 6, seed=2)
     objective = clrp.logit_diff(model, A, B)
     if rules is None:
