@@ -92,8 +92,7 @@ class Forward:
         Raises:
             ModelStateError: it is not one differentiable number.
         """
-        with frozen_parameters(self.model):
-            return check_value(objective(self.logits), [self.logits])
+        return check_value(objective(self.logits), [self.logits])
 
     def backward(self, value: Tensor, *, more: bool) -> None:
         """Bring the gradient of a value to the embeddings; sinks are called on the way.

@@ -77,22 +77,33 @@ _QUANTISERS = {
 _PACKED = ("qweight", "weight_packed", "qzeros")
 
 
-def _library_of(thing: object) -> str | None:
-    """The quantisation library that defines the class of a module or tensor."""
-    for base in type(thing).__mro__:
-        where = f"{base.__module__}."
-        for prefix, library in _QUANTISERS.items():
-            if where.startswith(f"{prefix}."):
-                return library
-    return None
+_library_by_class: dict[type, str | None] = {}  # asked of every module at every call
+
+
+def _library_of(kind: type) -> str | None:
+    """The quantisation library that defines a class of modules or tensors."""
+    if kind not in _library_by_class:
+        homes = [f"{base.__module__}." for base in kind.__mro__]
+        _library_by_class[kind] = next(
+            (
+                library
+                for home in homes
+                for prefix, library in _QUANTISERS.items()
+                if home.startswith(f"{prefix}.")
+            ),
+            None,
+        )
+    return _library_by_class[kind]
 
 
 def quantised(module: nn.Module) -> tuple[str, str] | None:
     """What in a module is quantised, and by which library ("" if that cannot be seen)."""
-    if (library := _library_of(module)) is not None:
+    if (library := _library_of(type(module))) is not None:
         return f"is a {type(module).__name__}", library
     for name, parameter in module.named_parameters(recurse=False):
-        if (library := _library_of(parameter) or _library_of(parameter.data)) is not None:
+        if (
+            library := _library_of(type(parameter)) or _library_of(type(parameter.data))
+        ) is not None:
             kind = type(parameter.data if type(parameter) is nn.Parameter else parameter).__name__
             return f"holds its {name} as {kind}", library
         if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
