@@ -32,7 +32,16 @@ from .audit.walk import UNHALVED, Found, Info, Node, State, Walker
 from .by_operation import marks
 from .by_operation.mode import OperationRules
 from .coverage import Coverage, CoverageRow
-from .user_hooks import Kind, UserHook, behind, modules_of, require_no_new, tensors_in, user_hooks
+from .user_hooks import (
+    Kind,
+    UserHook,
+    behind,
+    modules_of,
+    next_sequence,
+    require_no_new,
+    tensors_in,
+    user_hooks,
+)
 
 # f(c·x) = c·f(x) for c > 0, piece by piece, or a constant: the ordinary gradient times x is f(x).
 _PIECEWISE = ops.words("Relu LeakyRelu PreluKernel Threshold Hardshrink Abs Maximum Minimum")
@@ -57,11 +66,6 @@ _ADVICE = (
 )
 
 
-def _sequence() -> int:
-    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-    return number
-
-
 def _is_leaf(node: Node) -> bool:
     return bool(node.name().endswith("AccumulateGrad"))
 
@@ -78,7 +82,7 @@ class _Origin:
     """
 
     def __init__(self, given: Iterable[Tensor], leaves: dict[int, Tensor], begun: int) -> None:
-        self.start = _sequence()
+        self.start = next_sequence()
         self._begun = begun
         self._leaves = leaves
         self._known: dict[Node, bool] = {x.grad_fn: True for x in given if x.grad_fn is not None}
@@ -135,7 +139,7 @@ class _HookOperations(OperationRules):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name, before = getattr(func, "__name__", ""), _sequence()
+        name, before = getattr(func, "__name__", ""), next_sequence()
         linear = name in _WRITES or (name in _SCALES and self._factors(args) < 2)
         if name == "register_hook" and len(args) == 2:
             args = (args[0], self._of_gradient(args[1]))
@@ -146,7 +150,7 @@ class _HookOperations(OperationRules):
             return out.detach() if whole else out
         out = super().__torch_function__(func, types, args, kwargs)
         if linear:
-            self.linear_writes.append((before, _sequence()))
+            self.linear_writes.append((before, next_sequence()))
         return out
 
     def _factors(self, args: Any) -> int:
@@ -263,7 +267,7 @@ class HookWatch:
 
     def begin(self, rule_set: RuleSet, report: Coverage | None) -> None:
         """Forwards are watched from here on; older nodes of autograd's belong to others."""
-        self._rule_set, self._report, self._begun = rule_set, report, _sequence()
+        self._rule_set, self._report, self._begun = rule_set, report, next_sequence()
         self._caller = caller()
 
     def edited(self, prefix: str) -> bool:

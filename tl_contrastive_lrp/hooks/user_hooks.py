@@ -375,7 +375,7 @@ def observed(hooks: Iterable[UserHook], *, gradients: bool = False) -> Iterator[
                 hook.table[hook.key] = fn
 
 
-def _sequence() -> int:
+def next_sequence() -> int:
     """Autograd's number of the next node; it grows in order of creation."""
     number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
     return number
@@ -409,7 +409,7 @@ def _restarting(
         if caller() is not me:
             return fn(module, *args)
         given = args[at] if hook.kind == "forward" else args
-        had, before = any(x.requires_grad for x in tensors_in(given)), _sequence()
+        had, before = any(x.requires_grad for x in tensors_in(given)), next_sequence()
         returned = fn(module, *args)
         if not had or not torch.is_grad_enabled():
             return returned
@@ -443,7 +443,7 @@ def restarted(hooks: Iterable[UserHook]) -> Iterator[list[Tensor]]:
         The constants of the forward inside the block, as leaves.
     """
     constants: list[Tensor] = []
-    since = _sequence()
+    since = next_sequence()
     wrapped = [(hook, hook.table[hook.key]) for hook in hooks if hook.is_forward]
     try:
         for hook, fn in wrapped:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...inputs.bridge import module_names
 from ...inputs.devices import input_device
 from ...rules.threads import frozen_parameters, mine, own_hooks
-from ..user_hooks import aside, user_hooks
+from ..user_hooks import aside, next_sequence, user_hooks
 from .detached import DetachedValues, repeated_blocks
 from .report import Audit, Finding
 from .walk import Found, walk_graph
@@ -195,7 +195,7 @@ class _Owners:
         self.inside: list[nn.Module] = []
 
     def _note(self) -> None:
-        self.starts.append(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+        self.starts.append(next_sequence())
         self.at.append(self.inside[-1] if self.inside else None)
 
     def _enter(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
