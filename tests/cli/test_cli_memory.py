@@ -16,11 +16,11 @@ import pytest
 from support.cli_runs import FILE, MODEL, PROMPT, ROOT, USAGE, Ran, Run, asked, typed_next, words
 
 import tl_contrastive_lrp as clrp
+from tl_contrastive_lrp.errors import NotTileableError
 from tl_contrastive_lrp.cli.errors import Code
 from tl_contrastive_lrp.engine import memory
 from tl_contrastive_lrp.engine.tiled import backward as tiled_backward
 from tl_contrastive_lrp.engine.tiled import prefill as tiles
-from tl_contrastive_lrp.engine.tiled.cache import NotTileable
 from tl_contrastive_lrp.hooks.user_hooks import as_own
 
 TILED = ("--memory", "tiled", "--tile", 4)
@@ -96,7 +96,7 @@ def test_what_does_not_run_in_tiles(
     run: Run, folder: Path, bridge: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: Any) -> None:
-        raise NotTileable("It keeps no keys.")
+        raise NotTileableError("It keeps no keys.")
 
     monkeypatch.setattr(tiles, "check_tileable", never)
     monkeypatch.setattr("tl_contrastive_lrp.engine.tiled.run.check_tileable", never)

@@ -24,8 +24,7 @@ from truth.rounding import PROMISED
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.engine import memory
-from tl_contrastive_lrp.engine.tiled.cache import NotTileable
-from tl_contrastive_lrp.errors import ModelStateError
+from tl_contrastive_lrp.errors import ModelStateError, NotTileableError
 from tl_contrastive_lrp.inputs.bridge import without_neurons
 
 LIMIT = PROMISED[torch.float32]
@@ -272,7 +271,7 @@ def test_what_cannot_run_in_tiles_says_what_it_needs(
     for call, edges in calls:
         need = memory.gib(memory.plain_bytes(model, LENGTH, graphs=int(edges)))
         pruned = {"mass": 0.9} if edges else {}
-        with pytest.raises(NotTileable) as refused:
+        with pytest.raises(NotTileableError) as refused:
             call(model, IDS, objective, memory="tiled", tile=256, progress=False)
         assert str(refused.value).startswith("This model cannot run in tiles: ")
         assert NOT_TILEABLE[name] in str(refused.value)

@@ -24,8 +24,7 @@ from truth.op_oracle import OpOracle
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.engine import memory
-from tl_contrastive_lrp.engine.tiled.cache import NotTileable
-from tl_contrastive_lrp.errors import ModelStateError, UncoveredComponentError
+from tl_contrastive_lrp.errors import ModelStateError, NotTileableError, UncoveredComponentError
 from tl_contrastive_lrp.hooks.user_hooks import aside, observed, user_hooks
 
 Edit = Callable[[Tensor], Tensor | None]
@@ -179,7 +178,7 @@ def test_random_hooks_give_the_models_own_delta_and_autograds_relevance(name: st
                     )
                     close(tiled.resid, got.resid, 1e3 * float(got.resid.abs().max()), case)
                 else:
-                    with pytest.raises(NotTileable, match=f"The hook at {point}"):
+                    with pytest.raises(NotTileableError, match=f"The hook at {point}"):
                         clrp.attribute(model, ids, objective_of(model), **{**TILED, **settings})
             assert abs(got.delta - own) <= 1e-9 * max(1.0, abs(own)), case
             assert abs(float(delta(logits)) - own) <= 1e-9 * max(1.0, abs(own)), case
@@ -289,11 +288,11 @@ def test_what_tiles_cannot_honour(point: str, edit: Any, monkeypatch: pytest.Mon
         with torch.no_grad():
             logits = model(ids)[0, -1]
         for call in calls.values():
-            with pytest.raises(NotTileable, match=r"The hook at blocks.*Use memory='plain'"):
+            with pytest.raises(NotTileableError, match=r"The hook at blocks.*Use memory='plain'"):
                 call(**settings)
             assert snapshot_of(model) == on
             assert abs(call(memory="auto", progress=False) - own) <= 1e-5
-        with pytest.raises(NotTileable, match="The hook at blocks"):
+        with pytest.raises(NotTileableError, match="The hook at blocks"):
             clrp.next_token_table(model, ids, **settings)
         # room for the forward alone, then for neither
         room = int(0.95 * memory.plain_bytes(model, 48))
@@ -305,7 +304,7 @@ def test_what_tiles_cannot_honour(point: str, edit: Any, monkeypatch: pytest.Mon
                 call(memory="auto", progress=False)
         monkeypatch.setattr(memory, "free_bytes", lambda _: 1024)
         for call in (*calls.values(), lambda **how: clrp.next_token_table(model, ids, **how)):
-            with pytest.raises(NotTileable, match="Without the hook, tiles work"):
+            with pytest.raises(NotTileableError, match="Without the hook, tiles work"):
                 call(**settings)
     assert snapshot_of(model) == before
 
@@ -354,12 +353,12 @@ def test_hooks_of_the_backward_are_left_to_the_plain_way() -> None:
     with model.hooks(bwd_hooks=[(point, halve)]):
         plain = clrp.attribute(model, ids, objective, **PLAIN)
         assert torch.allclose(plain.tokens, 0.5 * alone.tokens, atol=1e-6)
-        with pytest.raises(NotTileable, match=r"The backward hook at blocks\.1\.hook_in"):
+        with pytest.raises(NotTileableError, match=r"The backward hook at blocks\.1\.hook_in"):
             clrp.attribute(model, ids, objective, **TILED)
         clrp.next_token_table(model, ids, **TILED)  # runs no backward
     with model.hooks(fwd_hooks=[(point, steers_gradient)]):
         assert not clrp.attribute(model, ids, objective, **PLAIN).tokens.any()
-        with pytest.raises(NotTileable, match="asks for its tensor's gradient"):
+        with pytest.raises(NotTileableError, match="asks for its tensor's gradient"):
             clrp.attribute(model, ids, objective, **TILED)
 
 
@@ -382,7 +381,7 @@ def test_the_demo_models_tool_prompt() -> None:
         got = clrp.attribute(model, ids, objective)
         assert got.memory == "plain"
         assert abs(got.delta - own) < 1e-5
-        with pytest.raises(NotTileable, match=r"blocks\.1\.hook_attn_out"):
+        with pytest.raises(NotTileableError, match=r"blocks\.1\.hook_attn_out"):
             clrp.attribute(model, ids, objective, **{**TILED, "tile": 256})
 
 

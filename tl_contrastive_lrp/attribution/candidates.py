@@ -23,7 +23,7 @@ from ..engine.memory import (
     in_smaller_tiles,
     require_plain_fits,
 )
-from ..errors import TokenError
+from ..errors import NotTileableError, TokenError
 from ..hooks.user_hooks import user_hooks
 from ..inputs.bridge import require_bridge
 from ..inputs.float64 import precise
@@ -65,14 +65,13 @@ def logits_at(
     # Whether a user's hook works in tiles is seen in a plain forward: that is all that is wanted.
     plainly = memory == "auto" and fits_forward(model, length) and bool(user_hooks(model))
     if choice.tile is not None and not plainly:
-        from ..engine.tiled.cache import NotTileable
 
         try:
             return _in_tiles(model, tokens, pos, choice.tile, progress)
-        except NotTileable as error:
+        except NotTileableError as error:
             choice = replace(choice, plain_bytes=forward_bytes(model, length))
             if memory == "tiled":
-                raise NotTileable(cannot(choice, error)) from error
+                raise NotTileableError(cannot(choice, error)) from error
             require_plain_fits(choice, str(error))
     with torch.no_grad():
         logits: Tensor = model(tokens)[0, pos].clone()  # a view would keep those of all positions

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import TokenError
+from ..errors import NotTileableError, TokenError
 from ..hooks.user_hooks import user_hooks
 from ..rules.rule_sets import RuleSet, get_rule_set
 from ..rules.threads import one_at_a_time
@@ -128,16 +128,15 @@ def prefill_prompt(
         raise TokenError(f"Position {pos} does not exist in a prompt of {length} tokens.")
     at, rule_set, why, state = pos % length, get_rule_set(rules), "", state_of(model)
     if choice.tile is not None:
-        from .tiled.cache import NotTileable
 
         try:
             tiled = forward_in_tiles(
                 model, tokens, ((at, at + 1),), rule_set, readings, choice.tile,
                 uses=uses, progress=progress,
             )  # fmt: skip
-        except NotTileable as error:
+        except NotTileableError as error:
             if not may_fall_back:
-                raise NotTileable(cannot(choice, error)) from error
+                raise NotTileableError(cannot(choice, error)) from error
             choice, why = require_plain_fits(choice, str(error)), str(error)
         else:
             assert tiled.prefill is not None

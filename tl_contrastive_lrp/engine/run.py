@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..errors import NotTileableError
 from ..hooks.coverage import Coverage
 from ..inputs.objective import described
 from ..rules.rule_sets import RuleSet
@@ -89,7 +90,6 @@ def run(
         ModelStateError: it cannot run in tiles, and plainly it does not fit or was not asked for.
     """
     if choice.tile is not None:
-        from .tiled.cache import NotTileable
         from .tiled.checkpoint import checkpoint_of
         from .tiled.run import run_tiled
 
@@ -101,9 +101,9 @@ def run(
                 shared=prefilled.tiled if prefilled is not None else None,
             )  # fmt: skip
             return [tiled(*pair) for pair in zip(results, objectives, strict=True)]
-        except NotTileable as error:
+        except NotTileableError as error:
             if not may_fall_back:
-                raise NotTileable(cannot(choice, error)) from error
+                raise NotTileableError(cannot(choice, error)) from error
             choice = require_plain_fits(choice, str(error))
             sums.clear()
     kept: list[dict[str, Tensor]] = []

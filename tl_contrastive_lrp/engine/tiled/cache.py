@@ -9,11 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ...errors import ModelStateError
-
-
-class NotTileable(ModelStateError):
-    """The model does not run in tiles over a key-value cache, so only the plain way is left."""
+from ...errors import NotTileableError
 
 
 class Enough(Exception):
@@ -42,13 +38,13 @@ class RecordingCache(DynamicCache):  # type: ignore[misc]
         """See ``DynamicCache``.
 
         Raises:
-            NotTileable: a layer uses the cache in another way than causal attention does.
+            NotTileableError: a layer uses the cache in another way than causal attention does.
         """
         tile = self.stop - self.start
         if layer_idx != self.layer or k.shape[-2] != tile or v.shape[-2] != tile:
-            raise NotTileable(f"blocks.{self.layer} uses the cache of keys and values its own way.")
+            raise NotTileableError(f"blocks.{self.layer} uses the cache of keys and values its own way.")
         if len(self.widths[layer_idx]) and layer_idx in self._done:
-            raise NotTileable(f"blocks.{layer_idx} computes attention twice.")
+            raise NotTileableError(f"blocks.{layer_idx} computes attention twice.")
         self._done.add(layer_idx)
         if layer_idx not in self.keys:
             self.keys[layer_idx] = k.new_empty(*k.shape[:-2], self.length, k.shape[-1])
@@ -76,7 +72,7 @@ class RecordingCache(DynamicCache):  # type: ignore[misc]
         self._done: set[int] = set()
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        raise NotTileable(f"blocks.{self.layer} keeps more than keys and values in its cache.")
+        raise NotTileableError(f"blocks.{self.layer} keeps more than keys and values in its cache.")
 
     update_recurrent_state = update_indexer = update_conv_state
 

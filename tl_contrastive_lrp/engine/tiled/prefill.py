@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ...errors import NotTileableError
 from ...rules.threads import mine
 from ..memory import trim_heap
 from .bounds import Range, is_wanted, tiles_of
@@ -124,9 +125,8 @@ class _Recorder:
         if not isinstance(value, Tensor):
             return value
         if value.requires_grad:
-            from .cache import NotTileable
 
-            raise NotTileable(
+            raise NotTileableError(
                 f"blocks.{self.cache.layer} is given more of the prompt than its residual stream."
             )
         # The same mask goes to many blocks: it is packed once, while the tile holds it alive.
@@ -155,9 +155,8 @@ class _Recorder:
     def after_each(self, layer: int) -> Callable[..., Any]:
         def hook(module: Any, args: Any, output: Any) -> None:  # noqa: ARG001
             if layer not in self.cache._done:
-                from .cache import NotTileable
 
-                raise NotTileable(f"blocks.{layer} keeps no keys and values in a cache.")
+                raise NotTileableError(f"blocks.{layer} keeps no keys and values in a cache.")
 
         return hook
 
@@ -205,17 +204,17 @@ def prefill(
         step: Called after each tile.
 
     Raises:
-        NotTileable: a block that does not work over a cache of keys and values, or whose output
+        NotTileableError: a block that does not work over a cache of keys and values, or whose output
             in tiles is not that of the plain forward.
     """
-    from .cache import NotTileable, RecordingCache
+    from .cache import RecordingCache
 
     n_layers = int(model.cfg.n_layers)
     found = Prefill(bounds, [[] for _ in range(n_layers)], [[] for _ in range(n_layers)], wanted)
     try:
         cache = RecordingCache(model.original_model.config, tokens.shape[1], n_layers)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise NotTileable(f"Its configuration makes no cache: {error}") from error
+        raise NotTileableError(f"Its configuration makes no cache: {error}") from error
     recorder = _Recorder(found, cache, leaves)
     logits = found.parts
     with recorder.on(model.blocks):
@@ -229,11 +228,11 @@ def prefill(
             with suppress(_AfterBlocks):
                 logits.append(model(tokens[:, start:stop], past_key_values=cache))
             if len(found.outputs) != len(found.inputs[0]) or not found.starts:
-                raise NotTileable("Its blocks were not all run, or not once each.")
+                raise NotTileableError("Its blocks were not all run, or not once each.")
             step()
     found.keys, found.values, found.widths = cache.keys, cache.kept_values, cache.widths
     if len(logits) != len(found.finals) or not all(isinstance(x, Tensor) for x in logits):
-        raise NotTileable("The forward gave no logits.")
+        raise NotTileableError("The forward gave no logits.")
     return found
 
 
@@ -241,24 +240,23 @@ def check_tileable(model: Any, tokens: Tensor) -> None:
     """Compare a short prompt in uneven tiles with the plain forward.
 
     Raises:
-        NotTileable: says why the model cannot be run in tiles.
+        NotTileableError: says why the model cannot be run in tiles.
     """
-    from .cache import NotTileable
 
     short = tokens[:, :13]
     length = short.shape[1]
     if model.cfg.n_layers != len(getattr(model, "blocks", ())):
-        raise NotTileable("Its blocks are not one list.")
+        raise NotTileableError("Its blocks are not one list.")
     try:
         with torch.no_grad():
             wanted = model(short)
             every = ((0, length),)
             logits = prefill(model, short, every, tiles_of(length, 5, every), {}).logits()
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        if isinstance(error, NotTileable):
+        if isinstance(error, NotTileableError):
             raise
-        raise NotTileable(f"A forward over a cache of keys and values fails: {error}") from error
+        raise NotTileableError(f"A forward over a cache of keys and values fails: {error}") from error
     scale = float(wanted.abs().max())
     slack = 1e-4 if wanted.dtype in (torch.float32, torch.float64) else 0.05
     if not float((logits - wanted).abs().max()) <= slack * scale:
-        raise NotTileable("A forward over a cache of keys and values gives other logits.")
+        raise NotTileableError("A forward over a cache of keys and values gives other logits.")

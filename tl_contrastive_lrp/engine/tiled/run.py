@@ -136,7 +136,7 @@ def run_tiled(
         A result for each objective.
 
     Raises:
-        NotTileable: the model does not run in tiles.
+        NotTileableError: the model does not run in tiles.
         ModelStateError, UncoveredComponentError: as ``backward.run_each``.
     """
     check_ready(model, "Relevance")
@@ -177,7 +177,7 @@ def forward_in_tiles(
         progress: Show a bar over tiles.
 
     Raises:
-        NotTileable, ModelStateError, UncoveredComponentError: as ``run_tiled``.
+        NotTileableError, ModelStateError, UncoveredComponentError: as ``run_tiled``.
     """
     from tqdm.auto import tqdm
 

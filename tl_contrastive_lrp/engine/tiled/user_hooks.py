@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import NotTileableError
 from ...hooks.user_hooks import aside, observed, require_no_new, user_hooks
 from ...inputs.tokens import model_device
 from ..memory import fits_forward, forward_bytes, free_bytes, gib
@@ -44,22 +45,21 @@ def without_lookers(model: Any, tokens: Tensor, *, backward: bool = True) -> Ite
         backward: Whether a backward is run inside the block.
 
     Raises:
-        NotTileable: a hook edits, or is called in the backward, or it cannot be told.
+        NotTileableError: a hook edits, or is called in the backward, or it cannot be told.
         ModelStateError: a hook puts another one on the model.
     """
-    from .cache import NotTileable
 
     hooks = user_hooks(model)
     later = [hook for hook in hooks if not hook.is_forward]
     if later and backward:
-        raise NotTileable(
+        raise NotTileableError(
             f"The backward hook at {later[0]} would be given the gradients of a few positions at a "
             "time."
         )
     if len(later) < len(hooks):
         length = int(tokens.shape[1])
         if not fits_forward(model, length):
-            raise NotTileable(
+            raise NotTileableError(
                 f"The hook at {next(h for h in hooks if h.is_forward)} may change values, and in "
                 "tiles it would be given a few positions at a time, counted from the tile's start. "
                 "Whether it only looks is seen in a forward of the whole prompt, which needs about "
@@ -70,10 +70,10 @@ def without_lookers(model: Any, tokens: Tensor, *, backward: bool = True) -> Ite
             with torch.no_grad(), observed(hooks, gradients=backward) as seen:
                 model(tokens)
         except RuntimeError as error:
-            raise NotTileable(f"A forward with the hooks on the model fails: {error}") from error
+            raise NotTileableError(f"A forward with the hooks on the model fails: {error}") from error
         edit = next((call for call in seen if not call.looked_only), None)
         if edit is not None:
-            raise NotTileable(
+            raise NotTileableError(
                 f"The hook at {edit.hook} {_WORDS[edit.how]}; in tiles it would be given a few "
                 "positions at a time, counted from the tile's start, which are not those of the "
                 "model's own forward."

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, overload
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ...errors import NotTileableError
 from ...engine.memory import Memory, cannot, choose, plain_bytes, require_plain_fits, require_room
 from ...hooks.sites import find_sites
 from ...inputs.bridge import require_bridge
@@ -227,15 +228,14 @@ def _made(
             raise ValueError(why)
         choice = require_plain_fits(choice, why)
     if choice.tile is not None:
-        from ...engine.tiled.cache import NotTileable
         from .tiled import tiled_graphs
 
         require_closed_form(plan.model, plan.rule_set)
         require_room(len(plan.steps), length, plan.rule, memory, choice)
         try:
             return tiled_graphs(plan, choice, checkpoint_dir, prefilled)
-        except NotTileable as error:
+        except NotTileableError as error:
             if memory == "tiled":
-                raise NotTileable(cannot(choice, error)) from error
+                raise NotTileableError(cannot(choice, error)) from error
             require_plain_fits(choice, str(error))
     return plain_graphs(plan, prefilled)

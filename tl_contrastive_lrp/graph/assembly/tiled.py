@@ -40,7 +40,7 @@ def tiled_graphs(
         prefilled: The forward, if it was run before.
 
     Raises:
-        NotTileable, ModelStateError, UncoveredComponentError, FileFormatError: as ``run_tiled``.
+        NotTileableError, ModelStateError, UncoveredComponentError, FileFormatError: as ``run_tiled``.
     """
     targets = {s.block: plan.sites[s.target] for s in plan.steps if s.kind == "attention"}
     settings = f"graph {plan.sites} {plan.rule} {plan.node_threshold} {plan.heads} {plan.details}"
