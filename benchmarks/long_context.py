@@ -79,11 +79,11 @@ def one(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     more: dict[str, Any] = {"memory": args.memory, "tile": args.tile}
     if args.what == "nodes":
-        results = clrp.attribute(model, ids, objectives=objectives, progress=False, **more)
+        results = clrp.attribute_each(model, ids, objectives, progress=False, **more)
         kept, used = 0, results[0].memory
     else:
-        graphs = clrp.attribution_graph(
-            model, ids, objectives=objectives, mass=args.mass, progress=False, **more
+        graphs = clrp.attribution_graphs(
+            model, ids, objectives, mass=args.mass, progress=False, **more
         )
         kept, used = sum(len(graph.weight) for graph in graphs), graphs[0].memory
     if cuda:

@@ -8,7 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .attribution import Attribution, attribute, next_token_table, run_with_relevance
+    from .attribution import (
+        Attribution,
+        attribute,
+        attribute_each,
+        next_token_table,
+        run_with_relevance,
+    )
     from .demo import DemoCase, load_demo_cases, load_demo_model
     from .evaluation import (
         CircuitCurve,
@@ -23,7 +29,7 @@ if TYPE_CHECKING:
         faithfulness_curves,
         verify,
     )
-    from .graph import AttributionGraph, attribution_graph
+    from .graph import AttributionGraph, attribution_graph, attribution_graphs
     from .hooks import Audit, Coverage, audit, coverage, lrp, lrp_hooks
     from .inputs import (
         Objective,
@@ -53,7 +59,9 @@ __all__ = [
     "RuleSet",
     "Verification",
     "attribute",
+    "attribute_each",
     "attribution_graph",
+    "attribution_graphs",
     "audit",
     "baseline_scores",
     "circuit_curve",
@@ -79,7 +87,13 @@ __all__ = [
 
 # Loaded at first use (PEP 562): the command line answers --help without importing torch.
 _ROOMS = {
-    "attribution": ("Attribution", "attribute", "next_token_table", "run_with_relevance"),
+    "attribution": (
+        "Attribution",
+        "attribute",
+        "attribute_each",
+        "next_token_table",
+        "run_with_relevance",
+    ),
     "demo": ("DemoCase", "load_demo_cases", "load_demo_model"),
     "evaluation": (
         "CircuitCurve",
@@ -94,7 +108,7 @@ _ROOMS = {
         "faithfulness_curves",
         "verify",
     ),
-    "graph": ("AttributionGraph", "attribution_graph"),
+    "graph": ("AttributionGraph", "attribution_graph", "attribution_graphs"),
     "hooks": ("Audit", "Coverage", "audit", "coverage", "lrp", "lrp_hooks"),
     "inputs": (
         "Objective",

@@ -74,7 +74,7 @@ def test_no_attention_is_wider_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> N
     little(monkeypatch, memory.plain_bytes(model, 40) // 2)
     with model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", look)]):
         clrp.next_token_table(model, ids, tile=9, progress=False)
-        assert max(seen) == 13  # the check of a few tokens the plain way
+        assert max(seen) == 13  # the check of the first tokens, without tiles
         assert sum(seen) == 2 * 13 + 40
         clrp.next_token_table(model, ids, memory="plain")
     assert seen[-1] == 40
@@ -116,7 +116,7 @@ def test_a_full_gpu_halves_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError("full")
         return real(model, tokens, wanted, bounds, *more)
 
-    monkeypatch.setattr(tiles, "prefill", full)
+    monkeypatch.setattr(candidates, "prefill", full)
     with pytest.warns(UserWarning, match="ran out of memory; going on with tiles of 24") as said:
         got = candidates.logits_at(model, ids, memory="tiled", tile=48, progress=False)
     assert len(said) == 1
@@ -124,7 +124,7 @@ def test_a_full_gpu_halves_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         assert torch.allclose(got, model(ids)[0, -1], atol=1e-5)
     tried.clear()
-    monkeypatch.setattr(tiles, "check_tileable", lambda *_: None)
+    monkeypatch.setattr(candidates, "check_tileable", lambda *_: None)
     monkeypatch.setattr(memory, "_TILES", (30, 1024))
     with pytest.warns(UserWarning, match="ran out"), pytest.raises(torch.OutOfMemoryError):
         candidates.logits_at(model, ids, memory="tiled", tile=48, progress=False)
@@ -147,7 +147,7 @@ def test_without_a_cache_the_plain_way_or_a_refusal_with_figures(
     monkeypatch.setattr(memory, "_SAFE", 0.99)
     assert torch.equal(candidates.logits_at(model, ids, progress=False), wanted)
     little(monkeypatch, 1024)
-    said = f"needs about {memory.gib(need)} the plain way, and 0 MiB are free"
+    said = f"needs about {memory.gib(need)} without tiles, and 0 MiB are free"
     with pytest.raises(ModelStateError, match=said):
         clrp.next_token_table(model, ids)
 

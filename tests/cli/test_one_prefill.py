@@ -18,8 +18,8 @@ from tl_contrastive_lrp.engine import memory
 from tl_contrastive_lrp.engine.plain import Forward
 from tl_contrastive_lrp.engine.prefilled import prefill_prompt
 from tl_contrastive_lrp.engine.reading import Slots
-from tl_contrastive_lrp.graph.assembly.attribution_graph import plan_of
 from tl_contrastive_lrp.graph.assembly.plain import graph_readings
+from tl_contrastive_lrp.graph.assembly.plan import GraphPlan
 from tl_contrastive_lrp.hooks.user_hooks import as_own
 
 LONG = " ".join("abcdefghijklmnopqrstuvwx")  # longer than the few tokens on which models are tried
@@ -125,12 +125,10 @@ def test_the_demo_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def prepared(model: Any, ids: torch.Tensor, *, tile: int | None = None, uses: int = 2) -> Any:
     calls: dict[int, Any] = {}
-    readings = relevance_readings(model) + graph_readings(plan_of(model, ids, "gim"), calls)
+    readings = relevance_readings(model) + graph_readings(GraphPlan.of(model, "gim"), calls)
     way: Any = "plain" if tile is None else "tiled"
-    choice = memory.choose(model, ids.shape[1], way, tile)
-    return prefill_prompt(
-        model, ids, "gim", readings, choice, may_fall_back=False, calls=calls, uses=uses
-    )
+    plan = memory.plan_memory(model, ids.shape[1], way, tile)
+    return prefill_prompt(model, ids, "gim", readings, plan, calls=calls, uses=uses)
 
 
 @pytest.mark.parametrize("tile", [None, 4])
@@ -181,7 +179,7 @@ def test_several_objectives_of_a_shared_forward(bridge: Any) -> None:
     asked = [clrp.logit_diff(bridge, " a", " b"), clrp.top_logit()]
     shared = prepared(bridge, ids)
     for found, objective in zip(
-        clrp.attribute(bridge, ids, objectives=asked, prefilled=shared), asked, strict=True
+        clrp.attribute_each(bridge, ids, asked, prefilled=shared), asked, strict=True
     ):
         wanted = clrp.attribute(bridge, ids, objective)
         assert torch.equal(found.tokens, wanted.tokens)
@@ -244,11 +242,8 @@ def test_a_graph_under_hooks_lets_go_of_the_forward_that_it_cannot_use(bridge: A
 
 def test_a_forward_for_relevance_alone_makes_no_graph(bridge: Any) -> None:
     ids = bridge.to_tokens(LONG)
-    readings, choice = (
-        relevance_readings(bridge),
-        memory.choose(bridge, ids.shape[1], "plain", None),
-    )
-    shared = prefill_prompt(bridge, ids, "gim", readings, choice, may_fall_back=False)
+    plan = memory.plan_memory(bridge, ids.shape[1], "plain", None)
+    shared = prefill_prompt(bridge, ids, "gim", relevance_readings(bridge), plan)
     with pytest.raises(ValueError, match=r"not prepared for edges of block 0"):
         clrp.attribution_graph(bridge, ids, target=" a", contrast=" b", prefilled=shared)
 

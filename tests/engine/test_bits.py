@@ -20,7 +20,7 @@ from truth.oracle import RULE_SETS
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.engine.tiled import backward as tiled_backward
-from tl_contrastive_lrp.engine.tiled.accumulate import laid_out
+from tl_contrastive_lrp.engine.tiled.tiles import laid_out
 
 # Contractions, whose order of adding up is the kernel's own choice.
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "dot", "mv", "addmv", "convolution"}
@@ -82,7 +82,7 @@ def test_what_a_checkpoint_brings_back_lies_as_what_was_computed(
             return [clrp.attribute(model, ids, asked[0], **how)]
         if kind == "edges":
             return [clrp.attribution_graph(model, ids, asked[0], **more, **how)]
-        return clrp.attribution_graph(model, ids, objectives=asked, **more, **how)
+        return clrp.attribution_graphs(model, ids, asked, **more, **how)
 
     for block in range(int(model.cfg.n_layers) - 1):
         wanted, undisturbed = _rest_of(run, block, monkeypatch)

@@ -163,9 +163,8 @@ def test_out_of_memory_halves_the_tile_and_goes_on_from_the_block_reached(
     """With several objectives, biases (whose sums must not count twice) and edges."""
     model, ids = boot("gpt2", torch.float32), random_tokens(1, 40)
     objectives = [clrp.logit_diff(model, 7, 11), clrp.logit_diff(model, 3, 5, pos=21)]
-    asked: dict[str, Any] = {"objectives": objectives}
-    plain = clrp.attribute(model, ids, **asked, **PLAIN)
-    graphs = clrp.attribution_graph(model, ids, **asked, top_k=50, **PLAIN)
+    plain = clrp.attribute_each(model, ids, objectives, **PLAIN)
+    graphs = clrp.attribution_graphs(model, ids, objectives, top_k=50, **PLAIN)
     place = {
         "prefill": (tiled_run, "prefill"),
         "in a block": (tiled_backward.Backward, "_tile"),
@@ -189,7 +188,7 @@ def test_out_of_memory_halves_the_tile_and_goes_on_from_the_block_reached(
     monkeypatch.setattr(tiled_backward.Backward, "layer", counted)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        tiled = clrp.attribute(model, ids, **asked, **{**TILED, "tile": 64})
+        tiled = clrp.attribute_each(model, ids, objectives, **{**TILED, "tile": 64})
     assert [str(w.message)[:25] for w in said] == ["The GPU ran out of memory"]
     # 64, 32, 16: what was finished stays so
     again = [1] if where == "in a block" else []
@@ -199,7 +198,7 @@ def test_out_of_memory_halves_the_tile_and_goes_on_from_the_block_reached(
         assert_same(wanted, got)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        again = clrp.attribution_graph(model, ids, **asked, top_k=50, **{**TILED, "tile": 64})
+        again = clrp.attribution_graphs(model, ids, objectives, top_k=50, **{**TILED, "tile": 64})
     for one, other in zip(graphs, again, strict=True):
         assert torch.equal(one.source_pos, other.source_pos)
         assert torch.equal(one.target_pos, other.target_pos)
@@ -234,7 +233,7 @@ def test_auto_takes_tiles_where_the_plain_way_does_not_fit(monkeypatch: pytest.M
 
 # Its own way to choose keys, from a state beside them; no cache; the first GPT's lists.
 @pytest.mark.parametrize("name", ["glm_moe_dsa", "bert", "openai_gpt"])
-def test_what_cannot_run_in_tiles_runs_the_plain_way_or_says_so(
+def test_what_cannot_run_in_tiles_runs_without_or_says_so(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = zoo.boot(name, torch.float32), random_tokens(1, 12)
@@ -243,9 +242,9 @@ def test_what_cannot_run_in_tiles_runs_the_plain_way_or_says_so(
         clrp.attribute(model, ids, objective, **TILED)
     with pytest.raises(ModelStateError, match="This model cannot run in tiles: "):
         clrp.attribution_graph(model, ids, objective, **TILED)
-    # Where tiles would be taken, and the plain way turns out to fit.
-    room = import_module("tl_contrastive_lrp.attribution.attribute")
-    monkeypatch.setattr(room, "choose", lambda *_, **__: memory.MemoryPlan(7, 1, 1000))
+    # Where tiles are planned, and the plain engine turns out to fit.
+    room = import_module("tl_contrastive_lrp.engine.run")
+    monkeypatch.setattr(room, "plan_memory", lambda *_, **__: memory.MemoryPlan(7, 1, 1000))
     assert clrp.attribute(model, ids, objective, progress=False).memory == "plain"
 
 
@@ -258,7 +257,7 @@ def test_what_has_no_cache_is_refused_with_the_memory_it_needs(
         clrp.attribute(model, ids, objective, **TILED)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1024)  # noqa: ARG005
     need = memory.gib(memory.plain_bytes(model, 12))
-    with pytest.raises(ModelStateError, match=f"needs about {need} the plain way, and 0 MiB"):
+    with pytest.raises(ModelStateError, match=f"needs about {need} without tiles, and 0 MiB"):
         clrp.attribute(model, ids, objective)
 
 

@@ -14,7 +14,7 @@ from truth import zoo
 from truth.families import FAMILIES, boot, make_config, make_tokenizer, random_tokens
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.engine.tiled.masks import BitMask
+from tl_contrastive_lrp.engine.tiled.tiles import BitMask
 from tl_contrastive_lrp.errors import ModelStateError
 
 

@@ -109,8 +109,8 @@ def test_a_sum_of_objectives_has_the_sum_of_their_relevance(way: str) -> None:
     asked = [clrp.logit_diff(model, 7, 12, pos=p) for p in SOME]
     many = [lambda logits: sum(one(logits) for one in asked), *asked, at(P)]
     with true_float64(model):
-        graphs = clrp.attribution_graph(model, TOKENS, objectives=many, **WAYS[way])
-        results = clrp.attribute(model, TOKENS, objectives=many, **WAYS[way])
+        graphs = clrp.attribution_graphs(model, TOKENS, many, **WAYS[way])
+        results = clrp.attribute_each(model, TOKENS, many, **WAYS[way])
         cut = clrp.attribute(model, TOKENS[:, : P + 1], clrp.logit_diff(model, 7, 12), **PLAIN)
     said = [SOME, *((p,) for p in SOME), (P,)]
     assert [g.final_positions for g in graphs] == said == [r.positions for r in results]
@@ -142,7 +142,7 @@ def test_whether_the_target_is_top_is_asked_at_its_position() -> None:
         lambda logits: logits[0, P, top] - logits[0, P, other],
     ]
     for way in WAYS.values():
-        results = clrp.attribute(model, TOKENS, objectives=asked, **way)
+        results = clrp.attribute_each(model, TOKENS, asked, **way)
         assert [r.target_is_top for r in results] == [True, False, False]
 
 
@@ -415,17 +415,17 @@ def test_verify_takes_any_position() -> None:
 def test_checkpoints_of_functions(tmp_path: Any) -> None:
     model, how = boot("qwen3"), {**TILED, "checkpoint_dir": tmp_path}
     one, two = at(*SOME), at(P)
-    first = clrp.attribution_graph(model, TOKENS, objectives=[one, two], **how)
+    first = clrp.attribution_graphs(model, TOKENS, [one, two], **how)
     assert json.loads((tmp_path / "question.json").read_text())["tile"] == TILED["tile"]
     (tmp_path / "block_0.safetensors").unlink()
-    again = clrp.attribution_graph(model, TOKENS, objectives=[one, two], **how)
-    plain = clrp.attribution_graph(model, TOKENS, objectives=[one, two], **PLAIN)
+    again = clrp.attribution_graphs(model, TOKENS, [one, two], **how)
+    plain = clrp.attribution_graphs(model, TOKENS, [one, two], **PLAIN)
     for graphs in (first, again, plain):
         assert [g.final_positions for g in graphs] == [SOME, (P,)]
     for found, wanted in zip(again, plain, strict=True):
         close(found.relevance, wanted.relevance, 1e-5)
     with pytest.raises(clrp.errors.FileFormatError, match="another run"):
-        clrp.attribution_graph(model, TOKENS, objectives=[two, one], **how)
+        clrp.attribution_graphs(model, TOKENS, [two, one], **how)
 
 
 # ---------------------------------------------------------------- padded rows

@@ -279,6 +279,6 @@ def test_what_cannot_run_in_tiles_says_what_it_needs(
         assert call(model, IDS, objective).memory == "plain"  # where it fits
         with monkeypatch.context() as scarce:
             scarce.setattr(memory, "free_bytes", lambda device: 1024)  # noqa: ARG005
-            with pytest.raises(ModelStateError, match=f"needs about {need} the plain way") as no:
+            with pytest.raises(ModelStateError, match=f"needs about {need} without tiles") as no:
                 call(model, IDS, objective, progress=False, **pruned)
         assert NOT_TILEABLE[name] in str(no.value)

@@ -277,7 +277,7 @@ def test_what_tiles_cannot_honour(point: str, edit: Any, monkeypatch: pytest.Mon
     objective, settings = objective_of(model), {**TILED, "tile": 7 if edit is late else 16}
     calls: dict[str, Callable[..., Any]] = {
         "nodes": lambda **how: clrp.attribute(model, ids, objective, **how).delta,
-        "several": lambda **how: clrp.attribute(model, ids, objectives=[objective], **how)[0].delta,
+        "several": lambda **how: clrp.attribute_each(model, ids, [objective], **how)[0].delta,
         "edges": lambda **how: clrp.attribution_graph(model, ids, objective, **how).delta,
     }
     clrp.next_token_table(model, ids, **settings)  # with it come hooks of transformers' own

@@ -124,7 +124,7 @@ def offloaded(name: str, where: dict[str, str], folder: Path) -> Any:
 def numbers(model: Any, ids: Tensor, **way: Any) -> list[Tensor]:
     objectives = [clrp.logit_diff(model, 7, 12), clrp.logit_diff(model, 9, 12, pos=11)]
     nodes = clrp.attribute(model, ids, objectives[0], **way)
-    graphs = clrp.attribution_graph(model, ids, objectives=objectives, heads=True, mass=0.9, **way)
+    graphs = clrp.attribution_graphs(model, ids, objectives, heads=True, mass=0.9, **way)
     found = [nodes.tokens, nodes.resid, nodes.heads]
     for graph in graphs:
         found += [graph.weight, graph.source_pos, graph.target_pos, graph.relevance]

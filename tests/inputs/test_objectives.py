@@ -48,8 +48,8 @@ NAMES = [*FAMILIES, "zoo:gpt_neo", "zoo:gpt_bigcode", "zoo:mpt", "zoo:mixtral", 
 def test_nodes_and_edges_are_those_of_each_alone(name: str, way: str) -> None:
     model, ids = model_of(name), random_tokens(1, 20)
     asked = three(model)
-    results = clrp.attribute(model, ids, objectives=asked, **WAYS[way])
-    graphs = clrp.attribution_graph(model, ids, objectives=asked, **WAYS[way])
+    results = clrp.attribute_each(model, ids, asked, **WAYS[way])
+    graphs = clrp.attribution_graphs(model, ids, asked, **WAYS[way])
     assert len(results) == len(graphs) == 3
     for objective, result, graph in zip(asked, results, graphs, strict=True):
         alone = clrp.attribute(model, ids, objective, **PLAIN)
@@ -73,7 +73,7 @@ def test_nodes_and_edges_are_those_of_each_alone(name: str, way: str) -> None:
 def test_whatever_else_a_graph_holds(way: str, more: dict[str, Any]) -> None:
     model, ids = boot("gpt2"), random_tokens(1, 20)
     asked = three(model)
-    graphs = clrp.attribution_graph(model, ids, objectives=asked, **WAYS[way], **more)
+    graphs = clrp.attribution_graphs(model, ids, asked, **WAYS[way], **more)
     for objective, graph in zip(asked, graphs, strict=True):
         single = clrp.attribution_graph(model, ids, objective, **PLAIN, **more)
         assert len(graph.weight) == len(single.weight)
@@ -87,7 +87,7 @@ def test_whatever_else_a_graph_holds(way: str, more: dict[str, Any]) -> None:
 def test_layers_that_skip_blocks() -> None:
     model, ids = boot("qwen3"), random_tokens(1, 12)
     asked = [clrp.logit_diff(model, 7, 11), clrp.logit_diff(model, 3, 5, pos=9)]
-    graphs = clrp.attribution_graph(model, ids, objectives=asked, layers=[0, 2], progress=False)
+    graphs = clrp.attribution_graphs(model, ids, asked, layers=[0, 2], progress=False)
     for objective, graph in zip(asked, graphs, strict=True):
         single = clrp.attribution_graph(model, ids, objective, layers=[0, 2], progress=False)
         assert_close(graph.weight, single.weight)
@@ -105,7 +105,7 @@ def test_the_forward_and_block_runs_are_shared(way: str, monkeypatch: pytest.Mon
     counts = []
     one = clrp.logit_diff(model, 7, 11)
     for asked in ([one], [one, clrp.logit_diff(model, 7, 12), clrp.logit_diff(model, 7, 13)]):
-        clrp.attribute(model, ids, objectives=asked, **WAYS[way])
+        clrp.attribute_each(model, ids, asked, **WAYS[way])
         counts.append((len(forwards), len(replays)))
         forwards.clear()
         replays.clear()
@@ -123,7 +123,7 @@ def test_any_functions_of_the_logits() -> None:
     asked = [squares, clrp.logit_diff(model, 7, 11, pos=9)]
     for way in WAYS.values():
         for objective, result in zip(
-            asked, clrp.attribute(model, ids, objectives=asked, **way), strict=True
+            asked, clrp.attribute_each(model, ids, asked, **way), strict=True
         ):
             alone = clrp.attribute(model, ids, objective, **PLAIN)
             assert_close(result.resid, alone.resid)
@@ -133,30 +133,51 @@ def test_any_functions_of_the_logits() -> None:
 def test_checkpoints_hold_all_objectives(tmp_path: Any) -> None:
     model, ids = boot("gpt2"), random_tokens(1, 20)
     asked, ways = three(model), {**TILED, "checkpoint_dir": tmp_path}
-    first = clrp.attribution_graph(model, ids, objectives=asked, top_k=30, **ways)
+    first = clrp.attribution_graphs(model, ids, asked, top_k=30, **ways)
     (tmp_path / "block_0.safetensors").unlink()
-    again = clrp.attribution_graph(model, ids, objectives=asked, top_k=30, **ways)
+    again = clrp.attribution_graphs(model, ids, asked, top_k=30, **ways)
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one.relevance, other.relevance)
         assert torch.equal(one.weight, other.weight)
     with pytest.raises(clrp.errors.FileFormatError, match="another run"):
-        clrp.attribution_graph(model, ids, objectives=asked[:2], top_k=30, **ways)
+        clrp.attribution_graphs(model, ids, asked[:2], top_k=30, **ways)
 
 
-@pytest.mark.parametrize("call", [clrp.attribute, clrp.attribution_graph])
+@pytest.mark.parametrize("call", [clrp.attribute_each, clrp.attribution_graphs])
 def test_bad_lists_are_refused(call: Any) -> None:
     model, ids = boot("qwen3"), random_tokens(1, 8)
     one = clrp.logit_diff(model, 7, 11)
     with pytest.raises(ValueError, match="asks nothing"):
-        call(model, ids, objectives=[])
-    with pytest.raises(TypeError, match="whole question"):
-        call(model, ids, one, objectives=[one])
-    with pytest.raises(TypeError, match="whole question"):
-        call(model, ids, target=7, contrast=11, objectives=[one])
+        call(model, ids, [])
     with pytest.raises(TypeError, match="must be a list"):
-        call(model, ids, objectives=one)
+        call(model, ids, one)
     with pytest.raises(TypeError, match="'x' among objectives"):
-        call(model, ids, objectives=[one, "x"])
+        call(model, ids, [one, "x"])
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_a_prompt_for_each_objective(way: str) -> None:
+    """Prompts of different lengths, each explained as if it had come alone."""
+    model = boot("gemma3")
+    prompts = [random_tokens(1, 15), random_tokens(1, 9)[0], random_tokens(1, 15)]
+    each = [clrp.logit_diff(model, 7, 11), clrp.logit_diff(model, 5, 6, pos=4), *three(model)[:1]]
+    results = clrp.attribute_each(model, prompts, each, **WAYS[way])
+    for prompt, objective, result in zip(prompts, each, results, strict=True):
+        alone = clrp.attribute(model, prompt, objective, **WAYS[way])
+        assert torch.equal(result.token_ids, prompt.reshape(-1))
+        assert torch.equal(result.resid, alone.resid)
+        assert result.objective == alone.objective
+
+
+def test_prompts_that_do_not_match_the_objectives_are_refused(tmp_path: Any) -> None:
+    model, ids = boot("qwen3"), random_tokens(1, 8)
+    one = clrp.logit_diff(model, 7, 11)
+    with pytest.raises(ValueError, match="2 prompts and 1 objectives"):
+        clrp.attribute_each(model, [ids, ids], [one])
+    with pytest.raises(ValueError, match="belong to one prompt"):
+        clrp.attribute_each(model, [ids, ids], [one, one], checkpoint_dir=tmp_path)
+    with pytest.raises(clrp.errors.PromptError, match="batch of 2"):
+        clrp.attribute_each(model, random_tokens(2, 8), [one, one])
 
 
 @pytest.mark.parametrize("memory", ["plain", "tiled"])

@@ -40,8 +40,8 @@ def runs(model: Any, ids: Tensor, folder: str) -> dict[str, list[Tensor]]:
     for name, way in (("plain", {"memory": "plain"}), ("tiled", TILES)):
         nodes = clrp.attribute(model, ids, custom, **way)
         found[f"{name} nodes"] = [nodes.tokens, nodes.resid, nodes.heads]
-        graphs = clrp.attribution_graph(
-            model, ids, objectives=[one, two], heads=True, details=True, mass=0.9, **way
+        graphs = clrp.attribution_graphs(
+            model, ids, [one, two], heads=True, details=True, mass=0.9, **way
         )
         found[f"{name} graphs"] = [x for graph in graphs for x in _graph(graph)]
     for name in ("kept", "resumed"):

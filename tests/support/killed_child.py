@@ -38,9 +38,7 @@ def run(model: Any, kind: str, length: int = 120, **more: Any) -> dict[str, torc
     if kind == "edges":
         graphs = [clrp.attribution_graph(model, ids, asked[0], mass=0.9, **TILES, **more)]
     else:
-        graphs = clrp.attribution_graph(
-            model, ids, objectives=asked, heads=True, top_k=900, **TILES, **more
-        )
+        graphs = clrp.attribution_graphs(model, ids, asked, heads=True, top_k=900, **TILES, **more)
     found: dict[str, torch.Tensor] = {}
     for i, graph in enumerate(graphs):
         found |= {f"{i} {c}": getattr(graph, c) for c in _COLUMNS if getattr(graph, c) is not None}

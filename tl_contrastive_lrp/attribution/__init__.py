@@ -7,10 +7,17 @@ result; ``run_with_relevance`` does the same for every HookPoint, as Transformer
 
 from __future__ import annotations
 
-from .attribute import attribute
+from .attribute import attribute, attribute_each
 from .candidates import next_token_table
 from .ledger import Ledger
 from .relevance_cache import run_with_relevance
 from .result import Attribution
 
-__all__ = ["Attribution", "Ledger", "attribute", "next_token_table", "run_with_relevance"]
+__all__ = [
+    "Attribution",
+    "Ledger",
+    "attribute",
+    "attribute_each",
+    "next_token_table",
+    "run_with_relevance",
+]

@@ -1,7 +1,8 @@
-"""``attribute``: explain one prediction, from one forward and one backward.
+"""``attribute``: explain one prediction with one forward and one backward.
 
-What is read is reduced inside the backward (summed over hidden dimensions), so the result needs
-O(layers · pos) memory beside what autograd itself keeps.
+A call goes through five phases: the question (an objective), the prompt, the plan (what is read,
+and which engine runs), the run, and the result. Relevance is reduced inside the backward, summed
+over hidden dimensions, so a result takes O(layers · pos) memory besides what autograd itself keeps.
 """
 
 from __future__ import annotations
@@ -9,19 +10,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
-from ..engine.memory import Memory, choose
-from ..engine.relevance_sums import RelevanceSums, add_heads
-from ..engine.run import RunResult, run
+from ..engine.memory import Memory
+from ..engine.reading import BY_NEURON, BY_POSITION, RelevanceSums
+from ..engine.run import RunOptions, RunResult, run
 from ..inputs.bridge import LEAVES, components, require_bridge, residual_sites, without_neurons
 from ..inputs.devices import loaded
-from ..inputs.objective import Objective, positions_of, questions
-from ..inputs.tokens import model_name, single_prompt, special_ids, special_mask, str_tokens
+from ..inputs.facts import PromptFacts
+from ..inputs.objective import question, require_objectives
 from ..rules.rule_sets import DEFAULT_RULES, RuleSet
 from ..rules.threads import one_at_a_time
 from .ledger import Ledger
@@ -32,118 +32,12 @@ if TYPE_CHECKING:
     from ..engine.reading import Reading
 
 
-def _biases(model: Any) -> dict[str, Tensor]:
-    """Every bias that the model adds, by the HookPoint behind it."""
-    hook_dict = model.hook_dict
-    found: dict[str, Tensor] = {}
-    for path, component in components(model).items():
-        with loaded(component):
-            bias = getattr(component.original_component, "bias", None)
-            if not isinstance(bias, Tensor) or bias.dim() != 1:
-                continue  # the first GPT calls its causal mask "bias"
-            if f"{path}.hook_out" in hook_dict and bias.any():
-                found[f"{path}.hook_out"] = bias.detach()
-    return found
-
-
-def _step_of(name: str, n_layers: int) -> int:
-    """Index of the ledger row a bias belongs to: 0 embedding, 1 + block, last: after the blocks."""
-    if name.startswith("blocks."):
-        return 1 + int(name.split(".")[1])
-    if name.startswith(("embed", "pos_embed")):
-        return 0
-    return n_layers + 1
-
-
-@dataclass(frozen=True, eq=False)
-class _Reads:
-    """What ``attribute`` reads: the sums, and under which names they are kept."""
-
-    sums: RelevanceSums
-    heads: list[str]
-    neurons: list[str]
-    biases: list[str]
-
-
-def _reads(model: Any, neurons: bool) -> _Reads:
-    """The sums of ``attribute``.
-
-    Raises:
-        ValueError: ``neurons`` of a model with experts.
-    """
-    n_layers = int(model.cfg.n_layers)
-    sums, biases, hook_dict = RelevanceSums(), _biases(model), model.hook_dict
-    for name in (*LEAVES, *residual_sites(model)):
-        if name in hook_dict:
-            sums.add(name, lambda r: r.sum(-1)[0])
-    heads = [add_heads(sums, model, layer) for layer in range(n_layers)]
-    if neurons and (missing := without_neurons(model)) is not None:
-        raise ValueError(
-            f"{missing} is a mixture of experts, whose neurons have no HookPoint; leave out "
-            "neurons=True. Relevance of its output is at hook_mlp_out."
-        )
-    by_neuron = [f"blocks.{i}.mlp.hook_post" for i in range(n_layers if neurons else 0)]
-    for name in by_neuron:
-        sums.add(name, lambda r: r[0])
-    for name, bias in biases.items():
-        sums.add_bias(name, bias)
-    return _Reads(sums, heads, by_neuron, list(biases))
-
-
-def relevance_readings(model: Any, *, neurons: bool = False) -> list[Reading]:
-    """What ``attribute`` will read, for ``prefilled.prefill_prompt``.
-
-    Raises:
-        ValueError: ``neurons`` of a model with experts.
-    """
-    return _reads(model, neurons).sums.readings
-
-
-class Settings(TypedDict, total=False):
-    """What ``attribute`` takes by name, for type checkers."""
-
-    target: object
-    contrast: object
-    pos: int
-    rules: str | RuleSet
-    neurons: bool
-    memory: Memory
-    tile: int | None
-    progress: bool
-    checkpoint_dir: str | os.PathLike[str] | None
-    prepend_bos: bool | None
-    prefilled: Prefilled | None
-
-
-@overload
-def attribute(
-    model: Any,
-    prompt: str | Tensor,
-    objective: Callable[[Tensor], Tensor] | None = None,
-    *,
-    objectives: None = None,
-    **settings: Unpack[Settings],
-) -> Attribution: ...
-
-
-@overload
-def attribute(
-    model: Any,
-    prompt: str | Tensor,
-    objective: None = None,
-    *,
-    objectives: Sequence[Callable[[Tensor], Tensor]],
-    **settings: Unpack[Settings],
-) -> list[Attribution]: ...
-
-
 @one_at_a_time
 def attribute(
     model: Any,
     prompt: str | Tensor,
     objective: Callable[[Tensor], Tensor] | None = None,
     *,
-    objectives: Sequence[Callable[[Tensor], Tensor]] | None = None,
     target: object = None,
     contrast: object = None,
     pos: int = -1,
@@ -155,130 +49,285 @@ def attribute(
     checkpoint_dir: str | os.PathLike[str] | None = None,
     prepend_bos: bool | None = None,
     prefilled: Prefilled | None = None,
-) -> Attribution | list[Attribution]:
-    """Why did the model prefer one token over another?
+) -> Attribution:
+    """Explain why the model preferred one token over another.
+
+    The objective, usually Δℓ = logit(target) − logit(contrast) in logits, is attributed to the
+    input tokens, hidden states, attention heads and, if asked for, neurons, by Layer-wise Relevance
+    Propagation (arXiv:2604.17761). Positive relevance supports the target, negative the contrast.
 
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
         prompt: Text, or token ids [pos] or [1, pos].
-        objective: As from ``logit_diff``, or any differentiable function of the logits
-            [1, pos, vocab] → scalar, also of several positions (``positions`` of the result says
-            which); or give ``target`` and ``contrast`` instead.
-        objectives: Several, as a list; they share the forward, and in tiles every block's second
-            run, so each further one costs a backward only.
-        target: The token the model preferred (usually wrong), as for ``logit_diff``.
+        objective: What ``logit_diff`` and its siblings return, or any differentiable function of
+            the logits [1, pos, vocab] → scalar, also of several positions (``positions`` of the
+            result lists them). Or give ``target`` and ``contrast`` instead.
+        target: The token the model preferred (usually the wrong one), as for ``logit_diff``.
         contrast: The token it should have preferred.
         pos: Position whose next token is explained, with ``target`` and ``contrast``; negative
             counts from the end.
         rules: Name of a rule set, or a ``RuleSet``.
-        neurons: Also keep every MLP neuron's relevance at every position.
-        memory: "plain" keeps every block's attention for one backward; "tiled" goes block by
-            block and tile by tile, in memory linear in the prompt; "auto" takes tiles where the
-            plain way would not fit. The result says what was done.
-        tile: Positions a tile; chosen if None.
-        progress: Show a bar where tiles are used.
-        checkpoint_dir: A folder of its own for what is finished, so that a run in tiles that was
-            stopped goes on from there with the same result.
+        neurons: Also keep the relevance of every MLP neuron at every position.
+        memory: "plain" keeps the attention of every block for one backward; "tiled" runs block
+            after block, and tile after tile, again, in memory linear in the prompt; "auto" takes
+            tiles where the plain engine would not fit. The result records which one ran.
+        tile: Positions per tile; chosen to fit the free memory by default.
+        progress: Show a progress bar in tiles.
+        checkpoint_dir: A folder of its own for finished blocks, from which an interrupted run in
+            tiles is resumed with the same result.
         prepend_bos: Whether a text begins with the BOS token, as in ``model.to_tokens``. None: the
             model's default, ``model.cfg.default_prepend_bos``, but no second one before a text that
-            begins with it, as a chat template's output does. Ids are taken as they are.
-        prefilled: A forward of this prompt under these rules that was run before
-            (``prefilled.prefill_prompt``); ``memory`` and ``tile`` are those of it then.
+            already begins with it, such as the output of a chat template. Ids are taken as they
+            are.
+        prefilled: A forward of this prompt under these rules that has already been run
+            (``engine.prefilled.prefill_prompt``); it also fixes ``memory`` and ``tile``.
 
     Returns:
-        An ``Attribution``: relevance in logits, positive for the target, of the tokens [pos],
-        hidden states [site, pos], heads [layer, head, pos] and, if asked for, neurons [layer, pos,
-        d_mlp], all on the CPU. With ``objectives``, a list of one for each.
+        An ``Attribution`` with relevance in logits, on the CPU: of the tokens [pos], hidden states
+        [site, pos], heads [layer, head, pos] and, if asked for, neurons [layer, pos, d_mlp].
 
     Warns:
-        SpecialTokenWarning: once a model and kind, where a text's ids begin or end otherwise than
-            the model's own tokenizer has it and ``prepend_bos`` does not say so.
+        SpecialTokenWarning: once per model and kind, where the token ids of a text begin or end
+            differently from what the model's own tokenizer produces, unless ``prepend_bos`` asks
+            for it.
 
     Raises:
-        TypeError: ``model`` is no bridge; neither or both of an objective and a target with
-            contrast, or an objective that is no function; ``prepend_bos`` is no bool.
-        ValueError: ``neurons`` of a model with experts; an unknown ``memory`` or a wrong ``tile``;
-            no objectives; ``prefilled`` of another prompt, rules or hooks, not prepared for what is
-            asked, or used up.
-        TokenError: a target or contrast that is not one token or may be several, an id out of
-            range, the same token on both sides, or a position that the prompt does not have.
-        PromptError: a prompt that is empty, not one, too long, or on another device.
-        ModelStateError: a model in training mode, without gradients, on several devices; one that
-            cannot run as ``memory`` says; an objective that gives no differentiable number.
+        TypeError: ``model`` is not a bridge; neither or both of an objective and a target with
+            contrast; an objective that is not a function; a ``prepend_bos`` that is not a bool.
+        ValueError: ``neurons`` for a model with experts; an unknown ``memory`` or a wrong ``tile``;
+            a ``prefilled`` of another prompt, rule set or state of the model, one that was not
+            prepared for what is asked, or one that is used up.
+        TokenError: a target or contrast that is not one token or is ambiguous, an id out of range,
+            the same token on both sides, or a position that the prompt does not have.
+        PromptError: a prompt that is empty, a batch, too long, or on another device.
+        ModelStateError: a model in training mode, without gradients, or spread over devices; one
+            that cannot run as ``memory`` asks; an objective that gives no differentiable number.
         UncoveredComponentError: no rule covers a part of the model.
         FileFormatError: ``checkpoint_dir`` holds something else.
+
+    Example:
+        >>> import tl_contrastive_lrp as clrp
+        >>> model = clrp.load_demo_model()
+        >>> case = clrp.load_demo_cases("code")[0]
+        >>> result = clrp.attribute(model, case.prompt, target=case.target, contrast=case.contrast)
+        >>> result.delta > 0  # the model preferred the wrong token
+        True
+        >>> result.tokens.shape == (len(result.str_tokens),)
+        True
     """
     require_bridge(model)
-    asked = questions(model, objective, objectives, target, contrast, pos)
-    given = single_prompt(model, prompt, prepend_bos)
-    tokens = given.tokens
-    reads = _reads(model, neurons)
-    if prefilled is not None:
-        prefilled.check(model, tokens, rules)
-        choice = prefilled.choice
-    else:
-        choice = choose(model, tokens.shape[1], memory, tile)
-    ran = run(
-        model, tokens, asked, rules, reads.sums, choice, may_fall_back=memory == "auto",
-        progress=progress, checkpoint_dir=checkpoint_dir, settings=f"nodes {neurons}",
-        prefilled=prefilled,
-    )  # fmt: skip
-    reads.sums.warn_of_underflow()
-    ids = tokens[0].cpu()
-    prompt_facts: dict[str, Any] = {
-        "token_ids": ids,
-        "special": special_mask(ids, special_ids(model)),
-        "str_tokens": str_tokens(model, ids.tolist()),
-        "model_name": model_name(model),
-        "prepended_bos": given.prepended_bos,
-    }
-    made = [
-        Attribution(
-            **prompt_facts, **_facts(model, *pair, reads.heads, reads.neurons, reads.biases)
-        )
-        for pair in zip(ran, asked, strict=True)
-    ]
-    return made if objectives is not None else made[0]
+    objectives = [question(model, objective, target, contrast, pos)]
+    options = RunOptions(memory, tile, progress, checkpoint_dir)
+    facts = PromptFacts.of(model, prompt, prepend_bos)
+    return _attributions(model, facts, objectives, rules, neurons, options, prefilled)[0]
 
 
-def _facts(
+@one_at_a_time
+def attribute_each(
     model: Any,
-    ran: RunResult,
-    objective: Callable[[Tensor], Tensor],
-    heads: list[str],
-    by_neuron: list[str],
-    biases: list[str],
-) -> dict[str, Any]:
-    """What an ``Attribution`` says of one objective."""
-    kept, sites, n_layers = ran.kept, residual_sites(model), int(model.cfg.n_layers)
-    resid = torch.stack([kept[name] for name in sites])
-    embedded = kept[LEAVES[0]]
-    positions = float(kept[LEAVES[1]].double().sum()) if LEAVES[1] in kept else 0.0
-    per_step = [0.0] * (n_layers + 2)
-    for name in biases:
-        per_step[_step_of(name, n_layers)] += float(kept.get(name, torch.zeros(())))
-    ledger = Ledger.balance(
-        ("hook_embed", *sites),
-        [float(row.double().sum()) for row in (embedded, *resid)],
-        per_step,
-        positions,
-        float(ran.value),
-    )
-    *earlier, at = positions_of(objective, ran.logits, len(embedded))
-    target = objective.target if isinstance(objective, Objective) else ()
-    top = int(ran.logits[0, ran.row(at)].argmax())
-    return {
-        "tokens": embedded,
-        "resid": resid,
-        "heads": torch.stack([kept[name] for name in heads]),
-        "neurons": torch.stack([kept[name] for name in by_neuron]) if by_neuron else None,
-        "sites": sites,
-        "rules": ran.coverage.rules,
-        "coverage": ran.coverage,
-        "ledger": ledger,
-        "pos": at,
-        "earlier_pos": tuple(earlier),
-        "target_is_top": top in target,
-        "memory": ran.memory,
-        **ran.described(objective),
-    }
+    prompts: str | Tensor | Sequence[str | Tensor],
+    objectives: Sequence[Callable[[Tensor], Tensor]],
+    *,
+    rules: str | RuleSet = DEFAULT_RULES,
+    neurons: bool = False,
+    memory: Memory = "auto",
+    tile: int | None = None,
+    progress: bool = True,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    prepend_bos: bool | None = None,
+    prefilled: Prefilled | None = None,
+) -> list[Attribution]:
+    """Explain several predictions: of one prompt, or one of each prompt.
+
+    Objectives of the same prompt share its forward and, in tiles, the second run of every block, so
+    each further one costs only a backward.
+
+    Args:
+        model: A ``TransformerBridge`` in evaluation mode.
+        prompts: One prompt for all objectives, as for ``attribute``, or a list of prompts, one for
+            each objective.
+        objectives: One or more functions of the logits, as for ``attribute``.
+        rules, neurons, memory, tile, progress, prepend_bos: As for ``attribute``.
+        checkpoint_dir, prefilled: As for ``attribute``; for one prompt only.
+
+    Returns:
+        One ``Attribution`` per objective, in their order, equal to what ``attribute`` gives.
+
+    Warns:
+        SpecialTokenWarning: as ``attribute``.
+
+    Raises:
+        TypeError: ``objectives`` is not a list of functions.
+        ValueError: no objectives; another number of prompts than of objectives; ``checkpoint_dir``
+            or ``prefilled`` with a list of prompts; or as ``attribute``.
+        TokenError, PromptError, ModelStateError, UncoveredComponentError, FileFormatError: as
+            ``attribute``.
+
+    Example:
+        >>> second = clrp.target_logit(model, case.target)
+        >>> results = clrp.attribute_each(model, case.prompt, [objective, second])
+        >>> [round(r.delta - float(r.target_logit - (r.contrast_logit or 0)), 4) for r in results]
+        [0.0, 0.0]
+    """
+    require_bridge(model)
+    each = require_objectives(objectives)
+    options = RunOptions(memory, tile, progress, checkpoint_dir)
+    if isinstance(prompts, str | Tensor):
+        facts = PromptFacts.of(model, prompts, prepend_bos)
+        return _attributions(model, facts, each, rules, neurons, options, prefilled)
+    if len(prompts) != len(each):
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(each)} objectives were given; give one prompt for "
+            "all objectives, or a list with a prompt for each."
+        )
+    if checkpoint_dir is not None or prefilled is not None:
+        raise ValueError(
+            "checkpoint_dir= and prefilled= belong to one prompt; leave them out, or call "
+            "clrp.attribute for each prompt."
+        )
+    all_facts = [PromptFacts.of(model, prompt, prepend_bos) for prompt in prompts]
+    return [
+        _attributions(model, facts, [one], rules, neurons, options)[0]
+        for facts, one in zip(all_facts, each, strict=True)
+    ]
+
+
+def _attributions(
+    model: Any,
+    prompt: PromptFacts,
+    objectives: Sequence[Callable[[Tensor], Tensor]],
+    rules: str | RuleSet,
+    neurons: bool,
+    options: RunOptions,
+    prefilled: Prefilled | None = None,
+) -> list[Attribution]:
+    """Explain some objectives of one prompt: plan, run, results."""
+    reads = _Reads.of(model, neurons)
+    if prefilled is not None:
+        prefilled.check(model, prompt.tokens, rules)
+    plan = options.plan(model, prompt.tokens.shape[1], prefilled)
+    results = run(
+        model, prompt.tokens, objectives, rules, reads.sums, plan, options,
+        settings=f"nodes {neurons}", prefilled=prefilled,
+    )  # fmt: skip
+    return [reads.attribution(prompt, result) for result in results]
+
+
+def relevance_readings(model: Any, *, neurons: bool = False) -> list[Reading]:
+    """What ``attribute`` will read, for ``prefilled.prefill_prompt``.
+
+    Raises:
+        ValueError: ``neurons`` for a model with experts.
+    """
+    return _Reads.of(model, neurons).sums.readings
+
+
+@dataclass(frozen=True, eq=False)
+class _Reads:
+    """What ``attribute`` reads of a model, and the names under which the sums are kept.
+
+    Attributes:
+        sums: The sums of relevance.
+        n_layers: Number of blocks.
+        sites: HookPoints of the residual stream, input first.
+        heads, neurons: By block; ``neurons`` is empty if they are not asked for.
+        biases: The HookPoint behind each bias.
+    """
+
+    sums: RelevanceSums
+    n_layers: int
+    sites: tuple[str, ...]
+    heads: list[str]
+    neurons: list[str]
+    biases: list[str]
+
+    @classmethod
+    def of(cls, model: Any, neurons: bool) -> _Reads:
+        """Prepare the sums.
+
+        Raises:
+            ValueError: ``neurons`` for a model with experts.
+        """
+        if neurons and (missing := without_neurons(model)) is not None:
+            raise ValueError(
+                f"{missing} is a mixture of experts, whose neurons have no HookPoint; leave out "
+                "neurons=True. Relevance of its output is at hook_mlp_out."
+            )
+        n_layers, sites = int(model.cfg.n_layers), residual_sites(model)
+        sums, hook_dict = RelevanceSums(), model.hook_dict
+        for name in (*LEAVES, *sites):
+            if name in hook_dict:
+                sums.add(name, BY_POSITION)
+        heads = [sums.add_heads(model, layer) for layer in range(n_layers)]
+        by_neuron = [f"blocks.{i}.mlp.hook_post" for i in range(n_layers if neurons else 0)]
+        for name in by_neuron:
+            sums.add(name, BY_NEURON)
+        biases = _biases(model)
+        for name, bias in biases.items():
+            sums.add_bias(name, bias)
+        return cls(sums, n_layers, sites, heads, by_neuron, list(biases))
+
+    def attribution(self, prompt: PromptFacts, result: RunResult) -> Attribution:
+        """Put the sums of one objective together."""
+        by_name, facts = result.relevance, result.objective
+        tokens = by_name[LEAVES[0]]
+        resid = torch.stack([by_name[name] for name in self.sites])
+        heads = torch.stack([by_name[name] for name in self.heads])
+        neurons = torch.stack([by_name[name] for name in self.neurons]) if self.neurons else None
+        return Attribution(
+            tokens=tokens,
+            resid=resid,
+            heads=heads,
+            neurons=neurons,
+            token_ids=prompt.token_ids,
+            special=prompt.special,
+            str_tokens=prompt.str_tokens,
+            sites=self.sites,
+            delta=facts.delta,
+            target_logit=facts.target_logit,
+            contrast_logit=facts.contrast_logit,
+            objective=facts.objective,
+            target=facts.target,
+            contrast=facts.contrast,
+            rules=result.coverage.rules,
+            coverage=result.coverage,
+            ledger=self._ledger(by_name, tokens, resid, facts.delta),
+            model_name=prompt.model_name,
+            pos=facts.pos,
+            target_is_top=facts.target_is_top,
+            memory=result.memory,
+            prepended_bos=prompt.prepended_bos,
+            earlier_pos=facts.earlier_pos,
+        )
+
+    def _ledger(
+        self, by_name: dict[str, Tensor], tokens: Tensor, resid: Tensor, delta: float
+    ) -> Ledger:
+        """The account of Δℓ, from the embeddings to the logits."""
+        at_positions = by_name.get(LEAVES[1])
+        positions = 0.0 if at_positions is None else float(at_positions.double().sum())
+        per_step = [0.0] * (self.n_layers + 2)
+        for name in self.biases:
+            per_step[self._step_of(name)] += float(by_name.get(name, torch.zeros(())))
+        totals = [float(row.double().sum()) for row in (tokens, *resid)]
+        return Ledger.balance(("hook_embed", *self.sites), totals, per_step, positions, delta)
+
+    def _step_of(self, name: str) -> int:
+        """The ledger row of a bias: 0 for the embedding, 1 + block, the last after the blocks."""
+        if name.startswith("blocks."):
+            return 1 + int(name.split(".")[1])
+        return 0 if name.startswith(("embed", "pos_embed")) else self.n_layers + 1
+
+
+def _biases(model: Any) -> dict[str, Tensor]:
+    """Every bias that the model adds, by the HookPoint behind it."""
+    hook_dict = model.hook_dict
+    biases: dict[str, Tensor] = {}
+    for path, component in components(model).items():
+        with loaded(component):
+            bias = getattr(component.original_component, "bias", None)
+            if not isinstance(bias, Tensor) or bias.dim() != 1:
+                continue  # the first GPT calls its causal mask "bias"
+            if f"{path}.hook_out" in hook_dict and bias.any():
+                biases[f"{path}.hook_out"] = bias.detach()
+    return biases

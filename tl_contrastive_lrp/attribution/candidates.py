@@ -1,7 +1,7 @@
-"""The likeliest next tokens, to choose a contrast from; also where a plain forward would not fit.
+"""The likeliest next tokens, to choose a contrast from, also for prompts that need tiles.
 
-A plain forward needs several [head, pos, pos] tensors at once, and logits for every position. In
-tiles it needs what ``tiles.prefill`` keeps, which is linear in the prompt.
+A forward without tiles holds several [head, pos, pos] tensors at once, and logits for every
+position. In tiles it holds what ``engine/tiled/prefill.py`` keeps, which is linear in the prompt.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..engine.memory import (
     Memory,
-    cannot,
-    choose,
+    MemoryPlan,
     fits_forward,
     forward_bytes,
     in_smaller_tiles,
-    require_plain_fits,
+    plan_memory,
+    run_as_planned,
 )
-from ..errors import NotTileableError, TokenError
+from ..engine.tiled.prefill import check_tileable, prefill
+from ..engine.tiled.tiles import tile_bounds
+from ..engine.tiled.user_hooks import observers_set_aside
+from ..errors import TokenError
 from ..hooks.user_hooks import user_hooks
 from ..inputs.bridge import require_bridge
 from ..inputs.float64 import precise
@@ -45,65 +49,63 @@ def logits_at(
     *,
     progress: bool = True,
 ) -> Float[Tensor, " vocab"]:
-    """The logits after one position, from one forward without gradients.
+    """Compute the logits after one position, from one forward without gradients.
 
     Args:
         model: The bridge.
-        tokens: [1, pos].
-        pos: The position, negative from the end.
-        memory, tile: As for ``attribute``: in tiles where "auto" would explain in tiles.
-        progress: Show a bar where tiles are used.
+        tokens: Token ids, [1, pos].
+        pos: The position; negative counts from the end.
+        memory, tile: As for ``attribute``; "auto" takes tiles where ``attribute`` would.
+        progress: Show a progress bar in tiles.
 
     Raises:
-        TokenError: the position does not exist.
+        TokenError: the prompt has no such position.
         ValueError: an unknown ``memory`` or a wrong ``tile``.
-        ModelStateError: it cannot run in tiles, and plainly it does not fit or was not asked for.
+        ModelStateError: the model cannot run in tiles, and the plain engine would not fit or was
+            not asked for.
     """
     length = int(tokens.shape[1])
     pos = one_position(pos, length)
-    choice = choose(model, length, memory, tile)
-    # Whether a user's hook works in tiles is seen in a plain forward: that is all that is wanted.
-    plainly = memory == "auto" and fits_forward(model, length) and bool(user_hooks(model))
-    if choice.tile is not None and not plainly:
+    plan = plan_memory(model, length, memory, tile)
+    # Finding out whether a user's hook works in tiles takes a forward without tiles, which is all
+    # that is needed here.
+    if memory == "auto" and user_hooks(model) and fits_forward(model, length):
+        plan = replace(plan, tile=None)
+    # If tiles do not work, a forward without gradients is what has to fit.
+    plan = replace(plan, plain_bytes=forward_bytes(model, length))
 
-        try:
-            return _in_tiles(model, tokens, pos, choice.tile, progress)
-        except NotTileableError as error:
-            choice = replace(choice, plain_bytes=forward_bytes(model, length))
-            if memory == "tiled":
-                raise NotTileableError(cannot(choice, error)) from error
-            require_plain_fits(choice, str(error))
-    with torch.no_grad():
-        logits: Tensor = model(tokens)[0, pos].clone()  # a view would keep those of all positions
-    return logits
+    def in_tiles(plan: MemoryPlan) -> Float[Tensor, " vocab"]:
+        assert plan.tile is not None
+        return _logits_in_tiles(model, tokens, pos, plan.tile, progress)
+
+    def without_tiles(_: MemoryPlan) -> Float[Tensor, " vocab"]:
+        with torch.no_grad():
+            logits: Tensor = model(tokens)[0, pos]
+            return logits.clone()  # a view would keep the logits of all positions
+
+    return run_as_planned(plan, in_tiles, without_tiles)
 
 
-def _in_tiles(
+def _logits_in_tiles(
     model: Any, tokens: Tensor, pos: int, tile: int, progress: bool
 ) -> Float[Tensor, " vocab"]:
-    from tqdm.auto import tqdm
-
-    from ..engine.tiled.bounds import tiles_of
-    from ..engine.tiled.prefill import check_tileable, prefill
-    from ..engine.tiled.user_hooks import without_lookers
-
-    wanted = ((pos, pos + 1),)
+    ranges = ((pos, pos + 1),)
 
     def attempt(smaller: int) -> Float[Tensor, " vocab"]:
-        bounds = tiles_of(tokens.shape[1], smaller, wanted)
+        bounds = tile_bounds(tokens.shape[1], smaller, ranges)
         with (
             torch.no_grad(),
             tqdm(total=len(bounds), desc="Prompt", unit="tile", disable=not progress) as bar,
         ):
-            return prefill(model, tokens, wanted, bounds, {}, bar.update).logits()[0, 0]
+            return prefill(model, tokens, ranges, bounds, {}, bar.update).logits()[0, 0]
 
-    with without_lookers(model, tokens, backward=False):
+    with observers_set_aside(model, tokens, backward=False):
         check_tileable(model, tokens)
         return in_smaller_tiles(attempt, tile)
 
 
 def candidate_table(model: Any, logits: Float[Tensor, " vocab"], k: int) -> pd.DataFrame:
-    """The ``k`` largest logits as ``next_token_table`` gives them."""
+    """The table of ``next_token_table``, from logits that have already been computed."""
     import pandas as pd
 
     exact = precise(logits.detach())
@@ -133,31 +135,40 @@ def next_token_table(
     progress: bool = True,
     prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
-    """The ``k`` likeliest next tokens, to choose a contrast from.
+    """List the ``k`` most likely next tokens, to choose a contrast from.
 
     Args:
         model: A ``TransformerBridge``.
         prompt: Text, or token ids [pos] or [1, pos].
-        k: How many.
-        pos: The position after which they come, negative from the end.
-        memory, tile: As for ``attribute``: a long prompt goes tile by tile, without gradients.
-        progress: Show a bar where tiles are used.
+        k: Number of tokens to list.
+        pos: The position after which they come; negative counts from the end.
+        memory, tile: As for ``attribute``. A long prompt is run in tiles, without gradients.
+        progress: Show a progress bar in tiles.
         prepend_bos: Whether a text begins with the BOS token, as for ``attribute``.
 
     Returns:
-        Columns rank (from 0), token, id, logit, probability, minus_top (logit − highest logit).
-        Given as a target or contrast, what stands in ``token`` means that token.
+        One row per token, most likely first, with columns rank (from 0), token, id, logit,
+        probability, minus_top (logit − highest logit, in logits). What stands in ``token``, given
+        as a target or contrast, means that token.
 
     Warns:
         SpecialTokenWarning: as ``attribute``.
 
     Raises:
-        TypeError: ``model`` is no bridge, or ``prepend_bos`` no bool.
-        PromptError: the prompt is empty, not one prompt, too long, or has ids out of range; a BOS
-            token that cannot be put before it.
-        TokenError: the position does not exist, or ``k`` is no whole number above 0.
+        TypeError: ``model`` is not a bridge, or ``prepend_bos`` not a bool.
+        PromptError: the prompt is empty, a batch, too long, or has ids out of range; or a BOS token
+            cannot be put before it.
+        TokenError: the prompt has no such position, or ``k`` is not a whole number above 0.
         ValueError: an unknown ``memory`` or a wrong ``tile``.
-        ModelStateError: it cannot run in tiles, and plainly it does not fit or was not asked for.
+        ModelStateError: the model cannot run in tiles, and the plain engine would not fit or was
+            not asked for.
+
+    Example:
+        >>> table = clrp.next_token_table(model, case.prompt, k=5)
+        >>> list(table.columns)
+        ['rank', 'token', 'id', 'logit', 'probability', 'minus_top']
+        >>> bool(table["token"][0] == case.target)  # a failure: the wrong token comes first
+        True
     """
     require_bridge(model)
     if not isinstance(k, Integral) or k < 1:

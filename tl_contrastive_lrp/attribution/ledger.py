@@ -1,8 +1,8 @@
 """Where Δℓ goes: how much arrives at each site, and what happened to the rest.
 
-LRP shares Δℓ out; some of it ends in biases and position embeddings, which are no input tokens,
-and some rules create or destroy relevance (the softmax's ordinary gradient, soft-caps, norms that
-keep theirs). The ledger says how much, between which two sites, so that nothing is lost silently:
+LRP distributes Δℓ. Part of it ends in biases and position embeddings, which are no input tokens,
+and some rules create or destroy relevance (the ordinary gradient of the softmax, soft-caps, norms
+that keep theirs). The ledger records how much, between which two sites, so that no loss is silent:
 
     total(next site) = total(site) + biases + positions + other,
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """One site and the step from it to the next one up. All values in logits, signed as Δℓ.
+    """One site, and the step from it to the next site above. All values in logits, signed as Δℓ.
 
     Attributes:
         site: HookPoint of the residual stream, or ``hook_embed``.
         total: Relevance that arrives there, summed over positions.
-        biases: What bias parameters between this site and the next took.
-        positions: What position embeddings added at this step took.
-        other: What non-conserving rules made of the rest (positive: relevance was lost).
+        biases: Relevance of the bias parameters between this site and the next.
+        positions: Relevance of position embeddings that are added at this step.
+        other: The rest, which rules that do not conserve relevance lost (positive) or created.
     """
 
     site: str
@@ -58,7 +58,15 @@ class Ledger:
         positions: float,
         delta: float,
     ) -> Ledger:
-        """Rows from the totals at ``sites`` and the biases of each step; ``other`` balances."""
+        """Make the rows; ``other`` balances each of them.
+
+        Args:
+            sites: Names of the sites, input first.
+            totals: Relevance at each site.
+            biases: Relevance of the biases of each step.
+            positions: Relevance of the position embeddings.
+            delta: Δℓ.
+        """
         above = [*totals[1:], delta]
         placed = [positions, *[0.0] * (len(sites) - 1)]
         rows = [
@@ -71,11 +79,25 @@ class Ledger:
 
     @property
     def share_to_tokens(self) -> float:
-        """Share of Δℓ that reaches the input tokens (NaN where Δℓ is 0)."""
+        """The share of Δℓ that reaches the input tokens (NaN where Δℓ is 0).
+
+        Example:
+            >>> share = float(result.tokens.sum()) / result.delta
+            >>> abs(result.ledger.share_to_tokens - share) < 1e-4
+            True
+        """
         return self.rows[0].total / self.delta if self.delta else float("nan")
 
     def to_frame(self) -> pd.DataFrame:
-        """Columns site, total, share (of Δℓ), biases, positions, other."""
+        """The ledger as a table.
+
+        Returns:
+            Columns site, total, share (of Δℓ), biases, positions, other; in logits but for share.
+
+        Example:
+            >>> result.ledger.to_frame()["site"][0]
+            'hook_embed'
+        """
         import pandas as pd
 
         frame = pd.DataFrame([vars(row) for row in self.rows])

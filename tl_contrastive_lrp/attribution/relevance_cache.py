@@ -74,7 +74,7 @@ def _select(model: Any, names_filter: NamesFilter, rule_set: RuleSet) -> list[st
     return wanted
 
 
-# Keywords of TransformerLens' forward and run_with_cache that a run for relevance cannot honour.
+# Keywords of TransformerLens' forward and run_with_cache that run_with_relevance cannot honour.
 _REFUSED = {
     "input": "the tokens are given already",
     "input_ids": "the tokens are given already",
@@ -93,12 +93,12 @@ _REFUSED = {
 }
 
 
-# What transformers' forwards take among their nameless keywords, and which changes no logit.
+# Keywords that the forwards of transformers accept without naming them; none changes a logit.
 _OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
 def _keywords(model: Any) -> set[str]:
-    """What the bridge's forward names, and the wrapped model's."""
+    """The keywords that the forwards of the bridge and of the wrapped model name."""
     forwards = (type(model).forward, model.original_model.forward)
     named = [p for f in forwards for p in inspect.signature(f).parameters.values()]
     loose = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -106,7 +106,7 @@ def _keywords(model: Any) -> set[str]:
 
 
 def _check_keywords(model: Any, given: dict[str, Any]) -> None:
-    """Refuse what the model's forward would swallow without a word.
+    """Refuse keywords that the model's forward would ignore silently.
 
     Raises:
         TypeError: names the keyword, and what was probably meant.
@@ -141,32 +141,41 @@ def run_with_relevance(
 ) -> tuple[Float[Tensor, "batch pos vocab"], ActivationCache]:
     """Run the model and return its logits and the relevance of every activation.
 
-    Relevance is activation × modified gradient, elementwise, in units of the objective (logits),
-    in the shapes of ``run_with_cache``. Positive supports the target. ``hook_resid_mid`` holds the
-    residual stream's relevance, skip connection included. Where rules let nothing through (queries
-    and keys under "cplrp") relevance is zero. bfloat16 and float16 models give float32 relevance.
+    Relevance is activation × modified gradient, elementwise, in units of the objective (logits), in
+    the shapes of ``run_with_cache`` (arXiv:2604.17761). Positive supports the target.
+    ``hook_resid_mid`` holds the relevance of the residual stream, skip connection included. Where
+    rules let nothing through (queries and keys under "cplrp") relevance is 0. bfloat16 and float16
+    models give float32 relevance.
 
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
         tokens: Text, texts, or ids [pos] or [batch, pos].
-        objective: logits → scalar; sum over the batch, as ``logit_diff`` does, to get each row's
-            own relevance. With an ``attention_mask`` its negative positions count from each row's
-            last real token, whichever side is padded.
+        objective: A function logits → scalar. Summing over the batch, as ``logit_diff`` does, gives
+            each row its own relevance. With an ``attention_mask``, negative positions of an
+            ``Objective`` count from each row's last real token, whichever side is padded.
         names_filter: As in ``run_with_cache``: a name, names, a predicate, or None for all.
         rules: Name of a rule set, or a ``RuleSet``.
         remove_batch_dim: Drop the batch dimension of a single prompt from the cache.
         prepend_bos: Whether texts begin with the BOS token, as for ``attribute``.
-        **forward_kwargs: Passed to the model's forward, e.g. ``attention_mask`` [batch, pos].
+        **forward_kwargs: Passed to the model's forward, such as ``attention_mask`` [batch, pos].
+
+    Returns:
+        The logits [batch, pos, vocab], and an ``ActivationCache`` of relevance, in logits.
 
     Warns:
         SpecialTokenWarning: as ``attribute``.
 
     Raises:
-        TypeError: a keyword that the model's forward does not name, or that would have it return
-            something else than the logits of these tokens.
-        ValueError: a name that does not exist or where there is no relevance.
-        TokenError: the objective reads the logits of a pad.
-        PromptError, ModelStateError, UncoveredComponentError: see ``lrp``.
+        TypeError: a keyword that the model's forward does not name, or that would make it return
+            something other than the logits of these tokens.
+        ValueError: a name that does not exist, or at which there is no relevance.
+        TokenError: the objective reads the logits of a padding token.
+        PromptError, ModelStateError, UncoveredComponentError: as ``attribute``.
+
+    Example:
+        >>> logits, relevance = clrp.run_with_relevance(model, case.prompt, objective)
+        >>> relevance["blocks.0.hook_resid_pre"].shape == (*logits.shape[:2], model.cfg.d_model)
+        True
     """
     require_bridge(model)
     rule_set = get_rule_set(rules)
@@ -196,7 +205,7 @@ def run_with_relevance(
 
 
 def _padding(mask: object, ids: Tensor) -> Int[Tensor, "batch pos"] | None:
-    """The attention mask, if it says of each token whether it is padding, and some are."""
+    """The attention mask, if it marks single tokens as padding, and marks some."""
     by_token = isinstance(mask, Tensor) and mask.shape == ids.shape
     return mask if by_token and isinstance(mask, Tensor) and not bool(mask.all()) else None
 
@@ -220,7 +229,7 @@ def _refuse_padding(
 
 
 def _readings(model: Any, names: list[str], cache: dict[str, Tensor]) -> list[Reading]:
-    """One reading a HookPoint, filling ``cache`` under each of its wanted names."""
+    """One reading per HookPoint, which fills ``cache`` under each of its names."""
     hook_dict = model.hook_dict
     by_point: dict[tuple[int, bool], list[str]] = {}
     for name in names:

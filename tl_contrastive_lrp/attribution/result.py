@@ -35,7 +35,7 @@ _TENSORS = ("tokens", "resid", "heads", "neurons", "token_ids", "special")
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """Relevance of one prediction's input tokens, hidden states, heads and neurons.
+    """Relevance of the input tokens, hidden states, heads and neurons for one prediction.
 
     All relevance is in logits, with the sign of the objective: positive supports the target
     (usually the wrong token), negative the contrast. Tensors are on the CPU.
@@ -47,7 +47,7 @@ class Attribution:
         heads: Relevance of each attention head's output z at the position where it writes.
         neurons: Relevance of each MLP neuron (``hook_post``), if asked for.
         token_ids: The prompt.
-        special: Tokenizer's special tokens.
+        special: Which tokens are special tokens of the tokenizer.
         str_tokens: What each token contributes to the prompt's text: joined, they are that text.
             A character of several tokens is at the first; the others are empty.
         sites: HookPoint name of each row of ``resid``.
@@ -61,15 +61,25 @@ class Attribution:
         coverage: Which component got which rule.
         ledger: Where Δℓ went.
         model_name: As TransformerLens calls the model.
-        pos: Position whose next token is explained, from 0; of several the last, so that by
-            causality nothing behind it has relevance.
-        target_is_top: Whether the target is what the model writes there greedily; False of an
-            objective that has no target tokens.
-        memory: "plain", or "tiled (tile N)" where the backward was done N positions at a time.
-        prepended_bos: Whether a BOS token that the text does not hold was put before it; None where
-            ids were given (or by a version that did not say).
-        earlier_pos: The other positions explained, rising, where the objective is a function of
-            several; ``positions`` is all of them.
+        pos: Position whose next token is explained, from 0. If there are several, the last of them,
+            so that by causality nothing after it has relevance.
+        target_is_top: Whether the target is what greedy decoding writes there; False for an
+            objective without target tokens.
+        memory: "plain", or "tiled (tile N)" where the backward ran on N positions at a time.
+        prepended_bos: Whether a BOS token that the text does not contain was put before it; None
+            where ids were given, and in files of versions that did not record it.
+        earlier_pos: The other positions explained, in rising order, where the objective is a
+            function of several; ``positions`` lists all of them.
+
+    Raises:
+        ValueError: tensors whose shapes do not match, or positions out of order.
+
+    Example:
+        >>> result = clrp.attribute(model, case.prompt, objective)
+        >>> result.resid.shape == (len(result.sites), len(result.str_tokens))
+        True
+        >>> result.top(3).columns.tolist()
+        ['pos', 'token', 'id', 'relevance', 'share', 'special']
     """
 
     tokens: Float[Tensor, " pos"]
@@ -99,34 +109,52 @@ class Attribution:
     def __post_init__(self) -> None:
         pos = len(self.str_tokens)
         check_earlier("pos", self.pos, "earlier_pos", self.earlier_pos)
-        wanted = {
+        shapes = {
             "tokens": (pos,),
             "resid": (len(self.sites), pos),
             "heads": (*self.heads.shape[:2], pos),
             "token_ids": (pos,),
             "special": (pos,),
         }
-        for name, shape in wanted.items():
-            found = tuple(getattr(self, name).shape)
-            if found != shape:
-                raise ValueError(f"Attribution.{name} has shape {found}, not {shape}.")
+        for name, shape in shapes.items():
+            given = tuple(getattr(self, name).shape)
+            if given != shape:
+                raise ValueError(f"Attribution.{name} has shape {given}, not {shape}.")
         if self.neurons is not None and tuple(self.neurons.shape[:2]) != (self.heads.shape[0], pos):
             raise ValueError(f"Attribution.neurons has shape {tuple(self.neurons.shape)}.")
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """Every position explained, rising: one, but for objectives that are functions of more."""
+        """Every position explained, in rising order.
+
+        Example:
+            >>> result.positions == (len(result.str_tokens) - 1,)  # the last token by default
+            True
+        """
         return (*self.earlier_pos, self.pos)
 
     @property
     def greyed(self) -> Bool[Tensor, " pos"]:
-        """Special tokens and the first token: shown grey and left out of colour scales."""
+        """Special tokens and the first token, which pictures show grey, outside the colour scale.
+
+        Example:
+            >>> bool(result.greyed[0])
+            True
+        """
         greyed = self.special.clone()
         greyed[0] = True
         return greyed
 
     def to_frame(self) -> pd.DataFrame:
-        """The input tokens, in prompt order: pos, token, id, relevance, share (of Δℓ), special."""
+        """The input tokens as a table, in the order of the prompt.
+
+        Returns:
+            Columns pos, token, id, relevance (in logits), share (of Δℓ) and special.
+
+        Example:
+            >>> bool(abs(result.to_frame()["relevance"].sum() - float(result.tokens.sum())) < 1e-4)
+            True
+        """
         import pandas as pd
 
         return pd.DataFrame(
@@ -141,7 +169,15 @@ class Attribution:
         )
 
     def top(self, k: int = 10) -> pd.DataFrame:
-        """The ``k`` input tokens of largest |relevance|, as in ``to_frame``."""
+        """The ``k`` input tokens of largest |relevance|, with the columns of ``to_frame``.
+
+        Args:
+            k: Number of tokens.
+
+        Example:
+            >>> len(result.top(5))
+            5
+        """
         frame = self.to_frame()
         order = frame["relevance"].abs().sort_values(ascending=False, kind="stable").index
         return frame.loc[order[:k]].reset_index(drop=True)
@@ -156,20 +192,32 @@ class Attribution:
     # ------------------------------------------------------------ pictures
 
     def show(self, *, include_special: bool = False) -> RenderedHTML:
-        """The prompt's tokens coloured by relevance, as circuitsvis shows them, without network.
+        """Show the prompt's tokens coloured by relevance, with circuitsvis, without network.
 
-        Of more than 1,000 tokens, runs of faint ones are folded into pieces that open with a click.
+        In prompts of more than 1,000 tokens, runs of faint tokens are folded and open with a click.
 
         Args:
             include_special: Colour special tokens and the first token too, and let them count in
                 the colour scale.
+
+        Example:
+            >>> type(result.show()).__name__  # the last value of a notebook cell shows it
+            'RenderedHTML'
         """
         from ..render import colored_tokens
 
         return colored_tokens(self.str_tokens, self.tokens, **self._look(include_special))
 
     def show_layers(self, *, include_special: bool = False) -> RenderedHTML:
-        """The same for every row of ``resid``: choose a site to see its tokens' relevance."""
+        """Show the tokens coloured by the relevance of their hidden states at a site to choose.
+
+        Args:
+            include_special: As for ``show``.
+
+        Example:
+            >>> result.sites[0] in str(result.show_layers())
+            True
+        """
         from ..render import colored_tokens_by_site
 
         look = self._look(include_special)
@@ -183,11 +231,22 @@ class Attribution:
         }
 
     def save_html(self, path: str | Path, *, candidates: pd.DataFrame | None = None) -> Path:
-        """A report in one file that opens from disk without network.
+        """Write a report as one HTML file, which opens from disk without network.
 
         Args:
             path: Where to write; the folder must exist.
             candidates: Rows of ``next_token_table`` to include.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: a relevance is NaN or infinite.
+            OSError: the file cannot be written.
+
+        Example:
+            >>> result.save_html("report.html").name
+            'report.html'
         """
         from ..render import save_html
 
@@ -196,7 +255,22 @@ class Attribution:
     # ------------------------------------------------------------ files
 
     def save(self, path: str | Path) -> Path:
-        """Write the result to a safetensors file; ``load`` reads it back exactly."""
+        """Write the result to a safetensors file, which ``load`` reads back exactly.
+
+        Args:
+            path: Where to write; the folder must exist.
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: the file cannot be written.
+
+        Example:
+            >>> path = result.save("result.safetensors")
+            >>> clrp.Attribution.load(path).delta == result.delta
+            True
+        """
         tensors: dict[str, Tensor | None] = {name: getattr(self, name) for name in _TENSORS}
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
         if self.prepended_bos is None:
@@ -208,11 +282,19 @@ class Attribution:
 
     @classmethod
     def load(cls, path: str | Path) -> Attribution:
-        """Read a file written by ``save``.
+        """Read a file that ``save`` wrote.
+
+        Args:
+            path: The file.
 
         Raises:
             FileNotFoundError: there is no such file.
-            FileFormatError: it is damaged, foreign, or of another version.
+            FileFormatError: the file is damaged, of another kind, or of another version.
+
+        Example:
+            >>> path = result.save("result.safetensors")
+            >>> bool((clrp.Attribution.load(path).tokens == result.tokens).all())
+            True
         """
         tensors, data = read_result(path, _FILE)
         with damage_named(path):
@@ -229,14 +311,14 @@ def report_of(
     graph: AttributionGraph | None = None,
     **fields: Any,
 ) -> str:
-    """The report of one explained prediction as an HTML page that fetches nothing.
+    """Render the report of one explained prediction as an HTML page that fetches nothing.
 
     Args:
-        result: What to show; relevance in logits, positive for the target.
+        result: What to show.
         candidates: Rows of ``next_token_table`` at the explained position.
-        graph: The attribution graph of the same prediction, pruned, for a section of its own.
-        fields: Fields of ``render.report.Report`` to set otherwise, such as ``model_name`` or
-            ``notes``.
+        graph: The pruned attribution graph of the same prediction, for a section of its own.
+        **fields: Fields of ``render.report.Report`` that differ from the result's, such as
+            ``model_name`` or ``notes``.
 
     Raises:
         ValueError: a relevance is NaN or infinite.

@@ -1,14 +1,14 @@
-"""One forward and its backwards under the rules, read from inside.
+"""One forward and its backwards under the rules, with relevance read on the way.
 
-``run`` decides between the plain engine, which keeps every block's attention for one backward, and
-the tiled one, which replays block by block over a key-value cache; both give the same kind of
-result.
+``run`` uses the engine that was planned: the plain one, which keeps the attention of every block
+for one backward, or the tiled one, which runs block after block again over a key-value cache. Both
+give the same kind of result.
 """
 
 from __future__ import annotations
 
-from .reading import Reading
-from .relevance_sums import RelevanceSums
-from .run import RunResult, run
+from .plain import RunResult
+from .reading import Reading, RelevanceSums
+from .run import RunOptions, run
 
-__all__ = ["Reading", "RelevanceSums", "RunResult", "run"]
+__all__ = ["Reading", "RelevanceSums", "RunOptions", "RunResult", "run"]

@@ -1,8 +1,10 @@
-"""What the plain way needs in memory, what there is, and which way is taken.
+"""How much memory a run needs, how much is free, and which engine is planned for it.
 
-The plain way (``backward.run``) keeps every block's attention for the backward: a number of
-[head, pos, pos] tensors a block, and a number of [pos, d_model] and [pos, d_mlp] ones. In tiles
-(``tiled_backward.py``) only block inputs, keys and values are kept, and one tile's activations.
+The plain engine (``plain.py``) keeps the attention of every block for one backward pass: some
+tensors of shape [head, pos, pos], and some of [pos, d_model] and [pos, d_mlp], per block. The tiled
+engine (``tiled/``) keeps only block inputs, keys and values, and the activations of one tile.
+``run_as_planned`` is the one place where a plan becomes a run in tiles, or a plain run where tiles
+do not work after all.
 """
 
 from __future__ import annotations
@@ -17,42 +19,44 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
-from ..errors import ModelStateError
+from ..errors import ModelStateError, NotTileableError
 from ..inputs.tokens import model_device
 
 Memory = Literal["auto", "plain", "tiled"]
 T = TypeVar("T")
 
-# Float32 tensors of [head, pos, pos] that the plain way keeps a block, and beside them at its
-# peak. Measured on four blocks of eight heads (benchmarks/long_context.py): 442 MiB at 1,024 and
-# 1,511 MiB at 2,048 tokens, in all 12 such tensors; rounded up to 20, since soft-caps keep more.
+# Float32 tensors of shape [head, pos, pos] that the plain engine keeps per block, and those that
+# its peak adds. Measured on four blocks of eight heads (benchmarks/long_context.py): 442 MiB at
+# 1,024 and 1,511 MiB at 2,048 tokens, which is 12 such tensors; rounded up to 20, since soft-caps
+# keep more.
 _KEPT_BY_BLOCK = 4.0
 _PEAK = 4.0
-_WIDTHS = 24.0  # [pos, d_model] tensors a block
-_NEURONS = 8.0  # [pos, d_mlp] tensors a block
+_WIDTHS = 24.0  # [pos, d_model] tensors per block
+_NEURONS = 8.0  # [pos, d_mlp] tensors per block
 # Float32 tensors of [head, pos, pos] that a forward without gradients holds at its peak. Measured
 # on eight heads: 2.5 such tensors in all at 2,048 tokens, 2.3 at 4,096; more with soft-caps.
 _FORWARD_PEAK = 4.0
 _FORWARD_WIDTHS = 8.0  # [pos, d_model] tensors
 _FORWARD_NEURONS = 3.0  # [pos, d_mlp] tensors
-_SAFE = 0.7  # share of the free memory that is used
-_BUDGET = 1 << 30  # bytes of one tile's activations, where memory is plenty
+_SAFE = 0.7  # share of the free memory that may be used
+_BUDGET = 1 << 30  # bytes for the activations of one tile, where memory is plentiful
 _BY_TILE = 12.0  # [head, tile, pos] tensors alive in the backward of one tile
-_TILES = (16, 1024)
+_TILES = (16, 1024)  # the smallest and the largest tile that is chosen
 _TRIMMED_EVERY = 4  # tiles
-_BY_EDGE = 40  # bytes of an edge's columns, and of putting them together
+_BY_EDGE = 40  # bytes of the columns of one edge, including what concatenating them takes
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a run uses memory.
+    """How a run will use memory.
 
     Attributes:
-        tile: Positions a tile; None is the plain way.
-        plain_bytes: What the plain way needs beside the model, estimated.
+        tile: Positions per tile; None for the plain engine.
+        plain_bytes: Estimate of what the plain engine needs besides the model.
         free_bytes: What the device has free.
-        why: A word on it, "" where the choice was the user's.
-        given: Whether the tile is the user's.
+        why: Why tiles do not work, where the plain engine was planned for that reason; else "".
+        given: Whether the user chose the tile.
+        tiles_required: Whether the user asked for tiles, so that nothing else will do.
     """
 
     tile: int | None
@@ -60,26 +64,26 @@ class MemoryPlan:
     free_bytes: int
     why: str = ""
     given: bool = False
+    tiles_required: bool = False
 
     @property
     def memory(self) -> str:
-        """ "plain", or "tiled (tile N)"."""
+        """Either "plain" or "tiled (tile N)", as results record it."""
         return "plain" if self.tile is None else f"tiled (tile {self.tile})"
 
     def __str__(self) -> str:
-        """With the figures."""
         need, free = gib(self.plain_bytes), gib(self.free_bytes)
-        text = f"{self.memory}: the plain way needs about {need}, {free} are free"
-        return f"{text} ({self.why})" if self.why else text
+        text = f"{self.memory}: without tiles about {need} are needed, {free} are free"
+        return f"{text} (not in tiles: {self.why})" if self.why else text
 
 
 def gib(size: float) -> str:
-    """Bytes in words."""
+    """A number of bytes as text, such as "1.5 GiB"."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def free_bytes(device: torch.device) -> int:
-    """What the device has free."""
+    """How many bytes the device has free."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + int(unused)
@@ -89,7 +93,15 @@ def free_bytes(device: torch.device) -> int:
 
 
 def in_smaller_tiles(attempt: Callable[[int], T], tile: int) -> T:
-    """What ``attempt`` gives for a tile, halved with one warning until the GPU has room for it.
+    """Call ``attempt(tile)``, halving the tile, with one warning, while the GPU lacks memory.
+
+    Args:
+        attempt: Takes the number of positions per tile. It is called again from the start, so what
+            it finished before has to be kept by itself.
+        tile: The first tile to try.
+
+    Returns:
+        What ``attempt`` returned.
 
     Raises:
         torch.OutOfMemoryError: tiles of 16 positions do not fit either.
@@ -123,10 +135,13 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def trim_heap(tile: int = 0) -> None:
-    """Have the C library give memory that is free inside the process back to the system.
+    """Return memory that the C library holds free inside the process to the system.
 
     Tensors whose size changes from tile to tile leave holes that glibc keeps, more than a GiB of
-    them. Done at some tiles only, since what is given back has to be asked for again.
+    them. This is done at every fourth tile only, since the memory has to be requested again.
+
+    Args:
+        tile: Number of the tile.
     """
     trim = _malloc_trim()
     if trim is not None and tile % _TRIMMED_EVERY == 0:
@@ -134,13 +149,14 @@ def trim_heap(tile: int = 0) -> None:
 
 
 def plain_bytes(model: Any, length: int, *, graphs: int = 0, by_head: bool = False) -> int:
-    """Estimate of what the plain way takes beside the model, in bytes.
+    """Estimate how many bytes the plain engine needs besides the model.
 
     Args:
         model: The bridge.
-        length: Tokens of the prompt.
-        graphs: For how many objectives edges are wanted too, a [pos, pos] matrix a block.
-        by_head: Whether by head and path, 2 · head such matrices.
+        length: Number of tokens in the prompt.
+        graphs: Number of objectives for which edges are computed too: a [pos, pos] matrix per block
+            and objective.
+        by_head: Whether edges are split by head and path: 2 · head such matrices.
     """
     cfg = model.cfg
     layers, heads, width = int(cfg.n_layers), int(cfg.n_heads), int(cfg.d_model)
@@ -150,13 +166,13 @@ def plain_bytes(model: Any, length: int, *, graphs: int = 0, by_head: bool = Fal
     numbers += _PEAK * square + 2 * length * int(cfg.d_vocab)
     if graphs:
         split = 2 * heads if by_head else 1
-        # the matrices, and the edges as columns, of which every objective has its own
+        # The matrices, and for every objective its edges as columns.
         numbers += (layers + 3) * (1 + 3 * graphs) * split * length * length
     return int(4 * numbers)
 
 
 def forward_bytes(model: Any, length: int) -> int:
-    """Estimate of what a plain forward without gradients takes beside the model, in bytes."""
+    """Estimate how many bytes a forward without gradients and without tiles needs."""
     cfg = model.cfg
     width = int(cfg.d_model)
     neurons = int(getattr(cfg, "d_mlp", None) or 4 * width)
@@ -165,19 +181,19 @@ def forward_bytes(model: Any, length: int) -> int:
 
 
 def fits_forward(model: Any, length: int) -> bool:
-    """Whether there is room for a plain forward without gradients."""
+    """Whether a forward without gradients and without tiles fits into the free memory."""
     return forward_bytes(model, length) <= _SAFE * free_bytes(model_device(model))
 
 
 def tile_for(model: Any, length: int, free: int) -> int:
-    """Positions a tile so that one tile's activations fit a budget: a power of two."""
+    """Positions per tile, a power of two, so that the activations of one tile fit the budget."""
     budget = min(_BUDGET, _SAFE * free / 2)
     room = budget / (4 * _BY_TILE * int(model.cfg.n_heads) * length)
     least, most = _TILES
     return max(least, min(most, 1 << int(math.log2(max(room, 1)))))
 
 
-def choose(
+def plan_memory(
     model: Any,
     length: int,
     memory: Memory = "auto",
@@ -185,19 +201,23 @@ def choose(
     *,
     graphs: int = 0,
     by_head: bool = False,
+    plain_only: str = "",
 ) -> MemoryPlan:
-    """Plain or tiled, and the size of tiles.
+    """Plan a run: with or without tiles, and how large they are.
 
     Args:
         model: The bridge.
-        length: Tokens of the prompt.
-        memory: "plain" and "tiled" are done as said; "auto" takes tiles where the plain way would
-            not fit what the device has free.
-        tile: Positions a tile, if it is not to be chosen.
+        length: Number of tokens in the prompt.
+        memory: "plain" or "tiled", or "auto", which takes tiles where the plain engine would not
+            fit into the free memory.
+        tile: Positions per tile, if the user chose it.
         graphs, by_head: As for ``plain_bytes``.
+        plain_only: Why tiles cannot serve what is asked, as a sentence; "" if they can.
 
     Raises:
-        ValueError: an unknown ``memory`` or a tile that is none.
+        ValueError: an unknown ``memory``; a tile that is no positive number; "tiled" although
+            ``plain_only`` rules it out.
+        ModelStateError: ``plain_only``, and the plain engine would not fit.
     """
     if memory not in get_args(Memory):
         raise ValueError(f"memory={memory!r} is unknown; use 'auto', 'plain' or 'tiled'.")
@@ -207,49 +227,85 @@ def choose(
         raise ValueError("tile= belongs to memory='tiled' (or 'auto'); leave it out.")
     free = free_bytes(model_device(model))
     need = plain_bytes(model, length, graphs=graphs, by_head=by_head)
-    fits = need <= _SAFE * free
-    if memory == "plain" or (memory == "auto" and fits):
+    if memory == "plain" or (memory == "auto" and need <= _SAFE * free):
         return MemoryPlan(None, need, free)
-    return MemoryPlan(tile or tile_for(model, length, free), need, free, given=tile is not None)
-
-
-def cannot(choice: MemoryPlan, reason: object) -> str:
-    """What to say where tiles were asked for and do not work."""
-    need, free = gib(choice.plain_bytes), gib(choice.free_bytes)
-    return (
-        f"This model cannot run in tiles: {reason} Use memory='plain', which needs about {need} "
-        f"for this prompt; {free} are free."
+    required, given = memory == "tiled", tile is not None
+    plan = MemoryPlan(
+        tile or tile_for(model, length, free), need, free, given=given, tiles_required=required
     )
+    if not plain_only:
+        return plan
+    if required:
+        raise ValueError(plain_only)
+    return require_plain_fits(plan, plain_only)
 
 
-def require_plain_fits(choice: MemoryPlan, reason: str) -> MemoryPlan:
-    """The plain way where tiles do not work.
+def run_as_planned(
+    plan: MemoryPlan, tiled: Callable[[MemoryPlan], T], plain: Callable[[MemoryPlan], T]
+) -> T:
+    """Run in tiles if they are planned and work for the model, else with the plain engine.
+
+    Args:
+        plan: From ``plan_memory``.
+        tiled: Runs in tiles of ``plan.tile`` positions.
+        plain: Runs without tiles; its plan says why, if tiles were planned.
+
+    Returns:
+        What the one that ran returned.
 
     Raises:
-        ModelStateError: the plain way does not fit.
+        NotTileableError: tiles do not work, and the user asked for them.
+        ModelStateError: tiles do not work, and the plain engine would not fit.
     """
-    if choice.plain_bytes > _SAFE * choice.free_bytes:
+    if plan.tile is None:
+        return plain(plan)
+    try:
+        return tiled(plan)
+    except NotTileableError as error:
+        if plan.tiles_required:
+            need, free = gib(plan.plain_bytes), gib(plan.free_bytes)
+            raise NotTileableError(
+                f"This model cannot run in tiles: {error} Use memory='plain', which needs about "
+                f"{need} for this prompt; {free} are free."
+            ) from error
+        return plain(require_plain_fits(plan, str(error)))
+
+
+def require_plain_fits(plan: MemoryPlan, reason: str) -> MemoryPlan:
+    """The plan for the plain engine, where tiles do not work.
+
+    Args:
+        plan: The plan for tiles.
+        reason: Why they do not work, as a sentence.
+
+    Raises:
+        ModelStateError: the plain engine would not fit.
+    """
+    if plan.plain_bytes > _SAFE * plan.free_bytes:
         raise ModelStateError(
-            f"This prompt needs about {gib(choice.plain_bytes)} the plain way, and "
-            f"{gib(choice.free_bytes)} are free; in tiles it cannot run: {reason} Shorten the "
+            f"This prompt needs about {gib(plan.plain_bytes)} without tiles, and "
+            f"{gib(plan.free_bytes)} are free; in tiles it cannot run: {reason} Shorten the "
             "prompt, or give memory='plain' to try all the same."
         )
-    return MemoryPlan(None, choice.plain_bytes, choice.free_bytes, f"not in tiles: {reason}")
+    return MemoryPlan(None, plan.plain_bytes, plan.free_bytes, reason)
 
 
-def require_room(
-    transitions: int, length: int, pruned: object, memory: Memory, choice: MemoryPlan
-) -> None:
-    """Refuse a full graph whose edges alone would not fit.
+def require_room_for_edges(plan: MemoryPlan, transitions: int, length: int) -> None:
+    """Refuse a full graph, computed in tiles, whose edges alone would not fit.
+
+    Args:
+        plan: The plan for tiles; a user who asked for tiles is not refused.
+        transitions: Number of transitions between sites.
+        length: Number of tokens in the prompt.
 
     Raises:
-        ModelStateError: it is not pruned on the way, and too large.
+        ModelStateError: the edges would not fit.
     """
     edges = transitions * length * (length + 1) // 2
     need = edges * _BY_EDGE
-    if not pruned and memory == "auto" and need > _SAFE * choice.free_bytes:
+    if not plan.tiles_required and need > _SAFE * plan.free_bytes:
         raise ModelStateError(
             f"The full graph of this prompt has up to {edges:,} edges, about {gib(need)}; "
-            f"{gib(choice.free_bytes)} are free. Keep the largest while it is made, with "
+            f"{gib(plan.free_bytes)} are free. Keep the largest while it is made, with "
             "mass=0.85, or give threshold= or top_k=."
         )

@@ -1,13 +1,12 @@
-"""One forward and one backward under the rules, reading relevance inside the backward pass.
+"""The plain engine: one forward under the rules, and a backward for each objective.
 
-``Reading``s say what to read where. A sink is called with (activation, gradient) while the
-backward runs and keeps what it reduces them to, so nothing of the size of all activations has to
-outlive its layer. No parameter takes part: their ``.grad`` and ``requires_grad`` stay as they are,
-and the gradient starts at detached embeddings, so frozen models work too.
+Relevance is read inside the backward (``reading.py``). Parameters take no part: their ``.grad`` and
+``requires_grad`` stay as they are, and gradients end at detached embeddings, so frozen models work
+too.
 
-The user's hooks are part of the model. What is read at a HookPoint is the value after its own
-edits, times the gradient at that value: what a hook replaced by constants has relevance there, as a
-bias has, and none of it goes on to where the replaced value came from.
+The user's hooks are part of the model. What is read at a HookPoint is the value after the user's
+edits, times the gradient at that value: a constant that a hook puts in has relevance there, as a
+bias has, and none of it flows on to where the replaced value came from.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from ..hooks.hook_rules import HookWatch, rules_in_hooks
 from ..hooks.placement import attached, check_ready, check_single, reading_hooks
 from ..hooks.user_hooks import restarted, user_hooks
 from ..inputs.bridge import LEAVES
+from ..inputs.facts import ObjectiveFacts
 from ..rules.handed_on import started, writable
 from ..rules.precision import first_gradient
 from ..rules.rule_sets import RuleSet, get_rule_set
@@ -58,6 +58,23 @@ def run(
     return logits, value, coverage
 
 
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """One objective's forward and backward, whichever engine ran it.
+
+    Attributes:
+        objective: The objective's value and description.
+        relevance: The sums of relevance by name, in logits, on the CPU.
+        coverage: Which component got which rule.
+        memory: "plain", or "tiled (tile N)".
+    """
+
+    objective: ObjectiveFacts
+    relevance: dict[str, Tensor]
+    coverage: Coverage
+    memory: str
+
+
 @dataclass(eq=False)
 class Forward:
     """One forward of the model under the rules, at which backwards start.
@@ -68,7 +85,7 @@ class Forward:
         coverage: Which component got which rule.
         ends: The tensors at which gradients end: embeddings, and constants that a user's hook put
             in the place of computed values.
-        kept: Whether the graph is kept also after the last backward.
+        kept: Whether the autograd graph is also kept after the last backward.
         slots: Where readings can be bound, if they were not given with the forward.
     """
 
@@ -80,14 +97,14 @@ class Forward:
     slots: Slots | None = None
 
     def pass_over(self) -> None:
-        """One of the results that were planned is made without this forward."""
+        """Count one of the planned results as done without this forward."""
         if self.slots is not None:
             self.slots.pass_over()
             if not self.slots.uses:
                 self.logits, self.ends = self.logits.detach(), []
 
     def value(self, objective: Callable[[Tensor], Tensor]) -> Tensor:
-        """The objective's value, on the graph.
+        """Evaluate the objective, with its autograd graph.
 
         Raises:
             ModelStateError: it is not one differentiable number.
@@ -95,10 +112,10 @@ class Forward:
         return check_value(objective(self.logits), [self.logits])
 
     def backward(self, value: Tensor, *, more: bool) -> None:
-        """Bring the gradient of a value to the embeddings; sinks are called on the way.
+        """Send the gradient of a value back to the embeddings; sinks are called on the way.
 
         Args:
-            value: From ``value``.
+            value: What ``value`` returned.
             more: Whether another backward follows for the same result.
 
         Raises:
@@ -128,14 +145,20 @@ def forward(
     hook_watch: HookWatch | None = None,
     **forward_kwargs: Any,
 ) -> Forward:
-    """One forward, with rules and readings for the backwards that start at it.
+    """Run one forward, with rules and readings for the backwards that start at it.
 
     The rules and ``scopes`` are on during the forward only, so a sink may run the model itself.
-    They act in the calling thread alone, and sinks for it, in whatever thread autograd calls them.
+    They act in the calling thread alone, in whatever thread autograd calls the sinks.
 
     Args:
-        hook_watch: Notes what the user's hook functions do. If one edits, or is called in the
-            backward, the graph is kept also after the last.
+        model: A ``TransformerBridge`` in evaluation mode.
+        tokens: Token ids, [batch, pos].
+        rule_set: Name of a rule set, or a ``RuleSet``.
+        readings: What to read in the backwards.
+        scopes: Context managers to enter around the forward.
+        hook_watch: Records what the user's hook functions do. If one edits, or is called in the
+            backward, the autograd graph is also kept after the last backward.
+        **forward_kwargs: Passed to the model's forward.
 
     Raises:
         ModelStateError: training mode, gradients off, or rules already on.
@@ -185,14 +208,17 @@ def run_each(
     shared: Forward | None = None,
     **forward_kwargs: Any,
 ) -> tuple[Tensor, list[Tensor], Coverage]:
-    """One forward, and for each objective a backward; sinks are called on the way back.
+    """Run one forward, and a backward for each objective; sinks are called on the way back.
 
     Args:
+        model, tokens, rule_set, readings, scopes: As for ``forward``.
+        objectives: Functions of the logits.
         then: Called after each backward, with the number of its objective.
-        hook_watch: Notes what the user's hook functions do. If one edits, the graph is kept for
-            ``then``, also after the last backward.
-        shared: A forward of these tokens under these rules that was run before, with slots for
-            these readings.
+        hook_watch: Records what the user's hook functions do. If one edits, the autograd graph is
+            kept for ``then``, also after the last backward.
+        shared: A forward of these tokens under these rules that has already been run, with slots
+            for these readings.
+        **forward_kwargs: Passed to the model's forward.
 
     Returns:
         The logits [batch, pos, vocab] and the objectives' values [], all detached, and the
@@ -221,7 +247,7 @@ def run_each(
 
 
 def check_value(value: object, logits: Iterable[Tensor]) -> Tensor:
-    """What an objective returned, if relevance can start from it.
+    """Check what an objective returned: relevance must be able to start from it.
 
     Args:
         value: What it returned.
@@ -269,10 +295,10 @@ def _require_whole(logits: object, tokens: Tensor) -> None:
     model, for whichever thread comes by.
     """
     if isinstance(logits, Tensor) and tokens.ndim == 2 and logits.ndim == 3:
-        found, wanted = tuple(logits.shape[:2]), tuple(tokens.shape)
-        if found[0] != wanted[0]:
+        given, expected = tuple(logits.shape[:2]), tuple(tokens.shape)
+        if given[0] != expected[0]:
             raise ModelStateError(
-                f"The forward of tokens {list(wanted)} gave logits of {list(found)}: another "
+                f"The forward of tokens {list(expected)} gave logits of {list(given)}: another "
                 "thread ran this model at that moment and TransformerLens mixed up the two. "
                 "Try again, with that run inside `with clrp.model_lock(model):`."
             )

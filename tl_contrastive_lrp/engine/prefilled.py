@@ -1,10 +1,8 @@
-"""One forward of a prompt that serves several results: candidates, relevance, a graph.
+"""A forward that has already been run, for several results of one prompt.
 
-The likeliest tokens are known before the objective is, and several results of one prompt need the
-same forward. ``prefill_prompt`` runs it once, under the rules, plainly or in tiles; ``attribute``
-and ``attribution_graph`` take it as ``prefilled=`` and run their own backward from it. What they
-read has to be named before the forward (``attribute.relevance_readings``,
-``assembly.plain.graph_readings``).
+``prefill_prompt`` runs the forward once. ``attribute`` and ``attribution_graph`` take it as
+``prefilled=`` and run their own backward from it. What they will read has to be known before the
+forward (``attribution.attribute.relevance_readings``, ``graph.assembly.plain.graph_readings``).
 """
 
 from __future__ import annotations
@@ -17,12 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import NotTileableError, TokenError
+from ..errors import TokenError
 from ..hooks.user_hooks import user_hooks
 from ..rules.rule_sets import RuleSet, get_rule_set
 from ..rules.threads import one_at_a_time
-from .memory import MemoryPlan, cannot, require_plain_fits
-from .plain import Forward, forward
+from .memory import MemoryPlan, run_as_planned
+from .plain import Forward
+from .plain import forward as plain_forward
 from .reading import Reading, Slots
 from .tiled.run import TiledForward, forward_in_tiles
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Prefilled:
-    """A forward of one prompt under one rule set, and what the backwards need of it.
+    """A forward of one prompt under one rule set, and what backwards from it need.
 
     Attributes:
         model: The bridge.
@@ -40,11 +39,10 @@ class Prefilled:
         rule_set: The rules that were on.
         pos: The position whose logits may be explained, from 0.
         logits: After that position, [vocab], detached.
-        choice: How it was run in the end, with the figures of before.
-        why_plain: Why it is plain although tiles were chosen, or "".
-        plain, tiled: The one or the other.
-        calls: What each block was called with, for edges.
-        state: See ``state_of``; as the model was then.
+        plan: How it was run in the end, with the memory figures from before.
+        plain, tiled: The forward of the engine that ran it; the other is None.
+        calls: The arguments of each block, for edges.
+        state: The state of the model at that time, see ``state_of``.
     """
 
     model: Any
@@ -52,15 +50,14 @@ class Prefilled:
     rule_set: RuleSet
     pos: int
     logits: Float[Tensor, " vocab"]
-    choice: MemoryPlan
-    why_plain: str
+    plan: MemoryPlan
     plain: Forward | None
     tiled: TiledForward | None
     calls: dict[int, BlockCall]
     state: object = field(repr=False)
 
     def check(self, model: Any, tokens: Tensor, rules: str | RuleSet) -> None:
-        """Refuse to explain something else with it.
+        """Refuse to serve another question than the one it was run for.
 
         Raises:
             ValueError: another model, prompt or rule set, or the model has changed since.
@@ -97,9 +94,8 @@ def prefill_prompt(
     tokens: Tensor,
     rules: str | RuleSet,
     readings: Iterable[Reading],
-    choice: MemoryPlan,
+    plan: MemoryPlan,
     *,
-    may_fall_back: bool,
     pos: int = -1,
     calls: dict[int, BlockCall] | None = None,
     uses: int = 1,
@@ -109,45 +105,41 @@ def prefill_prompt(
 
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
-        tokens: Token ids [1, pos].
+        tokens: Token ids, [1, pos].
         rules: Name of a rule set, or a ``RuleSet``.
-        readings: What the results will read; sinks are named by the results themselves.
-        choice: Plain, or tiles of so many positions; from ``memory.choose``.
-        may_fall_back: Run plainly where tiles do not work and it fits.
-        pos: The position whose logits will be explained, negative from the end.
-        calls: Blocks whose calls are recorded, by number, for a graph's edges.
-        uses: How many results will be made. The graph is kept until the last.
-        progress: Show a bar where tiles are used.
+        readings: What the results will read. Their sinks are bound by the results themselves.
+        plan: Which engine to use, from ``memory.plan_memory``.
+        pos: The position whose logits will be explained; negative counts from the end.
+        calls: By number, the blocks whose arguments are recorded, for the edges of a graph.
+        uses: Number of results to come. The autograd graph is kept until the last.
+        progress: Show a progress bar in tiles.
 
     Raises:
-        TokenError: the position does not exist.
+        TokenError: the prompt has no such position.
         ModelStateError, UncoveredComponentError: as ``attribute``.
     """
     length, readings, calls = int(tokens.shape[1]), list(readings), calls or {}
     if not -length <= pos < length:
         raise TokenError(f"Position {pos} does not exist in a prompt of {length} tokens.")
-    at, rule_set, why, state = pos % length, get_rule_set(rules), "", state_of(model)
-    if choice.tile is not None:
+    at, rule_set, state = pos % length, get_rule_set(rules), state_of(model)
 
-        try:
-            tiled = forward_in_tiles(
-                model, tokens, ((at, at + 1),), rule_set, readings, choice.tile,
-                uses=uses, progress=progress,
-            )  # fmt: skip
-        except NotTileableError as error:
-            if not may_fall_back:
-                raise NotTileableError(cannot(choice, error)) from error
-            choice, why = require_plain_fits(choice, str(error)), str(error)
-        else:
-            assert tiled.prefill is not None
-            logits = tiled.prefill.logits()[0, 0].detach()
-            done = replace(choice, tile=tiled.tile)
-            return Prefilled(
-                model, tokens, rule_set, at, logits, done, why, None, tiled, calls, state
-            )
-    slots = Slots(readings, uses)
-    scopes = [call.recorded(model.blocks[block]) for block, call in calls.items()]
-    plain = forward(model, tokens, rule_set, slots.readings, scopes)
-    plain.slots = slots
-    logits = plain.logits[0, at].detach().clone()
-    return Prefilled(model, tokens, rule_set, at, logits, choice, why, plain, None, calls, state)
+    def in_tiles(plan: MemoryPlan) -> Prefilled:
+        assert plan.tile is not None
+        forward = forward_in_tiles(
+            model, tokens, ((at, at + 1),), rule_set, readings, plan.tile,
+            uses=uses, progress=progress,
+        )  # fmt: skip
+        assert forward.prefill is not None
+        logits = forward.prefill.logits()[0, 0].detach()
+        done = replace(plan, tile=forward.tile)
+        return Prefilled(model, tokens, rule_set, at, logits, done, None, forward, calls, state)
+
+    def without_tiles(plan: MemoryPlan) -> Prefilled:
+        slots = Slots(readings, uses)
+        scopes = [call.recorded(model.blocks[block]) for block, call in calls.items()]
+        forward = plain_forward(model, tokens, rule_set, slots.readings, scopes)
+        forward.slots = slots
+        logits = forward.logits[0, at].detach().clone()
+        return Prefilled(model, tokens, rule_set, at, logits, plan, forward, None, calls, state)
+
+    return run_as_planned(plan, in_tiles, without_tiles)

@@ -1,30 +1,29 @@
-"""One forward and one backward under the rules, reading relevance inside the backward pass.
+"""What is read inside the backward pass: where, how, and what becomes of it.
 
-``Reading``s say what to read where. A sink is called with (activation, gradient) while the
-backward runs and keeps what it reduces them to, so nothing of the size of all activations has to
-outlive its layer. No parameter takes part: their ``.grad`` and ``requires_grad`` stay as they are,
-and the gradient starts at detached embeddings, so frozen models work too.
-
-The user's hooks are part of the model. What is read at a HookPoint is the value after its own
-edits, times the gradient at that value: what a hook replaced by constants has relevance there, as a
-bias has, and none of it goes on to where the replaced value came from.
+A ``Reading`` names a HookPoint and a sink, which receives (activation, gradient) while the backward
+runs. ``RelevanceSums`` are readings that reduce relevance, activation × gradient, to sums given by
+einops patterns, so that nothing of the size of all activations outlives its layer. ``Slots`` let
+one forward serve several results, whose sinks are bound before each backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
 from ..hooks.attachment import Attachment, HookFn
+from ..inputs.bridge import is_kind
 from ..rules.functions import at_least_float32
 from ..rules.handed_on import handed_on, is_writable
-from ..rules.precision import plain
+from ..rules.precision import NOTABLE, plain, underflow
 from ..rules.rule_node import RuleNode
 from ..rules.threads import acting_for, caller, mine
 
@@ -38,11 +37,12 @@ class Reading:
     Attributes:
         name: A key of ``model.hook_dict``.
         sink: Receives (activation, gradient), both detached, in the HookPoint's public shape.
-        how: "branch" reads what flows through the HookPoint itself; "tensor" reads the gradient of
-            the tensor that arrives there, with whatever else consumes it (the residual stream at
-            ``hook_resid_mid``), and is the only way where returning a value would be an edit.
-        fired: Called in the forward with the activation, where it can have a gradient at all. The
-            sink stays uncalled if the rules let nothing through to it: relevance 0.
+        how: "branch" reads the gradient that flows through the HookPoint itself; "tensor" reads the
+            gradient of the tensor that arrives there, which includes whatever else consumes it (the
+            residual stream at ``hook_resid_mid``). Where returning a value would count as an edit,
+            "tensor" is the only possibility.
+        fired: Called in the forward with the activation, if it can have a gradient at all. The sink
+            is not called where the rules let no gradient through; relevance is then 0.
     """
 
     name: str
@@ -56,18 +56,129 @@ def relevance_of(x: Tensor, g: Tensor) -> Tensor:
     return at_least_float32(x) * at_least_float32(g)
 
 
-class Slots:
-    """Readings that a forward is prepared for, and whose sinks are named before each backward.
+# Relevance [1, pos, ...] at a HookPoint, and what is kept of it. Axes left out are summed over.
+BY_POSITION = "1 pos d_model -> pos"
+BY_DIMENSION = "1 pos d_model -> pos d_model"
+BY_NEURON = "1 pos d_mlp -> pos d_mlp"
+BY_HEAD = "1 pos head d_head -> head pos"
+_BY_HEAD_OF_PRODUCT = "1 head pos d_head -> head pos"  # z as pattern · v gives it, before hook_z
 
-    So one forward serves several results: each binds what it reads to the places it needs.
 
-    Args:
-        readings: What may be read; only name and way are used.
-        uses: How many results will be read; the graph is kept until the last.
+class RelevanceSums:
+    """Readings that keep sums of relevance by name, for one backward after another.
 
     Attributes:
-        readings: To arrange in the forward, one for each place.
-        uses: How many results are still to be read.
+        readings: What to read, for the engine.
+        axes: By name, the einops pattern of what is kept: its right side names the axes. A sum
+            without axes has none.
+    """
+
+    def __init__(self) -> None:
+        self.readings: list[Reading] = []
+        self.axes: dict[str, str] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._zeros: dict[str, Tensor] = {}
+        self._lost: dict[str, Tensor] = {}
+        self._mass: dict[str, Tensor] = {}
+
+    def add(self, name: str, pattern: str, *, stream: bool = False) -> None:
+        """Keep sums of the relevance at a HookPoint.
+
+        Args:
+            name: The HookPoint.
+            pattern: An einops pattern from relevance [1, pos, ...] to what is kept.
+            stream: Read the whole residual stream there, not only the branch through the HookPoint.
+        """
+
+        def sink(x: Tensor, g: Tensor) -> None:
+            relevance = relevance_of(x, g)
+            self._kept[name] = reduce(relevance, pattern, "sum").cpu()
+            if x.dtype == torch.float16:
+                lost, mass = underflow(x, g), relevance.abs().sum().cpu()
+                self._lost[name] = self._lost.get(name, torch.zeros(())) + lost
+                self._mass[name] = self._mass.get(name, torch.zeros(())) + mass
+
+        def fired(x: Tensor) -> None:
+            zero = torch.zeros((), dtype=torch.float32).expand(x.shape)
+            self._zeros[name] = reduce(zero, pattern, "sum")
+
+        self.axes[name] = pattern
+        self.readings.append(Reading(name, sink, "tensor" if stream else "branch", fired))
+
+    def add_heads(self, model: Any, layer: int) -> str:
+        """Keep a block's relevance by head, [head, pos].
+
+        Heads are read at ``hook_z``, or at the product of pattern and values where TransformerLens
+        has no ``hook_z`` or splits it into other heads than attention has (MLA).
+
+        Returns:
+            The name the sums are kept under.
+        """
+        path = f"blocks.{layer}.attn"
+        other_heads = is_kind(model.blocks[layer].attn, "MLAAttentionBridge")
+        if other_heads or f"{path}.hook_z" not in model.hook_dict:
+            self.add(f"{path}.z", _BY_HEAD_OF_PRODUCT)
+            return f"{path}.z"
+        self.add(f"{path}.hook_z", BY_HEAD)
+        return f"{path}.hook_z"
+
+    def add_bias(self, name: str, bias: Tensor) -> None:
+        """Keep the relevance that a bias takes: the sum of bias ⊙ gradient where it is added."""
+
+        def sink(x: Tensor, g: Tensor) -> None:  # noqa: ARG001
+            total = g.to(torch.promote_types(g.dtype, torch.float32)).flatten(0, 1).sum(0)
+            self._kept[name] = (total.flatten() * bias.detach().to(total)).sum().cpu()
+
+        self.readings.append(Reading(name, sink))
+
+    def take(self) -> dict[str, Tensor]:
+        """The sums of the last backward, by name; 0 where the rules let nothing through."""
+        taken = {**self._zeros, **self._kept}
+        self._kept.clear()
+        return taken
+
+    def clear(self) -> None:
+        """Forget the last forward and backward."""
+        self._kept.clear()
+        self._zeros.clear()
+
+    def warn_of_underflow(self) -> None:
+        """Warn once where float16 activations are so small that relevance may have been lost.
+
+        The gradient is float32, so only the activation can have underflowed. What that may have
+        cost at a HookPoint is compared with the relevance at the one that holds most.
+        """
+        if not self._lost:
+            return
+        worst = max(self._lost, key=lambda name: float(self._lost[name]))
+        lost, mass = float(self._lost[worst]), max(map(float, self._mass.values()))
+        if lost > NOTABLE * mass:
+            share = f"up to {lost / mass:.0%} of the relevance" if mass else "all relevance"
+            warnings.warn(
+                f"Activations at {worst} are too small for float16: {share} may have been lost to "
+                "underflow there. Load the model in bfloat16 or float32, or explain it inside "
+                "`with clrp.in_float32(model):`.",
+                stacklevel=5,
+            )
+
+
+def pos_axis(axes: Mapping[str, str], name: str) -> int:
+    """Which axis of the sums kept under ``name`` counts positions."""
+    return axes[name].rpartition("->")[2].split().index("pos")
+
+
+class Slots:
+    """Places that a forward is prepared to read at, whose sinks are bound before each backward.
+
+    One forward can then serve several results, each of which binds the readings it needs.
+
+    Args:
+        readings: What may be read; only ``name`` and ``how`` are used.
+        uses: Number of results to come; the autograd graph is kept until the last.
+
+    Attributes:
+        readings: Readings to put into the forward, one per place.
+        uses: Number of results still to come.
     """
 
     def __init__(self, readings: Iterable[Reading], uses: int) -> None:
@@ -93,38 +204,39 @@ class Slots:
         return Reading(reading.name, sink, reading.how, fired)
 
     def require_left(self) -> None:
-        """Refuse another result than those that were planned.
+        """Refuse a result beyond those that were planned.
 
         Raises:
-            ValueError: none is left.
+            ValueError: no planned result is left.
         """
         if self.uses < 1:
             raise ValueError("The graph of this forward was used up; run another one.")
 
     def pass_over(self) -> None:
-        """One result less to come."""
+        """Count one result as done."""
         self.uses -= 1
         if not self.uses:
             self._seen.clear()  # so that the last backward lets go of activations as it goes
 
     @contextmanager
     def bound(self, readings: Iterable[Reading]) -> Iterator[None]:
-        """Have these sinks called by the backwards inside the block, which belong to one result.
+        """Bind the sinks of one result for the backwards inside the ``with`` block.
 
         Args:
-            readings: Their ``fired`` is called first, with what the forward had.
+            readings: What the result reads. Each ``fired`` is called first, with the activation of
+                the forward.
 
         Raises:
             ValueError: the forward was not prepared for one of them, or is used up.
         """
         self.require_left()
-        wanted = list(readings)
-        for reading in wanted:
+        readings = list(readings)
+        for reading in readings:
             if (reading.name, reading.how) not in self._places:
                 raise ValueError(
                     f"The forward was not prepared for reading {reading.name}; run another one."
                 )
-        for reading in wanted:
+        for reading in readings:
             place = (reading.name, reading.how)
             self._bound.setdefault(place, []).append(reading)
             if reading.fired is not None and place in self._seen:
@@ -177,13 +289,14 @@ def _read_hook(reading: Reading) -> HookFn:
 def arranged(
     model: Any, attachments: Iterable[Attachment], readings: Iterable[Reading]
 ) -> tuple[list[tuple[str, HookFn]], list[tuple[str, HookFn]]]:
-    """Hooks that do the readings: those to add before the rules', and those to add after.
+    """The hooks that do the readings: those to add before the hooks of the rules, and after them.
 
-    Readings at values that only a rule can reach are handed to it (``Attachment.live``).
+    Readings of values that only a rule's hook can reach are handed to that hook
+    (``Attachment.live``).
     """
     attachments, hook_dict = tuple(attachments), model.hook_dict
     captures = {name for a in attachments if a.scoped is None for name in a.captures}
-    captured = {id(hook_dict[name]) for name in captures}
+    captured_points = {id(hook_dict[name]) for name in captures}
     before: list[tuple[str, HookFn]] = []
     after: list[tuple[str, HookFn]] = []
     live = {name: fns for a in attachments for name, fns in a.live.items()}
@@ -191,7 +304,7 @@ def arranged(
         if reading.name in live:
             live[reading.name].append(_read_hook(reading))
             continue
-        first = id(hook_dict[reading.name]) in captured
+        first = id(hook_dict[reading.name]) in captured_points
         pair = (reading.name, _read_hook(reading))
         (before if first else after).append(pair)
     return before, after
@@ -199,7 +312,12 @@ def arranged(
 
 @dataclass(eq=False)
 class BlockCall:
-    """The arguments a block was called with in the forward, to call it again."""
+    """The arguments that a block was called with in the forward, for calling it again.
+
+    Attributes:
+        args, kwargs: Positional and keyword arguments, detached, without a cache.
+        copied: Whether they are copies, since a user's hook may write into the originals.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -207,7 +325,7 @@ class BlockCall:
 
     @contextmanager
     def recorded(self, block: Any) -> Iterator[None]:
-        """Record the block's arguments while the model runs inside."""
+        """Record the arguments of ``block`` while the model runs inside the ``with`` block."""
 
         def pre_hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
             self.args = tuple(map(_reusable, args))
@@ -223,14 +341,14 @@ class BlockCall:
             handle.remove()
 
     def again(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments for a call in which a user's hook may write into them."""
+        """The arguments, fit for a call in which a user's hook may write into them."""
         if not self.copied:
             return self.args, self.kwargs
         return tuple(map(_copied, self.args)), {k: _copied(v) for k, v in self.kwargs.items()}
 
 
 def _reusable(value: Any) -> Any:
-    """An argument fit for a second call: no graph, and no cache that holds this prompt's keys."""
+    """An argument without its autograd graph; None for a cache that holds this prompt's keys."""
     if hasattr(value, "get_seq_length"):
         return None
     return value.detach() if isinstance(value, Tensor) else value

@@ -7,7 +7,7 @@ methods.
 
 from __future__ import annotations
 
-from .assembly.attribution_graph import attribution_graph
+from .assembly.attribution_graph import attribution_graph, attribution_graphs
 from .graph import AttributionGraph
 
-__all__ = ["AttributionGraph", "attribution_graph"]
+__all__ = ["AttributionGraph", "attribution_graph", "attribution_graphs"]

@@ -396,32 +396,22 @@ def question(
     )
 
 
-def questions(
-    model: Any,
-    objective: Callable[[Tensor], Tensor] | None,
-    objectives: Sequence[Callable[[Tensor], Tensor]] | None,
-    target: object,
-    contrast: object,
-    pos: Pos,
-) -> list[Callable[[Tensor], Tensor]]:
-    """Several objectives as given, or the one of ``question``.
+def require_objectives(objectives: object) -> list[Callable[[Tensor], Tensor]]:
+    """Check a list of objectives of one prompt each.
+
+    Args:
+        objectives: What the caller gave.
 
     Raises:
-        TypeError: both ways at once, something that is no list of objectives, or as ``question``.
-        ValueError: no objective in the list.
+        TypeError: it is no list, or one of its items is no function.
+        ValueError: the list is empty.
+        TokenError: as ``for_one_prompt``.
     """
-    if objectives is None:
-        return [question(model, objective, target, contrast, pos)]
-    if objective is not None or target is not None or contrast is not None or _pos(pos) != -1:
-        raise TypeError(
-            "objectives=[...] is the whole question; leave out objective, target, contrast and "
-            "pos, and give each objective its own, as in [clrp.logit_diff(model, target, contrast, "
-            "pos=...), ...]."
-        )
     if isinstance(objectives, str) or not isinstance(objectives, Sequence):
         raise TypeError(
             f"objectives={objectives!r} must be a list, such as "
-            "[clrp.logit_diff(model, target, contrast), ...]; one alone is the third argument."
+            "[clrp.logit_diff(model, target, contrast), ...]; for a single objective there are "
+            "clrp.attribute and clrp.attribution_graph."
         )
     if not objectives:
         raise ValueError("objectives=[] asks nothing; give one objective or more.")
@@ -431,27 +421,6 @@ def questions(
             f"{wrong!r} among objectives is not one; use clrp.logit_diff(model, target, contrast)."
         )
     return [for_one_prompt(one) for one in objectives]
-
-
-def described(
-    objective: Callable[[Tensor], Tensor], logits: Tensor, value: Tensor
-) -> dict[str, Any]:
-    """What results say of an objective: delta, target_logit, contrast_logit and texts."""
-    delta = float(value)
-    if not isinstance(objective, Objective):
-        name = getattr(objective, "__name__", repr(objective))
-        return {"delta": delta, "target_logit": delta, "contrast_logit": None,
-                "objective": name, "target": "", "contrast": ""}  # fmt: skip
-    target, contrast = objective.parts(logits)
-    texts = objective.texts()
-    return {
-        "delta": delta,
-        "target_logit": float(target[0]),
-        "contrast_logit": None if contrast is None else float(contrast[0]),
-        "objective": str(objective),
-        "target": texts[0],
-        "contrast": texts[1],
-    }
 
 
 def check_earlier(name: str, pos: int, others: str, earlier: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Edges found in tiles are those of the plain way, and streaming keeps exactly the same ones."""
+"""Edges computed in tiles are those of the plain engine, and streaming keeps the same ones."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_targets_below_the_node_threshold_are_not_expanded() -> None:
 def test_what_tiles_cannot_do_is_refused() -> None:
     model, ids = boot("qwen3", torch.float32), random_tokens()
     objective = clrp.logit_diff(model, 7, 11)
-    with pytest.raises(ValueError, match="plain way"):
+    with pytest.raises(ValueError, match="cannot run in tiles"):
         clrp.attribution_graph(model, ids, objective, **TILED, layers=[0])
     with pytest.raises(ValueError, match="Give one of"):
         clrp.attribution_graph(model, ids, objective, mass=0.5, top_k=3)

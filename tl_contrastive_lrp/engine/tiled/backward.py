@@ -1,12 +1,12 @@
 """The backward in tiles: each block is run again, one tile of positions after the other.
 
-From the last block to the first, and within a block from the last tile to the first: by causality
-only later tiles send gradients to a tile's keys and values, so these are complete when its turn
-comes, and one run of the block on the tile gives all its gradients, the same as a plain backward.
-What it takes is a tile's activations, heads · tile · pos numbers, at a time. Several objectives
-share that run: each sends its own gradient back through it.
+Blocks are run from the last to the first, and the tiles of a block from the last to the first. By
+causality only later tiles send gradients to a tile's keys and values, so these gradients are
+complete when the tile's turn comes, and one run of the block on the tile gives all its gradients,
+the same as in a plain backward. It holds the activations of one tile, heads · tile · pos numbers,
+at a time. Several objectives share that run: each sends its own gradient back through it.
 
-The rules and readings are those of ``backward.run``; what readings keep is joined over tiles.
+Rules and readings are those of the plain engine; sums are put together from the tiles.
 """
 
 from __future__ import annotations
@@ -24,35 +24,49 @@ from ...hooks.placement import attached, reading_hooks
 from ...rules.functions import at_least_float32
 from ...rules.precision import LOW, WideGradient, plain
 from ..memory import trim_heap
-from ..reading import Reading, arranged
-from ..relevance_sums import RelevanceSums
-from .accumulate import BackwardState, TileAccumulator, laid_out
+from ..reading import Reading, RelevanceSums, arranged
+from .cache import Enough, ReplayCache
 from .prefill import Prefill, first_of
+from .tiles import BackwardState, TileAccumulator, laid_out
 
 
 class TileReader(Protocol):
-    """What else is read while the backward runs; see ``tiled_edges.py``.
+    """Reads something else while the backward runs, such as edges (``graph/edges/tiled.py``).
 
-    ``which`` is the number of the objective.
+    ``layer`` is the number of the block, ``tile`` of the tile and ``which`` of the objective.
     """
 
-    def readings(self, layer: int) -> list[Reading]: ...
+    def readings(self, layer: int) -> list[Reading]:
+        """What to read while the block runs."""
+        ...
 
-    def begin_layer(self, layer: int, forward: Prefill) -> None: ...
+    def begin_layer(self, layer: int, forward: Prefill) -> None:
+        """Called before the first tile of a block."""
+        ...
 
-    def begin_tile(self, layer: int, tile: int, cache: Any) -> None: ...
+    def begin_tile(self, layer: int, tile: int, cache: Any) -> None:
+        """Called before the block runs on a tile, with the cache it is given."""
+        ...
 
-    def end_tile(self, layer: int, tile: int, joined: TileAccumulator, which: int) -> None: ...
+    def end_tile(self, layer: int, tile: int, read: TileAccumulator, which: int) -> None:
+        """Called after an objective's backward through a tile, with its sums so far."""
+        ...
 
-    def end_layer(self, layer: int) -> None: ...
+    def end_layer(self, layer: int) -> None:
+        """Called after the last tile of a block."""
+        ...
 
-    def saved(self, layer: int, which: int) -> dict[str, Tensor]: ...
+    def saved(self, layer: int, which: int) -> dict[str, Tensor]:
+        """What was read of a finished block, for a checkpoint."""
+        ...
 
-    def restore(self, layer: int, which: int, tensors: dict[str, Tensor]) -> None: ...
+    def restore(self, layer: int, which: int, tensors: dict[str, Tensor]) -> None:
+        """Take back what ``saved`` gave."""
+        ...
 
 
 def is_of_block(path: str, layer: int | None) -> bool:
-    """Whether something at ``path`` takes part when that block runs (None: outside of all)."""
+    """Whether a component takes part when block ``layer`` runs (None: outside of all blocks)."""
     head, _, rest = path.partition(".")
     if head != "blocks":
         return True
@@ -60,7 +74,7 @@ def is_of_block(path: str, layer: int | None) -> bool:
 
 
 def as_gradient(g: Tensor, like: Tensor) -> Tensor:
-    """A gradient kept in float32 or finer, as autograd wants it for ``like``."""
+    """A gradient kept in float32 or finer, in the form that autograd takes for ``like``."""
     g = g.to(like.device)
     return WideGradient(g.float(), like.dtype) if like.dtype in LOW else g.to(like.dtype)
 
@@ -104,23 +118,23 @@ class Backward:
     ) -> None:
         self.model, self.attachments, self.sums, self.reader = model, attachments, sums, reader
         self.forward, self.signals, self.step = forward, signals, step
-        self.again = again  # the forward serves another run after this
+        self.again = again  # whether the forward serves another run after this one
 
     def layer(self, layer: int) -> None:
-        """Bring every signal's gradient from the block's output to its input."""
+        """Send the gradient of every objective from the block's output back to its input."""
         forward, reader = self.forward, self.reader
         keys, values = forward.keys[layer], forward.values[layer]
         flows = [_Flow.begun(signal.g, keys, values) for signal in self.signals]
         prefix = f"blocks.{layer}."
-        mine = tuple(a for a in self.attachments if is_of_block(a.site.path, layer))
+        own_rules = tuple(a for a in self.attachments if is_of_block(a.site.path, layer))
         readings = [r for r in self.sums.readings if r.name.startswith(prefix)]
         readings += reader.readings(layer) if reader is not None else []
-        hooks = arranged(self.model, mine, readings)
+        hooks = arranged(self.model, own_rules, readings)
         if reader is not None:
             reader.begin_layer(layer, forward)
         for tile in reversed(range(len(forward.bounds))):
             trim_heap(tile)
-            self._tile(layer, tile, flows, mine, hooks)
+            self._tile(layer, tile, flows, own_rules, hooks)
             self.step()
         if reader is not None:
             reader.end_layer(layer)
@@ -132,14 +146,12 @@ class Backward:
         layer: int,
         tile: int,
         flows: list[_Flow],
-        mine: tuple[Attachment, ...],
+        own_rules: tuple[Attachment, ...],
         hooks: tuple[list[tuple[str, HookFn]], list[tuple[str, HookFn]]],
     ) -> None:
-        from .cache import ReplayCache
-
         forward = self.forward
         start, stop = forward.bounds[tile]
-        own, last = slice(start, stop), tile == forward.last  # one is run always, to find shapes
+        own, last = slice(start, stop), tile == forward.last  # the last always runs, for its shapes
         if tile > forward.last:
             return
         idle = not last and not any(flow.arrives(own) for flow in flows)
@@ -152,7 +164,7 @@ class Backward:
         x = forward.inputs[layer][tile].detach().requires_grad_(True)
         if self.reader is not None:
             self.reader.begin_tile(layer, tile, cache)
-        out = self._replayed(layer, tile, x, cache, mine, hooks)
+        out = self._replayed(layer, tile, x, cache, own_rules, hooks)
         assert cache.own is not None
         for which, flow in enumerate(flows):
             ends = [
@@ -161,22 +173,22 @@ class Backward:
             ]
             ends += [] if out is None else [(out, flow.g[:, own])]
             ends = [(y, g_y) for y, g_y in ends if y.requires_grad]
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 [y for y, _ in ends],
                 [x, *before],
                 [as_gradient(g_y, y) for y, g_y in ends],
                 allow_unused=True,
                 retain_graph=which + 1 < len(flows),
             )
-            if found[0] is not None:
-                flow.g_in[:, own] = plain(found[0]).to(flow.g_in)
-            for total, part in zip((flow.g_keys, flow.g_values), found[1:], strict=True):
+            if gradients[0] is not None:
+                flow.g_in[:, own] = plain(gradients[0]).to(flow.g_in)
+            for total, part in zip((flow.g_keys, flow.g_values), gradients[1:], strict=True):
                 if part is not None:
                     total[..., past, :] += plain(part).to(total)
-            joined = self.signals[which].joined
-            joined.take(self.sums.take(), (start, stop))
+            read = self.signals[which].read
+            read.add(self.sums.take(), (start, stop))
             if self.reader is not None:
-                self.reader.end_tile(layer, tile, joined, which)
+                self.reader.end_tile(layer, tile, read, which)
         self.sums.clear()
 
     def _replayed(
@@ -185,24 +197,22 @@ class Backward:
         tile: int,
         x: Tensor,
         cache: Any,
-        mine: tuple[Attachment, ...],
+        own_rules: tuple[Attachment, ...],
         hooks: tuple[list[tuple[str, HookFn]], list[tuple[str, HookFn]]],
     ) -> Tensor | None:
         """The block's output on the tile, None where it was stopped at its keys and values."""
-        from .cache import Enough
-
         args, kwargs = self.forward.call(layer, tile, x, cache)
         with (
             reading_hooks(self.model, hooks[0]),
-            attached(self.model, mine),
+            attached(self.model, own_rules),
             reading_hooks(self.model, hooks[1]),
         ):
             try:
                 out = first_of(self.model.blocks[layer](*args, **kwargs))
             except Enough:
                 return None
-        wanted = self.forward.after(layer, tile)
-        if not bool((out.detach() - wanted).abs().max() <= 1e-3 * wanted.abs().max()):
+        before = self.forward.after(layer, tile)
+        if not bool((out.detach() - before).abs().max() <= 1e-3 * before.abs().max()):
             raise ModelStateError(
                 f"blocks.{layer} does not give the same output when it is run again, so its "
                 "relevance would be wrong. Use memory='plain', and remove hooks that change values."
@@ -211,7 +221,7 @@ class Backward:
 
     def embeddings(self) -> None:
         """From the first block's input to the embeddings."""
-        found = [TileAccumulator(signal.joined.length) for signal in self.signals]
+        read = [TileAccumulator(s.read.length, s.read.axes) for s in self.signals]
         for tile, (start, leaves) in enumerate(self.forward.starts):
             own = self.forward.bounds[tile]
             for which, signal in enumerate(self.signals):
@@ -223,6 +233,6 @@ class Backward:
                     start, list(leaves.values()), as_gradient(g, start), allow_unused=True,
                     retain_graph=self.again or which + 1 < len(self.signals),
                 )  # fmt: skip
-                found[which].take(self.sums.take(), own)
-        for signal, joined in zip(self.signals, found, strict=True):  # all of it, or nothing
-            signal.joined.kept |= joined.kept
+                read[which].add(self.sums.take(), own)
+        for signal, whole in zip(self.signals, read, strict=True):  # all of it, or nothing
+            signal.read.sums |= whole.sums

@@ -13,15 +13,16 @@ from ...errors import NotTileableError
 
 
 class Enough(Exception):
-    """Keys and values are there; the rest of the block is not needed."""
+    """The keys and values have been computed; the rest of the block is not needed."""
 
 
 class RecordingCache(DynamicCache):  # type: ignore[misc]
-    """The model's own cache for a forward in tiles, which also keeps what windows let go.
+    """The model's own cache for a forward in tiles, which also keeps what sliding windows drop.
 
     Attributes:
         keys, values: By layer, [1, kv_head, pos, d_head].
-        widths: By layer, how many keys each tile saw, itself included.
+        widths: By layer, how many keys each tile saw, including its own.
+        updated: The layers that have put in the keys and values of the current tile.
     """
 
     def __init__(self, config: Any, length: int, n_layers: int) -> None:
@@ -42,10 +43,12 @@ class RecordingCache(DynamicCache):  # type: ignore[misc]
         """
         tile = self.stop - self.start
         if layer_idx != self.layer or k.shape[-2] != tile or v.shape[-2] != tile:
-            raise NotTileableError(f"blocks.{self.layer} uses the cache of keys and values its own way.")
-        if len(self.widths[layer_idx]) and layer_idx in self._done:
+            raise NotTileableError(
+                f"blocks.{self.layer} uses the cache of keys and values its own way."
+            )
+        if len(self.widths[layer_idx]) and layer_idx in self.updated:
             raise NotTileableError(f"blocks.{layer_idx} computes attention twice.")
-        self._done.add(layer_idx)
+        self.updated.add(layer_idx)
         if layer_idx not in self.keys:
             self.keys[layer_idx] = k.new_empty(*k.shape[:-2], self.length, k.shape[-1])
             self.kept_values[layer_idx] = v.new_empty(*v.shape[:-2], self.length, v.shape[-1])
@@ -56,7 +59,7 @@ class RecordingCache(DynamicCache):  # type: ignore[misc]
         return all_k, all_v
 
     def _seen(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Keys and values that the tile sees; where that is all so far, without a copy."""
+        """The keys and values that the tile sees; without a copy, if those are all so far."""
         if len(self.layers) <= layer_idx or type(self.layers[layer_idx]) is not DynamicLayer:
             return super().update(k, v, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
@@ -67,22 +70,28 @@ class RecordingCache(DynamicCache):  # type: ignore[misc]
         return layer.keys, layer.values
 
     def begin(self, start: int, stop: int) -> None:
-        """A tile of positions start to stop comes next."""
+        """Begin the tile of positions start to stop."""
         self.start, self.stop = start, stop
-        self._done: set[int] = set()
+        self.updated: set[int] = set()
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        """Refuse a state besides keys and values.
+
+        Raises:
+            NotTileableError: always.
+        """
         raise NotTileableError(f"blocks.{self.layer} keeps more than keys and values in its cache.")
 
     update_recurrent_state = update_indexer = update_conv_state
 
 
 class ReplayCache:
-    """Gives one tile of one block the keys and values before it; its own stay on the graph.
+    """Gives one tile of one block the keys and values before it; the tile's own keep their graph.
 
     Attributes:
-        past: Keys and values before the tile, as far as it sees them.
+        past: The keys and values before the tile, as far as it sees them.
         own: The tile's keys and values, as computed in this run.
+        values: All values that the tile sees, detached.
     """
 
     def __init__(self, start: int, past: tuple[Tensor, Tensor], *, stop: bool = False) -> None:
@@ -93,7 +102,7 @@ class ReplayCache:
         self.values: Tensor | None = None
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        """What the tile sees.
+        """The keys and values that the tile sees.
 
         Raises:
             Enough: ``stop`` is set.
@@ -109,9 +118,11 @@ class ReplayCache:
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """Number of positions before the tile."""
         return self.start
 
     get_query_offset = get_seq_length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
+        """Number of keys, and the offset of the first one."""
         return self.start + query_length, 0

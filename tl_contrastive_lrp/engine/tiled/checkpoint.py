@@ -1,7 +1,8 @@
-"""A folder that holds what a long run has finished, block by block, so that it can go on.
+"""A folder that holds what a long run has finished, block by block, so that it can be resumed.
 
-One safetensors file a block: the gradient at its input and what was read in it. Files are written
-whole or not at all. A folder belongs to one question (prompt, model's answer, objective, rules,
+There is one safetensors file per block: the gradient at its input and what was read in it. Files
+are written whole or not at all.
+A folder belongs to one question (prompt, model's answer, objective, rules,
 settings); another one is refused, never mixed in.
 """
 
@@ -20,25 +21,29 @@ from torch import Tensor
 from ...errors import FileFormatError
 from ...rules.precision import LOW
 from ..memory import MemoryPlan
-from .accumulate import BackwardState, laid_out
+from .tiles import BackwardState, laid_out
 
 _FORMAT = "tl_contrastive_lrp.checkpoint 2"
 
 
 class Restorable(Protocol):
-    """A reader whose results of a block can be kept and put back."""
+    """A reader whose results for a block can be saved and restored."""
 
-    def saved(self, layer: int, which: int) -> dict[str, Tensor]: ...
+    def saved(self, layer: int, which: int) -> dict[str, Tensor]:
+        """What was read of a finished block for objective ``which``."""
+        ...
 
-    def restore(self, layer: int, which: int, tensors: dict[str, Tensor]) -> None: ...
+    def restore(self, layer: int, which: int, tensors: dict[str, Tensor]) -> None:
+        """Take back what ``saved`` gave."""
+        ...
 
 
 class Checkpoint:
-    """See the module.
+    """One run's folder of finished blocks.
 
     Args:
-        directory: The folder; made if its parent exists.
-        settings: What else the results depend on, in words.
+        directory: The folder; created if its parent exists.
+        settings: What the results depend on besides the question, in words.
 
     Raises:
         FileNotFoundError: the folder's parent does not exist.
@@ -58,18 +63,18 @@ class Checkpoint:
             )
 
     def tile(self) -> int | None:
-        """Positions a tile in the run that was begun here."""
-        found = self._read()
-        return None if found is None else int(found["tile"])
+        """Positions per tile of the run that was begun here; None if none was."""
+        note = self._read()
+        return None if note is None else int(note["tile"])
 
     def _read(self) -> dict[str, Any] | None:
         if not self._note.exists():
             return None
         try:
-            found = json.loads(self._note.read_text(encoding="utf-8"))
-            if found["format"] != _FORMAT or int(found["tile"]) < 1 or not found["values"]:
+            note = json.loads(self._note.read_text(encoding="utf-8"))
+            if note["format"] != _FORMAT or int(note["tile"]) < 1 or not note["values"]:
                 raise ValueError
-            return dict(found)
+            return dict(note)
         except (ValueError, KeyError, TypeError) as error:
             raise FileFormatError(
                 f"{self._note} is damaged or of another version; delete the folder to start anew."
@@ -78,12 +83,12 @@ class Checkpoint:
     def open(
         self, tokens: Tensor, values: Sequence[Tensor], rules: str, names: Sequence[str], tile: int
     ) -> None:
-        """Begin, or find out that this is the run that was begun here.
+        """Begin a run, or confirm that this is the run that was begun here.
 
         Args:
-            tokens, rules: What was asked.
-            values, names: Of its objectives.
-            tile: Positions a tile. Blocks that were finished in others count all the same.
+            tokens, rules: The prompt and the rule set.
+            values, names: Values and descriptions of the objectives.
+            tile: Positions per tile. Blocks finished with another tile still count.
 
         Raises:
             FileFormatError: the folder belongs to another run.
@@ -92,14 +97,14 @@ class Checkpoint:
         dtypes = [str(value.dtype) for value in values]
         digest.update("\n".join((rules, *names, *dtypes, self.settings)).encode())
         question = digest.hexdigest()
-        said = [float(value.detach()) for value in values]  # tells which model it is
-        found = self._read()
-        if found is not None and not (
-            found["question"] == question
+        deltas = [float(value.detach()) for value in values]  # they identify the model
+        begun = self._read()
+        if begun is not None and not (
+            begun["question"] == question
             and (
-                found["values"] == said
-                if found["tile"] == tile
-                else _close(found["values"], said, values[0].dtype)
+                begun["values"] == deltas
+                if begun["tile"] == tile
+                else _close(begun["values"], deltas, values[0].dtype)
             )
         ):
             raise FileFormatError(
@@ -107,8 +112,8 @@ class Checkpoint:
                 "differ, or the processor or number of threads, which round differently). Give "
                 "another checkpoint_dir, or delete that folder."
             )
-        if found is None or found["tile"] != tile:
-            note = {"format": _FORMAT, "question": question, "values": said, "tile": tile}
+        if begun is None or begun["tile"] != tile:
+            note = {"format": _FORMAT, "question": question, "values": deltas, "tile": tile}
             partial = self._note.with_suffix(".part")
             partial.write_text(json.dumps(note), encoding="utf-8")
             os.replace(partial, self._note)
@@ -119,13 +124,13 @@ class Checkpoint:
     def write(
         self, layer: int, signals: Sequence[BackwardState], reader: Restorable | None
     ) -> None:
-        """Keep what block ``layer`` gave, by objective."""
+        """Save what block ``layer`` gave for each objective."""
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
         for which, signal in enumerate(signals):
             tensors[f"{which}|g"] = signal.g
-            for name, x in signal.joined.kept.items():
+            for name, x in signal.read.sums.items():
                 if name.startswith(f"blocks.{layer}."):
                     tensors[f"{which}|sum|{name}"] = x
             if reader is not None:
@@ -140,10 +145,10 @@ class Checkpoint:
     def resume(
         self, n_layers: int, signals: Sequence[BackwardState], reader: Restorable | None
     ) -> int:
-        """Put back what was finished.
+        """Restore what was finished.
 
         Returns:
-            The lowest block that is finished: those below it are still to do.
+            The lowest finished block; the blocks below it are still to do.
 
         Raises:
             FileFormatError: a file that cannot be read.
@@ -156,7 +161,7 @@ class Checkpoint:
             first -= 1
             try:
                 tensors = {k: laid_out(x) for k, x in load_file(self._file(first)).items()}
-                found = [tensors.pop(f"{which}|g") for which in range(len(signals))]
+                gradients = [tensors.pop(f"{which}|g") for which in range(len(signals))]
             except (SafetensorError, KeyError, OSError) as error:
                 raise FileFormatError(f"{self._file(first)} is damaged; delete it.") from error
             edges: list[dict[str, Tensor]] = [{} for _ in signals]
@@ -165,8 +170,8 @@ class Checkpoint:
                 if kind == "edge":
                     edges[int(which)][name] = tensor
                 else:
-                    signals[int(which)].joined.kept[name] = tensor
-            for which_, (signal, g) in enumerate(zip(signals, found, strict=True)):
+                    signals[int(which)].read.sums[name] = tensor
+            for which_, (signal, g) in enumerate(zip(signals, gradients, strict=True)):
                 signal.g = laid_out(g, signal.g)
                 if reader is not None:
                     reader.restore(first, which_, edges[which_])
@@ -174,28 +179,28 @@ class Checkpoint:
 
 
 def _close(before: list[float], now: list[float], dtype: torch.dtype) -> bool:
-    """The same but for the rounding that other tiles bring."""
+    """Equal up to the rounding that another tile size causes."""
     slack = 0.05 if dtype in LOW else 1e-3
     return all(abs(x - y) <= slack * max(1.0, abs(x)) for x, y in zip(before, now, strict=True))
 
 
 def checkpoint_of(
-    directory: str | os.PathLike[str] | None, settings: str, choice: MemoryPlan
+    directory: str | os.PathLike[str] | None, settings: str, plan: MemoryPlan
 ) -> tuple[Checkpoint | None, int]:
-    """The checkpoint, if one is wanted, and positions a tile: those of the run begun there.
+    """The checkpoint, if a folder is given, and the positions per tile of the run begun there.
 
-    Then it goes on with the same bits even if the device has more or less memory free by now; a
-    tile that the user gives is taken all the same.
+    With the tile of that run, a resumed run gives the same bits even if the device now has more or
+    less memory free. A tile that the user gives takes precedence.
 
     Raises:
         FileNotFoundError, FileFormatError: as ``Checkpoint``.
     """
-    assert choice.tile is not None
+    assert plan.tile is not None
     if directory is None:
-        return None, choice.tile
+        return None, plan.tile
     checkpoint = Checkpoint(directory, settings)
-    begun = None if choice.given else checkpoint.tile()
-    return checkpoint, begun or choice.tile
+    begun = None if plan.given else checkpoint.tile()
+    return checkpoint, begun or plan.tile
 
 
 def _is_ours(name: str) -> bool:

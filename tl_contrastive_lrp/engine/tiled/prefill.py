@@ -1,9 +1,10 @@
 """The forward in tiles of positions: a prefill through the bridge over a key-value cache.
 
-What a backward needs to run each block again on each tile is kept: the block's input, what it was
-called with (masks, rotary tables: the model's own, packed), and all keys and values. That is
-O(layers · pos · d_model) where a plain forward with gradients keeps O(layers · heads · pos²).
-Nothing is re-implemented: the model computes each tile as it would when generating text.
+It keeps what a backward needs to run each block again on each tile: the input of the block, its
+other arguments (the model's own masks, stored as bits, and rotary tables), and all keys and values.
+That takes O(layers · pos · d_model) memory, where a plain forward with gradients takes
+O(layers · heads · pos²). Nothing is re-implemented: the model computes each tile as it would when
+it generates text.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,41 +21,39 @@ from torch.utils._pytree import tree_map
 from ...errors import NotTileableError
 from ...rules.threads import mine
 from ..memory import trim_heap
-from .bounds import Range, is_wanted, tiles_of
-from .masks import BitMask
+from .cache import RecordingCache
+from .tiles import BitMask, Range, is_read, tile_bounds
 
-if TYPE_CHECKING:
-    from .cache import RecordingCache
-
-_CACHE = object()  # stands for the cache among a block's arguments
-_HIDDEN = object()  # and this for its input
+_CACHE = object()  # stands for the cache among a block's recorded arguments
+_HIDDEN = object()  # stands for its input
 
 
 class _AfterBlocks(Exception):
-    """All blocks have run on the tile; its logits are not wanted."""
+    """All blocks have run on the tile, and its logits are not read."""
 
 
 @dataclass(eq=False)
 class Prefill:
-    """A forward in tiles.
+    """What a forward in tiles keeps.
 
     Attributes:
         bounds: (start, stop) of each tile.
         inputs: Each block's input by tile, [1, tile, d_model].
-        calls: What each block was called with, by tile: positional and keyword arguments.
+        calls: The positional and keyword arguments of each block, by tile.
         keys, values: By block, [1, kv_head, pos, d_head].
         widths: By block and tile, how many keys the tile saw.
-        starts: By tile, the first block's input on the graph of the embeddings, and these.
+        starts: By tile, the first block's input with its autograd graph, and the embeddings at
+            which that graph starts.
         outputs: The last block's output by tile, [1, tile, d_model].
-        wanted: The positions whose logits are wanted, whole tiles.
-        finals: Those tiles' outputs as leaves, by tile.
+        ranges: The positions whose logits are read, in whole tiles.
+        finals: The outputs of those tiles as leaves, by tile.
         parts: Their logits, [1, tile, vocab], each on the graph of its tile's leaf.
     """
 
     bounds: tuple[Range, ...]
     inputs: list[list[Tensor]]
     calls: list[list[tuple[Any, Any]]]
-    wanted: tuple[Range, ...]
+    ranges: tuple[Range, ...]
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     widths: list[list[int]] = field(default_factory=list)
@@ -65,22 +64,22 @@ class Prefill:
 
     @property
     def last(self) -> int:
-        """The last wanted tile; those after it have no part in what is wanted."""
+        """The last tile whose logits are read; by causality later tiles take no part."""
         return max(self.finals)
 
     def logits(self) -> Tensor:
-        """[1, wanted, vocab], on the graph of ``parts``."""
+        """The logits that are read, [1, read positions, vocab], with their autograd graph."""
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=1)
 
     def logits_at(self, pos: int | None) -> Tensor | None:
-        """[1, 1, vocab] of a position that is a wanted tile of its own, else None."""
+        """The logits [1, 1, vocab] of a position that is a tile of its own, else None."""
         for tile, part in zip(self.finals, self.parts, strict=True):
             if pos is not None and self.bounds[tile] == (pos, pos + 1):
                 return part
         return None
 
     def call(self, layer: int, tile: int, hidden: Tensor, cache: Any) -> tuple[Any, Any]:
-        """Arguments for running a block again on a tile, with this input and this cache."""
+        """The arguments for running a block again on a tile, with this input and this cache."""
 
         def restored(value: Any) -> Any:
             if value is _CACHE:
@@ -93,12 +92,12 @@ class Prefill:
         return tree_map(restored, args), tree_map(restored, kwargs)
 
     def after(self, layer: int, tile: int) -> Tensor:
-        """What the block put out for the tile, [1, tile, d_model]."""
+        """The block's output on the tile, [1, tile, d_model]."""
         return self.outputs[tile] if layer + 1 == len(self.inputs) else self.inputs[layer + 1][tile]
 
 
 def first_of(output: Any) -> Tensor:
-    """A block's output, without what it puts out beside."""
+    """A block's hidden states, without whatever else it returns."""
     first: Tensor = output[0] if isinstance(output, tuple | list) else output
     return first
 
@@ -109,7 +108,7 @@ def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 class _Recorder:
-    """Hooks on the blocks that keep what each was given, one tile after the other."""
+    """Hooks on the blocks that record the arguments of each, one tile after the other."""
 
     def __init__(self, prefill: Prefill, cache: RecordingCache, leaves: dict[str, Tensor]) -> None:
         self.prefill = prefill
@@ -125,15 +124,14 @@ class _Recorder:
         if not isinstance(value, Tensor):
             return value
         if value.requires_grad:
-
             raise NotTileableError(
                 f"blocks.{self.cache.layer} is given more of the prompt than its residual stream."
             )
-        # The same mask goes to many blocks: it is packed once, while the tile holds it alive.
-        found = self.packed.get(id(value))
-        if found is None or found[0] is not value:
-            found = self.packed[id(value)] = value, BitMask.of(value)
-        return found[1]
+        # Many blocks are given the same mask: it is packed once, while the tile keeps it alive.
+        entry = self.packed.get(id(value))
+        if entry is None or entry[0] is not value:
+            entry = self.packed[id(value)] = value, BitMask.of(value)
+        return entry[1]
 
     def before(self, layer: int) -> Callable[..., Any]:
         def pre_hook(module: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
@@ -154,19 +152,18 @@ class _Recorder:
 
     def after_each(self, layer: int) -> Callable[..., Any]:
         def hook(module: Any, args: Any, output: Any) -> None:  # noqa: ARG001
-            if layer not in self.cache._done:
-
+            if layer not in self.cache.updated:
                 raise NotTileableError(f"blocks.{layer} keeps no keys and values in a cache.")
 
         return hook
 
     def after_last(self, module: Any, args: Any, output: Any) -> Any:  # noqa: ARG002
-        """A tile that goes on to logits does so as a leaf; others stop."""
+        """Stop after the last block, unless the logits are read; then go on from a leaf."""
         prefill, start = self.prefill, self.cache.start
         out = first_of(output)
         prefill.outputs.append(out.detach())
         self.packed.clear()
-        if not is_wanted(start, prefill.wanted):
+        if not is_read(start, prefill.ranges):
             raise _AfterBlocks
         final = out.detach().clone().requires_grad_(True)
         prefill.finals[len(prefill.outputs) - 1] = final
@@ -188,75 +185,73 @@ class _Recorder:
 def prefill(
     model: Any,
     tokens: Tensor,
-    wanted: tuple[Range, ...],
+    ranges: tuple[Range, ...],
     bounds: tuple[Range, ...],
     leaves: dict[str, Tensor],
     step: Callable[[], object] = lambda: None,
 ) -> Prefill:
-    """Run the model tile by tile; parameters are frozen, what surrounds the blocks keeps its graph.
+    """Run the model tile by tile. What surrounds the blocks keeps its autograd graph.
 
     Args:
-        model: The bridge, with rules and readings outside of the blocks attached.
-        tokens: [1, pos].
-        wanted: Positions whose logits are wanted.
-        bounds: Of the tiles.
-        leaves: Where the caller's hooks put the tensors at which each tile's graph starts.
+        model: The bridge, with the rules and readings outside of the blocks attached.
+        tokens: Token ids, [1, pos].
+        ranges: Positions whose logits are read.
+        bounds: Bounds of the tiles.
+        leaves: Where the caller's hooks put the tensors at which the graph of each tile starts.
         step: Called after each tile.
 
     Raises:
-        NotTileableError: a block that does not work over a cache of keys and values, or whose output
-            in tiles is not that of the plain forward.
+        NotTileableError: a block does not work over a cache of keys and values.
     """
-    from .cache import RecordingCache
-
     n_layers = int(model.cfg.n_layers)
-    found = Prefill(bounds, [[] for _ in range(n_layers)], [[] for _ in range(n_layers)], wanted)
+    forward = Prefill(bounds, [[] for _ in range(n_layers)], [[] for _ in range(n_layers)], ranges)
     try:
         cache = RecordingCache(model.original_model.config, tokens.shape[1], n_layers)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise NotTileableError(f"Its configuration makes no cache: {error}") from error
-    recorder = _Recorder(found, cache, leaves)
-    logits = found.parts
+    recorder = _Recorder(forward, cache, leaves)
+    logits = forward.parts
     with recorder.on(model.blocks):
         for tile, (start, stop) in enumerate(bounds):
             trim_heap(tile)
-            if start >= wanted[-1][1]:  # by causality, without a part in what is wanted
+            if start >= ranges[-1][1]:  # by causality, it takes no part
                 step()
                 continue
             cache.begin(start, stop)
             leaves.clear()
             with suppress(_AfterBlocks):
                 logits.append(model(tokens[:, start:stop], past_key_values=cache))
-            if len(found.outputs) != len(found.inputs[0]) or not found.starts:
+            if len(forward.outputs) != len(forward.inputs[0]) or not forward.starts:
                 raise NotTileableError("Its blocks were not all run, or not once each.")
             step()
-    found.keys, found.values, found.widths = cache.keys, cache.kept_values, cache.widths
-    if len(logits) != len(found.finals) or not all(isinstance(x, Tensor) for x in logits):
+    forward.keys, forward.values, forward.widths = cache.keys, cache.kept_values, cache.widths
+    if len(logits) != len(forward.finals) or not all(isinstance(x, Tensor) for x in logits):
         raise NotTileableError("The forward gave no logits.")
-    return found
+    return forward
 
 
 def check_tileable(model: Any, tokens: Tensor) -> None:
-    """Compare a short prompt in uneven tiles with the plain forward.
+    """Compare a forward of the first tokens, in tiles of uneven size, with the model's own.
 
     Raises:
         NotTileableError: says why the model cannot be run in tiles.
     """
-
     short = tokens[:, :13]
     length = short.shape[1]
     if model.cfg.n_layers != len(getattr(model, "blocks", ())):
         raise NotTileableError("Its blocks are not one list.")
     try:
         with torch.no_grad():
-            wanted = model(short)
+            expected = model(short)
             every = ((0, length),)
-            logits = prefill(model, short, every, tiles_of(length, 5, every), {}).logits()
+            logits = prefill(model, short, every, tile_bounds(length, 5, every), {}).logits()
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         if isinstance(error, NotTileableError):
             raise
-        raise NotTileableError(f"A forward over a cache of keys and values fails: {error}") from error
-    scale = float(wanted.abs().max())
-    slack = 1e-4 if wanted.dtype in (torch.float32, torch.float64) else 0.05
-    if not float((logits - wanted).abs().max()) <= slack * scale:
+        raise NotTileableError(
+            f"A forward over a cache of keys and values fails: {error}"
+        ) from error
+    scale = float(expected.abs().max())
+    slack = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.05
+    if not float((logits - expected).abs().max()) <= slack * scale:
         raise NotTileableError("A forward over a cache of keys and values gives other logits.")

@@ -1,6 +1,7 @@
-"""One forward and some backwards in tiles: prefill, what is behind the blocks, blocks, embeddings.
+"""The tiled engine: a prefill in tiles, and a backward for each objective, block by block.
 
-The counterpart of ``backward.run_each``, with the same values in memory linear in the prompt.
+The counterpart of ``plain.run_each``: the same values, in memory linear in the prompt. A backward
+goes from the logits to the last block's output, through the blocks, and to the embeddings.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ...errors import ModelStateError
 from ...hooks.attachment import Attachment, HookFn
@@ -19,44 +21,29 @@ from ...hooks.context import plan
 from ...hooks.coverage import Coverage
 from ...hooks.placement import attached, check_ready, check_single, reading_hooks
 from ...inputs.bridge import LEAVES
+from ...inputs.facts import ObjectiveFacts
 from ...inputs.objective import Objective
 from ...rules.functions import at_least_float32
 from ...rules.precision import first_gradient, plain
 from ...rules.rule_sets import RuleSet
 from ...rules.threads import frozen_parameters
 from ..memory import in_smaller_tiles
-from ..plain import check_value
-from ..reading import Reading, Slots, arranged
-from ..relevance_sums import RelevanceSums
-from .accumulate import BackwardState, TileAccumulator
+from ..plain import RunResult, check_value
+from ..reading import Reading, RelevanceSums, Slots, arranged
 from .backward import Backward, TileReader, as_gradient, is_of_block
-from .bounds import Range, position_of, tiles_of, wanted_positions
 from .checkpoint import Checkpoint
 from .prefill import Prefill, check_tileable, prefill
-from .user_hooks import without_lookers
+from .tiles import (
+    BackwardState,
+    Range,
+    TileAccumulator,
+    position_of,
+    read_ranges,
+    tile_bounds,
+)
+from .user_hooks import observers_set_aside
 
 Objectives = Sequence[Callable[[Tensor], Tensor]]
-
-
-@dataclass(frozen=True, eq=False)
-class TiledResult:
-    """A forward in tiles and one backward of it.
-
-    Attributes:
-        logits: [1, wanted, vocab], of the position explained (or all).
-        objective: The objective, reading those.
-        value: Δℓ, [].
-        coverage: Which component got which rule.
-        kept: What the sums kept, by name.
-        tile: Positions a tile in the end.
-    """
-
-    logits: Tensor
-    objective: Callable[[Tensor], Tensor]
-    value: Tensor
-    coverage: Coverage
-    kept: dict[str, Tensor]
-    tile: int
 
 
 @dataclass(eq=False)
@@ -64,8 +51,8 @@ class TiledForward:
     """A prefill at which the backwards of several results start.
 
     Attributes:
-        prefill: The forward; None once it has been let go.
-        tile: Positions a tile.
+        prefill: The forward; None once it has been dropped.
+        tile: Positions per tile.
         slots: Where readings outside of the blocks can be bound.
     """
 
@@ -73,16 +60,19 @@ class TiledForward:
     tile: int
     slots: Slots
 
-    def of(self, tile: int, wanted: tuple[Range, ...]) -> Prefill | None:
-        """The prefill if it serves a run in these tiles; else it is let go."""
-        if self.prefill is not None and (tile != self.tile or wanted != self.prefill.wanted):
+    def serving(self, tile: int, ranges: tuple[Range, ...]) -> Prefill | None:
+        """The prefill, if it serves a run in these tiles; otherwise it is dropped."""
+        if self.prefill is not None and (tile != self.tile or ranges != self.prefill.ranges):
             self.prefill = None
         return self.prefill
 
 
 @dataclass(eq=False)
 class _Run:
-    """What is asked, and how far it has come, so that smaller tiles can go on from there."""
+    """A run and how far it has come, so that it can go on from there with smaller tiles.
+
+    ``todo`` is the number of blocks whose backward is still to be run.
+    """
 
     model: Any
     tokens: Tensor
@@ -97,10 +87,10 @@ class _Run:
     signals: list[BackwardState] = field(default_factory=list)
 
     def drop_unfinished(self) -> None:
-        """Forget what was read of the block that was not finished."""
+        """Forget what was read in the block that was not finished."""
         self.sums.clear()
         for signal in self.signals:
-            signal.joined.drop(f"blocks.{self.todo - 1}.")
+            signal.read.drop(f"blocks.{self.todo - 1}.")
 
 
 def run_tiled(
@@ -115,29 +105,29 @@ def run_tiled(
     progress: bool = False,
     checkpoint: Checkpoint | None = None,
     shared: TiledForward | None = None,
-) -> list[TiledResult]:
-    """What ``backward.run_each`` does, in tiles of ``tile`` positions.
+) -> list[RunResult]:
+    """Do what ``plain.run_each`` does, in tiles of ``tile`` positions.
 
-    On a GPU that runs out of memory the tile is halved, with one warning, until it fits; blocks
-    that are finished stay so.
+    On a GPU that runs out of memory the tile is halved, with one warning, until it fits; finished
+    blocks are not run again.
 
     Args:
-        model, tokens, rule_set: As for ``backward.run_each``; tokens [1, pos].
-        objectives: One or more, which share the forward and every block's second run.
-        sums: What to read.
-        tile: Positions a tile, 1 or more.
+        model, tokens, rule_set: As for ``plain.run_each``; tokens [1, pos].
+        objectives: One or more, which share the forward and the second run of every block.
+        sums: What to keep of the relevance.
+        tile: Positions per tile, 1 or more.
         reader: Reads edges.
-        progress: Show a bar over blocks and tiles.
-        checkpoint: Where a finished block's results are kept, to go on from there.
-        shared: From ``forward_in_tiles`` of these tokens under these rules. Another prefill is run
-            where it has other tiles.
+        progress: Show a progress bar over blocks and tiles.
+        checkpoint: Where the results of finished blocks are kept, to resume from.
+        shared: From ``forward_in_tiles``, for these tokens under these rules. If its tiles differ,
+            the prefill is run again.
 
     Returns:
-        A result for each objective.
+        One result per objective.
 
     Raises:
         NotTileableError: the model does not run in tiles.
-        ModelStateError, UncoveredComponentError: as ``backward.run_each``.
+        ModelStateError, UncoveredComponentError: as ``plain.run_each``.
     """
     check_ready(model, "Relevance")
     check_single(model)
@@ -145,11 +135,11 @@ def run_tiled(
     placed = plan(model, rule_set)
     run = _Run(model, tokens, objectives, sums, reader, checkpoint, *placed, n_layers, shared)
 
-    def attempt(smaller: int) -> list[TiledResult]:
+    def attempt(smaller: int) -> list[RunResult]:
         run.drop_unfinished()
         return _attempt(run, smaller, progress)
 
-    with without_lookers(model, tokens):
+    with observers_set_aside(model, tokens):
         if shared is None:
             check_tileable(model, tokens)
         return in_smaller_tiles(attempt, tile)
@@ -158,7 +148,7 @@ def run_tiled(
 def forward_in_tiles(
     model: Any,
     tokens: Tensor,
-    positions: tuple[Range, ...],
+    ranges: tuple[Range, ...],
     rule_set: str | RuleSet,
     readings: Iterable[Reading],
     tile: int,
@@ -166,21 +156,19 @@ def forward_in_tiles(
     uses: int,
     progress: bool = False,
 ) -> TiledForward:
-    """The prefill of ``run_tiled`` by itself, for the backwards of several results.
+    """Run the prefill of ``run_tiled`` by itself, for the backwards of several results.
 
     Args:
         model, tokens, rule_set: As for ``run_tiled``.
-        positions: (start, stop) of the positions whose logits are read.
-        readings: What may be read; those inside blocks need no preparation.
-        tile: Positions a tile; halved where a GPU runs out of memory.
-        uses: How many results will be read.
-        progress: Show a bar over tiles.
+        ranges: Ranges (start, stop) of the positions whose logits are read.
+        readings: What may be read. Readings inside blocks need no preparation.
+        tile: Positions per tile; halved where a GPU runs out of memory.
+        uses: Number of results to come.
+        progress: Show a progress bar over tiles.
 
     Raises:
         NotTileableError, ModelStateError, UncoveredComponentError: as ``run_tiled``.
     """
-    from tqdm.auto import tqdm
-
     check_ready(model, "Relevance")
     check_single(model)
     attachments, _ = plan(model, rule_set)
@@ -188,17 +176,17 @@ def forward_in_tiles(
 
     def attempt(smaller: int) -> TiledForward:
         slots = Slots(around, uses)
-        bounds = tiles_of(tokens.shape[1], smaller, positions)
+        bounds = tile_bounds(tokens.shape[1], smaller, ranges)
         with (
             frozen_parameters(model),
             tqdm(total=len(bounds), desc="Prompt", unit="tile", disable=not progress) as bar,
         ):
-            found = _prefill(
-                model, tokens, attachments, slots.readings, positions, bounds, bar.update
+            forward = _prefill(
+                model, tokens, attachments, slots.readings, ranges, bounds, bar.update
             )
-        return TiledForward(found, smaller, slots)
+        return TiledForward(forward, smaller, slots)
 
-    with without_lookers(model, tokens):
+    with observers_set_aside(model, tokens):
         check_tileable(model, tokens)
         return in_smaller_tiles(attempt, tile)
 
@@ -208,11 +196,11 @@ def _prefill(
     tokens: Tensor,
     attachments: tuple[Attachment, ...],
     around: list[Reading],
-    wanted: tuple[Range, ...],
+    ranges: tuple[Range, ...],
     bounds: tuple[Range, ...],
     step: Callable[[], object],
 ) -> Prefill:
-    """A prefill with the rules and readings outside of the blocks attached."""
+    """Run the prefill with the rules and readings outside of the blocks attached."""
     outside = tuple(a for a in attachments if is_of_block(a.site.path, None))
     before, after = arranged(model, outside, around)
     leaves: dict[str, Tensor] = {}
@@ -224,30 +212,29 @@ def _prefill(
     hook_dict = model.hook_dict
     starts = [(name, make_leaf) for name in LEAVES if name in hook_dict]
     with _ordered(model, [*starts, *before], outside, after):
-        return prefill(model, tokens, wanted, bounds, leaves, step)
+        return prefill(model, tokens, ranges, bounds, leaves, step)
 
 
-def _attempt(run: _Run, tile: int, progress: bool) -> list[TiledResult]:
-    from tqdm.auto import tqdm
-
+def _attempt(run: _Run, tile: int, progress: bool) -> list[RunResult]:
+    """Run in tiles of this size: prefill, logits, blocks from the last to the first, embeddings."""
     model, sums = run.model, run.sums
     length, n_layers = run.tokens.shape[1], int(model.cfg.n_layers)
-    wanted = wanted_positions(run.objectives, length)
-    bounds = tiles_of(length, tile, wanted)
+    ranges = read_ranges(run.objectives, length)
+    bounds = tile_bounds(length, tile, ranges)
     around = [r for r in sums.readings if not r.name.startswith("blocks.")]
-    found = None if run.shared is None else run.shared.of(tile, wanted)
-    slots = None if run.shared is None or found is None else run.shared.slots
-    steps = len(bounds) * (run.todo + (found is None))
+    prefilled = None if run.shared is None else run.shared.serving(tile, ranges)
+    slots = None if run.shared is None or prefilled is None else run.shared.slots
+    steps = len(bounds) * (run.todo + (prefilled is None))
     with (
         frozen_parameters(model),
         tqdm(total=steps, desc="Blocks × tiles", unit="tile", disable=not progress) as bar,
         nullcontext() if slots is None else slots.bound(around),
     ):
-        forward = found or _prefill(
-            model, run.tokens, run.attachments, around, wanted, bounds, bar.update
+        forward = prefilled or _prefill(
+            model, run.tokens, run.attachments, around, ranges, bounds, bar.update
         )
-        read = [_reading(forward, objective, length) for objective in run.objectives]
-        values = [check_value(asked(logits), forward.parts) for logits, asked in read]
+        evaluations = [_evaluation(forward, objective, length) for objective in run.objectives]
+        values = [check_value(local(logits), forward.parts) for logits, local in evaluations]
         sums.clear()  # so far only zeros
         again = slots is not None and slots.uses > 0
         if not run.signals:
@@ -267,16 +254,24 @@ def _attempt(run: _Run, tile: int, progress: bool) -> list[TiledResult]:
             if checkpoint is not None:
                 checkpoint.write(run.todo, run.signals, reader)
         backward.embeddings()
+    facts = [
+        ObjectiveFacts.of(
+            objective, logits.detach(), signal.value, length, None if local is objective else local
+        )
+        for objective, (logits, local), signal in zip(
+            run.objectives, evaluations, run.signals, strict=True
+        )
+    ]
     return [
-        TiledResult(logits.detach(), asked, signal.value, run.coverage, signal.joined.kept, tile)
-        for (logits, asked), signal in zip(read, run.signals, strict=True)
+        RunResult(fact, signal.read.sums, run.coverage, f"tiled (tile {tile})")
+        for fact, signal in zip(facts, run.signals, strict=True)
     ]
 
 
-def _reading(
+def _evaluation(
     forward: Prefill, objective: Callable[[Tensor], Tensor], length: int
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The logits that an objective reads, and the objective for those alone."""
+    """The logits that an objective reads, and the objective as a function of those alone."""
     alone = forward.logits_at(position_of(objective, length))
     if alone is None:
         return forward.logits(), objective
@@ -287,12 +282,12 @@ def _reading(
 def _first_signals(
     run: _Run, forward: Prefill, values: list[Tensor], again: bool
 ) -> list[BackwardState]:
-    """Every objective's gradient at the last block's output, [1, pos, d_model].
+    """Every objective's gradient at the last block's output, and what is read after the blocks.
 
-    What sums read behind the blocks is joined. ``again``: the graph is needed after this.
+    ``again``: whether the autograd graph of the logits is needed after this.
     """
     signals = []
-    some = next(iter(forward.finals.values()))
+    any_output = next(iter(forward.finals.values()))
     for which, value in enumerate(values):
         more = again or which + 1 < len(values)
         begin = first_gradient(run.model, value)
@@ -304,16 +299,18 @@ def _first_signals(
                 "The objective's value does not depend on the logits it was given, so there is "
                 "nothing to explain. Compute it from its argument."
             )
-        g = at_least_float32(some.detach()).new_zeros(1, forward.bounds[-1][1], some.shape[-1])
-        joined = TileAccumulator(forward.bounds[-1][1])
+        g = at_least_float32(any_output.detach()).new_zeros(
+            1, forward.bounds[-1][1], any_output.shape[-1]
+        )
+        read = TileAccumulator(forward.bounds[-1][1], run.sums.axes)
         for i, (tile, final) in enumerate(forward.finals.items()):
             if at_logits[i] is None:
                 continue
             part = as_gradient(plain(at_logits[i]), forward.parts[i])
-            (found,) = torch.autograd.grad(forward.parts[i], [final], part, retain_graph=more)
-            g[:, slice(*forward.bounds[tile])] = plain(found).to(g)
-            joined.take(run.sums.take(), forward.bounds[tile])
-        signals.append(BackwardState(value.detach().reshape(()), g, joined))
+            (at_output,) = torch.autograd.grad(forward.parts[i], [final], part, retain_graph=more)
+            g[:, slice(*forward.bounds[tile])] = plain(at_output).to(g)
+            read.add(run.sums.take(), forward.bounds[tile])
+        signals.append(BackwardState(value.detach().reshape(()), g, read))
     run.sums.clear()
     return signals
 

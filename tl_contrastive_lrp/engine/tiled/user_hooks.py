@@ -1,17 +1,17 @@
-"""The user's hooks beside a run in tiles: those that only look are shown the prompt, others refuse.
+"""The user's hooks and runs in tiles: hooks that only observe are set aside, others rule tiles out.
 
-In tiles a hook would be given a few positions at a time, counted from the tile's start. One that
-writes to positions 1,190 to 1,240 would find an empty range everywhere and be lost; one that takes
-a mean over positions would take others. That a hook edits nothing in any tile therefore says
-nothing about what it does to the prompt, and what a hook does with a tensor cannot be told from
-outside of a call. So each hook is called as it is in the model's own forward: a forward of the
-whole prompt is run first, plainly and without gradients, which needs a fraction of the memory of a
-plain backward, and what each hook does there is observed.
+In tiles a hook would be given a few positions at a time, counted from the start of the tile. A hook
+that writes to positions 1,190 to 1,240 would find an empty range in every tile and have no effect;
+one that takes a mean over positions would take a different mean. So a hook that edits nothing in
+any tile may still edit the prompt, and what a hook does with a tensor cannot be seen without
+calling it. Each hook is therefore called as in the model's own forward: a forward of the whole
+prompt is run first, without gradients, which needs a fraction of the memory of a backward, and what
+each hook does there is observed.
 
-If all of them only looked, they have seen what they were put there to see, once, and the model
-computed as without them: they are set aside while the tiles run. If one edits, or if that forward
-does not fit, the run is not done in tiles. Backward hooks would be given gradients tile by tile
-from the last to the first, and may change them, so they are left to the plain way.
+If all of them only observe, they have now seen what they are there to see, once, and the model
+computes the same without them: they are set aside while the tiles run. If one edits, or if that
+forward does not fit, the run is not done in tiles. Backward hooks would be given gradients tile by
+tile, from the last to the first, and may change them, so they are left to the plain engine.
 """
 
 from __future__ import annotations
@@ -36,19 +36,18 @@ _WORDS = {
 
 
 @contextmanager
-def without_lookers(model: Any, tokens: Tensor, *, backward: bool = True) -> Iterator[None]:
-    """No hook of the user's is on the model inside the block, and that makes no difference.
+def observers_set_aside(model: Any, tokens: Tensor, *, backward: bool = True) -> Iterator[None]:
+    """Set the user's hooks aside inside the ``with`` block, having checked that they only observe.
 
     Args:
-        model: The bridge; none of this package's hooks are on it.
-        tokens: [1, pos].
+        model: The bridge, without any of this package's hooks.
+        tokens: Token ids, [1, pos].
         backward: Whether a backward is run inside the block.
 
     Raises:
-        NotTileableError: a hook edits, or is called in the backward, or it cannot be told.
+        NotTileableError: a hook edits, or is called in the backward, or this cannot be found out.
         ModelStateError: a hook puts another one on the model.
     """
-
     hooks = user_hooks(model)
     later = [hook for hook in hooks if not hook.is_forward]
     if later and backward:
@@ -70,7 +69,9 @@ def without_lookers(model: Any, tokens: Tensor, *, backward: bool = True) -> Ite
             with torch.no_grad(), observed(hooks, gradients=backward) as seen:
                 model(tokens)
         except RuntimeError as error:
-            raise NotTileableError(f"A forward with the hooks on the model fails: {error}") from error
+            raise NotTileableError(
+                f"A forward with the hooks on the model fails: {error}"
+            ) from error
         edit = next((call for call in seen if not call.looked_only), None)
         if edit is not None:
             raise NotTileableError(

@@ -1,8 +1,9 @@
-"""``attribution_graph``: every transition of the residual stream, exact, from one backward pass.
+"""``attribution_graph``: every transition of the residual stream, exact, from one backward.
 
-Transitions within a block come from the closed form (``edges.py``), read while the one backward
-runs, plainly or in tiles; transitions over several blocks, if asked for, from packed signals
-(``packed.py``).
+A call goes through the same phases as ``attribute``: question, prompt, plan, run and result.
+Transitions within a block come from the closed form (``graph/edges/closed_form.py``), read while
+the one backward runs; transitions that span several blocks, if asked for, take batched backward
+signals (``graph/edges/batched.py``).
 """
 
 from __future__ import annotations
@@ -10,72 +11,35 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from typing_extensions import Unpack
 
-from ...errors import NotTileableError
-from ...engine.memory import Memory, cannot, choose, plain_bytes, require_plain_fits, require_room
-from ...hooks.sites import find_sites
+from ...engine.memory import (
+    Memory,
+    MemoryPlan,
+    plain_bytes,
+    plan_memory,
+    require_plain_fits,
+    require_room_for_edges,
+    run_as_planned,
+)
+from ...engine.run import RunOptions
 from ...inputs.bridge import require_bridge
-from ...inputs.objective import questions
-from ...inputs.tokens import single_prompt
-from ...rules.rule_sets import DEFAULT_RULES, RuleSet, get_rule_set
+from ...inputs.facts import PromptFacts
+from ...inputs.objective import question as read_question
+from ...inputs.objective import require_objectives
+from ...rules.rule_sets import DEFAULT_RULES, RuleSet
 from ...rules.threads import one_at_a_time
 from ..edges.check import require_closed_form
 from ..graph import AttributionGraph
 from ..pruning import PruneRule
 from .plain import plain_graphs
-from .plan import Granularity, GraphPlan, transitions
+from .plan import Granularity, GraphPlan, GraphQuestion
+from .tiled import tiled_graphs
 
 if TYPE_CHECKING:
     from ...engine.prefilled import Prefilled
-
-
-class Settings(TypedDict, total=False):
-    """What ``attribution_graph`` takes by name, for type checkers."""
-
-    target: object
-    contrast: object
-    pos: int
-    rules: str | RuleSet
-    granularity: Granularity
-    layers: Sequence[int] | None
-    node_threshold: float
-    heads: bool
-    details: bool
-    progress: bool
-    mass: float | None
-    threshold: float | None
-    top_k: int | None
-    memory: Memory
-    tile: int | None
-    checkpoint_dir: str | os.PathLike[str] | None
-    prepend_bos: bool | None
-    prefilled: Prefilled | None
-
-
-@overload
-def attribution_graph(
-    model: Any,
-    prompt: str | Tensor,
-    objective: Callable[[Tensor], Tensor] | None = None,
-    *,
-    objectives: None = None,
-    **settings: Unpack[Settings],
-) -> AttributionGraph: ...
-
-
-@overload
-def attribution_graph(
-    model: Any,
-    prompt: str | Tensor,
-    objective: None = None,
-    *,
-    objectives: Sequence[Callable[[Tensor], Tensor]],
-    **settings: Unpack[Settings],
-) -> list[AttributionGraph]: ...
 
 
 @one_at_a_time
@@ -84,7 +48,6 @@ def attribution_graph(
     prompt: str | Tensor,
     objective: Callable[[Tensor], Tensor] | None = None,
     *,
-    objectives: Sequence[Callable[[Tensor], Tensor]] | None = None,
     target: object = None,
     contrast: object = None,
     pos: int = -1,
@@ -103,139 +66,182 @@ def attribution_graph(
     checkpoint_dir: str | os.PathLike[str] | None = None,
     prepend_bos: bool | None = None,
     prefilled: Prefilled | None = None,
-) -> AttributionGraph | list[AttributionGraph]:
-    """How the relevance of one prediction flows between tokens and layers.
+) -> AttributionGraph:
+    """Compute how the relevance of one prediction flows between tokens and layers.
 
-    An edge's weight is the relevance that a target node (a site of the residual stream at a
-    position) passes to a source node below it, in logits and signed as the objective. Over all
-    targets a source's edges add up to its own relevance.
+    The weight of an edge is the relevance that a target node (a site of the residual stream at a
+    position) passes to a source node below it, in logits and signed as the objective: positive
+    supports the target token, negative the contrast. The edges of a source, over all its targets,
+    add up to its own relevance (arXiv:2604.17761).
 
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
         prompt: Text, or token ids [pos] or [1, pos].
-        objective, objectives, target, contrast, pos: As for ``attribute``.
+        objective, target, contrast, pos: As for ``attribute``.
         rules: Name of a rule set, or a ``RuleSet``.
-        granularity: "block": sites are every block's input and the last one's output. "sublayer":
-            also between attention and MLP, where the block has such a place (parallel blocks keep
-            one transition).
-        layers: Only these blocks' inputs as sites (the number of blocks stands for the final
-            output, which is always one); transitions over several blocks are computed by packed
+        granularity: "block": the sites are the input of every block and the output of the last.
+            "sublayer": also between attention and MLP, where a block has such a place (parallel
+            blocks keep one transition).
+        layers: Only the inputs of these blocks as sites; the number of blocks stands for the final
+            output, which is always a site. Transitions that span several blocks take batched
             backward signals, which is much slower.
-        node_threshold: Targets with |relevance| at or below it (in logits) are not expanded; the
-            graph says so. 0 expands all, and is needed for column sums to be exact.
-        heads: Split edges by head and by value and key path (adjacent sites only).
-        details: Also keep what ``graph.explain_node`` needs: relevance of every hidden dimension,
-            neuron and head at every position, (sites · d_model + layers · d_mlp) · pos numbers.
-            Models with experts have no neurons there.
-        progress: Show a bar where packed signals or tiles are needed.
-        mass, threshold, top_k: Keep only these edges, as ``graph.prune`` does (one of them); for
-            a long prompt, whose full graph would not fit. In tiles they are chosen while the edges
-            come, with the same result.
-        memory, tile, checkpoint_dir: As for ``attribute``. Tiles go with adjacent sites only.
+        node_threshold: Targets with |relevance| at or below it, in logits, are not expanded, and
+            the graph records it. With 0 all are expanded, which exact column sums need.
+        heads: Split edges by head, and by value and key path; adjacent sites only.
+        details: Also keep what ``graph.explain_node`` needs: the relevance of every hidden
+            dimension, neuron and head at every position, (sites · d_model + layers · d_mlp) · pos
+            numbers. Models with experts have no neurons there.
+        progress: Show a progress bar over batched signals or tiles.
+        mass, threshold, top_k: Keep only these edges, as ``graph.prune`` does; at most one of them.
+            For a long prompt, whose full graph would not fit: in tiles edges are pruned while they
+            are computed, with the same result.
+        memory, tile, checkpoint_dir: As for ``attribute``. Tiles need adjacent sites.
         prepend_bos: Whether a text begins with the BOS token, as for ``attribute``.
-        prefilled: As for ``attribute``. Transitions over several blocks run forwards of their own.
+        prefilled: As for ``attribute``. Transitions that span several blocks run forwards of their
+            own.
 
     Returns:
-        An ``AttributionGraph``: relevance [site, pos] and edges, in logits, on the CPU; with
-        ``objectives``, a list of one for each.
+        An ``AttributionGraph`` with relevance [site, pos] and edges, in logits, on the CPU.
 
     Warns:
         SpecialTokenWarning: as ``attribute``.
 
     Raises:
-        ValueError: layers or granularity that do not fit the model; several prunings; tiles with
-            layers that skip blocks; an unknown ``memory`` or a wrong ``tile``; no objectives;
-            ``prefilled`` of another prompt, rules or hooks, not prepared for this graph, or used
-            up.
-        UncoveredComponentError: as ``attribute``; also where the edges' closed form does not hold
-            for the model.
+        ValueError: layers or granularity that do not fit the model; several of ``mass``,
+            ``threshold`` and ``top_k``; tiles with layers that skip blocks; or as ``attribute``.
+        UncoveredComponentError: as ``attribute``; also where the closed form of the edges does not
+            hold for the model.
+        NonFiniteError: the weight of an edge is NaN or infinite.
         TypeError, TokenError, PromptError, ModelStateError, FileFormatError: as ``attribute``.
+
+    Example:
+        >>> graph = clrp.attribution_graph(model, case.prompt, objective)
+        >>> tokens = clrp.attribute(model, case.prompt, objective).tokens
+        >>> bool(torch.allclose(graph.relevance[0], tokens, atol=1e-4))
+        True
     """
     require_bridge(model)
-    asked = questions(model, objective, objectives, target, contrast, pos)
-    given = single_prompt(model, prompt, prepend_bos)
-    tokens = given.tokens
-    if prefilled is not None:
-        prefilled.check(model, tokens, rules)
-    plan = replace(
-        plan_of(
-            model, tokens, rules, granularity=granularity, layers=layers, heads=heads,
-            details=details,
-        ),
-        objectives=asked,
-        rule=PruneRule(mass, threshold, top_k),
-        node_threshold=node_threshold,
-        progress=progress,
-        prepended_bos=given.prepended_bos,
-    )  # fmt: skip
-    made = _made(plan, memory, tile, checkpoint_dir, prefilled)
-    return made if objectives is not None else made[0]
+    objectives = [read_question(model, objective, target, contrast, pos)]
+    facts = PromptFacts.of(model, prompt, prepend_bos)
+    plan = GraphPlan.of(
+        model, rules, granularity=granularity, layers=layers, heads=heads, details=details
+    )
+    asked = GraphQuestion(objectives, PruneRule(mass, threshold, top_k), node_threshold)
+    options = RunOptions(memory, tile, progress, checkpoint_dir)
+    return _graphs(plan, facts, asked, options, prefilled)[0]
 
 
-def plan_of(
+@one_at_a_time
+def attribution_graphs(
     model: Any,
-    tokens: Tensor,
-    rules: str | RuleSet,
+    prompt: str | Tensor,
+    objectives: Sequence[Callable[[Tensor], Tensor]],
     *,
+    rules: str | RuleSet = DEFAULT_RULES,
     granularity: Granularity = "block",
     layers: Sequence[int] | None = None,
+    node_threshold: float = 0.0,
     heads: bool = False,
     details: bool = False,
-) -> GraphPlan:
-    """What a forward has to be prepared for, before it is known what is asked of it.
+    progress: bool = True,
+    mass: float | None = None,
+    threshold: float | None = None,
+    top_k: int | None = None,
+    memory: Memory = "auto",
+    tile: int | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    prepend_bos: bool | None = None,
+    prefilled: Prefilled | None = None,
+) -> list[AttributionGraph]:
+    """Compute a graph for each of several objectives of one prompt.
+
+    They share the forward and, in tiles, the second run of every block, so each further objective
+    costs only a backward.
+
+    Args:
+        model: A ``TransformerBridge`` in evaluation mode.
+        prompt: Text, or token ids [pos] or [1, pos].
+        objectives: One or more functions of the logits, as for ``attribute``.
+        rules, granularity, layers, node_threshold, heads, details, progress: As for
+            ``attribution_graph``.
+        mass, threshold, top_k: As for ``attribution_graph``.
+        memory, tile, checkpoint_dir, prepend_bos, prefilled: As for ``attribution_graph``.
+
+    Returns:
+        One ``AttributionGraph`` per objective, in their order.
+
+    Warns:
+        SpecialTokenWarning: as ``attribute``.
 
     Raises:
-        ValueError: layers or granularity that do not fit the model.
-        UncoveredComponentError: as ``attribute``.
+        TypeError: ``objectives`` is not a list of functions; or as ``attribution_graph``.
+        ValueError: no objectives; or as ``attribution_graph``.
+        TokenError, PromptError, ModelStateError, UncoveredComponentError, NonFiniteError,
+            FileFormatError: as ``attribution_graph``.
+
+    Example:
+        >>> second = clrp.target_logit(model, case.target)
+        >>> graphs = clrp.attribution_graphs(model, case.prompt, [objective, second])
+        >>> graphs[0].target == graphs[1].target
+        True
     """
-    sites, steps = transitions(model, granularity, layers, heads)
-    return GraphPlan(
-        model=model,
-        tokens=tokens,
-        objectives=(),
-        rule_set=get_rule_set(rules),
-        covered=find_sites(model),
-        sites=sites,
-        steps=steps,
-        granularity=granularity if layers is None else "custom",
-        rule=PruneRule(),
-        node_threshold=0.0,
-        heads=heads,
-        details=details,
-        progress=False,
+    require_bridge(model)
+    each = require_objectives(objectives)
+    facts = PromptFacts.of(model, prompt, prepend_bos)
+    plan = GraphPlan.of(
+        model, rules, granularity=granularity, layers=layers, heads=heads, details=details
     )
+    asked = GraphQuestion(each, PruneRule(mass, threshold, top_k), node_threshold)
+    options = RunOptions(memory, tile, progress, checkpoint_dir)
+    return _graphs(plan, facts, asked, options, prefilled)
 
 
-def _made(
+def _graphs(
     plan: GraphPlan,
-    memory: Memory,
-    tile: int | None,
-    checkpoint_dir: str | os.PathLike[str] | None,
+    prompt: PromptFacts,
+    question: GraphQuestion,
+    options: RunOptions,
     prefilled: Prefilled | None,
 ) -> list[AttributionGraph]:
-    """In tiles where that is chosen and works, else the plain way."""
-    length, graphs = plan.tokens.shape[1], len(plan.objectives)
-    if prefilled is None:
-        choice = choose(plan.model, length, memory, tile, graphs=graphs, by_head=plan.heads)
-    else:
-        need = plain_bytes(plan.model, length, graphs=graphs, by_head=plan.heads)
-        choice = replace(prefilled.choice, plain_bytes=need)
-        if prefilled.why_plain:  # there may be no room for the edges, too
-            require_plain_fits(choice, prefilled.why_plain)
-    if choice.tile is not None and any(step.kind == "packed" for step in plan.steps):
-        why = "layers=[...] that skip blocks need the plain way."
-        if memory == "tiled":
-            raise ValueError(why)
-        choice = require_plain_fits(choice, why)
-    if choice.tile is not None:
-        from .tiled import tiled_graphs
+    """Plan the memory, and run with the engine that was planned."""
+    if prefilled is not None:
+        prefilled.check(plan.model, prompt.tokens, plan.rule_set)
+    length = prompt.tokens.shape[1]
+    memory_plan = _memory_plan(plan, length, len(question.objectives), options, prefilled)
 
+    def tiled(memory_plan: MemoryPlan) -> list[AttributionGraph]:
         require_closed_form(plan.model, plan.rule_set)
-        require_room(len(plan.steps), length, plan.rule, memory, choice)
-        try:
-            return tiled_graphs(plan, choice, checkpoint_dir, prefilled)
-        except NotTileableError as error:
-            if memory == "tiled":
-                raise NotTileableError(cannot(choice, error)) from error
-            require_plain_fits(choice, str(error))
-    return plain_graphs(plan, prefilled)
+        if not question.rule:
+            require_room_for_edges(memory_plan, len(plan.steps), length)
+        return tiled_graphs(plan, prompt, question, memory_plan, options, prefilled)
+
+    def plain(_: MemoryPlan) -> list[AttributionGraph]:
+        return plain_graphs(plan, prompt, question, progress=options.progress, prefilled=prefilled)
+
+    return run_as_planned(memory_plan, tiled, plain)
+
+
+def _memory_plan(
+    plan: GraphPlan, length: int, graphs: int, options: RunOptions, prefilled: Prefilled | None
+) -> MemoryPlan:
+    """How memory is used for the edges too; the forward may already have been run.
+
+    Raises:
+        ValueError, ModelStateError: as ``plan_memory``.
+    """
+    skipping = "layers=[...] that skip blocks cannot run in tiles." if plan.skips_blocks else ""
+    if prefilled is None:
+        return plan_memory(
+            plan.model, length, options.memory, options.tile,
+            graphs=graphs, by_head=plan.heads, plain_only=skipping,
+        )  # fmt: skip
+    need = plain_bytes(plan.model, length, graphs=graphs, by_head=plan.heads)
+    memory_plan = replace(prefilled.plan, plain_bytes=need)
+    if memory_plan.tile is None:
+        # The forward fell back to the plain engine; the edges have to fit as well.
+        return require_plain_fits(memory_plan, memory_plan.why) if memory_plan.why else memory_plan
+    if not skipping:
+        return memory_plan
+    if memory_plan.tiles_required:
+        raise ValueError(skipping)
+    return require_plain_fits(memory_plan, skipping)

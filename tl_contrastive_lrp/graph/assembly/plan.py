@@ -1,4 +1,8 @@
-"""What a graph shall hold: its sites, how each transition is found, and what is read of nodes."""
+"""What a graph is to hold: its sites, how each transition is computed, and what is read of nodes.
+
+A ``GraphPlan`` is what the forward has to be prepared for; a ``GraphQuestion`` is what is asked of
+it: which objectives, and which edges to keep.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...engine.relevance_sums import RelevanceSums, add_heads
-from ...hooks.sites import Site
+from ...engine.plain import RunResult
+from ...engine.reading import BY_DIMENSION, BY_NEURON, BY_POSITION, RelevanceSums
+from ...hooks.sites import Site, find_sites
 from ...inputs.bridge import residual_sites, without_neurons
-from ...inputs.objective import positions_of
-from ...inputs.tokens import model_name, special_ids, special_mask, str_tokens
-from ...rules.rule_sets import RuleSet
+from ...inputs.facts import PromptFacts
+from ...rules.rule_sets import RuleSet, get_rule_set
+from ..columns import EdgeColumns
+from ..graph import AttributionGraph
+from ..prune_history import PruneStep
 from ..pruning import PruneRule
 
 Granularity = Literal["block", "sublayer"]
@@ -25,115 +32,203 @@ Granularity = Literal["block", "sublayer"]
 
 @dataclass(frozen=True)
 class Step:
-    """One transition between two sites (indices) and how its edges are found.
+    """One transition between two sites, and how its edges are computed.
 
-    kind: "attention" is one block's attention (closed form), "position" mixes no positions (the
-    diagonal is all), "packed" spans several blocks. block: the first block it spans.
+    Attributes:
+        source, target: Indices of the sites.
+        kind: "attention" is the attention of one block, in closed form; "position" mixes no
+            positions, so that its edges are a diagonal; "batched" spans several blocks and takes
+            batched backward signals.
+        block: The first block it spans.
     """
 
     source: int
     target: int
-    kind: Literal["attention", "position", "packed"]
+    kind: Literal["attention", "position", "batched"]
     block: int
+
+
+@dataclass(frozen=True)
+class GraphQuestion:
+    """What is asked of a graph's forward.
+
+    Attributes:
+        objectives: One graph each.
+        rule: Which edges to keep.
+        node_threshold: Targets with |relevance| at or below it, in logits, are not expanded.
+    """
+
+    objectives: Sequence[Callable[[Tensor], Tensor]]
+    rule: PruneRule
+    node_threshold: float
+
+
+@dataclass(frozen=True, eq=False)
+class NodeRelevance:
+    """Relevance of a graph's nodes, in logits, and what ``details`` adds.
+
+    Attributes:
+        relevance: By site and position.
+        dimensions: By hidden dimension too.
+        heads, neurons: Of every block.
+    """
+
+    relevance: Float[Tensor, "site pos"]
+    dimensions: Float[Tensor, "site pos d_model"] | None = None
+    heads: Float[Tensor, "layer head pos"] | None = None
+    neurons: Float[Tensor, "layer pos d_mlp"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class GraphPlan:
-    """What is asked of ``attribution_graph``, checked.
+    """What a graph's forward has to be prepared for.
 
     Attributes:
-        model, tokens, objectives, rule_set: What runs; tokens [1, pos].
+        model, rule_set: What runs, and under which rules.
         covered: ``find_sites(model)``.
-        sites, steps: Names of the graph's sites, and its transitions.
-        granularity: As the graph says it.
-        rule: Which edges to keep.
-        node_threshold, heads, details, progress: As for ``attribution_graph``.
-        prepended_bos: As in the graph.
+        sites, steps: Names of the graph's sites, input first, and its transitions.
+        granularity: As the graph records it.
+        heads, details: As for ``attribution_graph``.
     """
 
     model: Any
-    tokens: Tensor
-    objectives: Sequence[Callable[[Tensor], Tensor]]
     rule_set: RuleSet
     covered: tuple[Site, ...]
     sites: tuple[str, ...]
     steps: Sequence[Step]
     granularity: str
-    rule: PruneRule
-    node_threshold: float
     heads: bool
     details: bool
-    progress: bool
-    prepended_bos: bool | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        rules: str | RuleSet,
+        *,
+        granularity: Granularity = "block",
+        layers: Sequence[int] | None = None,
+        heads: bool = False,
+        details: bool = False,
+    ) -> GraphPlan:
+        """Plan a graph; the arguments are those of ``attribution_graph``.
+
+        Raises:
+            ValueError: layers or granularity that do not fit the model.
+            UncoveredComponentError: no rule covers a part of the model.
+        """
+        sites, steps = transitions(model, granularity, layers, heads)
+        return cls(
+            model=model,
+            rule_set=get_rule_set(rules),
+            covered=find_sites(model),
+            sites=sites,
+            steps=steps,
+            granularity=granularity if layers is None else "custom",
+            heads=heads,
+            details=details,
+        )
+
+    @property
+    def attention_steps(self) -> list[Step]:
+        """The transitions that are one block's attention."""
+        return [step for step in self.steps if step.kind == "attention"]
+
+    @property
+    def skips_blocks(self) -> bool:
+        """Whether a transition spans several blocks."""
+        return any(step.kind == "batched" for step in self.steps)
 
     @property
     def reads_neurons(self) -> bool:
-        """Whether neurons are wanted, and there are any."""
+        """Whether neurons are read: they are asked for, and have HookPoints."""
         return self.details and without_neurons(self.model) is None
 
     def sums(self) -> tuple[RelevanceSums, list[str]]:
-        """Readings of all nodes, and under which names heads are kept."""
+        """The sums of all nodes' relevance, and the names under which heads are kept."""
         sums, layers = RelevanceSums(), range(int(self.model.cfg.n_layers))
         for site in self.sites:
-            whole = site.endswith("resid_mid")
-            reduce: Callable[[Tensor], Tensor] = _by_dimension if self.details else _by_position
-            sums.add(site, reduce, stream=whole)
-        by_head = [add_heads(sums, self.model, i) for i in layers] if self.details else []
+            pattern = BY_DIMENSION if self.details else BY_POSITION
+            sums.add(site, pattern, stream=site.endswith("resid_mid"))
+        heads = [sums.add_heads(self.model, i) for i in layers] if self.details else []
         for i in layers if self.reads_neurons else ():
-            sums.add(f"blocks.{i}.mlp.hook_post", _by_dimension)
-        return sums, by_head
+            sums.add(f"blocks.{i}.mlp.hook_post", BY_NEURON)
+        return sums, heads
 
-    def nodes(
-        self, kept: dict[str, Tensor], by_head: list[str]
-    ) -> tuple[Float[Tensor, "site pos"], dict[str, Any]]:
-        """Relevance of all nodes, and what ``details`` adds to the graph."""
-        relevance = torch.stack([kept[site] for site in self.sites])
+    def nodes(self, by_name: dict[str, Tensor], heads: list[str]) -> NodeRelevance:
+        """Put the sums of one backward together."""
+        relevance = torch.stack([by_name[site] for site in self.sites])
         if not self.details:
-            return relevance, {}
+            return NodeRelevance(relevance)
         n_layers = int(self.model.cfg.n_layers)
-        neurons = [kept[f"blocks.{i}.mlp.hook_post"] for i in range(n_layers)] if (
-            self.reads_neurons
-        ) else [relevance.new_zeros(relevance.shape[1], 0)] * n_layers  # fmt: skip
-        return relevance.sum(-1), {
-            "dimensions": relevance,
-            "head_relevance": torch.stack([kept[name] for name in by_head]),
-            "neurons": torch.stack(neurons),
-        }
+        if self.reads_neurons:
+            neurons = [by_name[f"blocks.{i}.mlp.hook_post"] for i in range(n_layers)]
+        else:
+            neurons = [relevance.new_zeros(relevance.shape[1], 0)] * n_layers
+        return NodeRelevance(
+            relevance.sum(-1),
+            dimensions=relevance,
+            heads=torch.stack([by_name[name] for name in heads]),
+            neurons=torch.stack(neurons),
+        )
 
-    def facts(self, objective: Callable[[Tensor], Tensor], logits: Tensor) -> dict[str, Any]:
-        """What the graph says of the model, its prompt and what was asked.
+    def graph(
+        self,
+        prompt: PromptFacts,
+        result: RunResult,
+        nodes: NodeRelevance,
+        columns: EdgeColumns,
+        node_threshold: float,
+        history: tuple[PruneStep, ...] = (),
+    ) -> AttributionGraph:
+        """Put a graph together, whichever engine computed its parts.
 
-        Raises:
-            ModelStateError: no position can be found that the objective explains.
+        Args:
+            prompt: What the graph records of the prompt.
+            result: One objective's run.
+            nodes: Relevance of the nodes.
+            columns: The edges.
+            node_threshold: As for ``GraphQuestion``.
+            history: What has already been pruned.
         """
-        *earlier, last = positions_of(objective, logits, self.tokens.shape[1])
-        ids = self.tokens[0].cpu()
-        return {
-            "sites": self.sites,
-            "granularity": self.granularity,
-            "node_threshold": float(self.node_threshold),
-            "token_ids": ids,
-            "special": special_mask(ids, special_ids(self.model)),
-            "str_tokens": str_tokens(self.model, ids.tolist()),
-            "model_name": model_name(self.model),
-            "prepended_bos": self.prepended_bos,
-            "final_pos": last,
-            "earlier_final_pos": tuple(earlier),
-        }
-
-
-def _by_dimension(relevance: Tensor) -> Tensor:
-    return relevance[0]
-
-
-def _by_position(relevance: Tensor) -> Tensor:
-    return relevance.sum(-1)[0]
+        facts = result.objective
+        return AttributionGraph.from_columns(
+            **columns.columns(),
+            relevance=nodes.relevance,
+            dimensions=nodes.dimensions,
+            head_relevance=nodes.heads,
+            neurons=nodes.neurons,
+            sites=self.sites,
+            granularity=self.granularity,
+            node_threshold=float(node_threshold),
+            token_ids=prompt.token_ids,
+            special=prompt.special,
+            str_tokens=prompt.str_tokens,
+            model_name=prompt.model_name,
+            prepended_bos=prompt.prepended_bos,
+            delta=facts.delta,
+            target_logit=facts.target_logit,
+            contrast_logit=facts.contrast_logit,
+            objective=facts.objective,
+            target=facts.target,
+            contrast=facts.contrast,
+            final_pos=facts.pos,
+            earlier_final_pos=facts.earlier_pos,
+            rules=result.coverage.rules,
+            coverage=result.coverage,
+            memory=result.memory,
+            history=history,
+        )
 
 
 def transitions(
     model: Any, granularity: str, layers: Sequence[int] | None, heads: bool
 ) -> tuple[tuple[str, ...], list[Step]]:
-    """The sites of the graph, input first, and how each transition is found.
+    """The sites of the graph, input first, and how each transition is computed.
+
+    Args:
+        model: A ``TransformerBridge``.
+        granularity, layers, heads: As for ``attribution_graph``.
 
     Raises:
         ValueError: layers or granularity that do not fit the model.
@@ -146,22 +241,22 @@ def transitions(
         return _adjacent(model, ends, granularity == "sublayer")
     if not all(isinstance(layer, Integral) for layer in layers):
         raise ValueError(f"layers={list(layers)} must be whole numbers, indices of blocks.")
-    chosen = sorted({*map(int, layers), n})
-    if granularity != "block" or chosen[0] < 0 or chosen[-1] > n or len(chosen) < 2:
+    blocks = sorted({*map(int, layers), n})
+    if granularity != "block" or blocks[0] < 0 or blocks[-1] > n or len(blocks) < 2:
         raise ValueError(
             f"layers={list(layers)} must name blocks from 0 to {n} ({n}: the final output) and go "
             "with granularity='block'."
         )
-    if heads and chosen != list(range(chosen[0], n + 1)):
+    if heads and blocks != list(range(blocks[0], n + 1)):
         raise ValueError(
             "heads=True splits edges within one block; with layers=[...] that skip blocks there "
             "is no single head. Leave out heads, or layers."
         )
     steps = [
-        Step(i, i + 1, "attention" if to == at + 1 else "packed", at)
-        for i, (at, to) in enumerate(pairwise(chosen))
+        Step(i, i + 1, "attention" if above == below + 1 else "batched", below)
+        for i, (below, above) in enumerate(pairwise(blocks))
     ]
-    return tuple(ends[layer] for layer in chosen), steps
+    return tuple(ends[layer] for layer in blocks), steps
 
 
 def _adjacent(

@@ -2,109 +2,103 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ...engine.memory import MemoryPlan
-from ...engine.run import tiled
+from ...engine.plain import RunResult
+from ...engine.prefilled import Prefilled
+from ...engine.run import RunOptions
 from ...engine.tiled.checkpoint import checkpoint_of
-from ...engine.tiled.run import TiledResult, run_tiled
+from ...engine.tiled.run import run_tiled
+from ...inputs.facts import PromptFacts
 from ..columns import EdgeColumns
 from ..edges.tiled import TiledEdges
 from ..graph import AttributionGraph
 from ..prune_history import TransitionKept
 from ..pruning import PruneRule
 from ..streaming_prune import StreamingSelection
-from .plan import GraphPlan
-
-if TYPE_CHECKING:
-    from ...engine.prefilled import Prefilled
+from .plan import GraphPlan, GraphQuestion
 
 
 def tiled_graphs(
     plan: GraphPlan,
-    choice: MemoryPlan,
-    checkpoint_dir: str | os.PathLike[str] | None,
+    prompt: PromptFacts,
+    question: GraphQuestion,
+    memory_plan: MemoryPlan,
+    options: RunOptions,
     prefilled: Prefilled | None = None,
 ) -> list[AttributionGraph]:
-    """A graph for each objective of the plan, with the edges that its rule keeps.
+    """Compute a graph for each objective, keeping only the edges that the rule keeps.
 
     Args:
-        plan: Transitions each within one block.
-        choice: Of a tile.
-        checkpoint_dir: Where to keep what is finished.
-        prefilled: The forward, if it was run before.
+        plan: Transitions within one block each.
+        prompt: The prompt.
+        question: What is asked.
+        memory_plan: Gives the tile.
+        options: Whether to show progress, and where to keep what is finished.
+        prefilled: The forward, if it has already been run.
 
     Raises:
-        NotTileableError, ModelStateError, UncoveredComponentError, FileFormatError: as ``run_tiled``.
+        NotTileableError, ModelStateError, UncoveredComponentError, FileFormatError: as
+            ``run_tiled``.
     """
-    targets = {s.block: plan.sites[s.target] for s in plan.steps if s.kind == "attention"}
-    settings = f"graph {plan.sites} {plan.rule} {plan.node_threshold} {plan.heads} {plan.details}"
-    checkpoint, tile = checkpoint_of(checkpoint_dir, settings, choice)
+    rule, threshold = question.rule, question.node_threshold
+    targets = {step.block: plan.sites[step.target] for step in plan.attention_steps}
+    settings = f"graph {plan.sites} {rule} {threshold} {plan.heads} {plan.details}"
+    checkpoint, tile = checkpoint_of(options.checkpoint_dir, settings, memory_plan)
     edges = TiledEdges(
-        plan.model, plan.covered, plan.rule_set, plan.rule, targets, plan.node_threshold,
-        heads=plan.heads, objectives=len(plan.objectives),
+        plan.model, plan.covered, plan.rule_set, rule, targets, threshold,
+        heads=plan.heads, objectives=len(question.objectives),
     )  # fmt: skip
-    sums, by_head = plan.sums()
+    sums, heads = plan.sums()
     results = run_tiled(
-        plan.model, plan.tokens, plan.objectives, plan.rule_set, sums, tile,
-        reader=edges, progress=plan.progress, checkpoint=checkpoint,
+        plan.model, prompt.tokens, question.objectives, plan.rule_set, sums, tile,
+        reader=edges, progress=options.progress, checkpoint=checkpoint,
         shared=None if prefilled is None else prefilled.tiled,
     )  # fmt: skip
     sums.warn_of_underflow()
     return [
-        _graph(plan, objective, result, found, by_head)
-        for objective, result, found in zip(plan.objectives, results, edges.found, strict=True)
+        _graph(plan, prompt, question, result, selections, heads)
+        for result, selections in zip(results, edges.found, strict=True)
     ]
 
 
 def _graph(
     plan: GraphPlan,
-    objective: Callable[[Tensor], Tensor],
-    result: TiledResult,
-    edges: dict[int, StreamingSelection],
-    by_head: list[str],
+    prompt: PromptFacts,
+    question: GraphQuestion,
+    result: RunResult,
+    selections: dict[int, StreamingSelection],
+    heads: list[str],
 ) -> AttributionGraph:
-    relevance, details = plan.nodes(result.kept, by_head)
-    columns, kept = EdgeColumns(with_heads=plan.heads), list[TransitionKept]()
+    rule, nodes = question.rule, plan.nodes(result.relevance, heads)
+    columns, accounts = EdgeColumns(with_heads=plan.heads), list[TransitionKept]()
     for step in plan.steps:
         if step.kind == "attention":
-            found = edges[step.block]
+            selection = selections[step.block]
         else:
-            ends = relevance[step.source], relevance[step.target]
-            found = _diagonal(plan.rule, *ends, plan.node_threshold)
-        rows, sources, *slots, weights = found.chosen()
+            ends = nodes.relevance[step.source], nodes.relevance[step.target]
+            selection = _diagonal(rule, *ends, question.node_threshold)
+        rows, sources, *slots, weights = selection.chosen()
         slot = (slots[0] if slots else torch.zeros_like(rows)) if plan.heads else None
         columns.add_edges(step.source, step.target, rows, sources, weights, slot)
-        kept.append(found.account(step.source, step.target, weights))
-    ran, rule = tiled(result, objective), plan.rule
-    return AttributionGraph.from_columns(
-        **columns.columns(),
-        relevance=relevance,
-        rules=ran.coverage.rules,
-        coverage=ran.coverage,
-        memory=ran.memory,
-        history=(rule.step(kept, float(result.value)),) if rule else (),
-        **plan.facts(objective, ran.logits),
-        **details,
-        **ran.described(objective),
-    )
+        accounts.append(selection.account(step.source, step.target, weights))
+    history = (rule.step(accounts, result.objective.delta),) if rule else ()
+    return plan.graph(prompt, result, nodes, columns, question.node_threshold, history)
 
 
 def _diagonal(
     rule: PruneRule, source: Tensor, target: Tensor, node_threshold: float
 ) -> StreamingSelection:
-    """A transition in which every position keeps to itself, last rows first, in parts.
+    """Select from a transition that mixes no positions: its edges are a diagonal.
 
-    At threshold 0 also where what arrives adds up to 0: it is what is passed on.
+    Rows are given from the last to the first, in parts. At threshold 0, a target whose relevance
+    adds up to 0 still has its edge, since the edge's weight is what the source passes on.
     """
     live = target.abs() > node_threshold if node_threshold else torch.ones_like(target.bool())
-    found, values = StreamingSelection(rule), torch.where(live, source, 0)
+    selection, values = StreamingSelection(rule), torch.where(live, source, 0)
     for stop in range(len(values), 0, -512):
         start = max(stop - 512, 0)
-        found.add(torch.diag(values[start:stop]), start, start, start)
-    return found
+        selection.add(torch.diag(values[start:stop]), start, start, start)
+    return selection

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ...engine.reading import BlockCall, Reading
-from ...engine.tiled.accumulate import TileAccumulator
 from ...engine.tiled.backward import as_gradient
 from ...engine.tiled.cache import Enough, ReplayCache
 from ...engine.tiled.prefill import Prefill
+from ...engine.tiled.tiles import TileAccumulator
 from ...hooks.sites import Site
 from ...inputs.float64 import with_float64
 from ...rules.functions import at_least_float32
@@ -179,8 +179,8 @@ class TiledEdges:
         assert self._forward is not None
         start, stop = own = self._forward.bounds[tile]
         first = stop - self._forward.widths[layer][tile]
-        source = _by_position(joined.of(f"blocks.{layer}.hook_resid_pre", own))
-        target = _by_position(joined.of(self.targets[layer], own))
+        source = _by_position(joined.at(f"blocks.{layer}.hook_resid_pre", own))
+        target = _by_position(joined.at(self.targets[layer], own))
         edges, columns = self._edges, self._columns[which]
         total, split = edges.total, (edges.value, edges.key)
         edges.clear()
