@@ -91,7 +91,7 @@ def test_low_precision_is_compared_with_float32(name: str, dtype: torch.dtype) -
     objective = clrp.logit_diff(model, 7, 11)
     v = verify(model, ids, objective=objective)
     assert set(list(verdicts(v).values())[:-1]) == {"ok"}, str(v)
-    assert v["precision"].verdict in ("ok", "attention")
+    assert v["precision"].verdict in ("ok", "warning")
     low = clrp.attribute(model, ids, objective)
     with in_float32(model):
         exact = clrp.attribute(model, ids, objective)
@@ -127,7 +127,7 @@ def test_underflow_is_found() -> None:
     model = fresh("llama", torch.float16)
     with torch.no_grad():  # what is this small in float16 has few bits, or none
         model.embed.original_component.weight.mul_(1e-7)
-    assert verify(model, random_tokens())["finite"].verdict == "attention"
+    assert verify(model, random_tokens())["finite"].verdict == "warning"
 
 
 # ---------------------------------------------------------------- faults
@@ -162,7 +162,7 @@ def test_a_model_that_is_not_reproducible_is_no_fault_of_the_rules() -> None:
     honest = type(wrapped).forward
     wrapped.forward = MethodType(lambda s, x: honest(s, x) * (1 + 1e-3 * torch.rand(1)), wrapped)
     check = verify(model, random_tokens())["forward"]
-    assert check.verdict == "attention"
+    assert check.verdict == "warning"
     assert "run to run" in check.says
 
 
@@ -241,8 +241,8 @@ def test_it_reads_well() -> None:
     assert list(frame.columns) == ["name", "verdict", "figure", "limit", "says"]
     with pytest.raises(KeyError):
         v["nothing"]
-    worse = dataclasses.replace(v.checks[1], verdict="attention")
-    assert dataclasses.replace(v, checks=(*v.checks, worse)).verdict == "attention"
+    worse = dataclasses.replace(v.checks[1], verdict="warning")
+    assert dataclasses.replace(v, checks=(*v.checks, worse)).verdict == "warning"
 
 
 def test_no_module_hides_a_public_function() -> None:

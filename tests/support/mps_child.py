@@ -55,7 +55,7 @@ def custom(logits: Tensor) -> Tensor:
 def checks(model: Any, ids: Tensor) -> list[Tensor]:
     """Of ``verify``: each verdict as a number, and what conservation has accounted for."""
     found = clrp.verify(model, ids, objective=diff(model))
-    order = ("ok", "attention", "failed", "skipped")
+    order = ("ok", "warning", "failed", "skipped")
     from tl_contrastive_lrp.evaluation.verification.conservation import account_for
 
     verdicts = torch.tensor([float(order.index(c.verdict)) for c in found.checks])

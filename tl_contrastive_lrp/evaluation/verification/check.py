@@ -12,7 +12,7 @@ from torch import Tensor
 from ...engine.memory import free_bytes, gib
 from ...rules.precision import LOW
 
-Verdict = Literal["ok", "attention", "failed", "skipped"]
+Verdict = Literal["ok", "warning", "failed", "skipped"]
 ObjectiveFn = Callable[[Tensor], Tensor]
 
 
@@ -22,7 +22,7 @@ class Check:
 
     Attributes:
         name: "audit", "forward", "conservation", "gradient", "finite" or "precision".
-        verdict: "ok"; "attention": works, read why; "failed": relevance is wrong; "skipped".
+        verdict: "ok"; "warning": works, read why; "failed": relevance is wrong; "skipped".
         figure: What was measured, NaN if nothing was; what it is stands in ``says``.
         limit: Up to here the verdict is "ok".
         says: One sentence for people.
@@ -44,7 +44,7 @@ def judged(name: str, figure: float, limit: float, bad: float, says: str, otherw
     """ok up to ``limit``, failed from ``bad`` on (and where the figure is not a number)."""
     if figure <= limit:
         return Check(name, "ok", figure, limit, says)
-    return Check(name, "attention" if figure < bad else "failed", figure, limit, otherwise)
+    return Check(name, "warning" if figure < bad else "failed", figure, limit, otherwise)
 
 
 def dtype_of(model: Any) -> torch.dtype:

@@ -62,7 +62,7 @@ def check_forward(model: Any, tokens: Tensor, rule_set: RuleSet) -> Check:
     if not (torch.equal(logits, same_logits) and _differing(stream, same_stream) == []):
         return Check(
             "forward",
-            "attention",
+            "warning",
             float("nan"),
             0.0,
             "the model by itself gives other bits from run to run, so the rules' effect on them "

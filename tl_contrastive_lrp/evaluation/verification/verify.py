@@ -21,7 +21,7 @@ from .check import Check, Verdict, dtype_of, skipped
 if TYPE_CHECKING:
     import pandas as pd
 
-_ORDER: tuple[Verdict, ...] = ("skipped", "ok", "attention", "failed")
+_ORDER: tuple[Verdict, ...] = ("skipped", "ok", "warning", "failed")
 NAMES = ("audit", "forward", "conservation", "gradient", "finite", "precision")
 _OVERFLOW = "the model's logits are not finite"
 _REFUSED = "the audit failed, so the rules refuse this model"
