@@ -19,13 +19,14 @@ from ...hooks.audit.audit import audit
 from ...hooks.context import plan
 from ...hooks.hook_rules import rules_in_hooks
 from ...hooks.placement import attached
-from ...inputs.bridge import public_name
+from ...inputs.bridge import LEAVES, public_name
 from ...inputs.float64 import precise
 from ...rules.precision import in_float32, is_low
 from ...rules.rule_sets import RuleSet
 from ...rules.threads import frozen_parameters, own_hooks
+from ..embedding_leaves import leaf_hooks
 from .check import Check, ObjectiveFn, dtype_of, judged, no_room, skipped
-from .conservation import account_for, leaf_hooks
+from .conservation import account_for
 
 # ---------------------------------------------------------------- every operation accounted for
 
@@ -161,7 +162,7 @@ def check_gradient(model: Any, tokens: Tensor, objective: ObjectiveFn) -> Check:
             stack.enter_context(in_float32(model))
         stack.enter_context(frozen_parameters(model))
         inputs: dict[str, Tensor] = {}
-        with own_hooks(model, leaf_hooks(model, inputs)[:1]):
+        with own_hooks(model, leaf_hooks(model, inputs, names=LEAVES[:1])):
             value = objective(model(tokens))
         (x,) = inputs.values()
         (g,) = torch.autograd.grad(value, [x])
@@ -175,7 +176,7 @@ def check_gradient(model: Any, tokens: Tensor, objective: ObjectiveFn) -> Check:
             def change(embedded: Tensor) -> Tensor:
                 return embedded + step * towards
 
-            with torch.no_grad(), own_hooks(model, leaf_hooks(model, {}, change)[:1]):
+            with torch.no_grad(), own_hooks(model, leaf_hooks(model, {}, change, LEAVES[:1])):
                 return float(objective(model(tokens)))
 
         def difference(step: float) -> float:

@@ -25,6 +25,7 @@ from ...inputs.float64 import precise
 from ...rules.precision import first_gradient, plain
 from ...rules.rule_sets import get_rule_set
 from ...rules.threads import frozen_parameters, mine, own_hooks
+from ..embedding_leaves import leaf_hooks
 
 
 @dataclass(frozen=True)
@@ -60,23 +61,6 @@ class Account:
             if value != 0.0:
                 parts.append(f"{value:+.4f} ({name})")
         return f"Δℓ {self.delta:+.4f} = {' '.join(parts)}"
-
-
-def leaf_hooks(
-    model: Any, found: dict[str, Tensor], change: Callable[[Tensor], Tensor] | None = None
-) -> list[tuple[str, Any]]:
-    """Hooks that make leaves of the embeddings [batch, pos, d_model], kept in ``found`` by name."""
-    hook_dict = model.hook_dict
-
-    def at(name: str) -> tuple[str, Any]:
-        def leaf(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-            value = tensor.detach()
-            found[name] = (value if change is None else change(value)).requires_grad_(True)
-            return found[name]
-
-        return public_name(hook_dict, name), leaf
-
-    return [at(name) for name in LEAVES if name in hook_dict]
 
 
 def account_for(model: Any, tokens: Tensor, objective: Callable[[Tensor], Tensor]) -> Account:
