@@ -201,7 +201,7 @@ class EdgeSpace:
             for between in self.between
             for size in (*attention_sizes, *([n] if between else []))
         ]
-        parts = iter(by_slot.split(sizes, dim=1))
+        parts = iter(torch.split_with_sizes(by_slot, sizes, dim=1))
         blocks = []
         for between in self.between:
             if self.heads:

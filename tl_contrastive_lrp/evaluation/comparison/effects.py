@@ -136,12 +136,12 @@ def _from_tensors(
             f"axes={list(names)} must name the {x.ndim} axes of a tensor of shape "
             f"{list(x.shape)}, each once, one of them 'layer'."
         )
-    grid = list(itertools.product(*map(range, x.shape)))
+    cells: list[Cell] = list(itertools.product(*map(range, x.shape)))
     base = torch.as_tensor(baseline).detach().cpu().double()
     if base.numel() != 1:
         raise ValueError(f"baseline must be one number; it has shape {list(base.shape)}.")
     x, y = (rearrange(values.detach(), "... -> (...) 1") for values in (x, y))
-    return _effects(x, y, (base, base), names, grid)
+    return _effects(x, y, (base, base), names, cells)
 
 
 def _from_results(x: PatchingResult, y: PatchingResult, baseline: float | Tensor | None) -> Effects:
@@ -181,8 +181,8 @@ def _from_scores(x: Mapping[Any, float], y: Mapping[Any, float]) -> Effects:
     if x.keys() != y.keys():
         unmatched = list(x.keys() ^ y.keys())
         raise ValueError(
-            f"The results score different nodes or edges: {len(unmatched)} are in one of them only, "
-            f"such as {unmatched[0]}. Compare the same model and prompt."
+            f"The results score different nodes or edges: {len(unmatched)} are in one of them "
+            f"only, such as {unmatched[0]}. Compare the same model and prompt."
         )
     keys = list(x)
     of_edges = bool(keys) and isinstance(keys[0], tuple)

@@ -142,7 +142,8 @@ def _gradients(
     from tqdm.auto import tqdm
 
     total = torch.zeros(setting.tokens.shape[1], dtype=torch.float64)
-    batches = scales.split(setting.batch_size)
+    size = setting.batch_size
+    batches = [scales[start : start + size] for start in range(0, len(scales), size)]
     silent = not setting.progress or len(scales) == 1
     for batch in tqdm(batches, desc="integrated gradients", leave=False, disable=silent):
         factor = torch.where(scaled, batch[:, None], torch.ones(()))[..., None]

@@ -48,6 +48,11 @@ class Check:
         figure: What was measured, as ``says`` explains; NaN if nothing was.
         limit: The largest figure for which the verdict is "ok".
         says: One sentence about the result.
+
+    Example:
+        >>> check = clrp.verify(model, case.prompt)["forward"]
+        >>> check.verdict, check.figure  # no value differs
+        ('ok', 0.0)
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,7 @@ class Verification:
 
 
 def _number(figure: float) -> str:
-    return "-" if figure != figure else f"{figure:.0f}" if figure in (0, 1) else f"{figure:.2g}"
+    return "-" if math.isnan(figure) else f"{figure:.0f}" if figure in (0, 1) else f"{figure:.2g}"
 
 
 def _in_words(objective: object) -> str:
