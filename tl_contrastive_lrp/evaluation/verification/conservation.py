@@ -83,10 +83,12 @@ def conservation_account(
         sources = [*leaves.values(), *lookups, *biases.parameters]
         grads = torch.autograd.grad(value, sources, first_gradient(model, value), allow_unused=True)
     n_embeddings = len(leaves) + len(lookups)
-    embedded = [_product(x, g) for x, g in zip(sources[:n_embeddings], grads, strict=False)]
-    of_tokens = [r for name, r in zip(leaves, embedded, strict=False) if name == LEAVES[0]]
-    others = [r for name, r in zip(leaves, embedded, strict=False) if name != LEAVES[0]]
-    others += embedded[len(leaves) :]
+    products = [
+        _product(x, g) for x, g in zip(sources[:n_embeddings], grads[:n_embeddings], strict=True)
+    ]
+    at_leaves = dict(zip(leaves, products[: len(leaves)], strict=True))
+    of_tokens = [r for name, r in at_leaves.items() if name == LEAVES[0]]
+    others = [r for name, r in at_leaves.items() if name != LEAVES[0]] + products[len(leaves) :]
     return ConservationAccount(
         delta=float(value.detach()),
         tokens=float(sum(r.sum() for r in of_tokens)),
