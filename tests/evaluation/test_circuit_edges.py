@@ -98,7 +98,7 @@ def test_masks_hold_the_edges_of_the_table(granularity: str, heads: bool) -> Non
     graph = graph.where(some)
     visible, _ = visible_positions(model, TOKENS)
     space = EdgeSpace.of(graph, visible, model.cfg.n_heads)
-    masks = space.masks(space.held(graph)[None])
+    masks = space.masks(space.mask_of_graph(graph)[None])
     wanted = [{name: torch.zeros_like(m) for name, m in vars(block).items() if m is not None}
               for block in masks]  # fmt: skip
     for edge in graph.edges.itertuples():

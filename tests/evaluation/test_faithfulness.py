@@ -98,10 +98,10 @@ def test_given_and_random_tokens_in_their_place() -> None:
 
 
 def test_random_tokens_are_never_special() -> None:
-    from tl_contrastive_lrp.evaluation.faithfulness.removal import removal
+    from tl_contrastive_lrp.evaluation.faithfulness.removal import prepare_removal
 
     model = boot("qwen3")
-    setting = removal(model, TOKENS, delta_of, replace="random", draws=200)
+    setting = prepare_removal(model, TOKENS, delta_of, replace="random", draws=200)
     assert setting.stand_ins is not None
     found = set(setting.stand_ins.flatten().tolist())
     assert found == set(range(4, 48))

@@ -15,9 +15,8 @@ from truth.families import ALL, FAMILIES, boot, random_tokens
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import ModelStateError, PromptError
-from tl_contrastive_lrp.evaluation.verification import check as verify_parts
 from tl_contrastive_lrp.evaluation.verification import checks as verify_checks
-from tl_contrastive_lrp.evaluation.verification.conservation import account_for
+from tl_contrastive_lrp.evaluation.verification.conservation import conservation_account
 from tl_contrastive_lrp.evaluation.verification.verify import Verification, verify
 from tl_contrastive_lrp.hooks.audit.audit import audit
 from tl_contrastive_lrp.hooks.sites import ACTIVATIONS
@@ -62,7 +61,7 @@ def test_a_mixture_of_experts_with_constants_added_inside() -> None:
     from truth import zoo
 
     model = zoo.boot("gpt_oss")
-    account = account_for(model, zoo.random_tokens(), clrp.logit_diff(model, 7, 11))
+    account = conservation_account(model, zoo.random_tokens(), clrp.logit_diff(model, 7, 11))
     assert account.constants != 0
     assert account.biases != 0
     assert account.missing < 1e-5
@@ -72,7 +71,7 @@ def test_a_mixture_of_experts_with_constants_added_inside() -> None:
 def test_the_account_agrees_with_the_ledger(name: str) -> None:
     model, ids = boot(name, torch.float64), random_tokens()
     objective = clrp.logit_diff(model, 7, 11)
-    account = account_for(model, ids, objective)
+    account = conservation_account(model, ids, objective)
     ledger = clrp.attribute(model, ids, objective, rules="cplrp").ledger
     near = {"rel": 1e-5, "abs": 1e-6}
     assert account.delta == pytest.approx(ledger.delta, **near)
@@ -91,7 +90,7 @@ def test_low_precision_is_compared_with_float32(name: str, dtype: torch.dtype) -
     objective = clrp.logit_diff(model, 7, 11)
     v = verify(model, ids, objective=objective)
     assert set(list(verdicts(v).values())[:-1]) == {"ok"}, str(v)
-    assert v["precision"].verdict in ("ok", "attention")
+    assert v["precision"].verdict in ("ok", "warning")
     low = clrp.attribute(model, ids, objective)
     with in_float32(model):
         exact = clrp.attribute(model, ids, objective)
@@ -105,7 +104,7 @@ def test_low_precision_is_compared_with_float32(name: str, dtype: torch.dtype) -
 
 
 def test_no_room_for_a_copy_is_said_and_nothing_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_parts, "free_bytes", lambda device: 1000)  # noqa: ARG005
+    monkeypatch.setattr(verify_checks, "free_bytes", lambda device: 1000)  # noqa: ARG005
     v = verify(fresh("llama", torch.bfloat16), random_tokens())
     assert v["gradient"].verdict == v["precision"].verdict == "skipped"
     assert "MiB free" in v["precision"].says
@@ -127,7 +126,7 @@ def test_underflow_is_found() -> None:
     model = fresh("llama", torch.float16)
     with torch.no_grad():  # what is this small in float16 has few bits, or none
         model.embed.original_component.weight.mul_(1e-7)
-    assert verify(model, random_tokens())["finite"].verdict == "attention"
+    assert verify(model, random_tokens())["finite"].verdict == "warning"
 
 
 # ---------------------------------------------------------------- faults
@@ -162,7 +161,7 @@ def test_a_model_that_is_not_reproducible_is_no_fault_of_the_rules() -> None:
     honest = type(wrapped).forward
     wrapped.forward = MethodType(lambda s, x: honest(s, x) * (1 + 1e-3 * torch.rand(1)), wrapped)
     check = verify(model, random_tokens())["forward"]
-    assert check.verdict == "attention"
+    assert check.verdict == "warning"
     assert "run to run" in check.says
 
 
@@ -241,8 +240,8 @@ def test_it_reads_well() -> None:
     assert list(frame.columns) == ["name", "verdict", "figure", "limit", "says"]
     with pytest.raises(KeyError):
         v["nothing"]
-    worse = dataclasses.replace(v.checks[1], verdict="attention")
-    assert dataclasses.replace(v, checks=(*v.checks, worse)).verdict == "attention"
+    worse = dataclasses.replace(v.checks[1], verdict="warning")
+    assert dataclasses.replace(v, checks=(*v.checks, worse)).verdict == "warning"
 
 
 def test_no_module_hides_a_public_function() -> None:

@@ -373,12 +373,12 @@ def test_tokens_that_only_the_files_mark_as_special_are_special(
 
 
 def test_random_replacements_are_no_special_tokens(models: dict[str, Any]) -> None:
-    from tl_contrastive_lrp.evaluation.faithfulness.removal import removal
+    from tl_contrastive_lrp.evaluation.faithfulness.removal import prepare_removal
 
     model, (tokenizer, _) = models["llama3"], forms.alone("llama3")
     ids = torch.tensor(own_ids("llama3", TEXT))
     objective = clrp.logit_diff(model, target=TARGET, contrast=CONTRAST)
-    drawn = removal(model, ids, objective, replace="random", draws=2000).stand_ins
+    drawn = prepare_removal(model, ids, objective, replace="random", draws=2000).stand_ins
     assert drawn is not None
     marked = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
     assert set(range(len(tokenizer))) - set(drawn.flatten().tolist()) == set(marked)

@@ -55,11 +55,11 @@ def custom(logits: Tensor) -> Tensor:
 def checks(model: Any, ids: Tensor) -> list[Tensor]:
     """Of ``verify``: each verdict as a number, and what conservation has accounted for."""
     found = clrp.verify(model, ids, objective=diff(model))
-    order = ("ok", "attention", "failed", "skipped")
-    from tl_contrastive_lrp.evaluation.verification.conservation import account_for
+    order = ("ok", "warning", "failed", "skipped")
+    from tl_contrastive_lrp.evaluation.verification.conservation import conservation_account
 
     verdicts = torch.tensor([float(order.index(c.verdict)) for c in found.checks])
-    account = account_for(model, ids, diff(model))
+    account = conservation_account(model, ids, diff(model))
     return [verdicts, *numbers(account)]
 
 

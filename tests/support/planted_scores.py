@@ -41,7 +41,7 @@ def ranked(model: Any, one: Case, rules: Any) -> dict[str, tuple[Tensor, Tensor]
     assert heads is not None
     assert neurons is not None
     found["heads"] = (heads.abs(), among(heads.shape, one.heads))
-    found["edges"] = (space.scores(graph), space.among(one.edges))
+    found["edges"] = (space.scores(graph), space.mask_of_edges(one.edges))
     if one.neurons:
         found["neurons"] = (neurons.abs(), among(neurons.shape, one.neurons))
     return found

@@ -1,9 +1,8 @@
-"""Is it right? Relevance held against interventions on the model, planted truth and itself.
+"""Evaluation of relevance against interventions on the model, a known truth and itself.
 
-``patching`` estimates activation patching, ``compare`` holds an estimate against what was measured,
+``patching`` estimates activation patching, ``compare`` compares an estimate with a measurement,
 ``faithfulness`` removes tokens, ``circuits`` runs a graph as a circuit, and ``verify`` checks a
-model.
-``patching`` needs TransformerLens 4.3 and is imported when it is asked for.
+model. ``patching`` needs TransformerLens 4.3 and is imported at first use.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Every edge a circuit could keep at a prompt, as one flat list; which of them a graph holds.
+"""All edges that a circuit could keep at a prompt, as one flat list, and which of them a graph has.
 
-An edge joins the state of a source site at position i to that of the next site at position j ≥ i,
-as in ``AttributionGraph``. All that the attention masks allow count, also those to which the
-explanation gave no weight, but not those that cannot reach a position explained: targets after
-the last of them, and in the last transitions all other targets.
+An edge joins the state of a source site at position i to the state of the next site at position
+j ≥ i, as in ``AttributionGraph``. The list holds every edge that the attention masks allow, also
+those to which the explanation gave no weight. It leaves out edges that cannot reach an explained
+position: targets after the last explained position and, in the transitions of the last block, all
+targets that are not explained.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ...graph.columns import KEY, POSITION, VALUE
+from ...graph.columns import KEY, POSITION
 
 if TYPE_CHECKING:
     from ...graph.graph import AttributionGraph
@@ -24,13 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class BlockMasks:
-    """What each of several circuits keeps in one block.
+    """What several circuits keep in one block.
 
     Attributes:
-        value, key: What target j may take of source i's values and keys; heads 1 if not split.
-        position: What it takes of its own state by the residual stream, queries (and, where the
-            block is one transition, the MLP).
-        after: The same from between attention and MLP; None where the block is one transition.
+        value: Which source values each target may use. The head axis is 1 without a split by head.
+        key: Which source keys each target may use.
+        position: Which positions keep their own state, through the residual stream, queries and,
+            where the block is a single transition, the MLP.
+        after: Which positions keep their own state from between attention and MLP. None where the
+            block is a single transition.
     """
 
     value: Bool[Tensor, "circuit head target source"]
@@ -39,7 +43,7 @@ class BlockMasks:
     after: Bool[Tensor, "circuit pos"] | None
 
     def to(self, device: torch.device) -> BlockMasks:
-        """The same masks on a device."""
+        """Move the masks to a device."""
         after = None if self.after is None else self.after.to(device)
         value, key, position = (m.to(device) for m in (self.value, self.key, self.position))
         return BlockMasks(value, key, position, after)
@@ -47,12 +51,16 @@ class BlockMasks:
 
 @dataclass(frozen=True, eq=False)
 class EdgeSpace:
-    """The possible edges of one model, prompt and kind of graph, in the graph's order of blocks.
+    """The possible edges for one model, prompt and kind of graph, in the graph's order of blocks.
+
+    They are a selection from *slots*, which count all edges of a block, possible or not. The slots
+    of a block are (target, source), or (head, path, target, source) followed by (pos) if the graph
+    is split by head, where the path is value, then key. A transition from ``resid_mid`` adds (pos).
 
     Attributes:
-        allowed: Per block, which edges the masks allow and the end can see.
-        heads: Number of heads the graph is split by, or 0.
-        between: Whether the graph has a site between attention and MLP in each block.
+        allowed: The edges of each block that the masks allow and that reach an explained position.
+        heads: Number of heads by which the graph is split, or 0.
+        between: Whether the graph has a site between attention and MLP, for each block.
     """
 
     allowed: tuple[Bool[Tensor, "target source"], ...]
@@ -66,133 +74,149 @@ class EdgeSpace:
         visible: Sequence[Bool[Tensor, "target source"]],
         heads: int,
     ) -> EdgeSpace:
-        """The space of a graph.
+        """Build the space of a graph.
 
         Args:
-            graph: Of adjacent sites.
-            visible: Per block, which source positions each target may attend to.
-            heads: Query heads of a block.
+            graph: A graph of adjacent sites.
+            visible: For each block, the source positions that each target may attend to.
+            heads: Number of query heads per block.
 
         Raises:
-            ValueError: the graph's sites are not those of every block in turn.
+            ValueError: The graph's sites are not those of every block in turn.
         """
-        blocks = len(visible)
-        between = tuple(f"blocks.{i}.hook_resid_mid" in graph.sites for i in range(blocks))
-        wanted = [
-            f"blocks.{i}.hook_resid_{at}"
-            for i in range(blocks)
-            for at in (("pre", "mid") if between[i] else ("pre",))
+        n_blocks = len(visible)
+        between = tuple(f"blocks.{i}.hook_resid_mid" in graph.sites for i in range(n_blocks))
+        expected = [
+            f"blocks.{i}.hook_resid_{place}"
+            for i in range(n_blocks)
+            for place in (("pre", "mid") if between[i] else ("pre",))
         ]
-        if list(graph.sites) != [*wanted, f"blocks.{blocks - 1}.hook_resid_post"]:
+        if list(graph.sites) != [*expected, f"blocks.{n_blocks - 1}.hook_resid_post"]:
             raise ValueError(
                 "A circuit is run block by block, so its graph needs every block's sites; this one "
-                f"has {len(graph.sites)} sites (granularity {graph.granularity!r}) for {blocks} "
+                f"has {len(graph.sites)} sites (granularity {graph.granularity!r}) for {n_blocks} "
                 "blocks. Make it with clrp.attribution_graph(model, prompt, objective) without "
                 "layers=, with the same model."
             )
-        rows = torch.arange(len(graph.str_tokens))
-        allowed = [mask & (rows <= graph.final_pos)[:, None] for mask in visible]
-        allowed[-1] = allowed[-1] & torch.isin(rows, torch.tensor(graph.final_positions))[:, None]
+        targets = torch.arange(len(graph.str_tokens))
+        allowed = [mask & (targets <= graph.final_pos)[:, None] for mask in visible]
+        explained = torch.isin(targets, torch.tensor(graph.final_positions))
+        allowed[-1] = allowed[-1] & explained[:, None]
         return cls(tuple(allowed), heads if graph.head is not None else 0, between)
 
     @property
     def size(self) -> int:
-        """How many edges are possible."""
-        return sum(int(block.sum()) for block in self._whole(self.allowed))
+        """Number of possible edges."""
+        return int(self._possible().sum())
 
-    def _whole(self, allowed: Sequence[Tensor]) -> list[Tensor]:
-        """Each block's parts one after the other, flat, as booleans over dense slots.
+    @property
+    def _n_attention_slots(self) -> int:
+        """Number of slots of a block's first transition, the one that holds attention."""
+        n = len(self.allowed[0])
+        return 2 * self.heads * n * n + n if self.heads else n * n
 
-        Slots of a block: [target, source], or [head, (value, key), target, source] and [pos]; then
-        [pos] of the MLP's transition.
-        """
+    def _possible(self) -> Bool[Tensor, " slot"]:
+        """Which slots are possible edges."""
         parts = []
-        for block, between in zip(allowed, self.between, strict=True):
-            alive = block.any(1)
+        for block, between in zip(self.allowed, self.between, strict=True):
+            used_targets = block.any(1)
             if self.heads:
-                parts.append(block.expand(self.heads, 2, *block.shape).flatten())
-                parts.append(alive)
+                pattern = "target source -> (head path target source)"
+                parts += [repeat(block, pattern, head=self.heads, path=2), used_targets]
             else:
-                parts.append(block.flatten())
+                parts.append(rearrange(block, "target source -> (target source)"))
             if between:
-                parts.append(alive)
-        return parts
+                parts.append(used_targets)
+        return torch.cat(parts)
 
     def _slots(
         self,
-        source_site: Tensor,
-        source_pos: Tensor,
-        target_pos: Tensor,
-        head: Tensor | None = None,
-        path: Tensor | None = None,
+        source_site: Int[Tensor, " edge"],
+        source_pos: Int[Tensor, " edge"],
+        target_pos: Int[Tensor, " edge"],
+        head: Int[Tensor, " edge"] | None = None,
+        path: Int[Tensor, " edge"] | None = None,
     ) -> Int[Tensor, " edge"]:
-        """Dense slot of every edge."""
+        """Return the slot of each edge."""
         n = len(self.allowed[0])
-        per_block = 2 * self.heads * n * n + n if self.heads else n * n
-        starts, first_site, block_of = [], 0, {}
-        start = 0
-        for block, between in enumerate(self.between):
-            starts.append(start)
-            block_of[first_site] = (block, False)
+        first_slots: list[int] = []  # of each transition, by its source site
+        is_mlp: list[bool] = []
+        n_slots = 0
+        for between in self.between:
+            first_slots.append(n_slots)
+            is_mlp.append(False)
+            n_slots += self._n_attention_slots
             if between:
-                block_of[first_site + 1] = (block, True)
-            first_site += 2 if between else 1
-            start += per_block + (n if between else 0)
-        base = torch.tensor([starts[block_of[s][0]] for s in range(first_site)])
-        late = torch.tensor([block_of[s][1] for s in range(first_site)])
-        site, j, i = source_site.long(), target_pos.long(), source_pos.long()
-        inside = j * n + i
+                first_slots.append(n_slots)
+                is_mlp.append(True)
+                n_slots += n
+        site, target, source = source_site.long(), target_pos.long(), source_pos.long()
+        in_attention = target * n + source
         if self.heads:
             assert head is not None
             assert path is not None
-            split = (2 * head.long() + (path == KEY).long()) * n * n + inside
-            inside = torch.where(path == POSITION, 2 * self.heads * n * n + j, split)
-        return base[site] + torch.where(late[site], per_block + j, inside)
+            matrix = 2 * head.long() + (path == KEY).long()
+            own_state = 2 * self.heads * n * n + target
+            in_attention = torch.where(path == POSITION, own_state, matrix * n * n + in_attention)
+        in_transition = torch.where(torch.tensor(is_mlp)[site], target, in_attention)
+        return torch.tensor(first_slots)[site] + in_transition
 
     def scores(self, graph: AttributionGraph) -> Float[Tensor, " possible"]:
-        """|weight| of every possible edge; 0 for those the graph does not hold."""
-        return self.spread(graph, graph.weight.abs())
+        """Return |weight| for every possible edge, 0 for those that the graph lacks."""
+        return self.scatter(graph, graph.weight.abs())
 
-    def held(self, graph: AttributionGraph) -> Bool[Tensor, " possible"]:
-        """Which possible edges the graph holds."""
-        return self.spread(graph, torch.ones_like(graph.weight)) > 0
+    def mask_of_graph(self, graph: AttributionGraph) -> Bool[Tensor, " possible"]:
+        """Return which of the possible edges the graph has."""
+        return self.scatter(graph, torch.ones_like(graph.weight)) > 0
 
-    def spread(self, graph: AttributionGraph, values: Float[Tensor, " edge"]) -> Tensor:
-        """A value for every edge of the graph, as one for every possible edge (else 0)."""
+    def scatter(
+        self, graph: AttributionGraph, values: Float[Tensor, " edge"]
+    ) -> Float[Tensor, " possible"]:
+        """Turn one value per edge of the graph into one per possible edge, 0 for the others."""
         columns = (graph.source_site, graph.source_pos, graph.target_pos, graph.head, graph.path)
-        return self._dense(self._slots(*columns), values.double())
+        return self._scatter_slots(self._slots(*columns), values.double())
 
-    def among(self, edges: Iterable[tuple[int, int, int]]) -> Bool[Tensor, " possible"]:
-        """Which possible edges are these (source site, source pos, target pos), not split."""
-        site, i, j = torch.tensor(sorted(edges)).T
-        return self._dense(self._slots(site, i, j), torch.ones(len(site)).double()) > 0
+    def mask_of_edges(self, edges: Iterable[tuple[int, int, int]]) -> Bool[Tensor, " possible"]:
+        """Mark edges given as (source site, source pos, target pos), for graphs without heads."""
+        site, source, target = torch.tensor(sorted(edges)).T
+        return self._scatter_slots(self._slots(site, source, target), torch.ones(len(site))) > 0
 
-    def _dense(self, slots: Tensor, values: Tensor) -> Tensor:
-        whole = torch.cat(self._whole(self.allowed))
-        dense = torch.zeros(len(whole), dtype=torch.float64)
-        dense[slots] = values
-        return dense[whole]
+    def _scatter_slots(
+        self, slots: Int[Tensor, " edge"], values: Float[Tensor, " edge"]
+    ) -> Float[Tensor, " possible"]:
+        possible = self._possible()
+        by_slot = torch.zeros(len(possible), dtype=torch.float64)
+        by_slot[slots] = values.double()
+        return by_slot[possible]
 
     def masks(self, keep: Bool[Tensor, "circuit possible"]) -> list[BlockMasks]:
-        """What circuits that keep these edges keep in each block."""
-        whole = torch.cat(self._whole(self.allowed))
-        dense = torch.zeros(len(keep), len(whole), dtype=torch.bool)
-        dense[:, whole] = keep
-        n, found, at = len(self.allowed[0]), [], 0
-
-        def take(*shape: int) -> Tensor:
-            nonlocal at
-            size = int(torch.tensor(shape).prod())
-            part = dense[:, at : at + size].reshape(len(keep), *shape)
-            at += size
-            return part
-
+        """Return what circuits that keep these edges keep in each block."""
+        possible = self._possible()
+        by_slot = torch.zeros(len(keep), len(possible), dtype=torch.bool)
+        by_slot[:, possible] = keep
+        n = len(self.allowed[0])
+        attention_sizes = [2 * self.heads * n * n, n] if self.heads else [n * n]
+        sizes = [
+            size
+            for between in self.between
+            for size in (*attention_sizes, *([n] if between else []))
+        ]
+        parts = iter(torch.split_with_sizes(by_slot, sizes, dim=1))
+        blocks = []
         for between in self.between:
             if self.heads:
-                both = take(self.heads, 2, n, n)
-                value, key, position = both[:, :, VALUE - 1], both[:, :, KEY - 1], take(n)
+                value, key = rearrange(
+                    next(parts),
+                    "circuit (head path target source) -> path circuit head target source",
+                    head=self.heads,
+                    path=2,
+                    target=n,
+                )
+                position = next(parts)
             else:
-                value = key = take(1, n, n)
+                value = key = rearrange(
+                    next(parts), "circuit (target source) -> circuit 1 target source", target=n
+                )
                 position = value[:, 0].diagonal(dim1=1, dim2=2)
-            found.append(BlockMasks(value, key, position, take(n) if between else None))
-        return found
+            blocks.append(BlockMasks(value, key, position, next(parts) if between else None))
+        return blocks

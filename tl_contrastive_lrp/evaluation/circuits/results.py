@@ -1,4 +1,4 @@
-"""What running circuits found: one circuit, and the curve of circuits that grow."""
+"""Results of running circuits: one circuit, and the curve over circuits of growing size."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CircuitFaithfulness:
-    """What one circuit carries.
+    """How much of Δℓ one circuit carries.
 
     Attributes:
-        edges_kept, edges_all: Edges of the circuit, and all that are possible at this prompt.
-        delta: Δℓ with all other edges ablated, logits.
-        delta_full, delta_empty: Δℓ with every edge and with none.
-        ablation: Where ablated states came from: "corrupted" or "mean".
+        edges_kept: Number of edges in the circuit.
+        edges_all: Number of edges that are possible at this prompt.
+        delta: Δℓ with all other edges ablated, in logits; positive values favour the target.
+        delta_full: Δℓ with every edge.
+        delta_empty: Δℓ with no edge.
+        ablation: Where ablated states came from, "corrupted" or "mean".
+
+    Example:
+        >>> print(clrp.CircuitFaithfulness(88, 3014, 3.5, 5.8, 2.2, "corrupted"))
+        88 of 3,014 edges (2.92%) recover 36.1% of Δℓ: +3.500 logits, from +2.200 ...
     """
 
     edges_kept: int
@@ -32,12 +38,24 @@ class CircuitFaithfulness:
 
     @property
     def share(self) -> float:
-        """Kept share of the possible edges."""
+        """Share of the possible edges that the circuit keeps, from 0 to 1.
+
+        Example:
+            >>> clrp.CircuitFaithfulness(88, 3014, 3.5, 5.8, 2.2, "corrupted").share == 88 / 3014
+            True
+        """
         return self.edges_kept / self.edges_all
 
     @property
     def recovered(self) -> float:
-        """Share of Δℓ's gap that the circuit carries: 0 none, 1 all; may be outside."""
+        """Share of the gap in Δℓ that the circuit recovers: 0 for none, 1 for all of it.
+
+        It may be below 0 or above 1: other edges may work against the circuit.
+
+        Example:
+            >>> clrp.CircuitFaithfulness(10, 100, 3.0, 5.0, 1.0, "mean").recovered
+            0.5
+        """
         return (self.delta - self.delta_empty) / (self.delta_full - self.delta_empty)
 
     def __str__(self) -> str:
@@ -50,11 +68,16 @@ class CircuitFaithfulness:
 
 @dataclass(frozen=True)
 class CircuitCurve:
-    """The recovered share over the kept share of edges.
+    """The recovered share of Δℓ over the share of edges kept (arXiv:2504.13151).
 
     Attributes:
-        name: What ranked the edges.
-        points: One circuit a point, from no edge to all.
+        name: The ranking of the edges.
+        points: One circuit per point, from no edge to all edges.
+
+    Example:
+        >>> circuits = [clrp.CircuitFaithfulness(k, 2, 1.0 * k, 2.0, 0.0, "mean") for k in range(3)]
+        >>> print(clrp.CircuitCurve("gim", tuple(circuits)))
+        gim: CPR 0.500, CMD 0.500 (3 circuits)
     """
 
     name: str
@@ -62,26 +85,55 @@ class CircuitCurve:
 
     @property
     def cpr(self) -> float:
-        """∫ recovered d(share), by the trapezoid rule over the points."""
+        """Area under the recovered share, ∫ f dk by the trapezoid rule; higher is better.
+
+        Example:
+            >>> how = {"corrupted": graph.token_ids.flip(0), "fractions": [0.1], "progress": False}
+            >>> curve = clrp.circuit_curve(model, graph, objective, **how)
+            >>> curve.cpr > 0.5
+            True
+        """
         return _area([(p.share, p.recovered) for p in self.points])
 
     @property
     def cmd(self) -> float:
-        """∫ |1 − recovered| d(share), by the trapezoid rule over the points."""
+        """Area between the recovered share and 1, ∫ |1 − f| dk by the trapezoid rule; 0 is best.
+
+        Example:
+            >>> how = {"corrupted": graph.token_ids.flip(0), "fractions": [0.1], "progress": False}
+            >>> curve = clrp.circuit_curve(model, graph, objective, **how)
+            >>> 0 < curve.cmd < 0.5
+            True
+        """
         return _area([(p.share, abs(1.0 - p.recovered)) for p in self.points])
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a circuit: name, edges, share, delta (logits), recovered."""
+        """Return one row per circuit: name, edges, share, delta (logits), recovered.
+
+        Example:
+            >>> how = {"corrupted": graph.token_ids.flip(0), "fractions": [0.1], "progress": False}
+            >>> curve = clrp.circuit_curve(model, graph, objective, **how)
+            >>> list(curve.to_frame().columns)
+            ['name', 'edges', 'share', 'delta', 'recovered']
+        """
         import pandas as pd
 
         rows = [(self.name, p.edges_kept, p.share, p.delta, p.recovered) for p in self.points]
         return pd.DataFrame(rows, columns=["name", "edges", "share", "delta", "recovered"])
 
     def plot(self) -> Any:
-        """A plotly figure: recovered share over kept share of edges, logarithmic.
+        """Plot the recovered share over the share of edges kept, as a plotly ``Figure``.
+
+        The share of edges is on a logarithmic axis, so the circuit without edges is left out.
 
         Raises:
             ImportError: plotly is not installed.
+
+        Example:
+            >>> how = {"corrupted": graph.token_ids.flip(0), "fractions": [0.1], "progress": False}
+            >>> curve = clrp.circuit_curve(model, graph, objective, **how)
+            >>> curve.plot().layout.xaxis.type
+            'log'
         """
         from ...render.plotly_figures import line_figure
 
@@ -98,5 +150,4 @@ class CircuitCurve:
 
 
 def _area(points: Sequence[tuple[float, float]]) -> float:
-    steps = pairwise(points)
-    return math.fsum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in steps)
+    return math.fsum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in pairwise(points))

@@ -1,4 +1,4 @@
-"""A model, prompt, objective and reference states, checked against a graph, to run circuits in."""
+"""What circuits are run with: a model, prompt, objective and references that fit a graph."""
 
 from __future__ import annotations
 
@@ -25,7 +25,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class CircuitSetting:
-    """A model, prompt, objective and reference, checked against a graph."""
+    """A model, prompt, objective and reference states, checked against a graph.
+
+    Attributes:
+        model: The bridge.
+        objective: Maps logits to Δℓ.
+        tokens: The graph's prompt.
+        references: The state that replaces an ablated one, by site.
+        space: All edges that are possible at the prompt.
+        ablation: Where the references came from, "corrupted" or "mean".
+        positions: The positions that the graph explains.
+    """
 
     model: Any
     objective: Callable[[Tensor], Tensor]
@@ -46,6 +56,12 @@ class CircuitSetting:
         batch_size: int,
         prepend_bos: bool | None = None,
     ) -> CircuitSetting:
+        """Check the arguments of ``circuit_faithfulness`` and compute the reference states.
+
+        Raises:
+            ValueError: The arguments do not fit the graph, as ``circuit_faithfulness`` says.
+            PromptError: A reference prompt has another length.
+        """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be 1 or more.")
         if (corrupted is None) == (mean_over is None):
@@ -55,11 +71,11 @@ class CircuitSetting:
             )
         find_sites(model)
         tokens = to_tokens(model, graph.token_ids.to(model_device(model)))
-        given = corrupted if mean_over is None else mean_over
-        assert given is not None
-        if prepend_bos is None and isinstance(given, str):
+        reference = corrupted if mean_over is None else mean_over
+        assert reference is not None
+        if prepend_bos is None and isinstance(reference, str):
             prepend_bos = graph.prepended_bos
-        prompts = to_tokens(model, given, prepend_bos)
+        prompts = to_tokens(model, reference, prepend_bos)
         if prompts.shape[1] != tokens.shape[1] or (mean_over is None and len(prompts) != 1):
             raise PromptError(
                 f"The reference has shape {list(prompts.shape)} and the graph's prompt "
@@ -88,10 +104,10 @@ class CircuitSetting:
         return cls(model, objective, tokens, states, space, ablation, graph.final_positions)
 
     def _delta(self, logits: Float[Tensor, "1 pos vocab"]) -> float:
-        """The objective of one circuit's run, whose other positions mean nothing.
+        """Return Δℓ of one circuit's run, in which only explained positions have meaning.
 
         Raises:
-            ValueError: it reads other positions now than the graph explains.
+            ValueError: On these logits the objective reads positions that are not explained.
         """
         if not isinstance(self.objective, Objective):
             read = torch.nonzero(read_rows(self.objective, logits)[0])[:, 0].tolist()
@@ -104,18 +120,22 @@ class CircuitSetting:
                 )
         return float(self.objective(logits))
 
-    def measured(
+    def measure(
         self, keep: Bool[Tensor, "circuit possible"], batch_size: int, progress: bool
     ) -> list[CircuitFaithfulness]:
-        """Each circuit, run."""
+        """Run each circuit, and those of every edge and of none.
+
+        Raises:
+            ValueError: Δℓ is the same with every edge and with none.
+        """
         from tqdm.auto import tqdm
 
-        ends = torch.stack([torch.zeros_like(keep[0]), torch.ones_like(keep[0])])
-        whole = torch.cat([ends, keep])
+        none, every = torch.zeros_like(keep[:1]), torch.ones_like(keep[:1])
+        circuits = torch.cat([none, every, keep])
         deltas: list[float] = []
-        pieces = list(chunks(len(whole), batch_size))
-        for piece in tqdm(pieces, desc="circuits", leave=False, disable=not progress):
-            masks = self.space.masks(whole[piece.start : piece.stop])
+        batches = list(chunks(len(circuits), batch_size))
+        for batch in tqdm(batches, desc="circuits", leave=False, disable=not progress):
+            masks = self.space.masks(circuits[batch.start : batch.stop])
             logits = run_circuits(self.model, self.tokens, self.references, masks)
             deltas += [self._delta(row[None]) for row in logits]
         empty, full = deltas[:2]
@@ -126,6 +146,6 @@ class CircuitSetting:
                 "changes nothing, so nothing can be recovered. Corrupt what the answer depends on."
             )
         return [
-            CircuitFaithfulness(kept, self.space.size, delta, full, empty, self.ablation)
-            for kept, delta in zip(keep.sum(1).tolist(), deltas[2:], strict=True)
+            CircuitFaithfulness(n_kept, self.space.size, delta, full, empty, self.ablation)
+            for n_kept, delta in zip(keep.sum(1).tolist(), deltas[2:], strict=True)
         ]

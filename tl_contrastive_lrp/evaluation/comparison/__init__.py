@@ -1,1 +1,1 @@
-"""Estimated effects held against measured ones: correlation, overlap and where they differ."""
+"""Agreement of estimated effects with measured ones: correlation, overlap and differences."""

@@ -1,6 +1,7 @@
-"""How well estimated effects agree with measured ones: pure functions on two rows of numbers.
+"""How well estimated effects agree with measured ones: pure functions of two rows of numbers.
 
-Every measure takes resamples [sample, cell] at once, so a bootstrap is a few tensor operations.
+Every measure takes many resamples at once, [sample, cell], so a bootstrap is a few tensor
+operations.
 """
 
 from __future__ import annotations
@@ -11,29 +12,40 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 MEASURES = ("pearson", "spearman", "slope", "overlap", "same_sign")
-_AT_ONCE = 2**22  # numbers of a resample held in memory at a time
+_MAX_NUMBERS = 2**22  # of resamples held in memory at a time
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement of one group of cells, each measure with its bootstrap interval (low, high).
+    """Agreement of one group of cells; each measure has a bootstrap interval (low, high).
 
-    A measure is nan where it is not defined (a side that does not vary, no two effects to compare).
+    A measure is NaN where it is undefined: a side does not vary, or no two effects can be compared.
 
     Attributes:
         group: "all", or the layer.
-        n: Cells.
-        k: How many largest |effects| of each side ``overlap`` compares.
-        pearson: Linear correlation of measured and estimated effects, −1 to 1.
-        spearman: The same of their ranks.
-        slope: Estimate per measured effect, least squares through 0: ½ where estimates are half of
-            what is measured, whatever their correlation.
+        n: Number of cells.
+        k: How many of the largest |effects| of each side ``overlap`` compares.
+        pearson: Linear correlation of measured and estimated effects, from −1 to 1.
+        spearman: The same correlation of their ranks.
+        slope: Least-squares slope through 0 of the estimated over the measured effects. It is ½
+            where estimates are half of what is measured, whatever their correlation.
         overlap: Share of the ``k`` largest measured |effects| among the ``k`` largest estimated.
-        same_sign: Share of equal signs where both effects are larger than rounding.
+        same_sign: Share of equal signs among cells where both effects exceed rounding.
+        pearson_interval: Bootstrap interval of ``pearson``.
+        spearman_interval: Bootstrap interval of ``spearman``.
+        slope_interval: Bootstrap interval of ``slope``.
+        overlap_interval: Bootstrap interval of ``overlap``.
+        same_sign_interval: Bootstrap interval of ``same_sign``.
+
+    Example:
+        >>> measured = torch.tensor([[1.0, 0.2], [-0.5, 0.1]])
+        >>> overall = clrp.compare(measured, 0.5 * measured, baseline=0.0).overall
+        >>> overall.group, overall.n, round(overall.slope, 3)
+        ('all', 4, 0.5)
     """
 
     group: str
@@ -74,44 +86,45 @@ def agreement(
     n_resamples: int,
     confidence: float,
 ) -> Agreement:
-    """Measures of two rows of effects, and their percentile bootstrap intervals.
+    """Return the measures of two rows of effects, with percentile bootstrap intervals.
 
     Args:
-        group: Its name.
-        measured, estimated: Effects in float64; those within rounding of 0 set to 0.
-        k: For ``overlap``.
-        draw: (start, count) → that many resamples of both rows, [sample, cell].
-        n_resamples: How many in all.
-        confidence: Of the intervals.
+        group: Name of the group.
+        measured: Measured effects in float64; those within rounding of 0 are set to 0.
+        estimated: Estimated effects, likewise.
+        k: How many of the largest |effects| ``overlap`` compares.
+        draw: Maps (start, count) to ``count`` resamples of both rows, [sample, cell].
+        n_resamples: Number of resamples in all.
+        confidence: Confidence level of the intervals.
     """
     values = _measures(measured[None], estimated[None], k)
-    at_once = max(1, _AT_ONCE // max(1, measured.numel()))
+    batch_size = max(1, _MAX_NUMBERS // max(1, measured.numel()))
     parts = [
-        _measures(*draw(start, min(at_once, n_resamples - start)), k)
-        for start in range(0, n_resamples, at_once)
+        _measures(*draw(start, min(batch_size, n_resamples - start)), k)
+        for start in range(0, n_resamples, batch_size)
     ]
     tail = (1.0 - confidence) / 2.0
     quantiles = torch.tensor([tail, 1.0 - tail], dtype=torch.float64)
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name in MEASURES:
-        found[name] = float(values[name])
-        drawn = torch.cat([part[name] for part in parts])
-        low, high = torch.nanquantile(drawn, quantiles).tolist()
-        found[f"{name}_interval"] = (low, high)
-    return Agreement(group, measured.numel(), k, **found)
+        fields[name] = float(values[name])
+        resampled = torch.cat([part[name] for part in parts])
+        low, high = torch.nanquantile(resampled, quantiles).tolist()
+        fields[f"{name}_interval"] = (low, high)
+    return Agreement(group, measured.numel(), k, **fields)
 
 
 def _measures(
     x: Float[Tensor, "sample cell"], y: Float[Tensor, "sample cell"], k: int
 ) -> dict[str, Float[Tensor, " sample"]]:
     both = (x != 0) & (y != 0)
-    shared = (_largest(x, k) & _largest(y, k)).sum(-1).double() / k
-    none = (x == 0).all(-1) | (y == 0).all(-1)  # then nothing is the largest
+    overlap = (_largest(x, k) & _largest(y, k)).sum(-1).double() / k
+    undefined = (x == 0).all(-1) | (y == 0).all(-1)  # no effect is the largest
     return {
         "pearson": pearson(x, y),
         "spearman": pearson(ranks(x), ranks(y)),
         "slope": (x * y).sum(-1) / x.square().sum(-1),
-        "overlap": torch.where(none, torch.nan, shared),
+        "overlap": torch.where(undefined, torch.nan, overlap),
         "same_sign": (both & (x.sign() == y.sign())).sum(-1).double() / both.sum(-1),
     }
 
@@ -119,24 +132,24 @@ def _measures(
 def pearson(
     x: Float[Tensor, "sample cell"], y: Float[Tensor, "sample cell"]
 ) -> Float[Tensor, " sample"]:
-    """Linear correlation of each pair of rows; nan where a row does not vary."""
+    """Return the linear correlation of each pair of rows, NaN where a row does not vary."""
     x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
-    spread = x.norm(dim=-1) * y.norm(dim=-1)
-    r = (x * y).sum(-1) / spread
-    flat = spread <= torch.finfo(x.dtype).tiny
-    return torch.where(flat, torch.nan, r).clamp(-1.0, 1.0)
+    norms = x.norm(dim=-1) * y.norm(dim=-1)
+    r = (x * y).sum(-1) / norms
+    constant = norms <= torch.finfo(x.dtype).tiny
+    return torch.where(constant, torch.nan, r).clamp(-1.0, 1.0)
 
 
 def ranks(x: Float[Tensor, "sample cell"]) -> Float[Tensor, "sample cell"]:
-    """Rank of every entry in its row, from 1; equal entries share the mean of their ranks."""
+    """Return each entry's rank in its row, from 1; equal entries share their mean rank."""
     x = x.contiguous()
     ordered = x.sort(-1).values
-    below = torch.searchsorted(ordered, x)
-    up_to = torch.searchsorted(ordered, x, right=True)
-    return (below + up_to + 1).to(x.dtype) / 2.0
+    n_below = torch.searchsorted(ordered, x)
+    n_up_to = torch.searchsorted(ordered, x, right=True)
+    return (n_below + n_up_to + 1).to(x.dtype) / 2.0
 
 
-def _largest(x: Float[Tensor, "sample cell"], k: int) -> Tensor:
-    """Which entries are the k largest in size of their row (the earlier ones among equals)."""
+def _largest(x: Float[Tensor, "sample cell"], k: int) -> Bool[Tensor, "sample cell"]:
+    """Mark the k largest |entries| of each row, the earlier ones among equals."""
     order = x.abs().sort(dim=-1, descending=True, stable=True).indices[:, :k]
     return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, order, True)

@@ -1,8 +1,8 @@
-"""``compare``: do estimated effects agree with what TransformerLens measures by intervention?
+"""``compare``: agreement of estimated effects with those that TransformerLens measures.
 
-Correlation, rank correlation, slope, overlap of the largest and agreement of signs, over all cells
-and per layer, with bootstrap intervals. Where estimates fall short is part of the answer: see
-``Comparison.apart``.
+The measures are correlation, rank correlation, slope, overlap of the largest effects and agreement
+of signs, over all cells and per layer, with bootstrap intervals. ``Comparison.apart`` shows where
+estimates fall short.
 """
 
 from __future__ import annotations
@@ -30,14 +30,23 @@ class Comparison:
     """Measured and estimated effects of the same cells, and how well they agree.
 
     Attributes:
-        measured: What patching each cell changed, in the objective's units.
-        estimated: What the estimate says it changes.
-        axes: Names of the columns that name a cell, "layer" among them.
-        cells: One name for each axis, for each cell.
+        measured: The measured effect of patching each cell, in the objective's units (logits for
+            ``logit_diff``, positive where the patch favours the target).
+        estimated: The estimated effect of patching each cell.
+        axes: Names of the axes that locate a cell, one of them "layer".
+        cells: The location of each cell, one entry per axis.
         overall: Agreement over all cells.
         layers: Agreement of each layer's cells, in order.
-        resampled: What the bootstrap drew: "cells" or "examples".
-        n_resamples, seed, confidence: Of the bootstrap.
+        resampled: What the bootstrap resampled, "cells" or "examples".
+        n_resamples: Number of resamples of the bootstrap.
+        seed: Seed of the bootstrap.
+        confidence: Confidence level of the intervals.
+
+    Example:
+        >>> measured = torch.tensor([[1.0, 0.2], [-0.5, 0.1]])
+        >>> agreement = clrp.compare(measured, 0.5 * measured, baseline=0.0)
+        >>> round(agreement.overall.slope, 3), agreement.overall.same_sign
+        (0.5, 1.0)
     """
 
     measured: Float[Tensor, " cell"]
@@ -65,7 +74,16 @@ class Comparison:
             raise ValueError("Comparison.layers do not hold every cell once.")
 
     def to_frame(self) -> pd.DataFrame:
-        """The agreement: a row for all cells, one for each layer; intervals as _low, _high."""
+        """Return the agreement: one row for all cells, then one per layer.
+
+        Each measure has its interval in two more columns, ``_low`` and ``_high``.
+
+        Example:
+            >>> measured = torch.tensor([[1.0, 0.2], [-0.5, 0.1]])
+            >>> agreement = clrp.compare(measured, 0.5 * measured, baseline=0.0)
+            >>> list(agreement.to_frame().index)
+            ['all', '0', '1']
+        """
         import pandas as pd
 
         rows = []
@@ -78,14 +96,31 @@ class Comparison:
         return pd.DataFrame(rows)[["group", "n", "k", *order]].set_index("group")
 
     def to_cells(self) -> pd.DataFrame:
-        """One row a cell: its axes, measured, estimated."""
+        """Return one row per cell: its axes, measured and estimated.
+
+        Example:
+            >>> measured = torch.tensor([[1.0, 0.2], [-0.5, 0.1]])
+            >>> agreement = clrp.compare(measured, 0.5 * measured, baseline=0.0)
+            >>> list(agreement.to_cells().columns)
+            ['layer', 'axis_1', 'measured', 'estimated']
+        """
         import pandas as pd
 
         frame = pd.DataFrame(list(self.cells), columns=list(self.axes))
         return frame.assign(measured=self.measured.numpy(), estimated=self.estimated.numpy())
 
     def apart(self, k: int = 10) -> pd.DataFrame:
-        """The ``k`` cells where estimate and measurement differ most, with the difference."""
+        """Return the ``k`` cells where estimate and measurement differ most, with the difference.
+
+        Args:
+            k: Number of cells.
+
+        Example:
+            >>> measured = torch.tensor([[1.0, 0.2], [-0.5, 0.1]])
+            >>> agreement = clrp.compare(measured, 0.5 * measured, baseline=0.0)
+            >>> agreement.apart(k=1)["difference"].tolist()
+            [-0.5]
+        """
         frame = self.to_cells().assign(
             difference=(self.estimated - self.measured).numpy(),
         )
@@ -93,34 +128,68 @@ class Comparison:
         return frame.loc[order[:k]].reset_index(drop=True)
 
     def plot(self) -> Any:
-        """A plotly ``Figure``: scatter of the cells, and both sides as heatmaps on one scale.
+        """Plot the effects as a plotly ``Figure``.
 
-        Positive is blue, as in TransformerLens' demos (RdBu, midpoint 0).
+        It has a scatter plot of the cells, and both sides as heatmaps on one scale. Positive
+        is blue, as in TransformerLens' demos (RdBu, midpoint 0).
 
         Raises:
-            ImportError: plotly is not installed; says how to install it.
+            ImportError: plotly is not installed; the message says how to install it.
+
+        Example:
+            >>> measured = torch.tensor([[1.0, 0.2], [-0.5, 0.1]])
+            >>> agreement = clrp.compare(measured, 0.5 * measured, baseline=0.0)
+            >>> [trace.type for trace in agreement.plot().data]
+            ['scatter', ...]
         """
         from ...render.plotly_figures import agreement_figure
 
         return agreement_figure(self.to_cells(), self.axes, str(self))
 
     def show(self) -> OfflineFigure:
-        """``plot`` for a notebook, with its JavaScript inside: displaying it calls no network."""
+        """Show ``plot`` in a notebook; its JavaScript is included, so no network is needed.
+
+        Raises:
+            ImportError: plotly is not installed.
+
+        Example:
+            >>> measured = torch.tensor([[1.0, 0.2], [-0.5, 0.1]])
+            >>> agreement = clrp.compare(measured, 0.5 * measured, baseline=0.0)
+            >>> figure = agreement.show()  # displayed where a cell ends with it
+            >>> hasattr(figure, "_repr_html_")
+            True
+        """
         from ...render.plotly_figures import OfflineFigure
 
         return OfflineFigure(self.plot())
 
     def save_html(self, path: str | Path) -> Path:
-        """``plot`` as one file that opens from disk without network (about 5 MB of it plotly)."""
+        """Save ``plot`` as one file that opens without a network (about 5 MB of it are plotly).
+
+        Args:
+            path: Where to write the page.
+
+        Returns:
+            The path that was written.
+
+        Raises:
+            ImportError: plotly is not installed.
+
+        Example:
+            >>> measured = torch.tensor([[1.0, 0.2], [-0.5, 0.1]])
+            >>> agreement = clrp.compare(measured, 0.5 * measured, baseline=0.0)
+            >>> agreement.save_html("agreement.html").name
+            'agreement.html'
+        """
         return self.show().save(path)
 
     def __str__(self) -> str:
-        o = self.overall
-        low, high = o.pearson_interval
+        overall = self.overall
+        low, high = overall.pearson_interval
         return (
-            f"{o.n} cells: Pearson {o.pearson:.3f} [{low:.3f}, {high:.3f}], "
-            f"Spearman {o.spearman:.3f}, slope {o.slope:.2f}, "
-            f"{o.overlap:.0%} of the top {o.k}, {o.same_sign:.0%} same sign"
+            f"{overall.n} cells: Pearson {overall.pearson:.3f} [{low:.3f}, {high:.3f}], "
+            f"Spearman {overall.spearman:.3f}, slope {overall.slope:.2f}, "
+            f"{overall.overlap:.0%} of the top {overall.k}, {overall.same_sign:.0%} same sign"
         )
 
     def __repr__(self) -> str:
@@ -138,33 +207,43 @@ def compare(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Comparison:
-    """Agreement of estimated effects with measured ones, cell by cell.
+    """Compare estimated effects with measured ones, cell by cell.
 
-    An effect is a change: of tensors from ``get_act_patch_*`` and ``get_relevance_patch_*``, which
-    hold values of the objective, ``baseline`` is subtracted first. Effects no larger than the
-    rounding of those values count as 0. Cells that are exactly 0 on both sides before that (the
-    padding of ``*_every`` under grouped-query attention) are left out.
+    An effect is a change of the objective, positive where the patch raises it. The tensors of
+    ``get_act_patch_*`` and ``get_relevance_patch_*`` hold values of the objective, so ``baseline``
+    is subtracted first. Effects no larger than the rounding of those values count as 0. Cells that
+    are exactly 0 on both sides before the subtraction (the padding of ``*_every`` with
+    grouped-query attention) are left out.
 
-    The bootstrap draws examples again where both results hold several (``reduce="none"``), and
-    cells otherwise. Cells of one prompt are not independent, so such intervals tell how much the
-    figure hangs on single cells, not how it would vary from prompt to prompt.
+    The bootstrap resamples examples where both results hold several (``reduce="none"``), and cells
+    otherwise. Cells of one prompt are not independent, so intervals from cells say how much the
+    result depends on single cells, not how it would vary from prompt to prompt.
 
     Args:
-        patching_result: Measured: a tensor or ``PatchingResult`` of ``get_act_patch_*``, an
+        patching_result: Measured effects: a tensor or ``PatchingResult`` of ``get_act_patch_*``, an
             ``AttributionResult`` (its nodes), or a mapping of nodes or edges to effects.
-        relevance_result: Estimated, of the same kind and over the same cells.
-        baseline: The objective on the corrupted run, for tensors: ``objective(model(corrupted))``;
-            0 if they hold effects already.
-        axes: Names of a tensor's axes, "layer" among them; by default the first is the layer.
-        k: How many largest |effects| are compared over all cells (a layer's share per layer); by
-            default a tenth.
-        n_resamples: Of the bootstrap.
-        confidence: Of its intervals.
-        seed: Of its random numbers: same seed, same intervals.
+        relevance_result: Estimated effects, of the same kind and over the same cells.
+        baseline: For tensors, the objective on the corrupted run, ``objective(model(corrupted))``,
+            or 0 if they hold effects already.
+        axes: Names of a tensor's axes, one of them "layer". By default, the first is the layer.
+        k: How many of the largest |effects| to compare over all cells; each layer gets its share.
+            By default, a tenth of the cells.
+        n_resamples: Number of resamples of the bootstrap.
+        confidence: Confidence level of its intervals.
+        seed: Seed of its random numbers; the same seed gives the same intervals.
+
+    Returns:
+        The effects, and their agreement over all cells and per layer.
 
     Raises:
-        TypeError: results of different or unknown kinds.
-        ValueError: other cells, values that are not finite, no baseline, or fewer than three cells.
+        TypeError: The results are of different or unknown kinds.
+        ValueError: The results have different cells, values that are not finite, fewer than three
+            cells or no baseline, or an argument is out of range.
+
+    Example:
+        >>> measured = torch.tensor([[1.0, 0.2], [-0.5, 0.1]])
+        >>> print(clrp.compare(measured, 0.5 * measured, baseline=0.0))
+        4 cells: Pearson 1.000 [1.000, 1.000], Spearman 1.000, slope 0.50, ...
     """
     effects = read_effects(patching_result, relevance_result, baseline, axes)
     n = effects.measured.shape[0]
@@ -177,14 +256,14 @@ def compare(
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence={confidence!r}: use a number between 0 and 1, such as 0.95.")
     k = k or max(1, round(n / 10))
-    how = {"n_resamples": n_resamples, "confidence": confidence}
-    by_layer = [_agree(effects, layer, k, seed, how) for layer in effects.layer_names]
+    bootstrap = {"n_resamples": n_resamples, "confidence": confidence}
+    by_layer = [_agree(effects, layer, k, seed, bootstrap) for layer in effects.layer_names]
     return Comparison(
         effects.measured.mean(-1),
         effects.estimated.mean(-1),
         effects.axes,
         effects.cells,
-        _agree(effects, None, k, seed, how),
+        _agree(effects, None, k, seed, bootstrap),
         tuple(by_layer),
         "examples" if effects.measured.shape[1] > 1 else "cells",
         n_resamples,
@@ -194,8 +273,9 @@ def compare(
 
 
 def _agree(
-    effects: Effects, layer: str | None, k: int, seed: int, how: dict[str, Any]
+    effects: Effects, layer: str | None, k: int, seed: int, bootstrap: dict[str, Any]
 ) -> Agreement:
+    """Return the agreement of a layer's cells, or of all cells if ``layer`` is None."""
     rows = effects.rows(layer)
     x, y = effects.measured[rows], effects.estimated[rows]
     n, examples = x.shape
@@ -203,15 +283,20 @@ def _agree(
 
     def draw(start: int, count: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
         if examples > 1:
-            at = torch.randint(0, examples, (count, examples), generator=generator)
-            share = torch.zeros(count, examples, dtype=x.dtype)
-            share.scatter_add_(1, at, torch.full(at.shape, 1.0 / examples, dtype=x.dtype))
-            return effects.rounded(share @ x.T), effects.rounded(share @ y.T)
-        at = torch.randint(0, n, (count, n), generator=generator)
-        return x[:, 0][at], y[:, 0][at]
+            drawn = torch.randint(0, examples, (count, examples), generator=generator)
+            weights = torch.zeros(count, examples, dtype=x.dtype)
+            weights.scatter_add_(1, drawn, torch.full(drawn.shape, 1.0 / examples, dtype=x.dtype))
+            return effects.rounded(weights @ x.T), effects.rounded(weights @ y.T)
+        drawn = torch.randint(0, n, (count, n), generator=generator)
+        return x[:, 0][drawn], y[:, 0][drawn]
 
-    share = max(1, round(k * n / effects.measured.shape[0]))
+    k_of_layer = max(1, round(k * n / effects.measured.shape[0]))
     mean_x, mean_y = effects.rounded(x.mean(1)), effects.rounded(y.mean(1))
     return agreement(
-        "all" if layer is None else layer, mean_x, mean_y, k=min(n, share), draw=draw, **how
+        "all" if layer is None else layer,
+        mean_x,
+        mean_y,
+        k=min(n, k_of_layer),
+        draw=draw,
+        **bootstrap,
     )

@@ -1,4 +1,4 @@
-"""From what patching returns to effects of named cells: the reading side of ``compare``."""
+"""Turns what patching functions return into the effects of named cells, for ``compare``."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.patching import PatchingResult
 from transformer_lens.tools.analysis.attribution_patching import AttributionResult, Node
 
 Cell = tuple[int | str, ...]
-# What float32 leaves of a number: values that differ by less are the same.
+# Values whose relative difference is smaller than this are equal up to float32's rounding.
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True, eq=False)
 class Effects:
-    """Effects of the same cells, [cell, example], one example where there is a single figure.
+    """Measured and estimated effects of the same cells.
 
     Attributes:
-        measured, estimated: In float64, effects within ``floor`` of 0 set to 0.
-        axes, cells: What names a cell; see ``Comparison``.
-        floor: Effects up to this size are rounding of the values they came from.
+        measured: Measured effects in float64; those within ``floor`` of 0 are set to 0. The example
+            axis is 1 where there is a single effect per cell.
+        estimated: Estimated effects, likewise.
+        axes: Names of the axes that locate a cell; see ``Comparison``.
+        cells: The location of each cell.
+        floor: Effects up to this size are rounding of the values that they were computed from.
     """
 
     measured: Float[Tensor, "cell example"]
@@ -36,8 +40,8 @@ class Effects:
 
     @property
     def _layers(self) -> list[str]:
-        at = self.axes.index("layer")
-        return [str(cell[at]) for cell in self.cells]
+        axis = self.axes.index("layer")
+        return [str(cell[axis]) for cell in self.cells]
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -45,19 +49,19 @@ class Effects:
         return tuple(dict.fromkeys(self._layers))
 
     def rows(self, layer: str | None) -> Bool[Tensor, " cell"]:
-        """The cells of a layer, or all of them."""
+        """Mark the cells of a layer, or all cells if ``layer`` is None."""
         return torch.tensor([layer is None or name == layer for name in self._layers])
 
     def rounded(self, effects: Tensor) -> Tensor:
-        """Effects with those that are rounding set to 0."""
+        """Set effects that are no larger than rounding to 0."""
         return torch.where(effects.abs() <= self.floor, 0.0, effects)
 
 
 def read_effects(
     patching: Any, relevance: Any, baseline: float | Tensor | None, axes: Sequence[str] | None
 ) -> Effects:
-    """Effects from either kind of result; see ``compare`` for arguments and errors."""
-    patching, relevance = _plain(patching), _plain(relevance)
+    """Read effects from either kind of result; ``compare`` lists arguments and errors."""
+    patching, relevance = _node_scores(patching), _node_scores(relevance)
     if isinstance(patching, Mapping) and isinstance(relevance, Mapping):
         if baseline is not None or axes is not None:
             raise ValueError(
@@ -83,7 +87,7 @@ def read_effects(
     )
 
 
-def _plain(result: Any) -> Any:
+def _node_scores(result: Any) -> Any:
     return result.node_scores if isinstance(result, AttributionResult) else result
 
 
@@ -102,23 +106,19 @@ def _effects(
     cells: list[Cell],
 ) -> Effects:
     x, y = _finite("patching", x), _finite("relevance", y)
-    real = ((x != 0) | (y != 0)).any(1)  # both 0 to the last bit: padding, not a value
+    used = ((x != 0) | (y != 0)).any(1)  # exactly 0 on both sides is padding, not a value
     base_x, base_y = (_finite("baseline", b) for b in base)
     if not (base_x.any() or base_y.any()):
-        real = torch.ones_like(real)
-    size = max(float(values.abs().max()) for values in (x, y, base_x, base_y))
-    found = Effects(x - base_x, y - base_y, axes, tuple(cells), size * _ROUNDING)
+        used = torch.ones_like(used)
+    largest = max(float(values.abs().max()) for values in (x, y, base_x, base_y))
+    effects = Effects(x - base_x, y - base_y, axes, tuple(cells), largest * _ROUNDING)
     return Effects(
-        found.rounded(found.measured[real]),
-        found.rounded(found.estimated[real]),
+        effects.rounded(effects.measured[used]),
+        effects.rounded(effects.estimated[used]),
         axes,
-        tuple(itertools.compress(cells, real.tolist())),
-        found.floor,
+        tuple(itertools.compress(cells, used.tolist())),
+        effects.floor,
     )
-
-
-def _grid(shape: Sequence[int]) -> list[Cell]:
-    return list(itertools.product(*map(range, shape)))
 
 
 def _from_tensors(
@@ -136,12 +136,12 @@ def _from_tensors(
             f"axes={list(names)} must name the {x.ndim} axes of a tensor of shape "
             f"{list(x.shape)}, each once, one of them 'layer'."
         )
+    cells: list[Cell] = list(itertools.product(*map(range, x.shape)))
     base = torch.as_tensor(baseline).detach().cpu().double()
     if base.numel() != 1:
         raise ValueError(f"baseline must be one number; it has shape {list(base.shape)}.")
-    return _effects(
-        x.detach().reshape(-1, 1), y.detach().reshape(-1, 1), (base, base), names, _grid(x.shape)
-    )
+    x, y = (rearrange(values.detach(), "... -> (...) 1") for values in (x, y))
+    return _effects(x, y, (base, base), names, cells)
 
 
 def _from_results(x: PatchingResult, y: PatchingResult, baseline: float | Tensor | None) -> Effects:
@@ -179,23 +179,23 @@ def _from_results(x: PatchingResult, y: PatchingResult, baseline: float | Tensor
 
 def _from_scores(x: Mapping[Any, float], y: Mapping[Any, float]) -> Effects:
     if x.keys() != y.keys():
-        odd = list(x.keys() ^ y.keys())
+        unmatched = list(x.keys() ^ y.keys())
         raise ValueError(
-            f"The results score different nodes or edges: {len(odd)} are in one of them only, such "
-            f"as {odd[0]}. Compare the same model and prompt."
+            f"The results score different nodes or edges: {len(unmatched)} are in one of them "
+            f"only, such as {unmatched[0]}. Compare the same model and prompt."
         )
     keys = list(x)
-    edges = bool(keys) and isinstance(keys[0], tuple)
-    named = [_edge_cell(*key) if edges else _node_cell(key) for key in keys]
-    axes = ("layer", "reader", "writer", "pos") if edges else ("layer", "node", "pos")
+    of_edges = bool(keys) and isinstance(keys[0], tuple)
+    cells = [_edge_cell(*key) if of_edges else _node_cell(key) for key in keys]
+    axes = ("layer", "reader", "writer", "pos") if of_edges else ("layer", "node", "pos")
     values = [torch.tensor([float(m[key]) for key in keys])[:, None].double() for m in (x, y)]
     zero = torch.zeros(1, dtype=torch.float64)
-    return _effects(values[0], values[1], (zero, zero), axes, named)
+    return _effects(values[0], values[1], (zero, zero), axes, cells)
 
 
 def _name(node: Node) -> str:
-    at = [str(part) for part in (node.layer, node.head) if part is not None]
-    return ".".join([*at[:1], node.kind, *at[1:]])
+    numbers = [str(number) for number in (node.layer, node.head) if number is not None]
+    return ".".join([*numbers[:1], node.kind, *numbers[1:]])
 
 
 def _node_cell(node: Node) -> Cell:

@@ -1,8 +1,8 @@
-"""Input attributions held against the model: remove tokens and see what becomes of Δℓ.
+"""Faithfulness of input attributions: remove tokens and measure the change of Δℓ.
 
 ``curves.py`` removes tokens in the order of their scores (MoRF, LeRF, comprehensiveness,
-sufficiency), ``baselines.py`` has the scores any attribution must beat, ``measures.py`` compares
-scores with a known truth (AUROC, average precision) and gives bootstrap intervals.
+sufficiency). ``baselines.py`` computes the scores that any attribution should beat. ``measures.py``
+compares scores with a known truth (AUROC, average precision) and computes bootstrap intervals.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Scores for input tokens that any attribution must beat, in logits where they have a unit.
+"""Scores for input tokens that any attribution should beat, in logits where they have a unit.
 
-- random: a draw from a normal distribution;
-- recency: the position itself: later tokens first;
-- gradient_x_input: the plain gradient times the embedding;
-- integrated_gradients: (x − x₀) · ∫₀¹ ∇Δℓ(x₀ + a(x − x₀)) da, x₀ with the removable tokens'
-  embeddings at zero (Sundararajan et al. 2017, arXiv:1703.01365), by the midpoint rule;
+- random: draws from a normal distribution.
+- recency: the position itself, so later tokens come first.
+- gradient_x_input: the plain gradient times the embedding.
+- integrated_gradients: (x − x₀) · ∫₀¹ ∇Δℓ(x₀ + a(x − x₀)) da, where x₀ has the removable tokens'
+  embeddings at zero (Sundararajan et al. 2017, arXiv:1703.01365), by the midpoint rule.
 - occlusion: the fall of Δℓ when that token alone is removed.
 """
 
@@ -14,15 +14,17 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from einops import reduce
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ...hooks.placement import check_ready, check_single
-from ...inputs.bridge import public_name
+from ...inputs.bridge import LEAVES
 from ...inputs.float64 import precise
 from ...inputs.objective import question
 from ...rules.threads import frozen_parameters, one_at_a_time, own_hooks
-from .removal import Removal, Replace, removal
+from ..embedding_leaves import leaf_hooks
+from .removal import Removal, Replace, prepare_removal
 
 BASELINES = ("random", "recency", "gradient_x_input", "integrated_gradients", "occlusion")
 
@@ -47,23 +49,40 @@ def baseline_scores(
     progress: bool = True,
     prepend_bos: bool | None = None,
 ) -> dict[str, Float[Tensor, " pos"]]:
-    """Simple scores of a prompt's tokens, by name, for ``faithfulness_curves``.
+    """Score a prompt's tokens by simple methods, for comparison in ``faithfulness_curves``.
 
     Args:
-        model, prompt, objective, target, contrast, pos: As for ``attribute``.
-        which: Of "random", "recency", "gradient_x_input", "integrated_gradients", "occlusion".
-        seed: Of "random", and of random replacements.
-        ig_steps: Gradients that integrated gradients average.
-        replace, draws: What occlusion replaces a token with, as for ``faithfulness_curves``.
-        exclude, include_special: Positions not removed; occlusion and integrated gradients give
-            them 0.
-        batch_size: Prompts a forward pass.
-        progress: Show a bar.
+        model: A ``TransformerBridge`` in evaluation mode.
+        prompt: Text, or token ids [pos] or [1, pos].
+        objective: Maps logits to Δℓ, as for ``attribute``.
+        target: The objective's target token, if no ``objective`` is given.
+        contrast: The objective's contrast token, if no ``objective`` is given.
+        pos: The objective's position, if no ``objective`` is given.
+        which: Names among "random", "recency", "gradient_x_input", "integrated_gradients"
+            (arXiv:1703.01365) and "occlusion".
+        seed: Seed for "random" and for random replacements.
+        ig_steps: Number of gradients that integrated gradients averages.
+        replace: What occlusion replaces a token with, as for ``faithfulness_curves``.
+        draws: Number of random replacements, as for ``faithfulness_curves``.
+        exclude: Positions that are never removed. Occlusion and integrated gradients score them 0.
+        include_special: Whether special tokens and the first token can be removed. If not,
+            occlusion and integrated gradients score them 0.
+        batch_size: Prompts per forward pass.
+        progress: Whether to show a progress bar.
         prepend_bos: Whether a text begins with the BOS token, as for ``attribute``.
 
+    Returns:
+        Scores [pos] by name. Gradients and occlusion are in logits, and positive where the token
+        supports the target.
+
     Raises:
-        ValueError: an unknown name, or an argument out of range.
-        TypeError, TokenError, PromptError, ModelStateError: as ``attribute``.
+        ValueError: A name is unknown, or an argument is out of range.
+        TypeError, TokenError, PromptError, ModelStateError: As for ``attribute``.
+
+    Example:
+        >>> scores = clrp.baseline_scores(model, case.prompt, objective, which=["gradient_x_input"])
+        >>> scores["gradient_x_input"].shape == result.tokens.shape
+        True
     """
     which = [which] if isinstance(which, str) else list(which)
     unknown = [name for name in which if name not in BASELINES]
@@ -74,20 +93,20 @@ def baseline_scores(
     check_ready(model, "baseline_scores")
     check_single(model)
     objective = question(model, objective, target, contrast, pos)
-    setting = removal(
+    setting = prepare_removal(
         model, prompt, objective, replace=replace, draws=draws, seed=seed, exclude=exclude,
         include_special=include_special, batch_size=batch_size, progress=progress,
         prepend_bos=prepend_bos,
     )  # fmt: skip
     n = setting.tokens.shape[1]
-    made: dict[str, Callable[[], Tensor]] = {
+    methods: dict[str, Callable[[], Tensor]] = {
         "random": lambda: torch.randn(n, generator=torch.Generator().manual_seed(seed)),
         "recency": lambda: torch.arange(n, dtype=torch.float32),
         "gradient_x_input": lambda: _gradient_x_input(setting),
         "integrated_gradients": lambda: _integrated_gradients(setting, ig_steps),
         "occlusion": lambda: _occlusion(setting),
     }
-    return {name: made[name]() for name in which}
+    return {name: methods[name]() for name in which}
 
 
 def _occlusion(setting: Removal) -> Tensor:
@@ -105,38 +124,47 @@ def _gradient_x_input(setting: Removal) -> Tensor:
 
 
 def _integrated_gradients(setting: Removal, steps: int) -> Tensor:
-    along = (torch.arange(steps) + 0.5) / steps
-    return _gradients(setting, along, setting.removable)
+    scales = (torch.arange(steps) + 0.5) / steps
+    return _gradients(setting, scales, setting.removable)
 
 
-def _gradients(setting: Removal, along: Tensor, moved: Tensor) -> Float[Tensor, " pos"]:
-    """Σ_d x_d · mean over ``along`` of ∂Δℓ/∂x_d, at embeddings scaled by ``along`` where moved;
-    positions that do not move are 0 unless none does."""
+def _gradients(
+    setting: Removal, scales: Float[Tensor, " step"], scaled: Bool[Tensor, " pos"]
+) -> Float[Tensor, " pos"]:
+    """Return Σ_d x_d · ∂Δℓ/∂x_d, the gradient averaged over embeddings of different scales.
+
+    Args:
+        setting: The prompt and its objective.
+        scales: The factors by which embeddings are multiplied.
+        scaled: Positions whose embeddings are multiplied. Other positions score 0, unless no
+            position is scaled.
+    """
     from tqdm.auto import tqdm
 
     total = torch.zeros(setting.tokens.shape[1], dtype=torch.float64)
     size = setting.batch_size
-    parts = [along[at : at + size] for at in range(0, len(along), size)]
-    silent = not setting.progress or len(along) == 1
-    for part in tqdm(parts, desc="integrated gradients", leave=False, disable=silent):
-        factor = torch.where(moved, part[:, None], torch.ones(()))[..., None]
-        total += _products(setting, factor) / len(along)
-    return (total.masked_fill(~moved, 0.0) if bool(moved.any()) else total).float()
+    batches = [scales[start : start + size] for start in range(0, len(scales), size)]
+    silent = not setting.progress or len(scales) == 1
+    for batch in tqdm(batches, desc="integrated gradients", leave=False, disable=silent):
+        factor = torch.where(scaled, batch[:, None], torch.ones(()))[..., None]
+        total += _products(setting, factor) / len(scales)
+    return (total.masked_fill(~scaled, 0.0) if bool(scaled.any()) else total).float()
 
 
 def _products(setting: Removal, factor: Float[Tensor, "run pos 1"]) -> Float[Tensor, " pos"]:
-    """Embedding · gradient at embeddings times ``factor``, summed over runs and dimensions."""
-    model, kept = setting.model, dict[str, Tensor]()
+    """Return embedding · gradient at embeddings times ``factor``, summed over runs."""
+    model = setting.model
+    embeddings: list[Tensor] = []
+    leaves: dict[str, Tensor] = {}
 
-    def scaled(x: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        kept["x"] = x.detach()[:1]
-        kept["leaf"] = (kept["x"] * factor.to(x)).requires_grad_(True)
-        return kept["leaf"]
+    def scale(embedding: Tensor) -> Tensor:
+        embeddings.append(embedding[:1])
+        return embedding[:1] * factor.to(embedding)
 
-    name = public_name(model.hook_dict, "embed.hook_out")
-    with frozen_parameters(model), own_hooks(model, [(name, scaled)]):
+    hooks = leaf_hooks(model, leaves, scale, LEAVES[:1])
+    with frozen_parameters(model), own_hooks(model, hooks):
         logits = model(setting.tokens.expand(len(factor), -1))
-        value = torch.stack([setting.objective(line[None]) for line in logits]).sum()
-    (gradient,) = torch.autograd.grad(value, kept["leaf"])
-    product = precise(gradient) * precise(kept["x"])
-    return product.sum((0, 2)).cpu()
+        value = torch.stack([setting.objective(row[None]) for row in logits]).sum()
+    (gradient,) = torch.autograd.grad(value, leaves[LEAVES[0]])
+    product = precise(gradient) * precise(embeddings[0])
+    return reduce(product, "run pos d_model -> pos", "sum").cpu()

@@ -1,17 +1,18 @@
-"""What becomes of Δℓ when tokens are removed in the order of their scores.
+"""How Δℓ changes when tokens are removed in the order of their scores.
 
-MoRF removes the most relevant tokens first (highest score: support of the target), LeRF the least
-relevant first (Samek et al. 2017, arXiv:1509.06321; as a pair Blücher et al. 2024,
-arXiv:2401.06654). Faithful scores make Δℓ fall early under MoRF and late under LeRF. With m tokens
-that may be removed and Δℓ(x) after the share x of them,
+MoRF removes the most relevant tokens first (the highest scores, which support the target), LeRF the
+least relevant first (Samek et al. 2017, arXiv:1509.06321; as a pair Blücher et al. 2024,
+arXiv:2401.06654). With faithful scores, Δℓ falls early under MoRF and late under LeRF. If Δℓ(x) is
+the value after the share x of the removable tokens is removed,
 
     area               ∫₀¹ Δℓ_LeRF(x) − Δℓ_MoRF(x) dx / scale          higher is better, 0 is chance
     comprehensiveness  mean over x of (Δℓ − Δℓ_MoRF(x)) / scale         higher is better
     sufficiency        mean over x of (Δℓ − Δℓ_LeRF(1 − x)) / scale     lower is better
 
-the last two (DeYoung et al. 2020, arXiv:1911.03429) at x = 1, 5, 10, 20 and 50 %: without the top
-tokens, and with nothing but them. The scale makes models and prompts comparable: the larger of |Δℓ|
-and |Δℓ − Δℓ(all removed)|, so what an explanation could at most have to explain.
+where the last two (DeYoung et al. 2020, arXiv:1911.03429) take x = 1, 5, 10, 20 and 50 %: the
+prompt without its top tokens, and with nothing but them. The scale makes models and prompts
+comparable. It is the larger of |Δℓ| and |Δℓ − Δℓ(all removed)|, the most that an explanation could
+have to account for.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...attribution.result import Attribution
 from ...inputs.objective import question
 from ...rules.threads import one_at_a_time
-from .removal import Removal, Replace, removal
+from ..ranking import first_in_order
+from .removal import Removal, Replace, prepare_removal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,12 +45,21 @@ class FaithfulnessCurves:
     """Δℓ while tokens are removed, for one prompt and one or more rankings.
 
     Attributes:
-        names: The rankings.
-        removed: How many tokens were removed at each step.
-        removable: How many there were to remove.
-        morf, lerf: Δℓ at each step, logits, averaged over draws.
-        delta: Δℓ of the prompt as it is.
-        how: What removed tokens became.
+        names: Names of the rankings.
+        removed: Number of tokens removed at each step.
+        removable: Number of tokens that can be removed.
+        morf: Δℓ at each step with the most relevant tokens removed first, in logits, averaged over
+            draws. Positive values favour the target.
+        lerf: The same with the least relevant tokens removed first.
+        delta: Δℓ of the whole prompt.
+        how: What removed tokens became, in words.
+
+    Example:
+        >>> curves = clrp.faithfulness_curves(
+        ...     model, case.prompt, result, objective, steps=4, progress=False
+        ... )
+        >>> curves.morf.shape == (1, len(curves.removed))  # one ranking
+        True
     """
 
     names: tuple[str, ...]
@@ -60,38 +72,93 @@ class FaithfulnessCurves:
 
     @property
     def share(self) -> Float[Tensor, " step"]:
-        """Share of the removable tokens that is gone at each step."""
+        """Share of the removable tokens that is removed at each step, from 0 to 1.
+
+        Example:
+            >>> curves = clrp.faithfulness_curves(
+            ...     model, case.prompt, result, objective, steps=4, progress=False
+            ... )
+            >>> float(curves.share[0]), float(curves.share[-1])
+            (0.0, 1.0)
+        """
         return self.removed.double() / self.removable
 
     @property
     def scale(self) -> float:
-        """What measures are divided by, logits: the larger of |Δℓ| and |Δℓ − Δℓ(all removed)|."""
+        """What the measures are divided by, in logits.
+
+        It is the larger of |Δℓ| and |Δℓ − Δℓ(all removed)|.
+
+        Example:
+            >>> curves = clrp.faithfulness_curves(
+            ...     model, case.prompt, result, objective, steps=4, progress=False
+            ... )
+            >>> curves.scale >= abs(curves.delta)
+            True
+        """
         return max(abs(self.delta), abs(self.delta - float(self.morf[0, -1])))
 
     @property
     def area(self) -> dict[str, float]:
-        """Area between LeRF and MoRF over ``scale``, by ranking; higher is better."""
+        """Area between LeRF and MoRF over ``scale``, by ranking; higher is better, 0 is chance.
+
+        Example:
+            >>> curves = clrp.faithfulness_curves(
+            ...     model, case.prompt, result, objective, steps=4, progress=False
+            ... )
+            >>> curves.area[result.rules] > 0
+            True
+        """
         between = torch.trapezoid(self.lerf - self.morf, self.share) / self.scale
         return dict(zip(self.names, between.tolist(), strict=True))
 
     @property
     def comprehensiveness(self) -> dict[str, float]:
-        """Mean fall of Δℓ without the top tokens over ``scale``; higher is better."""
-        at = torch.isin(self.removed, torch.tensor(_counts(self.removable)))
-        return self._mean_fall(self.morf[:, at])
+        """Mean fall of Δℓ without the top tokens over ``scale``, by ranking; higher is better.
+
+        The measure of arXiv:1911.03429.
+
+        Example:
+            >>> curves = clrp.faithfulness_curves(
+            ...     model, case.prompt, result, objective, steps=4, progress=False
+            ... )
+            >>> curves.comprehensiveness[result.rules] > 0
+            True
+        """
+        steps = torch.isin(self.removed, torch.tensor(_top_counts(self.removable)))
+        return self._mean_fall(self.morf[:, steps])
 
     @property
     def sufficiency(self) -> dict[str, float]:
-        """Mean fall of Δℓ with the top tokens alone over ``scale``; lower is better."""
-        at = torch.isin(self.removable - self.removed, torch.tensor(_counts(self.removable)))
-        return self._mean_fall(self.lerf[:, at])
+        """Mean fall of Δℓ with the top tokens alone over ``scale``, by ranking; lower is better.
+
+        The measure of arXiv:1911.03429.
+
+        Example:
+            >>> curves = clrp.faithfulness_curves(
+            ...     model, case.prompt, result, objective, steps=4, progress=False
+            ... )
+            >>> curves.sufficiency[result.rules] < curves.comprehensiveness[result.rules]
+            True
+        """
+        n_left = self.removable - self.removed
+        steps = torch.isin(n_left, torch.tensor(_top_counts(self.removable)))
+        return self._mean_fall(self.lerf[:, steps])
 
     def _mean_fall(self, values: Tensor) -> dict[str, float]:
         fall = ((self.delta - values) / self.scale).mean(1)
         return dict(zip(self.names, fall.tolist(), strict=True))
 
     def to_frame(self) -> pd.DataFrame:
-        """A row a step: name, order ("MoRF", "LeRF"), removed, share, delta (logits)."""
+        """Return one row per step: name, order ("MoRF", "LeRF"), removed, share, delta (logits).
+
+        Example:
+            >>> curves = clrp.faithfulness_curves(
+            ...     model, case.prompt, result, objective, steps=4, progress=False
+            ... )
+            >>> list(curves.to_frame().columns)
+            ['name', 'order', 'removed', 'share', 'delta']
+        """
         import pandas as pd
 
         parts = [
@@ -110,7 +177,17 @@ class FaithfulnessCurves:
         return pd.concat(parts, ignore_index=True)
 
     def summary(self) -> pd.DataFrame:
-        """A row a ranking: name, area, comprehensiveness, sufficiency; largest area first."""
+        """Return one row per ranking, the largest area first.
+
+        The columns are name, area, comprehensiveness and sufficiency.
+
+        Example:
+            >>> curves = clrp.faithfulness_curves(
+            ...     model, case.prompt, result, objective, steps=4, progress=False
+            ... )
+            >>> list(curves.summary().columns)
+            ['name', 'area', 'comprehensiveness', 'sufficiency']
+        """
         import pandas as pd
 
         columns = {
@@ -124,10 +201,17 @@ class FaithfulnessCurves:
         return frame.sort_values("area", ascending=False, kind="stable", ignore_index=True)
 
     def plot(self) -> Any:
-        """A plotly figure: Δℓ over the share removed, solid MoRF and dashed LeRF.
+        """Plot Δℓ over the share removed as a plotly ``Figure``, MoRF solid and LeRF dashed.
 
         Raises:
             ImportError: plotly is not installed.
+
+        Example:
+            >>> curves = clrp.faithfulness_curves(
+            ...     model, case.prompt, result, objective, steps=4, progress=False
+            ... )
+            >>> len(curves.plot().data)  # MoRF and LeRF
+            2
         """
         from ...render.plotly_figures import line_figure
 
@@ -149,8 +233,8 @@ class FaithfulnessCurves:
         )
 
 
-def _counts(removable: int) -> list[int]:
-    """The top 1, 5, 10, 20 and 50 % of tokens, at least one."""
+def _top_counts(removable: int) -> list[int]:
+    """Return how many tokens the top 1, 5, 10, 20 and 50 % are, at least one each."""
     return sorted({max(1, math.ceil(share * removable)) for share in SHARES})
 
 
@@ -175,59 +259,83 @@ def faithfulness_curves(
     progress: bool = True,
     prepend_bos: bool | None = None,
 ) -> FaithfulnessCurves:
-    """Remove the prompt's tokens by their scores, most relevant first and least relevant first.
+    """Remove the prompt's tokens by their scores, most relevant and least relevant first.
+
+    The curves are those of arXiv:1509.06321 and arXiv:2401.06654.
 
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
         prompt: Text, or token ids [pos] or [1, pos].
-        scores: Relevance [pos], an ``Attribution``, or several of these by name. Signed as the
-            objective: the highest supports the target most. Equal scores: the earlier first.
-        objective, target, contrast, pos: As for ``attribute``.
-        replace: What removed tokens become: "zero" embeddings; "random" other tokens; or token ids
+        scores: Relevance [pos], an ``Attribution``, or several of these by name. The sign is the
+            objective's: the highest score supports the target most. Of equal scores, the earlier
+            position comes first.
+        objective: Maps logits to Δℓ, as for ``attribute``.
+        target: The objective's target token, if no ``objective`` is given.
+        contrast: The objective's contrast token, if no ``objective`` is given.
+        pos: The objective's position, if no ``objective`` is given.
+        replace: What removed tokens become: "zero" embeddings, "random" other tokens, or token ids
             [pos] or [draw, pos], one for each position.
-        draws: How many random replacements results are averaged over.
-        pool: Token ids that "random" draws from; the tokenizer's, without special ones, if None.
-        seed: Of "random".
-        exclude: Positions never removed.
-        include_special: Also remove special tokens and the first token.
-        steps: How many steps a curve has, at most one a token.
-        batch_size: Prompts a forward pass.
-        progress: Show a bar.
+        draws: Number of random replacements over which results are averaged.
+        pool: Token ids from which "random" draws. By default, all of the tokenizer's ids except
+            special ones.
+        seed: Seed for "random".
+        exclude: Positions that are never removed.
+        include_special: Whether special tokens and the first token can be removed.
+        steps: Number of steps of a curve, at most one per token.
+        batch_size: Prompts per forward pass.
+        progress: Whether to show a progress bar.
         prepend_bos: Whether a text begins with the BOS token, as for ``attribute``.
 
+    Returns:
+        Δℓ in logits at each step, for each ranking and both orders of removal.
+
     Raises:
-        ValueError: scores of another length or not finite; an argument out of range; nothing to
-            remove; Δℓ is 0 with and without all tokens.
-        TypeError, TokenError, PromptError: as ``attribute``.
+        ValueError: Scores have another length or are not finite, an argument is out of range, no
+            token can be removed, or Δℓ is 0 both with and without all tokens.
+        TypeError, TokenError, PromptError: As for ``attribute``.
+
+    Example:
+        >>> rankings = {"relevance": result, "recency": torch.arange(44.0)}
+        >>> curves = clrp.faithfulness_curves(
+        ...     model, case.prompt, rankings, objective, steps=4, progress=False
+        ... )
+        >>> curves.area["relevance"] > curves.area["recency"]
+        True
     """
     objective = question(model, objective, target, contrast, pos)
-    setting = removal(
+    setting = prepare_removal(
         model, prompt, objective, replace=replace, draws=draws, pool=pool, seed=seed,
         exclude=exclude, include_special=include_special, batch_size=batch_size, progress=progress,
         prepend_bos=prepend_bos,
     )  # fmt: skip
     if steps < 1:
         raise ValueError(f"steps={steps} must be 1 or more.")
-    named = dict(scores) if isinstance(scores, Mapping) else {_name_of(scores): scores}
-    if not named:
+    rankings = dict(scores) if isinstance(scores, Mapping) else {_name_of(scores): scores}
+    if not rankings:
         raise ValueError("scores= is empty; give at least one ranking.")
     removable = len(setting.positions)
     grid = torch.linspace(0, removable, min(steps, removable) + 1).round().long().tolist()
-    tops = _counts(removable)
+    tops = _top_counts(removable)
     removed = torch.tensor(sorted({*grid, *tops, *(removable - top for top in tops)}))
+    n_pos = setting.tokens.shape[1]
     masks = [
-        _removed_by(order, removed, setting)
-        for name, given in named.items()
-        for order in _orders(_checked(name, given, setting), setting)
+        first_in_order(order, removed, n_pos)
+        for name, ranking in rankings.items()
+        for order in _orders(_checked(name, ranking, setting), setting)
     ]
-    values = setting.values(torch.cat(masks)).view(len(named), 2, len(removed))
+    morf, lerf = rearrange(
+        setting.values(torch.cat(masks)),
+        "(ranking order step) -> order ranking step",
+        ranking=len(rankings),
+        order=2,
+    )
     curves = FaithfulnessCurves(
-        names=tuple(named),
+        names=tuple(rankings),
         removed=removed,
         removable=removable,
-        morf=values[:, 0],
-        lerf=values[:, 1],
-        delta=float(values[0, 0, 0]),
+        morf=morf,
+        lerf=lerf,
+        delta=float(morf[0, 0]),
         how=setting.how,
     )
     if not curves.scale > 1e-6:
@@ -241,12 +349,12 @@ def _name_of(scores: Scores) -> str:
     return scores.rules if isinstance(scores, Attribution) else "scores"
 
 
-def _checked(name: str, given: Scores, setting: Removal) -> Tensor:
-    scores = given.tokens if isinstance(given, Attribution) else given
+def _checked(name: str, ranking: Scores, setting: Removal) -> Tensor:
+    scores = ranking.tokens if isinstance(ranking, Attribution) else ranking
     n = setting.tokens.shape[1]
     if not isinstance(scores, Tensor) or tuple(scores.shape) != (n,):
-        found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(f"Scores {name!r} are {found}; the prompt needs a tensor [{n}].")
+        got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"Scores {name!r} are {got}; the prompt needs a tensor [{n}].")
     scores = scores.detach().cpu().double()
     if not bool(torch.isfinite(scores[setting.removable]).all()):
         raise ValueError(f"Scores {name!r} hold NaN or infinity.")
@@ -254,14 +362,7 @@ def _checked(name: str, given: Scores, setting: Removal) -> Tensor:
 
 
 def _orders(scores: Tensor, setting: Removal) -> tuple[Tensor, Tensor]:
-    """Removable positions, most relevant first, and the other way round."""
-    at = setting.positions
-    most = at[scores[at].argsort(descending=True, stable=True)]
-    return most, most.flip(0)
-
-
-def _removed_by(order: Tensor, removed: Tensor, setting: Removal) -> Tensor:
-    """[step, pos]: the first ``removed`` positions of the order."""
-    rank = torch.full((setting.tokens.shape[1],), setting.tokens.shape[1])
-    rank[order] = torch.arange(len(order))
-    return rank[None] < removed[:, None]
+    """Return the removable positions, most relevant first, and the same least relevant first."""
+    positions = setting.positions
+    order = positions[scores[positions].argsort(descending=True, stable=True)]
+    return order, order.flip(0)

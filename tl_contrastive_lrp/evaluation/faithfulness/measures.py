@@ -1,4 +1,4 @@
-"""Scores against a known truth, and how sure a mean is. Pure functions of numbers."""
+"""Comparison of scores with a known truth, and intervals for a mean. Pure functions of numbers."""
 
 from __future__ import annotations
 
@@ -25,52 +25,82 @@ def _checked(scores: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def auroc(scores: Float[Tensor, " item"], truth: Bool[Tensor, " item"]) -> float:
-    """Chance that a true item scores higher than a false one; a tie counts half.
+    """Return the probability that a true item scores higher than a false one.
 
-    The area under the receiver operating characteristic, by its rank-sum form (Hanley and McNeil
-    1982). ½ is chance, 1 a perfect ranking. Highest scores rank first: give |relevance|.
+    This is the area under the receiver operating characteristic, computed in its rank-sum form
+    (Hanley and McNeil 1982), where a tie counts half. ½ is chance level, 1 a perfect ranking. The
+    highest scores rank first, so give |relevance|.
+
+    Args:
+        scores: One score per item, in any unit.
+        truth: Which items should rank first.
 
     Raises:
-        ValueError: shapes differ, truth is not boolean or all the same, a score is not finite.
+        ValueError: The shapes differ, the truth is not boolean or is the same for all items, or a
+            score is not finite.
+
+    Example:
+        >>> scores, truth = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([True, False, False])
+        >>> clrp.faithfulness.auroc(scores, truth)
+        1.0
     """
     scores, truth = _checked(scores, truth)
     _, inverse, count = torch.unique(scores, return_inverse=True, return_counts=True)
-    below = count.cumsum(0) - count
-    rank = (below + (count + 1) / 2)[inverse]  # mean rank among equals, from 1
-    true, false = int(truth.sum()), int((~truth).sum())
-    return float((rank[truth].sum() - true * (true + 1) / 2) / (true * false))
+    n_below = count.cumsum(0) - count
+    rank = (n_below + (count + 1) / 2)[inverse]  # from 1; the mean rank among equals
+    n_true, n_false = int(truth.sum()), int((~truth).sum())
+    return float((rank[truth].sum() - n_true * (n_true + 1) / 2) / (n_true * n_false))
 
 
 def average_precision(scores: Float[Tensor, " item"], truth: Bool[Tensor, " item"]) -> float:
-    """Σ over thresholds of precision × the recall it adds; 1 is a perfect ranking.
+    """Return the sum over thresholds of precision times the gain in recall.
 
-    Chance is about the share of true items. Items that tie enter together.
+    1 is a perfect ranking, and chance level is about the share of true items. Tied items share a
+    threshold.
+
+    Args:
+        scores: One score per item, in any unit. The highest rank first.
+        truth: Which items should rank first.
 
     Raises:
-        ValueError: as ``auroc``.
+        ValueError: As for ``auroc``.
+
+    Example:
+        >>> scores, truth = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([False, True, False])
+        >>> clrp.faithfulness.average_precision(scores, truth)
+        0.5
     """
     scores, truth = _checked(scores, truth)
     _, inverse = torch.unique(scores, return_inverse=True)
     levels = int(inverse.max()) + 1
-    added = torch.zeros(levels, dtype=torch.float64).index_add_(0, inverse, truth.double()).flip(0)
-    size = torch.bincount(inverse, minlength=levels).double().flip(0)
-    precision = added.cumsum(0) / size.cumsum(0)
-    return float((precision * added).sum() / truth.sum())
+    n_true = torch.zeros(levels, dtype=torch.float64).index_add_(0, inverse, truth.double()).flip(0)
+    n_items = torch.bincount(inverse, minlength=levels).double().flip(0)
+    precision = n_true.cumsum(0) / n_items.cumsum(0)
+    return float((precision * n_true).sum() / truth.sum())
 
 
 def bootstrap_interval(
     values: ArrayLike | Sequence[float], *, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of the mean over resampled cases (Efron 1979).
+    """Return the percentile bootstrap interval of a mean over cases (Efron 1979).
 
     Args:
-        values: One number a case.
-        level: Coverage aimed at.
-        draws: Resamples.
-        seed: Of the resampling.
+        values: One number per case.
+        level: The coverage to aim for, between 0 and 1.
+        draws: Number of resamples.
+        seed: Seed of the resampling.
+
+    Returns:
+        The lower and the upper bound, in the unit of the values.
 
     Raises:
-        ValueError: no values, or some that are not finite; a level outside 0 to 1; no draws.
+        ValueError: There are no values, some are not finite, the level is not between 0 and 1, or
+            ``draws`` is below 1.
+
+    Example:
+        >>> low, high = clrp.faithfulness.bootstrap_interval([0.0, 1.0, 2.0, 3.0])
+        >>> low < 1.5 < high
+        True
     """
     array = np.asarray(values, dtype=np.float64).ravel()
     if not len(array) or not np.isfinite(array).all():
@@ -78,6 +108,6 @@ def bootstrap_interval(
                          if len(array) else "An interval needs at least one value.")  # fmt: skip
     if not 0 < level < 1 or draws < 1:
         raise ValueError(f"level={level} must be between 0 and 1, draws={draws} 1 or more.")
-    chosen = np.random.default_rng(seed).integers(0, len(array), (draws, len(array)))
-    low, high = np.quantile(array[chosen].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    indices = np.random.default_rng(seed).integers(0, len(array), (draws, len(array)))
+    low, high = np.quantile(array[indices].mean(1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -1,8 +1,9 @@
-"""Runs of a prompt with some of its tokens removed: what becomes of the objective.
+"""The value of an objective when some of a prompt's tokens are removed.
 
-A removed token's embedding is set to zero, or the token is exchanged for another of the
-vocabulary. Neither is a prompt the model was trained on: zeros are outside its inputs, random
-tokens say something else instead of nothing. So both are there, and results name which it was.
+A removed token's embedding is set to zero, or the token is replaced by another of the vocabulary.
+Neither gives a prompt like those the model was trained on: zeros are no input it knows, and random
+tokens say something else instead of nothing. Both are therefore offered, and results name the one
+that was used.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...errors import PromptError
-from ...inputs.bridge import public_name, require_bridge
+from ...inputs.bridge import LEAVES, public_name, require_bridge
 from ...inputs.tokens import special_ids, special_mask, to_single_prompt, to_tokens, vocab_size
 from ...rules.threads import own_hooks
 
@@ -25,13 +26,17 @@ Replace = Literal["zero", "random"]
 
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """A prompt, its objective, which tokens may be removed, and by what they are replaced.
+    """A prompt, its objective, the tokens that may be removed and what replaces them.
 
     Attributes:
+        model: The bridge.
         tokens: The prompt.
+        objective: Maps logits to Δℓ.
         removable: Positions that may be removed.
-        stand_ins: Token ids that replace removed ones, a row a draw; None for zero embeddings.
-        how: In words, for results.
+        stand_ins: Token ids that replace removed ones, one row per draw. None for zero embeddings.
+        how: What removed tokens become, in words, for results.
+        batch_size: Prompts per forward pass.
+        progress: Whether to show progress bars.
     """
 
     model: Any
@@ -45,45 +50,52 @@ class Removal:
 
     @property
     def positions(self) -> Int[Tensor, " removable"]:
-        """The positions that may be removed, ascending."""
+        """The positions that may be removed, in ascending order."""
         return torch.nonzero(self.removable)[:, 0]
 
     def values(
         self, removed: Bool[Tensor, "run pos"], what: str = "removing tokens"
     ) -> Float[Tensor, " run"]:
-        """The objective with the given positions removed, averaged over draws, in float64."""
+        """Return the objective with these positions removed, averaged over draws, in float64.
+
+        Args:
+            removed: The positions that each run removes.
+            what: The title of the progress bar.
+        """
         from tqdm.auto import tqdm
 
-        different, back = torch.unique(removed, dim=0, return_inverse=True)
+        masks, mask_of_run = torch.unique(removed, dim=0, return_inverse=True)
         draws = 1 if self.stand_ins is None else len(self.stand_ins)
-        runs = [(row, draw) for draw in range(draws) for row in range(len(different))]
-        found = torch.zeros(len(different), dtype=torch.float64)
+        runs = [(row, draw) for draw in range(draws) for row in range(len(masks))]
+        values = torch.zeros(len(masks), dtype=torch.float64)
         starts = range(0, len(runs), self.batch_size)
         for start in tqdm(starts, desc=what, leave=False, disable=not self.progress):
-            rows, drawn = zip(*runs[start : start + self.batch_size], strict=True)
-            logits = self._logits(different[list(rows)], list(drawn))
-            for row, line in zip(rows, logits, strict=True):
-                found[row] += float(self.objective(line[None])) / draws
-        return found[back]
+            rows, draw_of_row = zip(*runs[start : start + self.batch_size], strict=True)
+            logits = self._logits(masks[list(rows)], list(draw_of_row))
+            for row, logits_of_run in zip(rows, logits, strict=True):
+                values[row] += float(self.objective(logits_of_run[None])) / draws
+        return values[mask_of_run]
 
-    def _logits(self, gone: Tensor, drawn: list[int]) -> Tensor:
-        gone = gone.to(self.tokens.device)
-        tokens = self.tokens.expand(len(gone), -1)
+    def _logits(
+        self, removed: Bool[Tensor, "run pos"], draw_of_run: list[int]
+    ) -> Float[Tensor, "run pos vocab"]:
+        removed = removed.to(self.tokens.device)
+        tokens = self.tokens.expand(len(removed), -1)
         hooks = []
         if self.stand_ins is None:
 
-            def silence(embedded: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-                return embedded.masked_fill(gone[..., None], 0.0)
+            def set_to_zero(embedded: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+                return embedded.masked_fill(removed[..., None], 0.0)
 
-            hooks = [(public_name(self.model.hook_dict, "embed.hook_out"), silence)]
+            hooks = [(public_name(self.model.hook_dict, LEAVES[0]), set_to_zero)]
         else:
-            tokens = torch.where(gone, self.stand_ins[drawn].to(tokens), tokens)
+            tokens = torch.where(removed, self.stand_ins[draw_of_run].to(tokens), tokens)
         with torch.no_grad(), own_hooks(self.model, hooks):
             logits: Tensor = self.model(tokens)
         return logits
 
 
-def removal(
+def prepare_removal(
     model: Any,
     prompt: str | Tensor,
     objective: Callable[[Tensor], Tensor],
@@ -98,11 +110,11 @@ def removal(
     progress: bool = True,
     prepend_bos: bool | None = None,
 ) -> Removal:
-    """A ``Removal`` of checked arguments; see ``faithfulness_curves`` for what they mean.
+    """Check the arguments that ``faithfulness_curves`` describes and build a ``Removal``.
 
     Raises:
-        PromptError: the prompt, or tokens to replace its own with, cannot be used.
-        ValueError: another argument is out of range, or nothing is left to remove.
+        PromptError: The prompt, or the token ids to replace its own with, cannot be used.
+        ValueError: Another argument is out of range, or no token can be removed.
     """
     require_bridge(model)
     tokens = to_single_prompt(model, prompt, prepend_bos)
@@ -110,22 +122,22 @@ def removal(
     if batch_size < 1 or draws < 1:
         raise ValueError(f"batch_size={batch_size} and draws={draws} must be 1 or more.")
     special = special_ids(model)
-    kept = torch.zeros(n, dtype=torch.bool)
+    protected = torch.zeros(n, dtype=torch.bool)
     if not include_special:
-        kept |= special_mask(tokens[0].cpu(), special)
-        kept[0] = True
+        protected |= special_mask(tokens[0].cpu(), special)
+        protected[0] = True
     excluded = [int(p) for p in exclude]
     outside = [p for p in excluded if not -n <= p < n]
     if outside:
         raise ValueError(f"exclude= names position {outside[0]}, outside the prompt's {n} tokens.")
-    kept[excluded] = True
-    if bool(kept.all()):
+    protected[excluded] = True
+    if bool(protected.all()):
         raise ValueError(
             "Nothing is left to remove: every token is special, the first one, or excluded. "
             "Use include_special=True, or exclude fewer."
         )
     stand_ins, how = _stand_ins(model, tokens, replace, draws, pool, seed, special)
-    return Removal(model, tokens, objective, ~kept, stand_ins, how, batch_size, progress)
+    return Removal(model, tokens, objective, ~protected, stand_ins, how, batch_size, progress)
 
 
 def _stand_ins(
@@ -138,13 +150,13 @@ def _stand_ins(
     special: list[int],
 ) -> tuple[Tensor | None, str]:
     if isinstance(replace, Tensor):
-        given = to_tokens(model, replace)
-        if given.shape[1] != tokens.shape[1]:
+        stand_ins = to_tokens(model, replace)
+        if stand_ins.shape[1] != tokens.shape[1]:
             raise PromptError(
-                f"replace= has {given.shape[1]} tokens and the prompt {tokens.shape[1]}: give one "
-                "token id for each position of the prompt, [pos] or [draw, pos]."
+                f"replace= has {stand_ins.shape[1]} tokens and the prompt {tokens.shape[1]}: give "
+                "one token id for each position of the prompt, [pos] or [draw, pos]."
             )
-        return given, "the given tokens"
+        return stand_ins, "the given tokens"
     if replace == "zero":
         return None, "zero embeddings"
     if replace != "random":
@@ -152,12 +164,12 @@ def _stand_ins(
             f"replace={replace!r} is unknown; use 'zero', 'random', or token ids [pos]."
         )
     if pool is None:
-        known = vocab_size(model)
+        size = vocab_size(model)
         if model.tokenizer is not None:  # embeddings beyond the tokenizer's words were never used
-            known = min(known, len(model.tokenizer))
-        pool = torch.arange(known)
+            size = min(size, len(model.tokenizer))
+        pool = torch.arange(size)
         pool = pool[~torch.isin(pool, torch.tensor(special, dtype=pool.dtype))]
     pool = to_tokens(model, pool.flatten().to(tokens.device))[0].cpu()
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(pool), (draws, tokens.shape[1]), generator=generator)
-    return pool[chosen], f"random tokens ({draws} draws, seed {seed})"
+    indices = torch.randint(len(pool), (draws, tokens.shape[1]), generator=generator)
+    return pool[indices], f"random tokens ({draws} draws, seed {seed})"

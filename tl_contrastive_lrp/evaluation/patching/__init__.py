@@ -1,21 +1,21 @@
-"""Relevance patching: what activation patching would measure, estimated from one backward pass.
+"""Relevance patching: an estimate of activation patching from one backward pass.
 
-Activation patching runs the model once for every cell it patches. Relevance patching (RelP,
+Activation patching runs the model once for every cell that it patches. Relevance patching (RelP,
 arXiv:2508.21258) estimates all cells at once, from the clean run, the corrupted run and one
-backward pass of it under a rule set:
+backward pass of the corrupted run under a rule set:
 
     metric with the cell patched  ≈  metric(corrupted) + Σ (clean − corrupted) ⊙ modified gradient
 
-- ``get_relevance_patch_*``: the sweeps of ``transformer_lens.patching.get_act_patch_*``, with their
-  arguments, shapes, order and sign;
-- ``relevance_patch``: TransformerLens' ``attribution_patch`` on its own nodes and edges.
+- ``get_relevance_patch_*`` mirror the sweeps ``transformer_lens.patching.get_act_patch_*``: same
+  arguments, shapes, order and sign.
+- ``relevance_patch`` is TransformerLens' ``attribution_patch`` on its own nodes and edges.
 """
 
 from transformer_lens import patching as _upstream
 
 from ...errors import VersionError
 
-if not hasattr(_upstream, "PatchingResult"):  # its result types came with 4.3
+if not hasattr(_upstream, "PatchingResult"):  # PatchingResult was added in 4.3
     raise VersionError(
         "tl_contrastive_lrp.patching needs TransformerLens 4.3 or newer, whose patching results it "
         'returns. Type: pip install --upgrade "transformer_lens>=4.3,<5"',

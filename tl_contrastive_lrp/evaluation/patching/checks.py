@@ -1,4 +1,4 @@
-"""What relevance patching refuses before it runs anything."""
+"""Checks of the arguments of relevance patching, and of the values an objective returns."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def check_cache(model: Any, cache: Any, sweeps: Iterable[Sweep], batch: int, pos
     """Refuse a clean cache that does not fit the corrupted tokens.
 
     Raises:
-        TypeError: no cache at all.
-        ValueError: the model lacks a HookPoint, or the cache an entry, or one is not of the shape
-            of these tokens' activations.
+        TypeError: The cache is not a cache.
+        ValueError: The model lacks a HookPoint, the cache lacks an entry, or an entry does not have
+            the shape that the corrupted tokens' activations have.
     """
     if not hasattr(cache, "__getitem__") or isinstance(cache, Tensor | tuple | list | str):
         raise TypeError(
@@ -25,18 +25,18 @@ def check_cache(model: Any, cache: Any, sweeps: Iterable[Sweep], batch: int, pos
             "_, clean_cache = model.run_with_cache(clean_tokens)."
         )
     missing: list[str] = []
-    points = model.hook_dict
+    hook_dict = model.hook_dict
     for sweep in sweeps:
-        wanted = sweep.shape(model, pos)
+        expected = sweep.shape(model, pos)
         for layer in range(int(model.cfg.n_layers)):
             name = sweep.hook_name(layer)
-            require_point(points, name)
+            require_hook_point(hook_dict, name)
             try:
                 value = cache[name]
             except KeyError:
                 missing.append(name)
                 continue
-            _check_shape(name, value, batch, wanted)
+            _check_shape(name, value, batch, expected)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
@@ -45,57 +45,57 @@ def check_cache(model: Any, cache: Any, sweeps: Iterable[Sweep], batch: int, pos
         )
 
 
-def require_point(points: Mapping[str, Any], name: str) -> None:
-    """Refuse a model in which TransformerLens names no such activation.
+def require_hook_point(hook_dict: Mapping[str, Any], name: str) -> None:
+    """Refuse a model in which TransformerLens has no HookPoint of this name.
 
     Raises:
-        ValueError: says which.
+        ValueError: Names the HookPoint.
     """
-    if name not in points:
+    if name not in hook_dict:
         raise ValueError(
             f"This model has no HookPoint {name!r}, so there is nothing to patch. Choose another "
             "activation; model.hook_dict lists them."
         )
 
 
-def _check_shape(name: str, value: object, batch: int, wanted: tuple[int | None, ...]) -> None:
+def _check_shape(name: str, value: object, batch: int, expected: tuple[int | None, ...]) -> None:
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
-        raise ValueError(f"clean_cache[{name!r}] holds no activation but {_kind(value)}.")
-    found = tuple(value.shape)
-    if _fits(found, wanted):
+        raise ValueError(f"clean_cache[{name!r}] holds no activation but {_describe(value)}.")
+    shape = tuple(value.shape)
+    if _matches(shape, expected):
         raise ValueError(
             f"clean_cache[{name!r}] has no batch dimension; make it without remove_batch_dim."
         )
-    if not _fits(found[1:], wanted) or found[0] not in (1, batch):
-        shape = ", ".join("…" if size is None else str(size) for size in (batch, *wanted))
+    if not _matches(shape[1:], expected) or shape[0] not in (1, batch):
+        sizes = ", ".join("…" if size is None else str(size) for size in (batch, *expected))
         raise ValueError(
-            f"clean_cache[{name!r}] has shape {list(found)}, but the corrupted tokens make it "
-            f"[{shape}]. Clean and corrupted prompts must have the same number of tokens "
+            f"clean_cache[{name!r}] has shape {list(shape)}, but the corrupted tokens make it "
+            f"[{sizes}]. Clean and corrupted prompts must have the same number of tokens "
             "(and of rows, or one clean row for all), and come from the same model."
         )
 
 
-def _fits(found: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
-    return len(found) == len(wanted) and all(
-        size in (None, at) for at, size in zip(found, wanted, strict=True)
+def _matches(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(
+        size in (None, actual) for actual, size in zip(shape, expected, strict=True)
     )
 
 
-def _kind(value: object) -> str:
+def _describe(value: object) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"{value!r:.40}"
 
 
 def check_pair(clean: object, corrupt: object) -> tuple[Tensor, Tensor]:
-    """Clean and corrupted tokens, both [batch, pos].
+    """Return clean and corrupted tokens if both are [batch, pos] and of one shape.
 
     Raises:
-        ValueError: not two tensors of token ids of one shape.
+        ValueError: They are not two tensors of token ids of one shape.
     """
     for name, tokens in (("clean", clean), ("corrupt", corrupt)):
         if not isinstance(tokens, Tensor) or tokens.ndim != 2:
-            found = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
             raise ValueError(
-                f"{name} must be token ids [batch, pos], got {found}; use model.to_tokens(text)."
+                f"{name} must be token ids [batch, pos], got {got}; use model.to_tokens(text)."
             )
     assert isinstance(clean, Tensor)
     assert isinstance(corrupt, Tensor)
@@ -108,14 +108,20 @@ def check_pair(clean: object, corrupt: object) -> tuple[Tensor, Tensor]:
     return clean, corrupt
 
 
-class Watched:
-    """An objective whose values are checked and kept as the backward pass calls it.
+class RecordedObjective:
+    """An objective whose value is checked and recorded when the backward pass calls it.
 
     Args:
-        objective: What the user gave.
-        batch: Examples of the corrupted run.
-        per_example: Whether it returns [batch], one value an example, instead of a scalar.
-        name: What error messages call it.
+        objective: The user's function of the logits.
+        batch: Number of examples in the corrupted run.
+        per_example: Whether the function returns one value per example, [batch], not a scalar.
+        name: How error messages refer to it.
+
+    Attributes:
+        value: The most recent value, detached, in float32 or wider.
+
+    Raises:
+        TypeError: The objective is not callable.
     """
 
     def __init__(
@@ -131,20 +137,25 @@ class Watched:
         self.value: Tensor
 
     def __call__(self, logits: Tensor) -> Tensor:
+        """Return the objective's value, summed over the examples, and record it.
+
+        Raises:
+            ValueError: The value is not a tensor of the expected shape.
+        """
         value = self.objective(logits)
-        wanted = (self.batch,) if self.per_example else ()
-        if not isinstance(value, Tensor) or tuple(value.shape) != wanted:
-            found = (
+        expected = (self.batch,) if self.per_example else ()
+        if not isinstance(value, Tensor) or tuple(value.shape) != expected:
+            got = (
                 f"shape {list(value.shape)}"
                 if isinstance(value, Tensor)
                 else f"a {type(value).__name__}"
             )
-            how = (
+            advice = (
                 f"[{self.batch}], one value for each example, under reduce='mean' or 'none'"
                 if self.per_example
                 else "a scalar; return [batch] and give reduce='mean' or 'none' to keep examples "
                 "apart"
             )
-            raise ValueError(f"The {self.name} returned {found}; it must return {how}.")
+            raise ValueError(f"The {self.name} returned {got}; it must return {advice}.")
         self.value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
         return value.sum()

@@ -1,12 +1,12 @@
-"""Edge scores: what each writer's change does through each single reader of the residual stream.
+"""Edge scores: how each writer's change acts through each single reader of the residual stream.
 
-A reader's gradient is the modified gradient at its own copy of the stream: of a head's queries,
-keys or values, carried back through its weights and the norm before them; of an MLP, at the norm's
-input; of the logits, at the last ``hook_resid_post``. One backward pass gives the gradients at
-queries, keys and values of all heads; the copies are never made (TransformerLens forks the stream
-per head in the forward instead, ``use_split_qkv_input``).
+A reader's gradient is the modified gradient at its own copy of the stream. For a head's queries,
+keys or values it is carried back through their weights and the norm before them; for an MLP it is
+taken at the norm's input; for the logits, at the last ``hook_resid_post``. One backward pass gives
+the gradients at the queries, keys and values of all heads. The copies of the stream are never made,
+whereas TransformerLens forks the stream for each head in the forward (``use_split_qkv_input``).
 
-Notation: U writers (embedding, then per layer its heads and its MLP), d = d_model.
+The writers are the embedding and then, layer by layer, the heads and the MLP.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from einops import einsum, rearrange, reduce, repeat
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.tools.analysis.attribution_patching import Node, NodeKind
@@ -24,23 +25,27 @@ from ...hooks.context import plan
 from ...hooks.placement import attached
 from ...rules.functions import at_least_float32
 from ...rules.rule_sets import RuleSet
-from .effects import heads_of
+from .effects import n_heads_of
 
 _PARTS: tuple[tuple[str, NodeKind], ...] = (("q", "q_input"), ("k", "k_input"), ("v", "v_input"))
 
 
 def check_additive(model: Any) -> None:
-    """Refuse models that are not built of blocks x + attention(norm(x)), then x + MLP(norm(x)).
+    """Refuse a model whose blocks are not x + attention(norm(x)), then x + MLP(norm(x)).
 
     Raises:
-        ValueError: names the block.
+        ValueError: Names the first block of another form.
     """
-    points = model.hook_dict
+    hook_dict = model.hook_dict
     for layer in range(int(model.cfg.n_layers)):
-        at = f"blocks.{layer}."
-        ends = (("hook_attn_out", "attn.hook_out"), ("hook_resid_mid", "ln2.hook_in"))
-        same = all(points.get(f"{at}{a}") is points.get(f"{at}{b}", ends) for a, b in ends)
-        if not same or f"{at}ln1.hook_in" not in points:
+        block = f"blocks.{layer}."
+        aliases = (("hook_attn_out", "attn.hook_out"), ("hook_resid_mid", "ln2.hook_in"))
+        same = all(
+            f"{block}{one}" in hook_dict
+            and hook_dict[f"{block}{one}"] is hook_dict.get(f"{block}{other}")
+            for one, other in aliases
+        )
+        if not same or f"{block}ln1.hook_in" not in hook_dict:
             raise _no_edges(f"blocks.{layer}")
 
 
@@ -53,33 +58,41 @@ def _no_edges(where: str) -> ValueError:
 
 
 class EdgeReader:
-    """Gradients at the readers of one corrupted run, and the edge scores made of them."""
+    """Gradients at the readers of one corrupted run, and the edge scores computed from them.
+
+    Args:
+        model: A bridge that ``check_additive`` accepts.
+
+    Attributes:
+        readings: What the backward pass has to read for ``score``.
+        scores: One tensor [reader, writer, pos] for each group of readers: the heads of a layer,
+            its MLP, and at the end the logits. A group holds the writers before its readers.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.n_layers, self.n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
-        self.heads = {part: heads_of(model, part) for part, _ in _PARTS}
-        self.stream: dict[int, Tensor] = {}
+        self.n_heads_by_part = {part: n_heads_of(model, part) for part, _ in _PARTS}
+        self.stream_by_layer: dict[int, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
-        self.scores: list[Tensor] = []  # one [reader, writer, pos] for each group of readers
+        self.scores: list[Tensor] = []
         self.readings = list(self._readings())
 
     def _readings(self) -> Iterator[Reading]:
-        last = f"blocks.{self.n_layers - 1}.hook_resid_post"
         for layer in range(self.n_layers):
             for part, _ in _PARTS:
-                yield self._reading(f"blocks.{layer}.attn.hook_{part}")
-            yield self._reading(f"blocks.{layer}.ln2.hook_in")
-            yield self._input_of(layer)
-        yield self._reading(last)
+                yield self._gradient_reading(f"blocks.{layer}.attn.hook_{part}")
+            yield self._gradient_reading(f"blocks.{layer}.ln2.hook_in")
+            yield self._stream_reading(layer)
+        yield self._gradient_reading(f"blocks.{self.n_layers - 1}.hook_resid_post")
 
-    def _input_of(self, layer: int) -> Reading:
+    def _stream_reading(self, layer: int) -> Reading:
         def fired(x: Tensor) -> None:
-            self.stream[layer] = x
+            self.stream_by_layer[layer] = x
 
         return Reading(f"blocks.{layer}.ln1.hook_in", lambda x, g: None, fired=fired)  # noqa: ARG005
 
-    def _reading(self, name: str) -> Reading:
+    def _gradient_reading(self, name: str) -> Reading:
         def fired(x: Tensor) -> None:
             self.gradients[name] = torch.zeros_like(x)[0]
 
@@ -92,74 +105,93 @@ class EdgeReader:
         """Contract each reader's gradient with the change of every writer before it.
 
         Args:
-            changes: clean − corrupt at the writers' HookPoints, batch of one.
-            rule_set: What the backward pass ran under; carries the gradients through the norms.
+            changes: Clean minus corrupted activations at the writers' HookPoints, batch size 1.
+            rule_set: The rule set of the backward pass, which also carries the gradients back
+                through the norms.
         """
         attachments, _ = plan(self.model, rule_set)
-        written = self._written(changes)  # [writer, pos, d]
+        written = self._written_changes(changes)
         for layer in range(self.n_layers):
-            before = 1 + layer * (self.n_heads + 1)
+            n_before = 1 + layer * (self.n_heads + 1)
             norm = tuple(a for a in attachments if a.site.path == f"blocks.{layer}.ln1")
             with attached(self.model, norm):
-                at_heads = self._at_inputs(layer)
-            at_mlp = self.gradients[f"blocks.{layer}.ln2.hook_in"][None]
-            self.scores.append(_contract(at_heads, written[:before]))
-            self.scores.append(_contract(at_mlp, written[: before + self.n_heads]))
-        at_logits = self.gradients[f"blocks.{self.n_layers - 1}.hook_resid_post"][None]
+                at_heads = self._gradients_at_heads(layer)
+            at_mlp = self._add_reader_axis(f"blocks.{layer}.ln2.hook_in")
+            self.scores.append(_contract(at_heads, written[:n_before]))
+            self.scores.append(_contract(at_mlp, written[: n_before + self.n_heads]))
+        at_logits = self._add_reader_axis(f"blocks.{self.n_layers - 1}.hook_resid_post")
         self.scores.append(_contract(at_logits, written))
-        self.stream.clear()
+        self.stream_by_layer.clear()
         self.gradients.clear()
 
-    def check(self, nodes: Float[Tensor, "writer pos"]) -> None:
-        """Refuse edges that do not add up to what their writers do in all.
+    def check(self, node_scores: Float[Tensor, "writer pos"]) -> None:
+        """Refuse edges that do not add up to their writers' total effects.
 
         Args:
-            nodes: Scores of the writers, from the gradient where each one writes.
+            node_scores: Scores of the writers, from the gradients where they write.
 
         Raises:
-            ValueError: a reader was missed or misread, as in a block built in an unknown way.
+            ValueError: A reader was missed or misread, as in a block of an unknown form.
         """
-        total = torch.zeros_like(nodes)
+        total = torch.zeros_like(node_scores)
         for group in self.scores:
-            total[: group.shape[1]] += group.sum(0)
-        coarse = self.model.cfg.dtype in (torch.bfloat16, torch.float16)
-        within = (0.1 if coarse else 1e-3) * nodes.abs().max()
-        wrong = ((total - nodes).abs() > within).any(1).nonzero()
+            total[: group.shape[1]] += reduce(group, "reader writer pos -> writer pos", "sum")
+        is_low = self.model.cfg.dtype in (torch.bfloat16, torch.float16)
+        tolerance = (0.1 if is_low else 1e-3) * node_scores.abs().max()
+        wrong = ((total - node_scores).abs() > tolerance).any(1).nonzero()
         if len(wrong):
             block = (int(wrong[0]) - 1) // (self.n_heads + 1)
             raise _no_edges(f"blocks.{max(block, 0)} or after it")
 
-    def _written(self, changes: dict[str, Tensor]) -> Float[Tensor, "writer pos d"]:
+    def _written_changes(self, changes: dict[str, Tensor]) -> Float[Tensor, "writer pos d_model"]:
         parts = [changes["hook_embed"]]
         for layer in range(self.n_layers):
             z = changes[f"blocks.{layer}.attn.hook_z"][0]
             w_o = self.model.blocks[layer].attn.W_O.detach().to(z)
-            parts.append(torch.einsum("phe,hed->hpd", z, w_o))
+            parts.append(einsum(z, w_o, "pos head d_head, head d_head d_model -> head pos d_model"))
             parts.append(changes[f"blocks.{layer}.hook_mlp_out"])
         return torch.cat(parts)
 
-    def _at_inputs(self, layer: int) -> Float[Tensor, "reader pos d"]:
-        """Gradients at every head's own copy of the stream: query, then key, then value heads."""
+    def _add_reader_axis(self, name: str) -> Float[Tensor, "1 pos d_model"]:
+        return rearrange(self.gradients[name], "pos d_model -> 1 pos d_model")
+
+    def _gradients_at_heads(self, layer: int) -> Float[Tensor, "reader pos d_model"]:
+        """Gradients at each head's own copy of the stream: query, then key, then value heads."""
         block = self.model.blocks[layer]
-        at_normed = []
+        after_norm = []
         for part, _ in _PARTS:
             g = self.gradients[f"blocks.{layer}.attn.hook_{part}"]
-            weight = getattr(block.attn, part).original_component.weight.detach()
-            by_head = weight.unflatten(0, (self.heads[part], -1)).to(g.dtype)
-            at_normed.append(torch.einsum("phe,hed->hpd", g, by_head))
-        u = torch.cat(at_normed)
-        x = self.stream[layer].expand(len(u), -1, -1).clone().requires_grad_(True)
-        (at_stream,) = torch.autograd.grad(block.ln1(x), x, u.to(x.dtype))
-        return at_stream
+            weight = rearrange(
+                getattr(block.attn, part).original_component.weight.detach(),
+                "(head d_head) d_model -> head d_head d_model",
+                head=self.n_heads_by_part[part],
+            )
+            after_norm.append(
+                einsum(
+                    g,
+                    weight.to(g.dtype),
+                    "pos head d_head, head d_head d_model -> head pos d_model",
+                )
+            )
+        g_norm = torch.cat(after_norm)
+        x = repeat(
+            self.stream_by_layer[layer], "1 pos d_model -> reader pos d_model", reader=len(g_norm)
+        )
+        x = x.clone().requires_grad_(True)
+        (g_stream,) = torch.autograd.grad(block.ln1(x), x, g_norm.to(x.dtype))
+        return g_stream
 
-    def plus(self, other: EdgeReader) -> EdgeReader:
-        """Both pairs' scores added up."""
+    def add(self, other: EdgeReader) -> EdgeReader:
+        """Add another pair's scores to these."""
         self.scores = [a + b for a, b in zip(self.scores, other.scores, strict=True)]
         return self
 
-    def to_edges(self, pairs: int) -> dict[tuple[Node, Node], float]:
-        """Scores averaged over the pairs, keyed and ordered as ``enumerate_edges`` has them."""
-        groups = [(group / pairs).permute(2, 0, 1).tolist() for group in self.scores]
+    def to_edges(self, n_pairs: int) -> dict[tuple[Node, Node], float]:
+        """Average the scores over the pairs, with ``enumerate_edges``' keys in its order."""
+        groups = [
+            rearrange(group / n_pairs, "reader writer pos -> pos reader writer").tolist()
+            for group in self.scores
+        ]
         edges: dict[tuple[Node, Node], float] = {}
         for pos in range(len(groups[0])):
             writers = list(self._writers(pos))
@@ -180,13 +212,17 @@ class EdgeReader:
             yield [
                 Node(kind, pos, layer, head)
                 for part, kind in _PARTS
-                for head in range(self.heads[part])
+                for head in range(self.n_heads_by_part[part])
             ]
             yield [Node("mlp_in", pos, layer)]
         yield [Node("logits", pos, self.n_layers - 1)]
 
 
 def _contract(
-    gradient: Float[Tensor, "reader pos d"], written: Float[Tensor, "writer pos d"]
+    gradient: Float[Tensor, "reader pos d_model"], written: Float[Tensor, "writer pos d_model"]
 ) -> Float[Tensor, "reader writer pos"]:
-    return torch.einsum("rpd,upd->rup", at_least_float32(gradient).to(written), written)
+    return einsum(
+        at_least_float32(gradient).to(written),
+        written,
+        "reader pos d_model, writer pos d_model -> reader writer pos",
+    )

@@ -1,4 +1,4 @@
-"""Estimated values of patched cells, and the forms in which TransformerLens returns such values."""
+"""Estimated values of patched cells, returned in the forms that TransformerLens uses."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ...hooks.placement import check_ready
 from ...inputs.tokens import to_tokens
 from ...rules.rule_sets import RuleSet, get_rule_set
 from ...rules.threads import one_at_a_time
-from .checks import Watched, check_cache
+from .checks import RecordedObjective, check_cache
 from .effects import Sweep, sweep_effects
 
 Metric = Callable[[Tensor], Tensor]
 Reduce = Literal["scalar", "mean", "none"]
 _REDUCE = ("scalar", "mean", "none")
 
-# A patch changes one factor of a product and leaves the other, so rules that share a product's
-# relevance between its factors ("attnlrp", "gim") estimate half of what it does. RelP halves none
-# in attention; benchmarks/patching.py measures the slopes.
+# A patch changes one factor of a product and leaves the other alone, so rules that split relevance
+# between the factors ("attnlrp", "gim") estimate half of the patch's effect. RelP splits no product
+# in attention. benchmarks/patching.py measures the slopes.
 PATCHING_RULES = "relp"
 
 
 @one_at_a_time
-def estimates(
+def estimate_sweeps(
     model: Any,
     tokens: object,
     clean_cache: Any,
@@ -38,9 +38,18 @@ def estimates(
     rules: str | RuleSet,
     reduce: str,
 ) -> tuple[list[Float[Tensor, "metric layer *axes row"]], Float[Tensor, "metric row"], list[str]]:
-    """Estimated values of each sweep, values on the corrupted run, and the metrics' names.
+    """Estimate each sweep's values for one or several objectives.
 
-    The last axis holds the examples, or one entry where the metric gives one value for all.
+    Returns:
+        The estimated values of each sweep, the objectives' values on the corrupted run, and the
+        objectives' names. The last axis holds the examples, or a single entry where an objective
+        gives one value for the whole batch.
+
+    Raises:
+        TypeError: The cache is not a cache, or an objective is not callable.
+        ValueError: ``reduce`` is unknown, the mapping of objectives is empty, an objective returns
+            another shape than ``reduce`` implies, or the cache does not fit the tokens.
+        PromptError, ModelStateError, UncoveredComponentError: As for ``lrp``.
     """
     check_ready(model, "Relevance patching")
     rule_set = get_rule_set(rules)
@@ -52,8 +61,8 @@ def estimates(
     ids = to_tokens(model, tokens)  # type: ignore[arg-type]
     batch, pos = ids.shape
     per_example = reduce != "scalar"
-    watched = {
-        name: Watched(
+    recorded = {
+        name: RecordedObjective(
             fn, batch, per_example, "objective" if name == "metric" else f"objective {name!r}"
         )
         for name, fn in metrics.items()
@@ -61,7 +70,7 @@ def estimates(
     check_cache(model, clean_cache, sweeps, batch, pos)
 
     by_metric, bases = [], []
-    for metric in watched.values():
+    for metric in recorded.values():
         effects = sweep_effects(model, ids, clean_cache, metric, sweeps, rule_set)
         base = metric.value.reshape(-1)
         if not per_example:
@@ -69,7 +78,7 @@ def estimates(
         by_metric.append([effect + base.to(effect) for effect in effects])
         bases.append(base)
     return (
-        [torch.stack(list(same)) for same in zip(*by_metric, strict=True)],
+        [torch.stack(list(per_metric)) for per_metric in zip(*by_metric, strict=True)],
         torch.stack(bases),
         list(metrics),
     )
@@ -87,7 +96,7 @@ def as_result(
     baseline: bool,
     patch_type_names: list[str] | None = None,
 ) -> Tensor | PatchingResult:
-    """A tensor or a ``PatchingResult``, by the same conditions as in TransformerLens."""
+    """Return a tensor or a ``PatchingResult``, under the same conditions as TransformerLens."""
     if reduce != "none":
         values, base = values.mean(-1), base.mean(-1)
     if not (mapping or baseline or reduce == "none"):
@@ -107,10 +116,10 @@ def as_result(
 def select(
     values: Float[Tensor, "metric *cells row"], index_df: pd.DataFrame, axes: list[str]
 ) -> Float[Tensor, "metric cell row"]:
-    """The cells that a frame of indices names, in its order.
+    """Select the cells that the rows of a frame of indices name, in the frame's order.
 
     Raises:
-        ValueError: the frame's columns are not the sweep's axes, or an index is out of range.
+        ValueError: The frame's columns are not the sweep's axes, or an index is out of range.
     """
     if list(index_df.columns) != axes:
         raise ValueError(
@@ -119,6 +128,6 @@ def select(
     for axis, size in zip(axes, values.shape[1:-1], strict=True):
         if not index_df[axis].between(0, size - 1).all():
             raise ValueError(f"index_df[{axis!r}] has entries outside 0..{size - 1}.")
-    at = [torch.tensor(index_df[axis].tolist(), device=values.device) for axis in axes]
-    cells: tuple[slice | Tensor, ...] = (slice(None), *at)
+    indices = [torch.tensor(index_df[axis].tolist(), device=values.device) for axis in axes]
+    cells: tuple[slice | Tensor, ...] = (slice(None), *indices)
     return values[cells]

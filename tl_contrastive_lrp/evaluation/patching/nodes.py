@@ -1,7 +1,7 @@
-"""``relevance_patch``: TransformerLens' ``attribution_patch`` with relevance for gradients.
+"""``relevance_patch``: TransformerLens' ``attribution_patch`` on relevance instead of gradients.
 
-The result is TransformerLens' own ``AttributionResult`` on its own ``Node`` keys, so whatever takes
-one (``faithfulness`` takes ``top_edges``) takes this.
+It returns TransformerLens' own ``AttributionResult``, keyed by its own ``Node``, so every function
+that takes one (``faithfulness``, for instance, takes ``top_edges``) takes this one too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.tools.analysis.attribution_patching import (
@@ -27,13 +28,13 @@ from ...inputs.tokens import to_tokens
 from ...rules.functions import at_least_float32
 from ...rules.rule_sets import RuleSet, get_rule_set
 from ...rules.threads import one_at_a_time, own_hooks
-from .checks import Watched, check_pair, require_point
+from .checks import RecordedObjective, check_pair, require_hook_point
 from .edges import EdgeReader, check_additive
 from .estimates import PATCHING_RULES
 
 
 def writer_names(n_layers: int) -> list[str]:
-    """HookPoints that hold what each writer puts on the residual stream (heads before W_O)."""
+    """Return the HookPoints of all writers to the residual stream (of heads, before W_O)."""
     layers = (
         name
         for i in range(n_layers)
@@ -42,8 +43,8 @@ def writer_names(n_layers: int) -> list[str]:
     return ["hook_embed", *layers]
 
 
-def _nodes(n_layers: int, n_heads: int, n_pos: int) -> Iterator[tuple[Node, int, int]]:
-    """(node, position, index of its writer), in TransformerLens' order."""
+def _enumerate_nodes(n_layers: int, n_heads: int, n_pos: int) -> Iterator[tuple[Node, int, int]]:
+    """Yield (node, position, index of its writer), in TransformerLens' order."""
     for pos in range(n_pos):
         yield Node("embed", pos), pos, 0
     for layer in range(n_layers):
@@ -64,91 +65,107 @@ def relevance_patch(
     *,
     rules: str | RuleSet = PATCHING_RULES,
 ) -> AttributionResult:
-    """Estimated effect of patching each node, or edge, from the corrupted run towards the clean.
+    """Estimate the effect of patching each node, or each edge, from corrupted to clean.
 
-    Scores are (clean − corrupt) · modified gradient at the corrupted run, averaged over the pairs,
-    in the objective's units: positive where the patch raises the objective. Each pair costs two
-    forward passes and one backward pass. As ``attribution_patch`` inside ``lrp``, and beyond it:
-    edges also with grouped-query attention, where readers "k_input" and "v_input" stand for a key
-    and value head each (``Node.head`` counts those), shared by the query heads of its group.
+    A score is (clean − corrupt) · modified gradient at the corrupted run (RelP, arXiv:2508.21258),
+    averaged over the pairs of prompts. It is in the objective's units (logits for ``logit_diff``)
+    and positive where the patch raises the objective, that is, supports the target. Each pair of
+    prompts costs two forward passes and one backward pass.
+
+    The result equals that of ``attribution_patch`` inside ``lrp``. In addition, edges work with
+    grouped-query attention: the readers "k_input" and "v_input" then stand for one key or value
+    head each (counted by ``Node.head``), which the query heads of its group share.
 
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
         clean: Token ids of the clean prompts.
         corrupt: Token ids of the corrupted prompts, row by row.
-        objective: Logits of one pair's prompt [1, pos, vocab] → scalar, as from ``logit_diff``.
-        config: As for ``attribution_patch``; None for nodes.
-        rules: Name of a rule set, or a ``RuleSet``.
+        objective: Maps the logits of one pair's prompt, [1, pos, vocab], to a scalar, as
+            ``logit_diff`` does.
+        config: As for ``attribution_patch``. By default, nodes are scored.
+        rules: A rule set or its name.
+
+    Returns:
+        Scores by node, and by edge if ``config`` asks for edges.
 
     Raises:
-        ValueError: tokens of different shapes; an objective that is no scalar; a model without
-            these nodes; edges of a model not built as x + attention(norm(x)), then x + MLP(norm(x))
-            (Gemma 2 also normalises what they write; GPT-NeoX runs both side by side).
-        PromptError, ModelStateError, UncoveredComponentError: see ``lrp``.
+        ValueError: The tokens differ in shape, the objective does not return a scalar, the model
+            lacks these nodes, or edges are undefined because blocks are not x + attention(norm(x)),
+            then x + MLP(norm(x)) (Gemma 2 also normalises outputs; GPT-NeoX runs both in parallel).
+        PromptError, ModelStateError, UncoveredComponentError: As for ``lrp``.
+
+    Example:
+        >>> clean = model.to_tokens(case.prompt)
+        >>> scores = clrp.patching.relevance_patch(model, clean, clean.flip(1), objective)
+        >>> len(scores.node_scores)  # 44 positions of the embedding, 4 × 4 heads and 4 MLPs
+        924
     """
     check_ready(model, "Relevance patching")
     rule_set = get_rule_set(rules)
-    edges = config is not None and config.granularity == "edge"
+    with_edges = config is not None and config.granularity == "edge"
     clean, corrupt = check_pair(clean, corrupt)
     clean, corrupt = to_tokens(model, clean), to_tokens(model, corrupt)
-    metric = Watched(objective, 1, per_example=False, name="objective")
-    if edges:
+    metric = RecordedObjective(objective, 1, per_example=False, name="objective")
+    if with_edges:
         check_additive(model)
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
-    names, points = writer_names(n_layers), model.hook_dict
+    names, hook_dict = writer_names(n_layers), model.hook_dict
     for name in names:
-        require_point(points, name)
+        require_hook_point(hook_dict, name)
 
-    total: Tensor | None = None  # [writer, pos]
-    by_reader: EdgeReader | None = None
+    total: Float[Tensor, "writer pos"] | None = None
+    edge_total: EdgeReader | None = None
     for row in range(len(clean)):
         changes: dict[str, Tensor] = _activations(model, clean[row : row + 1], names)
         effects: dict[str, Tensor] = {}
         readings = [_reading(name, changes, effects) for name in names]
-        reader = EdgeReader(model) if edges else None
+        reader = EdgeReader(model) if with_edges else None
         if reader is not None:
             readings += reader.readings
         run(model, corrupt[row : row + 1], metric, rule_set, readings)
         _require_all(effects, names, n_heads)
-        scores = torch.cat([_writers_first(effects[name]) for name in names])
+        scores = torch.cat([_writer_axis_first(effects[name]) for name in names])
         total = scores if total is None else total + scores
         if reader is not None:
             reader.score(changes, rule_set)
             reader.check(scores)
-            by_reader = reader if by_reader is None else by_reader.plus(reader)
+            edge_total = reader if edge_total is None else edge_total.add(reader)
     assert total is not None
 
-    pairs, n_pos = clean.shape
-    if by_reader is not None:
-        edge_scores = by_reader.to_edges(pairs)
+    n_pairs, n_pos = clean.shape
+    if edge_total is not None:
+        edge_scores = edge_total.to_edges(n_pairs)
         node_scores: dict[Node, float] = {}
-        for (writer, _), score in edge_scores.items():  # as attribution_patch has it
+        for (writer, _), score in edge_scores.items():  # attribution_patch defines it like this
             node_scores[writer] = node_scores.get(writer, 0.0) + score
         return AttributionResult(node_scores, edge_scores)
-    values = (total / pairs).tolist()
+    values = (total / n_pairs).tolist()
     return AttributionResult(
-        {node: values[w][pos] for node, pos, w in _nodes(n_layers, n_heads, n_pos)}
+        {
+            node: values[writer][pos]
+            for node, pos, writer in _enumerate_nodes(n_layers, n_heads, n_pos)
+        }
     )
 
 
 def _activations(model: Any, tokens: Int[Tensor, "1 pos"], names: list[str]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
 
-    def keep(name: str) -> HookFn:
+    def record(name: str) -> HookFn:
         def hook_fn(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
-            found[name] = at_least_float32(tensor.detach())
+            activations[name] = at_least_float32(tensor.detach())
 
         return hook_fn
 
     hook_dict = model.hook_dict
-    hooks = [(public_name(hook_dict, name), keep(name)) for name in names]
+    hooks = [(public_name(hook_dict, name), record(name)) for name in names]
     with torch.no_grad(), own_hooks(model, hooks):
         model(tokens)
-    return found
+    return activations
 
 
 def _reading(name: str, changes: dict[str, Tensor], effects: dict[str, Tensor]) -> Reading:
-    """Turn a clean activation into the change clean − corrupt, and keep its effect by position."""
+    """Turn a clean activation into the change clean − corrupt and record its effect by position."""
 
     def fired(x: Tensor) -> None:
         changes[name] = changes[name] - at_least_float32(x)
@@ -174,6 +191,6 @@ def _require_all(effects: dict[str, Tensor], names: list[str], n_heads: int) -> 
             )
 
 
-def _writers_first(effect: Tensor) -> Float[Tensor, "writer pos"]:
-    """[pos] or [pos, head] → [writer, pos]."""
-    return effect[None] if effect.ndim == 1 else effect.T
+def _writer_axis_first(effect: Tensor) -> Float[Tensor, "writer pos"]:
+    pattern = "pos -> 1 pos" if effect.ndim == 1 else "pos head -> head pos"
+    return rearrange(effect, pattern)

@@ -1,1 +1,1 @@
-"""Checks that a user runs on their own model: is its relevance right here?"""
+"""Checks that users run on their own model: is its relevance right?"""

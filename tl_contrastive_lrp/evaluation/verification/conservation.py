@@ -1,8 +1,8 @@
-"""Where all of Δℓ went under CP-LRP, taken from autograd alone.
+"""An account of Δℓ under CP-LRP, from autograd alone.
 
-Every rule of CP-LRP conserves. Each operation that relevance passes is then linear in what is
-computed, so Δℓ is the sum of (value × gradient) over everything that enters the computation: the
-tokens' embeddings, positions, biases, and constants added anywhere.
+Every rule of CP-LRP conserves relevance. Each operation that relevance passes is then linear in its
+computed inputs, so Δℓ is the sum of (value × gradient) over everything that enters the computation:
+the embeddings of tokens and positions, biases, and constants that are added anywhere.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import reduce
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -25,19 +27,20 @@ from ...inputs.float64 import precise
 from ...rules.precision import first_gradient, plain
 from ...rules.rule_sets import get_rule_set
 from ...rules.threads import frozen_parameters, mine, own_hooks
+from ..embedding_leaves import leaf_hooks
 
 
 @dataclass(frozen=True)
-class Account:
-    """What took Δℓ, in logits.
+class ConservationAccount:
+    """How Δℓ divides among all that enters the computation, in logits.
 
     Attributes:
         delta: Δℓ.
         tokens: Relevance of the prompt's tokens.
-        positions: Of position, type and other embeddings.
-        biases: Of every bias parameter.
-        constants: Of every other constant that is added to something computed.
-        flow: Σ |relevance| over the tokens: how much there is to lose.
+        positions: Relevance of position, type and other embeddings.
+        biases: Relevance of all bias parameters.
+        constants: Relevance of all other constants that are added to a computed value.
+        flow: Σ |relevance| over the tokens, which measures how much could be lost.
     """
 
     delta: float
@@ -49,9 +52,9 @@ class Account:
 
     @property
     def missing(self) -> float:
-        """|Δℓ − what was accounted for|, over the larger of |Δℓ| and ``flow``."""
-        took = self.tokens + self.positions + self.biases + self.constants
-        return abs(self.delta - took) / max(abs(self.delta), self.flow, 1e-30)
+        """|Δℓ − the sum of all parts|, over the larger of |Δℓ| and ``flow``."""
+        total = self.tokens + self.positions + self.biases + self.constants
+        return abs(self.delta - total) / max(abs(self.delta), self.flow, 1e-30)
 
     def __str__(self) -> str:
         parts = [f"{self.tokens:+.4f} (tokens)"]
@@ -62,48 +65,35 @@ class Account:
         return f"Δℓ {self.delta:+.4f} = {' '.join(parts)}"
 
 
-def leaf_hooks(
-    model: Any, found: dict[str, Tensor], change: Callable[[Tensor], Tensor] | None = None
-) -> list[tuple[str, Any]]:
-    """Hooks that make leaves of the embeddings [batch, pos, d_model], kept in ``found`` by name."""
-    hook_dict = model.hook_dict
-
-    def at(name: str) -> tuple[str, Any]:
-        def leaf(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-            value = tensor.detach()
-            found[name] = (value if change is None else change(value)).requires_grad_(True)
-            return found[name]
-
-        return public_name(hook_dict, name), leaf
-
-    return [at(name) for name in LEAVES if name in hook_dict]
-
-
-def account_for(model: Any, tokens: Tensor, objective: Callable[[Tensor], Tensor]) -> Account:
-    """Run once under "cplrp" and add up what everything that enters took."""
+def conservation_account(
+    model: Any, tokens: Int[Tensor, "1 pos"], objective: Callable[[Tensor], Tensor]
+) -> ConservationAccount:
+    """Run once under "cplrp" and add up the relevance of all that enters the computation."""
     attachments, _ = plan(model, "cplrp")
-    inputs: dict[str, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
     biases, constants = _Biases(model), _Constants()
     with frozen_parameters(model), ExitStack() as stack:
         stack.enter_context(biases.differentiable())
         lookups = stack.enter_context(_other_embeddings(model))
         stack.enter_context(rules_in_hooks(model, get_rule_set("cplrp")))
-        stack.enter_context(own_hooks(model, leaf_hooks(model, inputs)))
+        stack.enter_context(own_hooks(model, leaf_hooks(model, leaves)))
         stack.enter_context(constants)
-        with attached(model, attachments), biases.tapped(model):
+        with attached(model, attachments), biases.read_at_outputs(model):
             value = objective(model(tokens))
-        ends = [*inputs.values(), *lookups, *biases.own]
-        grads = torch.autograd.grad(value, ends, first_gradient(model, value), allow_unused=True)
-    took = [_product(x, g) for x, g in zip(ends, grads, strict=True)]
-    embedded = took[: len(inputs)]
-    of_tokens = [r for name, r in zip(inputs, embedded, strict=True) if name == LEAVES[0]]
-    others = [r for name, r in zip(inputs, embedded, strict=True) if name != LEAVES[0]]
-    others += took[len(inputs) : len(inputs) + len(lookups)]
-    return Account(
+        sources = [*leaves.values(), *lookups, *biases.parameters]
+        grads = torch.autograd.grad(value, sources, first_gradient(model, value), allow_unused=True)
+    n_embeddings = len(leaves) + len(lookups)
+    products = [
+        _product(x, g) for x, g in zip(sources[:n_embeddings], grads[:n_embeddings], strict=True)
+    ]
+    at_leaves = dict(zip(leaves, products[: len(leaves)], strict=True))
+    of_tokens = [r for name, r in at_leaves.items() if name == LEAVES[0]]
+    others = [r for name, r in at_leaves.items() if name != LEAVES[0]] + products[len(leaves) :]
+    return ConservationAccount(
         delta=float(value.detach()),
         tokens=float(sum(r.sum() for r in of_tokens)),
         positions=float(sum(r.sum() for r in others)),
-        biases=biases.total(grads[len(inputs) + len(lookups) :]),
+        biases=biases.total(grads[n_embeddings:]),
         constants=constants.total,
         flow=float(sum(r.sum(-1).abs().sum() for r in of_tokens)),
     )
@@ -114,11 +104,18 @@ def _product(x: Tensor, g: Tensor | None) -> Tensor:
 
 
 class _Biases:
-    """All biases of a model: their gradients, or what is read at the output where there is none.
+    """The relevance of all biases of a model.
 
-    The rule of a norm module replaces the module's own graph, its bias included, and in
-    compatibility mode TransformerLens computes with copies; what a bias takes is then bias ×
-    gradient at the module's output, or at the component's.
+    It is bias × gradient, where the bias has a gradient. The rule of a norm module replaces the
+    module's own graph, including its bias, and in compatibility mode TransformerLens computes with
+    copies. The gradient is then read at the output of the module, or of the component.
+
+    Args:
+        model: The bridge.
+
+    Attributes:
+        parameters: Every bias once: one-dimensional tensors named "bias" of the wrapped modules,
+            and parameters whose names end in "bias".
     """
 
     def __init__(self, model: Any) -> None:
@@ -126,30 +123,33 @@ class _Biases:
         self.at_component: dict[int, float] = {}
         self.modules: list[tuple[nn.Module, Tensor]] = []
         self.hooks: list[tuple[str, Any]] = []
-        found: dict[int, Tensor] = {}
+        biases: dict[int, Tensor] = {}
         hook_dict = model.hook_dict
-        by_path = {path: c.original_component for path, c in components(model).items()}
-        for module in {**module_names(model), **dict.fromkeys(by_path.values())}:
+        wrapped_by_path = {path: c.original_component for path, c in components(model).items()}
+        for module in {**module_names(model), **dict.fromkeys(wrapped_by_path.values())}:
             bias = _own_bias(module)
             if bias is not None:
-                found[id(bias)] = bias
+                biases[id(bias)] = bias
                 self.modules.append((module, bias))
-        for path, wrapped in by_path.items():
+        for path, wrapped in wrapped_by_path.items():
             bias, name = _own_bias(wrapped), f"{path}.hook_out"
             if bias is not None and name in hook_dict and model.compatibility_mode:
                 read = self._reader(bias, self.at_component)
                 self.hooks.append((public_name(hook_dict, name), lambda x, hook, r=read: r(x)))  # noqa: ARG005
         for name, parameter in model.original_model.named_parameters():
             if name.rpartition(".")[2].endswith("bias"):
-                found[id(parameter)] = parameter
-        self.own = list(found.values())
+                biases[id(parameter)] = parameter
+        self.parameters = list(biases.values())
 
-    def _reader(self, bias: Tensor, into: dict[int, float]) -> Callable[[Any], Tensor | None]:
+    def _reader(self, bias: Tensor, totals: dict[int, float]) -> Callable[[Any], Tensor | None]:
+        """Return a function that reads the bias's relevance at an output and adds it to totals."""
+
         def sink(x: Tensor, g: Tensor) -> None:
-            g = precise(plain(g))
-            last = g.flatten(0, -2) if x.shape[-1] == bias.numel() else g.flatten(0, 1).flatten(1)
-            took = float((last.sum(0) * precise(bias.detach())).sum())
-            into[id(bias)] = into.get(id(bias), 0.0) + took
+            split_by_head = x.shape[-1] != bias.numel()
+            pattern = "batch pos ... -> (...)" if split_by_head else "... feature -> feature"
+            g_bias = reduce(precise(plain(g)), pattern, "sum")
+            relevance = float((g_bias * precise(bias.detach())).sum())
+            totals[id(bias)] = totals.get(id(bias), 0.0) + relevance
 
         def read(output: Any) -> Tensor | None:
             usable = isinstance(output, Tensor) and output.requires_grad and output.ndim > 1
@@ -158,47 +158,51 @@ class _Biases:
         return read
 
     @contextmanager
-    def tapped(self, model: Any) -> Iterator[None]:
-        """Reads at the outputs; to be entered after the rules."""
+    def read_at_outputs(self, model: Any) -> Iterator[None]:
+        """Read relevance at the outputs of modules and components. Enter this after the rules."""
 
-        def at(bias: Tensor) -> Any:
+        def hook_for(bias: Tensor) -> Any:
             read = self._reader(bias, self.at_module)
             return lambda module, args, output: read(output)  # noqa: ARG005
 
         with own_hooks(model, self.hooks), ExitStack() as stack:
             for module, bias in self.modules:
-                stack.callback(module.register_forward_hook(mine(at(bias))).remove)
+                stack.callback(module.register_forward_hook(mine(hook_for(bias))).remove)
             yield
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:
-        """Gradients for the biases, inside ``frozen_parameters``."""
+        """Let the biases require gradients, inside ``frozen_parameters``."""
         try:
-            for bias in self.own:
+            for bias in self.parameters:
                 bias.requires_grad_(True)
             yield
         finally:
-            for bias in self.own:
+            for bias in self.parameters:
                 bias.requires_grad_(False)
 
     def total(self, grads: tuple[Tensor | None, ...]) -> float:
-        """What all of them took."""
-        took = 0.0
-        for bias, g in zip(self.own, grads, strict=True):
+        """Return the relevance of all biases.
+
+        Args:
+            grads: The gradients of ``parameters``, None where a bias has none.
+        """
+        total = 0.0
+        for bias, g in zip(self.parameters, grads, strict=True):
             if g is not None:
-                took += float(_product(bias, g).sum())
+                total += float(_product(bias, g).sum())
             else:
-                elsewhere = self.at_component.get(id(bias), 0.0)
-                took += self.at_module.get(id(bias), elsewhere)
-        return took
+                at_component = self.at_component.get(id(bias), 0.0)
+                total += self.at_module.get(id(bias), at_component)
+        return total
 
 
 def _own_bias(module: Any) -> Tensor | None:
-    """The module's own; a component passes on the attributes of what it wraps."""
+    """Return the module's own bias; a component also exposes the attributes of what it wraps."""
     if not isinstance(module, nn.Module):
         return None
-    for own in (module._parameters, module._buffers, vars(module)):
-        bias = own.get("bias")
+    for attributes in (module._parameters, module._buffers, vars(module)):
+        bias = attributes.get("bias")
         if isinstance(bias, Tensor) and bias.is_floating_point() and bias.ndim == 1:
             return bias
     return None
@@ -206,18 +210,21 @@ def _own_bias(module: Any) -> Tensor | None:
 
 @contextmanager
 def _other_embeddings(model: Any) -> Iterator[list[Tensor]]:
-    """Lookups of positions, types and the like, each a leaf; those cut off later stay unused."""
-    found: list[Tensor] = []
+    """Make a leaf of every embedding lookup: tokens, positions, token types and the like.
 
-    def note(module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
-        found.append(output.detach().requires_grad_(True))
-        return found[-1]
+    Lookups that ``leaf_hooks`` replaces later have no gradient.
+    """
+    lookups: list[Tensor] = []
+
+    def make_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
+        lookups.append(output.detach().requires_grad_(True))
+        return lookups[-1]
 
     with ExitStack() as stack:
         for module in module_names(model):
             if isinstance(module, nn.Embedding):
-                stack.callback(module.register_forward_hook(mine(note)).remove)
-        yield found
+                stack.callback(module.register_forward_hook(mine(make_leaf)).remove)
+        yield lookups
 
 
 _SUMS = {f"{op}{end}" for op in ("add", "sub", "subtract") for end in ("", "_")} | {
@@ -226,7 +233,7 @@ _SUMS = {f"{op}{end}" for op in ("add", "sub", "subtract") for end in ("", "_")}
 
 
 class _Constants(TorchFunctionMode):
-    """Adds up what numbers and tables take that are added to something computed."""
+    """Adds up the relevance of numbers and tensors that are added to a computed value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,13 +251,13 @@ class _Constants(TorchFunctionMode):
         if sum(computed) != 1 or not out.requires_grad:
             return out
         which = computed.index(True)
-        other = args[1 - which]
+        constant = args[1 - which]
 
         def hook(g: Tensor) -> None:
             g = precise(plain(g))
             zeros = g.new_zeros(shapes[which])
-            constant = precise(other.detach()) if isinstance(other, Tensor) else other
-            added = func(*((zeros, constant) if which == 0 else (constant, zeros)), **kwargs)
+            exact = precise(constant.detach()) if isinstance(constant, Tensor) else constant
+            added = func(*((zeros, exact) if which == 0 else (exact, zeros)), **kwargs)
             self.total += float((added * g).masked_fill(g == 0, 0.0).sum())
 
         out.register_hook(hook)

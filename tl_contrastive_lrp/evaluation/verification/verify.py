@@ -1,7 +1,8 @@
-"""``verify``: can relevance of this model, on this prompt, be trusted? Measured, not promised."""
+"""``verify``: measures whether relevance of this model can be trusted on this prompt."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,12 @@ from ...inputs.tokens import model_name, to_single_prompt
 from ...rules.rule_sets import DEFAULT_RULES, RuleSet, get_rule_set
 from ...rules.threads import one_at_a_time
 from . import checks, precision
-from .check import Check, Verdict, dtype_of, skipped
+from .checks import Check, Verdict, dtype_of, skipped
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_ORDER: tuple[Verdict, ...] = ("skipped", "ok", "attention", "failed")
+_ORDER: tuple[Verdict, ...] = ("skipped", "ok", "warning", "failed")
 NAMES = ("audit", "forward", "conservation", "gradient", "finite", "precision")
 _OVERFLOW = "the model's logits are not finite"
 _REFUSED = "the audit failed, so the rules refuse this model"
@@ -29,15 +30,21 @@ _REFUSED = "the audit failed, so the rules refuse this model"
 
 @dataclass(frozen=True)
 class Verification:
-    """What ``verify`` measured.
+    """The checks that ``verify`` made, with their verdicts. Printing it shows all of them.
 
     Attributes:
-        model_name: As TransformerLens has it.
+        model_name: The model's name in TransformerLens.
         rules: Name of the rule set.
-        dtype: The model's floating type.
-        n_tokens: Length of the prompt.
+        dtype: The model's floating-point type, as a string.
+        n_tokens: Number of tokens in the prompt.
         objective: What was explained, in words.
-        checks: One ``Check`` each.
+        checks: One ``Check`` for each thing that was measured: its name, verdict, figure, limit
+            and a sentence that explains the figure.
+
+    Example:
+        >>> checked = clrp.verify(model, case.prompt)
+        >>> checked["conservation"].figure <= checked["conservation"].limit
+        True
     """
 
     model_name: str
@@ -49,18 +56,34 @@ class Verification:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst verdict."""
+        """The worst verdict: "ok", "warning" or "failed" (or "skipped", if no check was made).
+
+        Example:
+            >>> checked = clrp.verify(model, case.prompt)
+            >>> checked.verdict
+            'ok'
+        """
         return max((c.verdict for c in self.checks), key=_ORDER.index)
 
     def __getitem__(self, name: str) -> Check:
-        """The check of that name; KeyError if there is none."""
+        """Return the check of that name.
+
+        Raises:
+            KeyError: There is none.
+        """
         for check in self.checks:
             if check.name == name:
                 return check
         raise KeyError(name)
 
     def to_frame(self) -> pd.DataFrame:
-        """The checks as a DataFrame with the columns of ``Check``."""
+        """Return one row per check: name, verdict, figure, limit, says.
+
+        Example:
+            >>> checked = clrp.verify(model, case.prompt)
+            >>> list(checked.to_frame().columns)
+            ['name', 'verdict', 'figure', 'limit', 'says']
+        """
         import pandas as pd
 
         return pd.DataFrame([vars(c) for c in self.checks])
@@ -75,7 +98,7 @@ class Verification:
 
 
 def _number(figure: float) -> str:
-    return "-" if figure != figure else f"{figure:.0f}" if figure in (0, 1) else f"{figure:.2g}"
+    return "-" if math.isnan(figure) else f"{figure:.0f}" if figure in (0, 1) else f"{figure:.2g}"
 
 
 def _in_words(objective: object) -> str:
@@ -95,31 +118,41 @@ def verify(
 ) -> Verification:
     """Measure on one prompt whether relevance of this model is what its rules say.
 
-    Six checks, none of which compares the package with itself:
+    Six checks are made, none of which compares the package with itself:
 
-    - *audit*: every operation from logits to embeddings is linear or has its rule;
-    - *forward*: logits and residual stream have the same bits with the rules on and off;
-    - *conservation*: under CP-LRP, Δℓ = relevance of tokens and positions + what biases took;
-    - *gradient*: the plain gradient agrees with finite differences (nothing is detached);
-    - *finite*: no relevance is infinite, and none underflows to 0, in the model's type;
-    - *precision*: a bfloat16 or float16 model against the same weights in float32.
+    - *audit*: Every operation from logits to embeddings is linear or has its rule.
+    - *forward*: Logits and residual stream have the same bits with the rules on and off.
+    - *conservation*: Under CP-LRP (arXiv:2202.07304), Δℓ is the sum of the relevance of tokens,
+      positions, biases and constants.
+    - *gradient*: The plain gradient agrees with finite differences, so nothing is detached.
+    - *finite*: In the model's dtype, no relevance is infinite and none underflows to 0.
+    - *precision*: A bfloat16 or float16 model agrees with the same weights in float32.
 
-    Costs some 25 forwards and four backwards and, for low-precision models, for a while a
-    float32 copy of the weights. The model is left as it was.
+    The checks cost about 25 forward and four backward passes. For low-precision models, a float32
+    copy of the weights exists for a while. The model is left as it was.
 
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
         prompt: Text, or token ids [pos] or [1, pos].
-        rules: Name of a rule set, or a ``RuleSet``.
-        objective: What to explain; by default the top token against the second, after the prompt.
+        rules: A rule set or its name.
+        objective: Maps logits [1, pos, vocab] to a scalar, in logits. By default, the top token
+            minus the second, after the prompt.
         prepend_bos: Whether a text begins with the BOS token, as for ``attribute``.
 
+    Returns:
+        The checks. A model that the rules refuse is not an error here but a failed check.
+
     Warns:
-        SpecialTokenWarning: as ``attribute``.
+        SpecialTokenWarning: As for ``attribute``.
 
     Raises:
-        PromptError, ModelStateError, TypeError, ValueError: as ``attribute``. A model that the
-            rules refuse is no error here but a failed check.
+        PromptError, ModelStateError, TypeError, ValueError: As for ``attribute``.
+
+    Example:
+        >>> print(clrp.verify(model, case.prompt))
+        demo model: ok (float32, rules gim, 44 tokens, ...)
+          audit         ok ... each of ... operations ... is linear or has its rule.
+          ...
     """
     require_bridge(model)
     rule_set = get_rule_set(rules)
@@ -135,25 +168,25 @@ def verify(
         objective = logit_diff(model, target=best[0], contrast=best[1])
     if not bool(logits.isfinite().all()):
         overflow = precision.overflow(model)
-        made = [overflow if name == "finite" else skipped(name, _OVERFLOW) for name in NAMES]
+        results = [overflow if name == "finite" else skipped(name, _OVERFLOW) for name in NAMES]
     elif (audited := checks.check_audit(model)).verdict == "failed":
-        made = [audited, *(skipped(name, _REFUSED) for name in NAMES[1:])]
+        results = [audited, *(skipped(name, _REFUSED) for name in NAMES[1:])]
     else:
-        made = [
+        results = [
             audited,
             checks.check_forward(model, tokens, rule_set),
             checks.check_conservation(model, tokens, objective),
             checks.check_gradient(model, tokens, objective),
         ]
-        found = precision.relevance_at_sites(model, tokens, objective, rule_set)
-        exact, why = precision.in_float32_too(model, tokens, objective, rule_set, found)
-        made.append(precision.check_finite(model, found, exact))
-        made.append(precision.check_precision(model, found, exact, why))
+        relevance = precision.relevance_at_sites(model, tokens, objective, rule_set)
+        exact, why = precision.relevance_in_float32(model, tokens, objective, rule_set, relevance)
+        results.append(precision.check_finite(model, relevance, exact))
+        results.append(precision.check_precision(model, relevance, exact, why))
     return Verification(
         model_name(model),
         rule_set.name,
         str(dtype_of(model)).removeprefix("torch."),
         tokens.shape[1],
         _in_words(objective),
-        tuple(made),
+        tuple(results),
     )
