@@ -8,6 +8,105 @@ working. An argument that is wrong in itself (``k=-1``, an unknown name) raises 
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of the public functions that a message names.
+
+    Its text is how Python spells it; a front end may spell it otherwise, see ``Message``.
+
+    Attributes:
+        name: Name of the argument.
+        value: Value to pass; None where the message speaks of the argument without a value.
+
+    Example:
+        >>> print(clrp.errors.Argument("memory", "plain"))
+        memory='plain'
+    """
+
+    name: str
+    value: object = None
+
+    def __str__(self) -> str:
+        return self.name if self.value is None else f"{self.name}={self.value!r}"
+
+
+@dataclass(frozen=True)
+class Wording:
+    """A piece of a message that only makes sense to those who write Python.
+
+    Attributes:
+        python: The piece as Python users read it.
+        elsewhere: What stands in its place for everybody else.
+
+    Example:
+        >>> print(clrp.errors.Wording("model.to_tokens(text)", "TransformerLens"))
+        model.to_tokens(text)
+    """
+
+    python: str
+    elsewhere: str = ""
+
+    def __str__(self) -> str:
+        return self.python
+
+
+class Message(str):
+    """The text of an error or a note, which remembers the arguments that it names.
+
+    It is an ordinary string in Python's spelling. A front end without Python calls ``spelled`` to
+    have the same sentence with its own names for the arguments.
+
+    Args:
+        parts: Strings, arguments, wordings, and other messages.
+
+    Attributes:
+        parts: The same in order, with the parts of other messages in their place.
+
+    Example:
+        >>> message = clrp.errors.Message("Use ", clrp.errors.Argument("memory", "plain"), ".")
+        >>> print(message, message.spelled(lambda a: f"--{a.name} {a.value}"))
+        Use memory='plain'. Use --memory plain.
+    """
+
+    parts: tuple[str | Argument | Wording, ...]
+
+    def __new__(cls, *parts: str | Argument | Wording) -> Message:
+        message = super().__new__(cls, "".join(map(str, parts)))
+        message.parts = tuple(
+            inner
+            for part in parts
+            for inner in (part.parts if isinstance(part, Message) else (part,))
+        )
+        return message
+
+    def spelled(self, argument: Callable[[Argument], str]) -> str:
+        """The text for those who do not write Python.
+
+        Args:
+            argument: How to spell an argument.
+
+        Returns:
+            The message with every argument spelled so, and with each ``Wording.elsewhere``.
+
+        Example:
+            >>> clrp.errors.Message("Give ", clrp.errors.Argument("top_k")).spelled(
+            ...     lambda a: "--" + a.name.replace("_", "-")
+            ... )
+            'Give --top-k'
+        """
+
+        def text(part: str | Argument | Wording) -> str:
+            if isinstance(part, Argument):
+                return argument(part)
+            return part.elsewhere if isinstance(part, Wording) else part
+
+        return "".join(map(text, self.parts))
+
 
 class LrpError(Exception):
     """Base class of every error below."""
@@ -31,6 +130,40 @@ class NonFiniteError(LrpError, ValueError):
 
 class OutOfMemoryError(LrpError, MemoryError):
     """The computation does not fit into the memory that is free."""
+
+
+# What torch says where it has no class of its own: its CPU allocator, MPS, CUDA's libraries.
+_ALLOCATION_FAILED = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "alloc_failed",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on any device.
+
+    That is ``OutOfMemoryError`` and any other ``MemoryError``, ``torch.OutOfMemoryError``, and the
+    plain ``RuntimeError`` of torch's other allocators, which only its text tells from other errors.
+
+    Args:
+        error: Any exception.
+
+    Example:
+        >>> clrp.errors.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+        True
+    """
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")  # not imported here: the command line's --help needs no torch
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError) or isinstance(error, LrpError):
+        return False
+    text = str(error).lower()
+    return any(phrase in text for phrase in _ALLOCATION_FAILED)
 
 
 class TokenError(LrpError, ValueError):

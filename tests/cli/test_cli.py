@@ -20,7 +20,9 @@ import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.cli import errors as cli_exit
 from tl_contrastive_lrp.cli import retype as cli_command
 from tl_contrastive_lrp.cli import terminal as cli_terminal
-from tl_contrastive_lrp.cli.retype import again
+from tl_contrastive_lrp.cli.graph import GraphOptions
+from tl_contrastive_lrp.cli.main import ExplainOptions
+from tl_contrastive_lrp.cli.retype import retyped
 
 # ---- explaining --------------------------------------------------------------------------------
 
@@ -210,11 +212,11 @@ def test_the_command_runs_in_a_real_shell(run: Run, folder: Path, tmp_path: Path
 
 
 def test_commands_keep_numbers_that_equal_false() -> None:
-    typed = {"model": "m", "prompt": "a", "prompt_file": None, "pos": 0, "threshold": 0.0}
-    command = again("graph", typed | {"heads": True, "quiet": False}, "a", target=[], contrast=[])
+    options = GraphOptions(model="m", prompt="a", pos=0, threshold=0.0, heads=True, quiet=False)
+    command = retyped("graph", options, "a", target=[], contrast=[])
     assert (
         command
-        == f"{cli_command.PROGRAM} graph --model m --prompt a --pos 0 --threshold 0.0 --heads"
+        == f"{cli_command.PROGRAM} graph --model m --prompt a --pos 0 --heads --threshold 0.0"
     )
 
 
@@ -222,8 +224,8 @@ def test_commands_keep_numbers_that_equal_false() -> None:
     "text", ["-x", " -x", "--", "it's", "a\nb", "a\tb\x1b[0m\\'", "«é»", "$(x)"]
 )
 def test_commands_keep_any_text(text: str) -> None:
-    typed = {"model": "m", "prompt": text, "prompt_file": None, "answer": "", "pos": -1}
-    command = again("explain", typed, text, target=[text], contrast=["b"])
+    options = ExplainOptions(model="m", prompt=text)
+    command = retyped("explain", options, text, target=[text], contrast=["b"])
     printed = cli_terminal.plain(command)
     assert printed == command, "what is printed is what runs"
     done = subprocess.run(

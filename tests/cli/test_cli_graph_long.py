@@ -149,7 +149,7 @@ def test_what_is_saved_and_said(run: Run, folder: Path, bridge: Any) -> None:
     assert run(*asked(folder, "--quiet")).err == ""
     told = run(*asked(folder, "--save", "a.safetensors", "--mass", 1, "--json")).json
     assert same(AttributionGraph.load("a.safetensors"), full)
-    assert any("pruned while they came" in note for note in told["notes"])
+    assert any("pruned while they were computed" in note for note in told["notes"])
     assert "--save" not in run(*asked(folder)).err
 
 

@@ -16,11 +16,11 @@ import pytest
 from support.cli_runs import FILE, MODEL, PROMPT, ROOT, USAGE, Ran, Run, asked, typed_next, words
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.errors import NotTileableError
 from tl_contrastive_lrp.cli.errors import Code
 from tl_contrastive_lrp.engine import memory
 from tl_contrastive_lrp.engine.tiled import backward as tiled_backward
 from tl_contrastive_lrp.engine.tiled import prefill as tiles
+from tl_contrastive_lrp.errors import NotTileableError
 from tl_contrastive_lrp.hooks.user_hooks import as_own
 
 TILED = ("--memory", "tiled", "--tile", 4)
@@ -55,14 +55,16 @@ def test_in_tiles_the_same_relevance_and_the_way_is_told(
     assert tiled.json["memory"]["plain_bytes"] == plain.json["memory"]["plain_bytes"] == need
     assert tiled.json["memory"]["free_bytes"] > 1 << 20
     done = run(*explained(folder, *TILED))
-    said = f"Memory: tiled (tile 4); the plain way needs about {memory.gib(need)}, "
+    said = f"Memory: tiled (tile 4); the plain engine needs about {memory.gib(need)}, "
     assert said in done.out
     assert said in done.err
     assert done.err.index("Prompt:") < done.err.index(said) < done.err.index("Blocks × tiles:")
     quiet = run(*explained(folder, *TILED, "--quiet"))
     assert (quiet.code, quiet.err) == (0, "")
     assert "Memory" not in run(*explained(folder)).out
-    assert "Memory: plain; the plain way needs" in run(*explained(folder, "--memory", "plain")).out
+    assert (
+        "Memory: plain; the plain engine needs" in run(*explained(folder, "--memory", "plain")).out
+    )
 
 
 def test_where_plain_does_not_fit_nothing_is_run_plainly(
@@ -141,13 +143,13 @@ def test_layers_that_skip_need_the_plain_way(
 ) -> None:
     done = run(*asked(folder, "--layers", "0", *TILED))
     assert done.code == USAGE
-    assert "--layers that skip blocks need the plain way" in words(done.err.replace("│", " "))
+    assert "--layers that skip blocks need the plain engine" in words(done.err.replace("│", " "))
     assert run(*asked(folder, "--layers", "0,1", *TILED)).code == 0
     n = bridge.to_tokens(PROMPT).shape[1]
     little(monkeypatch, memory.plain_bytes(bridge, n, graphs=1))
     done = run(*asked(folder, "--layers", "0"))
     assert done.code == MODEL
-    assert "--layers that skip blocks need the plain way. Shorten the prompt" in done.err
+    assert "--layers that skip blocks need the plain engine. Shorten the prompt" in done.err
 
 
 def test_the_printed_command_keeps_the_settings(run: Run, folder: Path) -> None:
@@ -242,10 +244,11 @@ def test_a_folder_belongs_to_one_question_a_kind_of_run(run: Run, folder: Path) 
 def test_the_plain_way_says_that_it_keeps_nothing(run: Run, folder: Path) -> None:
     done = run(*explained(folder, "--checkpoint-dir", "kept"))
     assert done.code == 0
-    assert "Note: The plain way fits into memory. It keeps nothing in --checkpoint-dir" in done.err
+    assert "Note: The run fits into memory without tiles, so it keeps nothing in" in done.err
+    assert "--checkpoint-dir; with --memory tiled it would." in done.err
     assert not os.path.exists("kept")
     note = run(*asked(folder, "--checkpoint-dir", "kept", "--json")).json["notes"]
-    assert "--memory tiled would" in note[0]
+    assert "with --memory tiled it would" in note[0]
 
 
 def test_ctrl_c_in_a_terminal(folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from support.cli_runs import FILE, MODEL, PROMPT, Run, asked, built, words
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.cli import make_graph as graph_made
+from tl_contrastive_lrp.errors import Argument, Message
 
+PLAIN = Argument("memory", "plain")
 SECTION = "Attribution graph: how relevance flows"
 
 
@@ -84,7 +86,7 @@ def test_a_long_prompt_has_a_graph_pruned_on_the_way(
         (clrp.errors.UncoveredComponentError("no closed form"), "no closed form"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
         (MemoryError(), "not enough memory"),
-        (clrp.errors.ModelStateError("not in tiles, try memory='plain'"), "try --memory plain"),
+        (clrp.errors.ModelStateError(Message("not in tiles, try ", PLAIN)), "try --memory plain"),
         (clrp.errors.FileFormatError("another run"), "another run"),
     ],
 )

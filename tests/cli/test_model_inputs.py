@@ -22,7 +22,7 @@ from truth.families import SPACE, make_tokenizer, random_tokens
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.cli import model as cli_model
-from tl_contrastive_lrp.cli.errors import words_of
+from tl_contrastive_lrp.cli.errors import message_of
 from tl_contrastive_lrp.errors import ModelStateError, UncoveredComponentError
 
 SIDES = ("--prompt", PROMPT, "--target", " a", "--contrast", " b")
@@ -147,7 +147,7 @@ def test_what_to_type_for_an_adapter(
     assert (done.code, done.json["status"]) == (0, "covered")
     assert done.json["model"].endswith(f"+ {adapter}")
     done = run("check", "--adapter", folder)
-    assert f"It holds a whole model. Type: tl-contrastive-lrp check {folder}" in done.err
+    assert f"It holds a whole model: tl-contrastive-lrp check {folder}" in done.err
     done = run("check")
     assert (done.code, "Missing argument 'MODEL'" in done.err) == (USAGE, True)
     assert "There is no folder nowhere" in said("--adapter", "nowhere")
@@ -416,7 +416,7 @@ def test_a_quantised_model_names_the_library(
         message = str(info.value)
         assert f"The model is quantised by {library}: model.layers.1.mlp.down_proj" in message
         assert "Load the model unquantised" in message
-        typed = words_of(info.value)  # on the command line nobody types Python
+        typed = message_of(info.value)  # on the command line nobody types Python
         assert "Give the unquantised model." in typed
         assert ("TransformerBridge" in typed) == (library == "bitsandbytes")
         assert ("dequantize(dtype=torch.float32)" in message) == (library == "bitsandbytes")

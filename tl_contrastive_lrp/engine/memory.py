@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
-from ..errors import ModelStateError
+from ..errors import Argument, Message, ModelStateError
 from ..inputs.tokens import model_device
 
 Memory = Literal["auto", "plain", "tiled"]
@@ -213,12 +213,13 @@ def choose(
     return MemoryPlan(tile or tile_for(model, length, free), need, free, given=tile is not None)
 
 
-def cannot(choice: MemoryPlan, reason: object) -> str:
+def cannot(choice: MemoryPlan, reason: object) -> Message:
     """What to say where tiles were asked for and do not work."""
     need, free = gib(choice.plain_bytes), gib(choice.free_bytes)
-    return (
-        f"This model cannot run in tiles: {reason} Use memory='plain', which needs about {need} "
-        f"for this prompt; {free} are free."
+    return Message(
+        f"This model cannot run in tiles: {reason} Use ",
+        Argument("memory", "plain"),
+        f", which needs about {need} for this prompt; {free} are free.",
     )
 
 
@@ -230,9 +231,13 @@ def require_plain_fits(choice: MemoryPlan, reason: str) -> MemoryPlan:
     """
     if choice.plain_bytes > _SAFE * choice.free_bytes:
         raise ModelStateError(
-            f"This prompt needs about {gib(choice.plain_bytes)} the plain way, and "
-            f"{gib(choice.free_bytes)} are free; in tiles it cannot run: {reason} Shorten the "
-            "prompt, or give memory='plain' to try all the same."
+            Message(
+                f"This prompt needs about {gib(choice.plain_bytes)} the plain way, and "
+                f"{gib(choice.free_bytes)} are free; in tiles it cannot run: {reason} Shorten the "
+                "prompt, or give ",
+                Argument("memory", "plain"),
+                " to try all the same.",
+            )
         )
     return MemoryPlan(None, choice.plain_bytes, choice.free_bytes, f"not in tiles: {reason}")
 
@@ -249,7 +254,14 @@ def require_room(
     need = edges * _BY_EDGE
     if not pruned and memory == "auto" and need > _SAFE * choice.free_bytes:
         raise ModelStateError(
-            f"The full graph of this prompt has up to {edges:,} edges, about {gib(need)}; "
-            f"{gib(choice.free_bytes)} are free. Keep the largest while it is made, with "
-            "mass=0.85, or give threshold= or top_k=."
+            Message(
+                f"The full graph of this prompt has up to {edges:,} edges, about {gib(need)}; "
+                f"{gib(choice.free_bytes)} are free. Keep the largest while it is made, with ",
+                Argument("mass", 0.85),
+                ", or give ",
+                Argument("threshold"),
+                " or ",
+                Argument("top_k"),
+                ".",
+            )
         )
