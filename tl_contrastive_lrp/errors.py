@@ -1,7 +1,7 @@
-"""The errors this package raises on purpose, and its warnings, so that callers can name them.
+"""The errors and warnings that this package raises on purpose, and how their messages are built.
 
-Each message says what is wrong, where, and what to type instead. All of them derive from
-``LrpError``, and from the built-in error they are a kind of, so ``except ValueError`` goes on
+Each message says what is wrong, where, and what to do instead. Every error derives from
+``LrpError`` and from the built-in error that it is a kind of, so ``except ValueError`` keeps
 working. An argument that is wrong in itself (``k=-1``, an unknown name) raises a plain
 ``ValueError`` or ``TypeError``, as everywhere in Python.
 """
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 class Argument:
     """An argument of the public functions that a message names.
 
-    Its text is how Python spells it; a front end may spell it otherwise, see ``Message``.
+    ``str`` gives Python's spelling; other front ends have their own, see ``Message``.
 
     Attributes:
         name: Name of the argument.
-        value: Value to pass; None where the message speaks of the argument without a value.
+        value: The value to pass; None where the message names the argument alone.
 
     Example:
         >>> print(clrp.errors.Argument("memory", "plain"))
@@ -37,11 +37,11 @@ class Argument:
 
 @dataclass(frozen=True)
 class Wording:
-    """A piece of a message that only makes sense to those who write Python.
+    """A piece of a message that makes sense only to those who write Python.
 
     Attributes:
-        python: The piece as Python users read it.
-        elsewhere: What stands in its place for everybody else.
+        python: What they read.
+        elsewhere: What everybody else reads in its place.
 
     Example:
         >>> print(clrp.errors.Wording("model.to_tokens(text)", "TransformerLens"))
@@ -56,16 +56,16 @@ class Wording:
 
 
 class Message(str):
-    """The text of an error or a note, which remembers the arguments that it names.
+    """The text of an error or a note, which keeps the arguments that it names as data.
 
-    It is an ordinary string in Python's spelling. A front end without Python calls ``spelled`` to
-    have the same sentence with its own names for the arguments.
+    It is an ordinary string in Python's spelling. Front ends whose users write no Python, such as
+    the command line, call ``spelled`` to get the same sentence with their own names.
 
     Args:
-        parts: Strings, arguments, wordings, and other messages.
+        parts: Strings, arguments, wordings and other messages, to be joined.
 
     Attributes:
-        parts: The same in order, with the parts of other messages in their place.
+        parts: The parts, those of other messages included in their place.
 
     Example:
         >>> message = clrp.errors.Message("Use ", clrp.errors.Argument("memory", "plain"), ".")
@@ -76,6 +76,7 @@ class Message(str):
     parts: tuple[str | Argument | Wording, ...]
 
     def __new__(cls, *parts: str | Argument | Wording) -> Message:
+        """Join the parts, each as Python spells it."""
         message = super().__new__(cls, "".join(map(str, parts)))
         message.parts = tuple(
             inner
@@ -91,7 +92,7 @@ class Message(str):
             argument: How to spell an argument.
 
         Returns:
-            The message with every argument spelled so, and with each ``Wording.elsewhere``.
+            The text, with ``argument`` applied to each argument and ``elsewhere`` of each wording.
 
         Example:
             >>> clrp.errors.Message("Give ", clrp.errors.Argument("top_k")).spelled(
@@ -132,7 +133,7 @@ class OutOfMemoryError(LrpError, MemoryError):
     """The computation does not fit into the memory that is free."""
 
 
-# What torch says where it has no class of its own: its CPU allocator, MPS, CUDA's libraries.
+# What the CPU allocator, MPS and CUDA's libraries say, for which torch has no class of its own.
 _ALLOCATION_FAILED = (
     "out of memory",
     "can't allocate memory",
@@ -145,11 +146,14 @@ _ALLOCATION_FAILED = (
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on any device.
 
-    That is ``OutOfMemoryError`` and any other ``MemoryError``, ``torch.OutOfMemoryError``, and the
-    plain ``RuntimeError`` of torch's other allocators, which only its text tells from other errors.
+    That is so for ``MemoryError``, ``torch.OutOfMemoryError``, and the plain ``RuntimeError`` of
+    torch's other allocators, which can be recognised only by its text.
 
     Args:
         error: Any exception.
+
+    Returns:
+        True if memory ran out.
 
     Example:
         >>> clrp.errors.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
@@ -157,7 +161,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError):
         return True
-    torch = sys.modules.get("torch")  # not imported here: the command line's --help needs no torch
+    torch = sys.modules.get("torch")  # not imported here, so that --help answers at once
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
     if not isinstance(error, RuntimeError) or isinstance(error, LrpError):

@@ -107,8 +107,9 @@ def write_result(
     for name, tensor in tensors.items():
         if tensor is not None:
             storage = tensor.untyped_storage().data_ptr()
-            # safetensors refuses two tensors that share memory.
-            independent[name] = tensor.clone() if storage in storages else tensor.contiguous()
+            # safetensors takes neither two tensors that share memory nor one with gaps.
+            copied = tensor.clone() if storage in storages else tensor
+            independent[name] = copied.contiguous()
             storages.add(storage)
     with atomic_path(path) as temporary:
         save_file(independent, temporary, metadata=meta)
