@@ -46,7 +46,7 @@ CheckPromptOption = Annotated[
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class CheckOptions:
     """The options of ``check``."""
 

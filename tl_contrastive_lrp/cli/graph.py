@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..engine.prefilled import Prefilled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class GraphOptions(o.QuestionOptions):
     """The options of ``graph``."""
 
@@ -154,7 +154,7 @@ def _write_page(graphed: Graphed, path: Path) -> None:
     from ..graph.picture import view_of
     from ..render.graph.picture import graph_html
 
-    view = dataclasses.replace(view_of(graphed.kept), model_name=graphed.question.model_name)
+    view = dataclasses.replace(view_of(graphed.pruned), model_name=graphed.question.model_name)
     save_html(path, graph_html(view))
 
 
@@ -266,10 +266,10 @@ def graph_command(options: GraphOptions) -> None:
             prefilled=prefilled,
         )
         with progress("Pruning, and looking for paths", output.shows_progress):
-            kept, paths = pruning.of(full), full.paths(options.top)
-            graphed = Graphed(question, full, kept, paths, run, notes)
+            pruned, paths = pruning.of(full), full.paths(options.top)
+            graphed = Graphed(question, full, pruned, paths, run, notes)
             write(options.out, lambda path: _write_page(graphed, path))
-            write(options.save, kept.save if options.save_pruned else full.save)
+            write(options.save, pruned.save if options.save_pruned else full.save)
         from .print_graph import graph_as_json, print_graphed
 
         if options.json:

@@ -62,7 +62,7 @@ def _root(
     """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExplainOptions(o.QuestionOptions):
     """The options of ``explain``."""
 
@@ -126,7 +126,7 @@ app.command("graph", epilog=o.EXIT_CODES)(graph_command)
 app.command("check", epilog=o.EXIT_CODES)(check_command)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class DemoOptions:
     """The options of ``demo``."""
 

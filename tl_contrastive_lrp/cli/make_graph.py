@@ -109,7 +109,7 @@ def report_graph(
         graph = make_graph(
             model, question, rules, output, run, pruning if long else None, prefilled=prefilled
         )
-        kept = pruning.of(graph)
+        pruned = pruning.of(graph)
     except (CliError, UncoveredComponentError, ModelStateError, FileFormatError) as error:
         return None, f"The report has no graph: {message_of(error)}"
     except (RuntimeError, MemoryError) as error:
@@ -117,10 +117,10 @@ def report_graph(
             raise
         return None, "The report has no graph: there was not enough memory for it."
     if not long:
-        return kept, ""
+        return pruned, ""
     mass_before = graph.history[0].mass_before
-    share = kept.mass / mass_before if mass_before else 1.0
-    return kept, (
+    share = pruned.mass / mass_before if mass_before else 1.0
+    return pruned, (
         f"The prompt has more than {LONG:,} tokens ({question.n_tokens:,}), so the report's graph "
         f"was pruned while it was computed: of each transition it has the largest edges, with "
         f"{DEFAULT_MASS:.0%} of the mass, but at most {REPORT_EDGES:,}. Those that lead to the "

@@ -1,4 +1,8 @@
-"""The options that the commands share, their help texts, and commands made of dataclasses."""
+"""The options that the commands share, their help texts, and commands made of dataclasses.
+
+The dataclasses of options have neither ``__eq__`` nor ``__repr__``: nothing uses them, and
+generating them would delay ``--help``.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ EXIT_CODES = """Exit codes:
 
 - 3 the model cannot be loaded, has a part that no rule covers, or fails a check of its own
 
-- 4 the prompt or a token is no good, or no --contrast was given and the candidates are listed
+- 4 the prompt or a token cannot be used, or no --contrast was given and the candidates are listed
 
 - 5 a file cannot be read or written
 
@@ -187,7 +191,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress and no n
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class QuestionOptions:
     """The options that say what is to be explained, which ``explain`` and ``graph`` share."""
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..inputs.token_text import printed
 from .output import Output
 from .terminal import print_out, shown, table
 
@@ -31,6 +30,8 @@ def candidate_rows(candidates: pd.DataFrame) -> list[dict[str, Any]]:
 
 def print_candidates(candidates: pd.DataFrame) -> None:
     """Print the candidate table on stdout."""
+    from ..inputs.token_text import printed
+
     columns = ("rank", "token", "id", "logit", "probability", "minus top")
     table(
         [(name, name != "token") for name in columns],

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..inputs.token_text import printed
-
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
@@ -64,12 +62,17 @@ class Question:
 
     def side(self, ids: Sequence[int]) -> str:
         """Name the tokens of one side."""
-        return " or ".join(f"«{printed(self.names[i], i)}»" for i in ids)
+        return " or ".join(self._quoted(ids))
 
     def logit_of(self, ids: Sequence[int]) -> str:
         """Name one side's term of Δℓ."""
-        names = ", ".join(f"«{printed(self.names[i], i)}»" for i in ids)
+        names = ", ".join(self._quoted(ids))
         return f"logit of {names}" if len(ids) == 1 else f"mean logit of {{{names}}}"
+
+    def _quoted(self, ids: Sequence[int]) -> list[str]:
+        from ..inputs.token_text import printed
+
+        return [f"«{printed(self.names[i], i)}»" for i in ids]
 
 
 def question_of(

@@ -38,7 +38,7 @@ class Graphed:
     Attributes:
         question: What was explained.
         full: The full graph; of a long prompt, the graph that was pruned while it was computed.
-        kept: What pruning left of it.
+        pruned: What pruning left of it.
         paths: The strongest paths of ``full``.
         run: How memory was used.
         notes: What the user may not have expected.
@@ -46,7 +46,7 @@ class Graphed:
 
     question: Question
     full: AttributionGraph
-    kept: AttributionGraph
+    pruned: AttributionGraph
     paths: Paths
     run: RunPlan
     notes: tuple[str, ...]
