@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from huggingface_hub import errors as hub_errors
 from support.cli_runs import MODEL, PROMPT, TEXT, USAGE, Run, typed_next, words
 from support.hooking import delta, fresh
 from torch import Tensor, nn
@@ -342,6 +343,35 @@ def test_gguf_files_that_cannot_be_read(
     done = run("explain", "--model", gguf_file[0], *SIDES)
     assert done.code == MODEL
     assert 'pip install "tl_contrastive_lrp[gguf]"' in done.err
+
+
+# ---- models that cannot be loaded --------------------------------------------------------
+
+
+def _raised_from(cause: Exception) -> OSError:
+    """As transformers wraps errors of the hub."""
+    try:
+        raise OSError("some words of transformers") from cause
+    except OSError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (_raised_from(hub_errors.LocalEntryNotFoundError("x")), "the Hugging Face hub does not"),
+        (hub_errors.OfflineModeIsEnabled("x"), "the Hugging Face hub does not answer"),
+        (
+            _raised_from(hub_errors.GatedRepoError.__new__(hub_errors.GatedRepoError)),
+            "is a gated model",
+        ),
+        (torch.OutOfMemoryError("full"), "does not fit into memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "does not fit into memory"),
+        (OSError("some words"), "cannot be loaded: some words (OSError). Check the name"),
+    ],
+)
+def test_the_reason_is_recognised_by_class(error: Exception, message: str) -> None:
+    assert message in cli_model.why_not_loaded("an/organisation-model", error)
 
 
 # ---- quantised models --------------------------------------------------------------------

@@ -415,7 +415,7 @@ def why_not_loaded(name: str, error: Exception) -> str:
     )
 
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if _caused_by(error, LocalEntryNotFoundError, OfflineModeIsEnabled):
+    if not is_local(name) and _caused_by(error, LocalEntryNotFoundError, OfflineModeIsEnabled):
         return (
             f"{name} is neither a folder nor among the models downloaded before, and the Hugging "
             "Face hub does not answer. Go online for the first use, check the spelling, or give "
