@@ -1,12 +1,112 @@
-"""The errors this package raises on purpose, and its warnings, so that callers can name them.
+"""The errors and warnings that this package raises on purpose, and how their messages are built.
 
-Each message says what is wrong, where, and what to type instead. All of them derive from
-``LrpError``, and from the built-in error they are a kind of, so ``except ValueError`` goes on
+Each message says what is wrong, where, and what to do instead. Every error derives from
+``LrpError`` and from the built-in error that it is a kind of, so ``except ValueError`` keeps
 working. An argument that is wrong in itself (``k=-1``, an unknown name) raises a plain
 ``ValueError`` or ``TypeError``, as everywhere in Python.
 """
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of the public functions that a message names.
+
+    ``str`` gives Python's spelling; other front ends have their own, see ``Message``.
+
+    Attributes:
+        name: Name of the argument.
+        value: The value to pass; None where the message names the argument alone.
+
+    Example:
+        >>> print(clrp.errors.Argument("memory", "plain"))
+        memory='plain'
+    """
+
+    name: str
+    value: object = None
+
+    def __str__(self) -> str:
+        return self.name if self.value is None else f"{self.name}={self.value!r}"
+
+
+@dataclass(frozen=True)
+class Wording:
+    """A piece of a message that makes sense only to those who write Python.
+
+    Attributes:
+        python: What they read.
+        elsewhere: What everybody else reads in its place.
+
+    Example:
+        >>> print(clrp.errors.Wording("model.to_tokens(text)", "TransformerLens"))
+        model.to_tokens(text)
+    """
+
+    python: str
+    elsewhere: str = ""
+
+    def __str__(self) -> str:
+        return self.python
+
+
+class Message(str):
+    """The text of an error or a note, which keeps the arguments that it names as data.
+
+    It is an ordinary string in Python's spelling. Front ends whose users write no Python, such as
+    the command line, call ``spelled`` to get the same sentence with their own names.
+
+    Args:
+        parts: Strings, arguments, wordings and other messages, to be joined.
+
+    Attributes:
+        parts: The parts, those of other messages included in their place.
+
+    Example:
+        >>> message = clrp.errors.Message("Use ", clrp.errors.Argument("memory", "plain"), ".")
+        >>> print(message, message.spelled(lambda a: f"--{a.name} {a.value}"))
+        Use memory='plain'. Use --memory plain.
+    """
+
+    parts: tuple[str | Argument | Wording, ...]
+
+    def __new__(cls, *parts: str | Argument | Wording) -> Message:
+        """Join the parts, each as Python spells it."""
+        message = super().__new__(cls, "".join(map(str, parts)))
+        message.parts = tuple(
+            inner
+            for part in parts
+            for inner in (part.parts if isinstance(part, Message) else (part,))
+        )
+        return message
+
+    def spelled(self, argument: Callable[[Argument], str]) -> str:
+        """The text for those who do not write Python.
+
+        Args:
+            argument: How to spell an argument.
+
+        Returns:
+            The text, with ``argument`` applied to each argument and ``elsewhere`` of each wording.
+
+        Example:
+            >>> clrp.errors.Message("Give ", clrp.errors.Argument("top_k")).spelled(
+            ...     lambda a: "--" + a.name.replace("_", "-")
+            ... )
+            'Give --top-k'
+        """
+
+        def text(part: str | Argument | Wording) -> str:
+            if isinstance(part, Argument):
+                return argument(part)
+            return part.elsewhere if isinstance(part, Wording) else part
+
+        return "".join(map(text, self.parts))
 
 
 class LrpError(Exception):
@@ -31,6 +131,43 @@ class NonFiniteError(LrpError, ValueError):
 
 class OutOfMemoryError(LrpError, MemoryError):
     """The computation does not fit into the memory that is free."""
+
+
+# What the CPU allocator, MPS and CUDA's libraries say, for which torch has no class of its own.
+_ALLOCATION_FAILED = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "alloc_failed",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on any device.
+
+    That is so for ``MemoryError``, ``torch.OutOfMemoryError``, and the plain ``RuntimeError`` of
+    torch's other allocators, which can be recognised only by its text.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        True if memory ran out.
+
+    Example:
+        >>> clrp.errors.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+        True
+    """
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")  # not imported here, so that --help answers at once
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError) or isinstance(error, LrpError):
+        return False
+    text = str(error).lower()
+    return any(phrase in text for phrase in _ALLOCATION_FAILED)
 
 
 class TokenError(LrpError, ValueError):

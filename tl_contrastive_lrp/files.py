@@ -1,6 +1,7 @@
-"""Results on disk: safetensors files of tensors plus one JSON text; no pickle, nothing executable.
+"""Files: everything this package writes to disk is written whole or not at all.
 
-A file is written whole or not at all, and read back exactly or refused.
+Results are safetensors files, tensors plus one JSON text: no pickle, nothing executable. They are
+read back exactly or refused.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class FileKind:
     """What a file holds.
 
     Attributes:
-        format: Name inside the file, ``tl_contrastive_lrp.<something>``.
-        version: Version of the format this package writes and reads.
-        noun: What it is called in messages, with its article.
+        format: Name of the format inside the file, ``tl_contrastive_lrp.<something>``.
+        version: The version of the format that this package writes and reads.
+        noun: What messages call the content, with its article.
     """
 
     format: str
@@ -36,19 +37,40 @@ class FileKind:
 
 
 @contextmanager
-def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path next to ``path`` that takes its name once the block ends without error.
+def atomic_path(
+    path: str | os.PathLike[str],
+    temporary: Path | None = None,
+    *,
+    example: str = "result.safetensors",
+) -> Iterator[Path]:
+    """Write a file whole or not at all.
+
+    The block writes to a temporary path, which takes the name ``path`` once the block has ended
+    without an error. So no reader, and no interrupted run, ever sees half a file, and an older
+    file survives a failure.
+
+    Args:
+        path: The file to write. Through a link, the file that it names is replaced, not the link.
+        temporary: Where to write first, in the folder of ``path``; by default a hidden file with
+            a name of its own.
+        example: A file name for the message where ``path`` is a folder.
+
+    Yields:
+        The temporary path.
 
     Raises:
-        FileNotFoundError: the folder of ``path`` does not exist.
+        FileNotFoundError: The folder of ``path`` does not exist.
         IsADirectoryError: ``path`` is a folder.
     """
-    target = Path(path).resolve()  # through a link: replace the file it names, not the link
+    path = Path(path)
+    target = path.resolve()
     if target.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give a file name inside it.")
+        raise IsADirectoryError(f"{path} is a folder; give a file name such as {path / example}")
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"The folder {target.parent} does not exist; make it first.")
-    temporary = target.parent / f".{uuid4().hex}.tmp"
+        raise FileNotFoundError(
+            f"The folder {path.parent} does not exist; make it first: mkdir -p '{path.parent}'"
+        )
+    temporary = temporary or target.parent / f".{uuid4().hex}.tmp"
     try:
         yield temporary
         os.replace(temporary, target)
@@ -62,36 +84,54 @@ def write_result(
     tensors: Mapping[str, Tensor | None],
     data: Mapping[str, Any],
 ) -> Path:
-    """Write tensors (those that are not None) and JSON data to a safetensors file.
+    """Write tensors and JSON data to a safetensors file.
+
+    Args:
+        path: The file to write.
+        kind: What the file holds.
+        tensors: Tensors by name; those that are None are left out.
+        data: What JSON can hold.
+
+    Returns:
+        The path.
 
     Raises:
-        FileNotFoundError: the folder of ``path`` does not exist.
+        FileNotFoundError: The folder of ``path`` does not exist.
         IsADirectoryError: ``path`` is a folder.
     """
     from safetensors.torch import save_file
 
     meta = {"format": kind.format, "version": str(kind.version), "data": json.dumps(data)}
-    # Clones where two fields share memory: safetensors refuses to write those.
-    seen: set[int] = set()
-    whole: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    independent: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if tensor is not None:
-            start = tensor.untyped_storage().data_ptr()
-            whole[name] = tensor.clone() if start in seen else tensor.contiguous()
-            seen.add(start)
-    with written_whole(path) as temporary:
-        save_file(whole, temporary, metadata=meta)
+            storage = tensor.untyped_storage().data_ptr()
+            # safetensors takes neither two tensors that share memory nor one with gaps.
+            copied = tensor.clone() if storage in storages else tensor
+            independent[name] = copied.contiguous()
+            storages.add(storage)
+    with atomic_path(path) as temporary:
+        save_file(independent, temporary, metadata=meta)
     return Path(path)
 
 
 def read_result(
     path: str | os.PathLike[str], kind: FileKind
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON data of a file that ``write_result`` wrote with the same ``kind``.
+    """Read a file that ``write_result`` wrote.
+
+    Args:
+        path: The file.
+        kind: What the file must hold.
+
+    Returns:
+        The tensors by name, and the JSON data.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        FileFormatError: it is damaged, foreign, or of another version.
+        FileNotFoundError: There is no such file.
+        FileFormatError: The file is damaged, was not written by this package, or holds another
+            kind of result or another version of the format.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -121,24 +161,37 @@ def read_result(
 
 
 @contextmanager
-def damage_named(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What goes wrong while a result is rebuilt from its file means that the file is damaged."""
+def rebuilding_from(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Report errors of the block, which rebuilds a result from its file, as a damaged file.
+
+    Args:
+        path: The file, for the message.
+
+    Raises:
+        FileFormatError: What was read makes no result.
+    """
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileFormatError(f"{path} is damaged: {error!r}") from error
 
 
-_PAGES = (".html", ".htm", ".xhtml")
+_PAGE_SUFFIXES = (".html", ".htm", ".xhtml")
 
 
-def not_a_page(path: Path) -> str | None:
-    """Why no page is written to a file of that name, and what to type; None if one may be.
+def why_not_a_page(path: Path) -> str | None:
+    """Why a page must not be written to a file of this name, and what to type instead.
 
-    A page is HTML, whatever its name says: a file named .png or .pdf would not open. Endings that
-    begin with a digit, as in "Qwen3-0.6B", are taken for a part of the name.
+    A page is HTML, whatever its file is called: one named .png or .pdf would not open. A suffix
+    that begins with a digit, as in "Qwen3-0.6B", counts as part of the name.
+
+    Args:
+        path: Where the page would go.
+
+    Returns:
+        The message, or None where the name is good.
     """
-    if path.suffix.lower() in _PAGES or not re.fullmatch(r"\.[A-Za-z]\w*", path.suffix):
+    if path.suffix.lower() in _PAGE_SUFFIXES or not re.fullmatch(r"\.[A-Za-z]\w*", path.suffix):
         return None
     return (
         f"{path} would be no {path.suffix[1:].upper()} file: pages are written as HTML. Name it "
@@ -147,34 +200,23 @@ def not_a_page(path: Path) -> str | None:
 
 
 def save_html(path: str | os.PathLike[str], html: str) -> Path:
-    """Write ``html`` to ``path`` as UTF-8 and return the path.
+    """Write an HTML page as UTF-8, whole or not at all.
 
-    The text goes to a temporary file next to ``path`` that then takes its name, so a reader (or
-    an interrupted run) never sees half a page, and an older file survives a failure.
+    Args:
+        path: The file to write.
+        html: The page.
+
+    Returns:
+        The path.
 
     Raises:
-        FileNotFoundError: the folder of ``path`` does not exist.
+        FileNotFoundError: The folder of ``path`` does not exist.
         IsADirectoryError: ``path`` is a folder.
-        ValueError: ``path`` ends as a file of another kind, such as .png or .pdf.
+        ValueError: ``path`` ends as a file of another kind does, such as .png or .pdf.
     """
-    wanted = Path(path)
-    if not wanted.is_dir() and (why := not_a_page(wanted)) is not None:
+    path = Path(path)
+    if not path.is_dir() and (why := why_not_a_page(path)) is not None:
         raise ValueError(why)
-    target = wanted.resolve()  # through a link: replace the file it names, not the link
-    if target.is_dir():
-        raise IsADirectoryError(
-            f"{wanted} is a folder; give a file name such as {wanted / 'report.html'}"
-        )
-    if not target.parent.is_dir():
-        raise FileNotFoundError(
-            f"the folder {wanted.parent} does not exist; make it first: mkdir -p '{wanted.parent}'"
-        )
-    data = html.encode("utf-8")
-    temporary = target.parent / f".{uuid4().hex}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return wanted
+    with atomic_path(path, example="report.html") as temporary:
+        temporary.write_bytes(html.encode("utf-8"))
+    return path

@@ -17,10 +17,12 @@ from support.cli_runs import PROMPT, ROOT, Run, typed_next, words
 from truth import families
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.cli import errors as cli_exit
-from tl_contrastive_lrp.cli import retype as cli_command
+from tl_contrastive_lrp.cli import errors as cli_errors
+from tl_contrastive_lrp.cli import retype
 from tl_contrastive_lrp.cli import terminal as cli_terminal
-from tl_contrastive_lrp.cli.retype import again
+from tl_contrastive_lrp.cli.graph import GraphOptions
+from tl_contrastive_lrp.cli.main import ExplainOptions
+from tl_contrastive_lrp.cli.retype import retyped
 
 # ---- explaining --------------------------------------------------------------------------------
 
@@ -56,32 +58,32 @@ def test_json_is_one_object_and_agrees_with_attribute(run: Run, folder: Path, br
         "--out", "r.html", "--device", "cpu",
     )  # fmt: skip
     assert (done.code, done.err) == (0, "")
-    told = done.json
+    reply = done.json
     result = clrp.attribute(bridge, PROMPT, target={" a", 9}, contrast=" b", rules="cplrp", pos=-3)
-    assert [row["relevance"] for row in told["tokens"]] == result.tokens.tolist()
-    assert [row["id"] for row in told["tokens"]] == result.token_ids.tolist()
-    assert [row["token"] for row in told["tokens"]] == list(result.str_tokens)
-    assert [row["greyed"] for row in told["tokens"]] == result.greyed.tolist()
+    assert [row["relevance"] for row in reply["tokens"]] == result.tokens.tolist()
+    assert [row["id"] for row in reply["tokens"]] == result.token_ids.tolist()
+    assert [row["token"] for row in reply["tokens"]] == list(result.str_tokens)
+    assert [row["greyed"] for row in reply["tokens"]] == result.greyed.tolist()
     assert (
-        told["delta"]
+        reply["delta"]
         == result.delta
-        == pytest.approx(told["target"]["logit"] - told["contrast"]["logit"], rel=1e-5)
+        == pytest.approx(reply["target"]["logit"] - reply["contrast"]["logit"], rel=1e-5)
     )
-    assert told["share_to_tokens"] * told["delta"] == pytest.approx(
-        sum(row["relevance"] for row in told["tokens"]), rel=1e-5
+    assert reply["share_to_tokens"] * reply["delta"] == pytest.approx(
+        sum(row["relevance"] for row in reply["tokens"]), rel=1e-5
     )
     n = len(result.str_tokens)
-    assert (told["status"], told["rules"], told["pos"]) == ("explained", "cplrp", n - 3)
-    assert told["target"]["tokens"] == ["e", " a"]
-    assert told["target"]["is_top"] is False
+    assert (reply["status"], reply["rules"], reply["pos"]) == ("explained", "cplrp", n - 3)
+    assert reply["target"]["tokens"] == ["e", " a"]
+    assert reply["target"]["is_top"] is False
     logits = bridge(bridge.to_tokens(PROMPT))[0, -3]
-    assert [row["id"] for row in told["candidates"]] == logits.topk(10).indices.tolist()
-    assert [row["site"] for row in told["ledger"]][1:] == list(result.sites)
+    assert [row["id"] for row in reply["candidates"]] == logits.topk(10).indices.tolist()
+    assert [row["site"] for row in reply["ledger"]][1:] == list(result.sites)
     # The saved file is the result; the page says which position it explains.
     loaded = clrp.Attribution.load("r.safetensors")
     assert torch.equal(loaded.resid, result.resid)
     assert torch.equal(loaded.heads, result.heads)
-    assert (told["saved"], told["report"]) == ("r.safetensors", "r.html")
+    assert (reply["saved"], reply["report"]) == ("r.safetensors", "r.html")
     html = Path("r.html").read_text(encoding="utf-8")
     assert f"prediction at position {n - 3}" in words(html)
 
@@ -89,12 +91,12 @@ def test_json_is_one_object_and_agrees_with_attribute(run: Run, folder: Path, br
 def test_without_target_the_top_token_is_explained(run: Run, folder: Path, bridge: Any) -> None:
     top = int(bridge(bridge.to_tokens(PROMPT))[0, -1].argmax())
     other = "id:5" if top != 5 else "id:6"
-    told = run(
+    reply = run(
         "explain", "--model", folder, "--prompt", PROMPT, "--contrast", other, "--json",
         "--out", "r.html",
     ).json  # fmt: skip
-    assert told["target"]["ids"] == [top]
-    assert told["target"]["is_top"] is True
+    assert reply["target"]["ids"] == [top]
+    assert reply["target"]["is_top"] is True
     assert "The model wrote" in Path("r.html").read_text(encoding="utf-8")
 
 
@@ -134,11 +136,11 @@ def test_a_first_token_that_is_not_special_is_greyed_too(run: Run) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_dtype_reaches_the_model(run: Run, folder: Path, dtype: str) -> None:
-    told = run(
+    reply = run(
         "explain", "--model", folder, "--prompt", "a b", "--contrast", "z", "--dtype", dtype,
         "--json",
     ).json  # fmt: skip
-    assert told["dtype"] == dtype
+    assert reply["dtype"] == dtype
 
 
 # ---- no contrast -------------------------------------------------------------------------------
@@ -163,31 +165,31 @@ def test_without_contrast_candidates_and_a_command_that_runs(
     assert not os.path.exists("my page.html")
 
     command = shlex.split(typed_next(done))
-    assert command[0] == cli_command.PROGRAM
+    assert command[0] == retype.PROGRAM
     again_done = run(*command[1:], "--json")
     assert again_done.code == 0
-    told = again_done.json
-    assert told["target"]["ids"] == [int(top.indices[0])]
-    assert told["contrast"]["ids"] == [int(top.indices[1])]
-    assert told["rules"] == "gim"
-    assert len(told["top"]) == 3
-    assert [row["id"] for row in told["tokens"]] == bridge.to_tokens(quoted)[0].tolist()
+    reply = again_done.json
+    assert reply["target"]["ids"] == [int(top.indices[0])]
+    assert reply["contrast"]["ids"] == [int(top.indices[1])]
+    assert reply["rules"] == "gim"
+    assert len(reply["top"]) == 3
+    assert [row["id"] for row in reply["tokens"]] == bridge.to_tokens(quoted)[0].tolist()
     assert os.path.exists("my page.html")
 
 
 def test_needs_contrast_as_json(run: Run, folder: Path) -> None:
     done = run("explain", "--model", folder, "--prompt", PROMPT, "--target", "z", "--json")
-    assert done.code == cli_exit.Code.PROMPT
+    assert done.code == cli_errors.Code.PROMPT
     assert done.json["status"] == "needs_contrast"
     assert len(done.json["candidates"]) == 10
-    told = run(*shlex.split(done.json["command"])[1:]).json
-    assert told["target"]["tokens"] == ["z"]
-    assert told["contrast"]["ids"] == [done.json["candidates"][0]["id"]]
+    reply = run(*shlex.split(done.json["command"])[1:]).json
+    assert reply["target"]["tokens"] == ["z"]
+    assert reply["contrast"]["ids"] == [done.json["candidates"][0]["id"]]
 
 
 def test_the_command_runs_in_a_real_shell(run: Run, folder: Path, tmp_path: Path) -> None:
     """As a newcomer does it: run, copy what it says to type, run that."""
-    program = tmp_path / "bin" / cli_command.PROGRAM
+    program = tmp_path / "bin" / retype.PROGRAM
     program.parent.mkdir()
     program.write_text(
         f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m tl_contrastive_lrp "$@"\n'
@@ -204,26 +206,23 @@ def test_the_command_runs_in_a_real_shell(run: Run, folder: Path, tmp_path: Path
         ["sh", "-c", typed_next(first)], stdin=subprocess.DEVNULL, env=environment, cwd=tmp_path,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == cli_exit.Code.DONE, done.stderr
+    assert done.returncode == cli_errors.Code.DONE, done.stderr
     assert "Positive relevance pushes towards" in done.stdout
     assert done.stderr == ""
 
 
 def test_commands_keep_numbers_that_equal_false() -> None:
-    typed = {"model": "m", "prompt": "a", "prompt_file": None, "pos": 0, "threshold": 0.0}
-    command = again("graph", typed | {"heads": True, "quiet": False}, "a", target=[], contrast=[])
-    assert (
-        command
-        == f"{cli_command.PROGRAM} graph --model m --prompt a --pos 0 --threshold 0.0 --heads"
-    )
+    options = GraphOptions(model="m", prompt="a", pos=0, threshold=0.0, heads=True, quiet=False)
+    command = retyped("graph", options, "a", target=[], contrast=[])
+    assert command == f"{retype.PROGRAM} graph --model m --prompt a --pos 0 --heads --threshold 0.0"
 
 
 @pytest.mark.parametrize(
     "text", ["-x", " -x", "--", "it's", "a\nb", "a\tb\x1b[0m\\'", "«é»", "$(x)"]
 )
 def test_commands_keep_any_text(text: str) -> None:
-    typed = {"model": "m", "prompt": text, "prompt_file": None, "answer": "", "pos": -1}
-    command = again("explain", typed, text, target=[text], contrast=["b"])
+    options = ExplainOptions(model="m", prompt=text)
+    command = retyped("explain", options, text, target=[text], contrast=["b"])
     printed = cli_terminal.plain(command)
     assert printed == command, "what is printed is what runs"
     done = subprocess.run(
@@ -232,5 +231,5 @@ def test_commands_keep_any_text(text: str) -> None:
     arguments = [a.decode() for a in done.stdout.split(b"\0")[:-1]]
     joined = "\0".join(arguments).replace("--prompt=", "--prompt\0").replace("=-", "\0-")
     assert joined.split("\0")[:7] == [
-        cli_command.PROGRAM, "explain", "--model", "m", "--prompt", text, "--target",
+        retype.PROGRAM, "explain", "--model", "m", "--prompt", text, "--target",
     ]  # fmt: skip

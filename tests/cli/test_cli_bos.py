@@ -32,8 +32,8 @@ def test_an_answer_follows_the_templates_ids(form: str, answer: str) -> None:
             [{"role": "user", "content": "b"}], tokenize=True, add_generation_prompt=True
         )["input_ids"]
     )
-    told = tokenizer.decode([*before, *ids])
-    assert told == tokenizer.decode(before) + answer
+    reply = tokenizer.decode([*before, *ids])
+    assert reply == tokenizer.decode(before) + answer
     # The tokenizer's own words for a text that stands behind a line's end.
     line = tokenizer("x\n" + answer, add_special_tokens=False)["input_ids"]
     if not answer.startswith((" ", "\n", "\t")):
@@ -103,9 +103,9 @@ def test_the_command_to_type_next_keeps_an_empty_system_message(run: Run) -> Non
 
 def test_a_prompt_that_is_too_long_is_said_once(run: Run) -> None:
     """By us: the tokenizer's own words about its maximum would come before."""
-    said: list[str] = []
+    log_lines: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: log_lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("transformers").addHandler(handler)
     before = chatter.get_verbosity()
     chatter.set_verbosity_warning()
@@ -114,7 +114,7 @@ def test_a_prompt_that_is_too_long_is_said_once(run: Run) -> None:
     finally:
         chatter.set_verbosity(before)
         logging.getLogger("transformers").removeHandler(handler)
-    assert (done.code, done.out, said) == (TEXT, "", [])
+    assert (done.code, done.out, log_lines) == (TEXT, "", [])
     assert done.err.count("\n") == 1
     assert "context is 512" in done.err
 
@@ -146,9 +146,9 @@ def test_check_verifies_on_the_prompt_that_is_meant(run: Run) -> None:
     for options, bos in (((), True), (("--bos",), True), (("--no-bos",), False)):
         done = run(*common, *options)
         assert done.code == 0, done
-        told = done.json
-        assert told["verification"]["n_tokens"] == len(own_ids("smollm", OTHER, bos))
-        assert bool(told["notes"]) == (options == ())
+        reply = done.json
+        assert reply["verification"]["n_tokens"] == len(own_ids("smollm", OTHER, bos))
+        assert bool(reply["notes"]) == (options == ())
 
 
 def test_options_that_make_no_sense(run: Run) -> None:

@@ -15,7 +15,7 @@ from support.cli_runs import MODEL, USAGE, Run
 from truth.families import make_config
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.cli import random_model as config_model
+from tl_contrastive_lrp.cli import random_model
 from tl_contrastive_lrp.hooks.sites import ACTIVATIONS
 
 
@@ -54,10 +54,10 @@ def test_json_says_what_the_library_says(run: Run, folder: Path, bridge: Any) ->
 
 def test_verify_measures_on_the_prompt(run: Run, folder: Path, bridge: Any) -> None:
     value = run("check", folder, "--verify", "--prompt", "ab a c b d", "--json").json
-    wanted = clrp.verify(bridge, "ab a c b d")
+    expected = clrp.verify(bridge, "ab a c b d")
     found = value["verification"]
-    assert (found["verdict"], found["n_tokens"]) == ("ok", wanted.n_tokens)
-    for check, own in zip(found["checks"], wanted.checks, strict=True):
+    assert (found["verdict"], found["n_tokens"]) == ("ok", expected.n_tokens)
+    for check, own in zip(found["checks"], expected.checks, strict=True):
         assert (check["name"], check["verdict"], check["says"]) == (
             own.name,
             own.verdict,
@@ -65,7 +65,7 @@ def test_verify_measures_on_the_prompt(run: Run, folder: Path, bridge: Any) -> N
         )
     text = run("check", folder, "--verify")
     assert text.code == 0
-    for check in wanted.checks:
+    for check in expected.checks:
         assert any(line.split()[:2] == [check.name, check.verdict] for line in text.out.split("\n"))
     assert "Verified on 12 tokens" in text.out
 
@@ -185,7 +185,7 @@ def test_enough_layers_for_one_of_each_kind(name: str) -> None:
     config = BIG[name]
     settings = {k: v for k, v in vars(config).items() if not k.startswith("_")}
     kinds = _kinds(config)
-    n = config_model.layers_needed(settings, config.num_hidden_layers)
+    n = random_model.layers_needed(settings, config.num_hidden_layers)
     assert n <= 9
     assert set(kinds[:n]) == set(kinds)
 

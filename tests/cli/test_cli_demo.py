@@ -15,19 +15,19 @@ from tl_contrastive_lrp.demo import KINDS, load_demo_cases
 def test_demo_explains_a_recorded_failure(run: Run) -> None:
     done = run("demo", "--out", "r.html")
     assert (done.code, done.err.count("\n")) == (0, 1)
-    told = run("demo", "--json").json
-    case = next(c for c in load_demo_cases() if c.id == told["case"]["id"])
+    reply = run("demo", "--json").json
+    case = next(c for c in load_demo_cases() if c.id == reply["case"]["id"])
     assert case.id in done.out
-    assert told["delta"] == pytest.approx(case.delta, abs=1e-3)
-    assert told["target"]["is_top"] is True
-    relevance = [abs(row["relevance"]) for row in told["tokens"]]
-    assert [row["pos"] for row in told["case"]["decisive"]] == list(case.decisive_positions)
-    for row in told["case"]["decisive"]:
+    assert reply["delta"] == pytest.approx(case.delta, abs=1e-3)
+    assert reply["target"]["is_top"] is True
+    relevance = [abs(row["relevance"]) for row in reply["tokens"]]
+    assert [row["pos"] for row in reply["case"]["decisive"]] == list(case.decisive_positions)
+    for row in reply["case"]["decisive"]:
         stronger = sum(value > relevance[row["pos"]] for value in relevance)
         assert row["rank"] == stronger + 1
         assert row["in_top_5"] == (stronger < 5)
         assert f"(rank {row['rank']})" in done.out
-    hits = sum(row["in_top_5"] for row in told["case"]["decisive"])
+    hits = sum(row["in_top_5"] for row in reply["case"]["decisive"])
     assert hits, "the default case is meant to show well"
     html = Path("r.html").read_text(encoding="utf-8")
     assert "demo model" in html
@@ -41,9 +41,9 @@ def test_demo_lists_and_chooses(run: Run) -> None:
     assert re.findall(r"code-\S+", done.out) == [c.id for c in failures]
     rows = run("demo", "--list", "--json").json["cases"]
     assert [row["id"] for row in rows] == [c.id for c in load_demo_cases()]
-    told = run("demo", "--kind", "code", "--case", 2, "--rules", "gradient", "--json").json
-    assert told["case"]["id"] == failures[1].id
-    assert told["rules"] == "gradient"
+    reply = run("demo", "--kind", "code", "--case", 2, "--rules", "gradient", "--json").json
+    assert reply["case"]["id"] == failures[1].id
+    assert reply["rules"] == "gradient"
     solved = load_demo_cases(failed=False)[0]
     assert run("demo", "--case", solved.id, "--json").json["case"]["id"] == solved.id
     for wrong in ("0", "999", "no-such"):

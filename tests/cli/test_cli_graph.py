@@ -27,7 +27,7 @@ from support.cli_runs import (
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp import AttributionGraph
 
-# ---- what is told and written ------------------------------------------------------------
+# ---- what is printed and written ---------------------------------------------------------
 
 
 def test_files_load_back_and_the_page_shows_the_pruned_graph(
@@ -56,47 +56,47 @@ def test_files_load_back_and_the_page_shows_the_pruned_graph(
 def test_json_agrees_with_the_library(run: Run, folder: Path, bridge: Any) -> None:
     done = run(*asked(folder, "--rules", "cplrp", "--pos", -3, "--top", 4, "--json"))
     assert (done.code, done.err) == (0, "")
-    told = done.json
+    reply = done.json
     full = built(bridge, rules="cplrp", pos=-3)
     kept = full.prune(mass=0.85).connected()
-    assert (told["status"], told["rules"], told["pos"]) == ("graph", "cplrp", full.final_pos)
-    assert told["delta"] == full.delta
-    assert told["target"]["logit"] - told["contrast"]["logit"] == pytest.approx(full.delta)
-    assert told["objective"] == full.objective
-    assert told["sites"] == list(full.sites)
-    assert told["node_threshold"] == {"logits": 0.0, "relative": 0.0}
+    assert (reply["status"], reply["rules"], reply["pos"]) == ("graph", "cplrp", full.final_pos)
+    assert reply["delta"] == full.delta
+    assert reply["target"]["logit"] - reply["contrast"]["logit"] == pytest.approx(full.delta)
+    assert reply["objective"] == full.objective
+    assert reply["sites"] == list(full.sites)
+    assert reply["node_threshold"] == {"logits": 0.0, "relative": 0.0}
     for name, graph in (("full", full), ("kept", kept)):
         weights = list(keys(graph).values())
-        assert told[name]["edges"] == len(weights)
-        assert told[name]["mass"] == pytest.approx(sum(map(abs, weights)))
-        assert told[name]["nodes"] == len(graph.nodes)
+        assert reply[name]["edges"] == len(weights)
+        assert reply[name]["mass"] == pytest.approx(sum(map(abs, weights)))
+        assert reply[name]["nodes"] == len(graph.nodes)
     left = keys(kept)
     out = max(abs(w) for ends, w in keys(full).items() if ends not in left)
     weakest = min(map(abs, left.values()))
     for name, size in (("weakest_kept", weakest), ("strongest_left_out", out)):
-        assert told["kept"][name]["logits"] == pytest.approx(size)
-        assert told["kept"][name]["relative"] == pytest.approx(size / abs(full.delta))
-    assert told["kept"]["mass_share"] == pytest.approx(kept.mass / full.mass)
-    assert told["kept"]["edge_share"] == pytest.approx(len(left) / len(full.weight))
-    assert [step["name"] for step in told["pruning"]] == ["mass", "connected"]
-    assert told["pruning"][0]["parameters"] == {"share": 0.85}
-    for step, wanted in zip(told["pruning"], kept.history, strict=True):
-        assert step["edges_kept"] == wanted.edges_kept
-        assert step["mass_before"] == wanted.mass_before
+        assert reply["kept"][name]["logits"] == pytest.approx(size)
+        assert reply["kept"][name]["relative"] == pytest.approx(size / abs(full.delta))
+    assert reply["kept"]["mass_share"] == pytest.approx(kept.mass / full.mass)
+    assert reply["kept"]["edge_share"] == pytest.approx(len(left) / len(full.weight))
+    assert [step["name"] for step in reply["pruning"]] == ["mass", "connected"]
+    assert reply["pruning"][0]["parameters"] == {"share": 0.85}
+    for step, expected in zip(reply["pruning"], kept.history, strict=True):
+        assert step["edges_kept"] == expected.edges_kept
+        assert step["mass_before"] == expected.mass_before
     paths = full.paths(4)
-    assert [p["strength"] for p in told["paths"]] == [p.strength for p in paths]
-    assert [p["positions"] for p in told["paths"]] == [list(p.positions) for p in paths]
-    assert [p["share"] * full.delta for p in told["paths"]] == pytest.approx(
+    assert [p["strength"] for p in reply["paths"]] == [p.strength for p in paths]
+    assert [p["positions"] for p in reply["paths"]] == [list(p.positions) for p in paths]
+    assert [p["share"] * full.delta for p in reply["paths"]] == pytest.approx(
         [p.strength for p in paths]
     )
-    assert told["paths"][0]["heads"] is None
-    assert told["closed"] == paths.closed
+    assert reply["paths"][0]["heads"] is None
+    assert reply["closed"] == paths.closed
     table = kept.metrics()
-    assert [row["site"] for row in told["metrics"]] == list(full.sites)
-    assert [row["hub"] for row in told["metrics"]] == table["hub"].tolist()
-    assert told["metrics"][0]["lookback"] is None  # NaN: the input is no target
-    assert told["metrics"][-1]["lookback"] == table["lookback"].iloc[-1]
-    assert (told["page"], told["saved"]) == (None, None)
+    assert [row["site"] for row in reply["metrics"]] == list(full.sites)
+    assert [row["hub"] for row in reply["metrics"]] == table["hub"].tolist()
+    assert reply["metrics"][0]["lookback"] is None  # NaN: the input is no target
+    assert reply["metrics"][-1]["lookback"] == table["lookback"].iloc[-1]
+    assert (reply["page"], reply["saved"]) == (None, None)
 
 
 def test_the_account_and_the_paths_in_words(run: Run, folder: Path, bridge: Any) -> None:
@@ -136,13 +136,13 @@ def test_the_account_and_the_paths_in_words(run: Run, folder: Path, bridge: Any)
 def test_how_the_graph_is_built(
     run: Run, folder: Path, bridge: Any, typed: tuple[object, ...], options: dict[str, Any]
 ) -> None:
-    told = run(*asked(folder, *typed, "--save", "g.safetensors", "--json")).json
+    reply = run(*asked(folder, *typed, "--save", "g.safetensors", "--json")).json
     full, plain = built(bridge, **options), built(bridge)
     assert same(AttributionGraph.load("g.safetensors"), full)
     assert (full.sites, len(full.weight)) != (plain.sites, len(plain.weight))
-    assert told["granularity"] == full.granularity
-    assert told["node_threshold"]["logits"] == full.node_threshold
-    assert (told["paths"][0]["heads"] is None) == (full.head is None)
+    assert reply["granularity"] == full.granularity
+    assert reply["node_threshold"]["logits"] == full.node_threshold
+    assert (reply["paths"][0]["heads"] is None) == (full.head is None)
     if full.node_threshold:
         relative = f"({100 * 0.2 / abs(full.delta):.2g} % of |Δℓ|)"
         line = f"Hidden states of |relevance| up to 0.2 logits {relative} were not expanded."
@@ -168,12 +168,12 @@ def test_pruning_options_act(
     save = ("--save", "p.safetensors", "--save-pruned")
     assert run(*asked(folder, *typed, *save)).code == 0
     assert same(AttributionGraph.load("p.safetensors"), pruned.connected())
-    told = run(*asked(folder, *typed, "--no-connected", *save, "--json")).json
+    reply = run(*asked(folder, *typed, "--no-connected", *save, "--json")).json
     assert same(AttributionGraph.load("p.safetensors"), pruned)
-    assert told["kept"]["edges"] == len(pruned.weight)
+    assert reply["kept"]["edges"] == len(pruned.weight)
     left = keys(pruned)
     out = max(abs(w) for ends, w in keys(full).items() if ends not in left)
-    assert told["kept"]["strongest_left_out"]["logits"] == pytest.approx(out)
+    assert reply["kept"]["strongest_left_out"]["logits"] == pytest.approx(out)
     if "top_k" in options:
         assert out > min(map(abs, left.values())), "a strong edge of a transition with many"
 
@@ -184,11 +184,11 @@ def test_nothing_left_is_said(run: Run, folder: Path) -> None:
     assert "Left: 1 nodes, 0 edges (0.0 %) with 0.0 % of Σ|weight|" in done.out
     assert "Weakest edge kept: none" in done.out
     assert "No edges" in Path("g.html").read_text(encoding="utf-8")
-    told = run(*asked(folder, "--threshold", 1e9, "--json")).json
-    assert told["kept"]["weakest_kept"] is None
-    told = run(*asked(folder, "--mass", 1, "--no-connected", "--json")).json
-    assert told["kept"]["strongest_left_out"] is None
-    assert told["kept"]["mass_share"] == 1
+    reply = run(*asked(folder, "--threshold", 1e9, "--json")).json
+    assert reply["kept"]["weakest_kept"] is None
+    reply = run(*asked(folder, "--mass", 1, "--no-connected", "--json")).json
+    assert reply["kept"]["strongest_left_out"] is None
+    assert reply["kept"]["mass_share"] == 1
 
 
 # ---- what is refused ---------------------------------------------------------------------
@@ -200,11 +200,11 @@ def test_without_contrast_a_graph_command_that_runs(run: Run, folder: Path) -> N
     assert not os.path.exists("g.html")
     command = shlex.split(typed_next(done))
     assert command[1] == "graph"
-    told = run(*command[1:], "--json").json
-    assert told["pos"] == 0
-    assert told["contrast"]["ids"] == [told["candidates"][1]["id"]]
-    assert told["paths"][0]["heads"] is not None
-    assert [step["name"] for step in told["pruning"]] == ["threshold"]
+    reply = run(*command[1:], "--json").json
+    assert reply["pos"] == 0
+    assert reply["contrast"]["ids"] == [reply["candidates"][1]["id"]]
+    assert reply["paths"][0]["heads"] is not None
+    assert [step["name"] for step in reply["pruning"]] == ["threshold"]
     assert os.path.exists("g.html")
     asked_json = run("graph", "--model", folder, "--prompt", PROMPT, "--json")
     assert asked_json.code == TEXT

@@ -14,17 +14,17 @@ from support.cli_runs import PROMPT, Run, asked, built, keys, same, words
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp import AttributionGraph
-from tl_contrastive_lrp.cli import make_graph as graph_made
+from tl_contrastive_lrp.cli import make_graph
 from tl_contrastive_lrp.cli.errors import CliError
 from tl_contrastive_lrp.cli.pruning import Pruning
 
-WAYS = [("--memory", "plain"), ("--memory", "tiled", "--tile", 3)]
+MEMORY_OPTIONS = [("--memory", "plain"), ("--memory", "tiled", "--tile", 3)]
 
 
 @pytest.fixture(autouse=True)
 def long_from_here(bridge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt of these tests counts as long."""
-    monkeypatch.setattr(graph_made, "LONG", bridge.to_tokens(PROMPT).shape[1] - 1)
+    monkeypatch.setattr(make_graph, "LONG", bridge.to_tokens(PROMPT).shape[1] - 1)
 
 
 @pytest.fixture
@@ -43,14 +43,14 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[AttributionGraph]:
     return found
 
 
-def close(found: AttributionGraph, wanted: AttributionGraph) -> None:
+def close(found: AttributionGraph, expected: AttributionGraph) -> None:
     """The same edges; weights up to what tiles round otherwise."""
-    one, other = keys(found), keys(wanted)
+    one, other = keys(found), keys(expected)
     assert one.keys() == other.keys()
     assert all(one[ends] == pytest.approx(other[ends], abs=1e-5) for ends in one)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("memory", MEMORY_OPTIONS)
 @pytest.mark.parametrize(
     ("typed", "options"),
     [
@@ -71,33 +71,33 @@ def test_pruned_on_the_way_is_pruned_afterwards(
     folder: Path,
     bridge: Any,
     taken: list[AttributionGraph],
-    way: tuple[object, ...],
+    memory: tuple[object, ...],
     typed: tuple[object, ...],
     options: dict[str, Any],
 ) -> None:
     full = built(bridge)
-    wanted = full.prune(**options).connected()
-    assert 0 < len(wanted.weight) < len(full.weight)
+    expected = full.prune(**options).connected()
+    assert 0 < len(expected.weight) < len(full.weight)
     save = ("--save", "p.safetensors", "--save-pruned", "--json")
-    told = run(*asked(folder, *way, *typed, *save)).json
+    reply = run(*asked(folder, *memory, *typed, *save)).json
     found = AttributionGraph.load("p.safetensors")
-    close(found, wanted)
+    close(found, expected)
     assert len(taken[0].weight) < len(full.weight), "the whole graph was made"
     # The account is that of the whole graph.
     weights = list(keys(full).values())
-    assert told["full"]["edges"] == len(weights)
-    assert told["full"]["mass"] == pytest.approx(sum(map(abs, weights)), rel=1e-5)
-    assert told["full"]["nodes"] is None
-    assert told["kept"]["edges"] == len(wanted.weight)
-    assert told["kept"]["mass_share"] == pytest.approx(wanted.mass / full.mass, rel=1e-5)
-    left = keys(wanted)
+    assert reply["full"]["edges"] == len(weights)
+    assert reply["full"]["mass"] == pytest.approx(sum(map(abs, weights)), rel=1e-5)
+    assert reply["full"]["nodes"] is None
+    assert reply["kept"]["edges"] == len(expected.weight)
+    assert reply["kept"]["mass_share"] == pytest.approx(expected.mass / full.mass, rel=1e-5)
+    left = keys(expected)
     out = max(abs(w) for ends, w in keys(full).items() if ends not in left)
-    said = told["kept"]["strongest_left_out"]
-    if said["at_most"]:
-        assert said["logits"] >= out - 1e-5
+    left_out = reply["kept"]["strongest_left_out"]
+    if left_out["at_most"]:
+        assert left_out["logits"] >= out - 1e-5
     else:
-        assert said["logits"] == pytest.approx(out, abs=1e-5)
-    assert said["relative"] == pytest.approx(said["logits"] / abs(full.delta), rel=1e-5)
+        assert left_out["logits"] == pytest.approx(out, abs=1e-5)
+    assert left_out["relative"] == pytest.approx(left_out["logits"] / abs(full.delta), rel=1e-5)
 
 
 @pytest.mark.parametrize("mass", [0.5, 0.9])
@@ -112,18 +112,18 @@ def test_a_bound_on_what_is_left_out(run: Run, folder: Path, bridge: Any, mass: 
     decided = {weakest < rest for weakest, rest in bounds}
     assert decided == ({True, False} if mass == 0.5 else {True}), "both bounds decide somewhere"
     done = run(*asked(folder, "--mass", mass, "--no-connected", "--json"))
-    said = done.json["kept"]["strongest_left_out"]
-    assert said["logits"] == pytest.approx(max(map(min, bounds)), rel=1e-4)
-    assert said["at_most"] is True
+    left_out = done.json["kept"]["strongest_left_out"]
+    assert left_out["logits"] == pytest.approx(max(map(min, bounds)), rel=1e-4)
+    assert left_out["at_most"] is True
     done = run(*asked(folder, "--mass", mass, "--no-connected"))
     assert "strongest left out: at most " in done.out
 
 
 def test_bounds_of_a_threshold_and_of_nothing_left_out(run: Run, folder: Path) -> None:
-    told = run(*asked(folder, "--threshold", 0.05, "--no-connected", "--json")).json
-    assert told["kept"]["strongest_left_out"]["logits"] <= 0.05
-    told = run(*asked(folder, "--mass", 1, "--no-connected", "--json")).json
-    assert told["kept"]["strongest_left_out"] is None
+    reply = run(*asked(folder, "--threshold", 0.05, "--no-connected", "--json")).json
+    assert reply["kept"]["strongest_left_out"]["logits"] <= 0.05
+    reply = run(*asked(folder, "--mass", 1, "--no-connected", "--json")).json
+    assert reply["kept"]["strongest_left_out"] is None
 
 
 def test_what_is_saved_and_said(run: Run, folder: Path, bridge: Any) -> None:
@@ -147,26 +147,26 @@ def test_what_is_saved_and_said(run: Run, folder: Path, bridge: Any) -> None:
     assert f"Full graph: 3 sites, {len(full.weight)} edges, Σ|weight|" in done.out
     assert f"kept {len(saved.weight)} of {len(full.weight)} edges" in done.out
     assert run(*asked(folder, "--quiet")).err == ""
-    told = run(*asked(folder, "--save", "a.safetensors", "--mass", 1, "--json")).json
+    reply = run(*asked(folder, "--save", "a.safetensors", "--mass", 1, "--json")).json
     assert same(AttributionGraph.load("a.safetensors"), full)
-    assert any("pruned while they came" in note for note in told["notes"])
+    assert any("pruned while they were computed" in note for note in reply["notes"])
     assert "--save" not in run(*asked(folder)).err
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_split_by_heads(run: Run, folder: Path, bridge: Any, way: tuple[object, ...]) -> None:
-    wanted = built(bridge, heads=True).prune(mass=0.85).connected()
+@pytest.mark.parametrize("memory", MEMORY_OPTIONS)
+def test_split_by_heads(run: Run, folder: Path, bridge: Any, memory: tuple[object, ...]) -> None:
+    expected = built(bridge, heads=True).prune(mass=0.85).connected()
     save = ("--save", "p.safetensors", "--save-pruned")
-    assert run(*asked(folder, "--heads", *way, *save)).code == 0
+    assert run(*asked(folder, "--heads", *memory, *save)).code == 0
     found = AttributionGraph.load("p.safetensors")
-    close(found, wanted)
+    close(found, expected)
     assert found.head is not None
-    assert wanted.head is not None
-    assert torch.equal(found.head, wanted.head)
+    assert expected.head is not None
+    assert torch.equal(found.head, expected.head)
 
 
 def test_a_page_of_a_long_prompt(run: Run, folder: Path, bridge: Any) -> None:
-    assert run(*asked(folder, "--out", "g.html", *WAYS[1])).code == 0
+    assert run(*asked(folder, "--out", "g.html", *MEMORY_OPTIONS[1])).code == 0
     kept = built(bridge).prune(mass=0.85).connected()
     html = words(Path("g.html").read_text(encoding="utf-8"))
     assert f"{len(kept.weight)} edges between {int(kept.node_mask.sum())} hidden states" in html
@@ -193,6 +193,6 @@ def test_nothing_is_left_behind_by_a_stop(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tl_contrastive_lrp.engine.tiled.backward.Backward.layer", stop)
-    done = run(*asked(folder, *WAYS[1], "--save", "g.safetensors", "--out", "g.html"))
+    done = run(*asked(folder, *MEMORY_OPTIONS[1], "--save", "g.safetensors", "--out", "g.html"))
     assert (done.code, done.out) == (130, "")
     assert os.listdir() == []

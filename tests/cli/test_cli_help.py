@@ -16,10 +16,9 @@ from support.cli_runs import ROOT, Run, asked, words
 from truth import families
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.cli import errors as cli_exit
-from tl_contrastive_lrp.cli import make_graph as graph_made
+from tl_contrastive_lrp.cli import errors as cli_errors
+from tl_contrastive_lrp.cli import make_graph, retype
 from tl_contrastive_lrp.cli import options as cli_options
-from tl_contrastive_lrp.cli import retype as cli_command
 from tl_contrastive_lrp.cli import terminal as cli_terminal
 from tl_contrastive_lrp.demo import KINDS, load_demo_model
 from tl_contrastive_lrp.engine.memory import Memory
@@ -28,28 +27,28 @@ from tl_contrastive_lrp.engine.memory import Memory
 def test_help_and_version(run: Run) -> None:
     done = run("--help")
     assert done.code == 0
-    for code in cli_exit.Code:
+    for code in cli_errors.Code:
         assert re.search(rf"\b{code.value} \w", done.out), code
     text = words(run("explain", "--help").out)
     for key in ("share_to_tokens", "needs_contrast", "minus_top", "is_top", "--strip-newline"):
         assert key in text
-    assert run("--version").out == f"{cli_command.PROGRAM} {clrp.__version__}\n"
+    assert run("--version").out == f"{retype.PROGRAM} {clrp.__version__}\n"
     assert run("demo", "--help").code == 0
     assert run().out.strip()
 
 
 def test_help_documents_every_key(run: Run, folder: Path) -> None:
-    told = run("explain", "--model", folder, "--prompt", "a", "--contrast", "z", "--json").json
+    reply = run("explain", "--model", folder, "--prompt", "a", "--contrast", "z", "--json").json
     asked = run("explain", "--model", folder, "--prompt", "a", "--json").json
     text = run("explain", "--help").out
-    keys = {*told, *asked, *told["target"], *told["tokens"][0], *told["ledger"][0]}
-    keys |= {*told["memory"]}
+    keys = {*reply, *asked, *reply["target"], *reply["tokens"][0], *reply["ledger"][0]}
+    keys |= {*reply["memory"]}
     assert [key for key in keys if not re.search(rf"\b{key}\b", text)] == []
 
 
 def test_choices_are_those_of_the_package() -> None:
     assert [rule.value for rule in cli_options.Rules] == list(clrp.RULE_SETS)
-    assert [way.value for way in cli_options.Memory] == list(get_args(Memory))
+    assert [memory.value for memory in cli_options.Memory] == list(get_args(Memory))
     assert [kind.value for kind in cli_options.Kind] == list(KINDS)
 
 
@@ -79,13 +78,13 @@ def test_progress_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         def isatty(self) -> bool:
             return True
 
-    for stream, wanted, words_there in (
+    for stream, expected, words_there in (
         (Terminal(), True, True),
         (Terminal(), False, False),
         (io.StringIO(), True, False),
     ):
         monkeypatch.setattr(sys, "stderr", stream)
-        with cli_terminal.progress("Loading [red]", wanted):
+        with cli_terminal.progress("Loading [red]", expected):
             pass
         assert ("Loading [red]" in stream.getvalue()) == words_there
 
@@ -108,18 +107,18 @@ def test_libraries_are_quiet_while_loading_and_heard_afterwards(
 
 
 def test_help_of_graph_documents_every_key_and_the_limit(run: Run, folder: Path) -> None:
-    told = run(*asked(folder, "--json")).json
+    reply = run(*asked(folder, "--json")).json
     text = words(run("graph", "--help").out)
     shared = set(run("explain", *asked(folder, "--json")[1:]).json)
-    inside = {*told["full"], *told["kept"], *told["pruning"][0], *told["paths"][0]}
-    inside |= {*told["kept"]["strongest_left_out"], *told["memory"]}
-    wanted = {*told, *inside, *told["node_threshold"]}
-    assert shared & set(told) >= {"delta", "candidates", "notes"}
-    assert [key for key in wanted if not re.search(rf"\b{key}\b", text)] == []
-    limit = f"{graph_made.LONG:,} tokens"
+    inside = {*reply["full"], *reply["kept"], *reply["pruning"][0], *reply["paths"][0]}
+    inside |= {*reply["kept"]["strongest_left_out"], *reply["memory"]}
+    expected = {*reply, *inside, *reply["node_threshold"]}
+    assert shared & set(reply) >= {"delta", "candidates", "notes"}
+    assert [key for key in expected if not re.search(rf"\b{key}\b", text)] == []
+    limit = f"{make_graph.LONG:,} tokens"
     assert f"above {limit} what pruning left" in words(text.replace("│", " "))
     page = words(run("explain", "--help").out.replace("│", " "))
-    assert f"Above {limit} it has at most {graph_made.REPORT_EDGES:,} edges" in page
+    assert f"Above {limit} it has at most {make_graph.REPORT_EDGES:,} edges" in page
 
 
 def test_graph_takes_all_that_explain_takes() -> None:

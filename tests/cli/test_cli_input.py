@@ -45,13 +45,13 @@ def test_chat_explains_the_templates_ids(run: Run, folder: Path, bridge: Any) ->
     tokenizer = families.make_tokenizer()
     tokenizer.chat_template = TEMPLATE
     text = tokenizer.apply_chat_template(messages[1:], tokenize=False, add_generation_prompt=True)
-    wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert ids_of(run(*common, "--chat")) == wanted
-    assert wanted.count(families.bos_id) == 1
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids_of(run(*common, "--chat")) == expected
+    assert expected.count(families.bos_id) == 1
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    wanted = tokenizer(text + " f", add_special_tokens=False)["input_ids"]
-    assert ids_of(run(*common, "--chat", "--system", "d", "--answer", " f")) == wanted
-    assert ids_of(run(*common)) == bridge.to_tokens("b c")[0].tolist() != wanted
+    expected = tokenizer(text + " f", add_special_tokens=False)["input_ids"]
+    assert ids_of(run(*common, "--chat", "--system", "d", "--answer", " f")) == expected
+    assert ids_of(run(*common)) == bridge.to_tokens("b c")[0].tolist() != expected
 
 
 def test_prompt_files_are_taken_character_by_character(run: Run, folder: Path, bridge: Any) -> None:
@@ -113,8 +113,8 @@ def test_token_text_is_never_obeyed(run: Run, hostile: Path) -> None:
     prompt = "|".join(t for t in HOSTILE if t and t != "\x00")
     Path("p.txt").write_text(prompt, encoding="utf-8", newline="")
     common = ("explain", "--model", hostile, "--prompt-file", "p.txt", "--top", 40)
-    told = run(*common, "--target", "[red]", "--contrast", "[/]", "--json").json
-    told_texts = {row["token"] for row in told["tokens"]}
+    reply = run(*common, "--target", "[red]", "--contrast", "[/]", "--json").json
+    told_texts = {row["token"] for row in reply["tokens"]}
     assert {"[red]", "\x1b[31m", "\u202eabc", "\n"} <= told_texts
     done = run(*common, "--target", "[red]", "--contrast", "[/]", "--out", "r.html")
     assert done.code == 0

@@ -1,4 +1,4 @@
-"""Long prompts on the command line: tiles, what is said of memory, stopping and going on."""
+"""Long prompts on the command line: tiles, what is printed about memory, stopping and resuming."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 from support.cli_runs import FILE, MODEL, PROMPT, ROOT, USAGE, Ran, Run, asked, typed_next, words
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.errors import NotTileableError
 from tl_contrastive_lrp.cli.errors import Code
 from tl_contrastive_lrp.engine import memory
 from tl_contrastive_lrp.engine.tiled import backward as tiled_backward
 from tl_contrastive_lrp.engine.tiled import prefill as tiles
+from tl_contrastive_lrp.errors import NotTileableError
 from tl_contrastive_lrp.hooks.user_hooks import as_own
 
 TILED = ("--memory", "tiled", "--tile", 4)
@@ -39,14 +39,14 @@ def little(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: size)  # noqa: ARG005
 
 
-# ---- which way, and what is said of it ---------------------------------------------------
+# ---- plain or tiled, and what is printed about it ----------------------------------------
 
 
-def test_in_tiles_the_same_relevance_and_the_way_is_told(
+def test_tiles_give_the_same_relevance_and_are_reported(
     run: Run, folder: Path, bridge: Any
 ) -> None:
     n = bridge.to_tokens(PROMPT).shape[1]
-    plain, tiled = (run(*explained(folder, *way, "--json")) for way in ((), TILED))
+    plain, tiled = (run(*explained(folder, *options, "--json")) for options in ((), TILED))
     assert relevance(tiled) == pytest.approx(relevance(plain), abs=1e-5)
     assert (plain.err, tiled.err) == ("", "")
     assert plain.json["memory"]["way"] == "plain"
@@ -55,14 +55,18 @@ def test_in_tiles_the_same_relevance_and_the_way_is_told(
     assert tiled.json["memory"]["plain_bytes"] == plain.json["memory"]["plain_bytes"] == need
     assert tiled.json["memory"]["free_bytes"] > 1 << 20
     done = run(*explained(folder, *TILED))
-    said = f"Memory: tiled (tile 4); the plain way needs about {memory.gib(need)}, "
-    assert said in done.out
-    assert said in done.err
-    assert done.err.index("Prompt:") < done.err.index(said) < done.err.index("Blocks × tiles:")
+    description = f"Memory: tiled (tile 4); the plain engine needs about {memory.gib(need)}, "
+    assert description in done.out
+    assert description in done.err
+    assert (
+        done.err.index("Prompt:") < done.err.index(description) < done.err.index("Blocks × tiles:")
+    )
     quiet = run(*explained(folder, *TILED, "--quiet"))
     assert (quiet.code, quiet.err) == (0, "")
     assert "Memory" not in run(*explained(folder)).out
-    assert "Memory: plain; the plain way needs" in run(*explained(folder, "--memory", "plain")).out
+    assert (
+        "Memory: plain; the plain engine needs" in run(*explained(folder, "--memory", "plain")).out
+    )
 
 
 def test_where_plain_does_not_fit_nothing_is_run_plainly(
@@ -136,18 +140,18 @@ def test_settings_that_are_refused(
     assert Path("mine.txt").read_text() == "mine"
 
 
-def test_layers_that_skip_need_the_plain_way(
+def test_layers_that_skip_blocks_need_the_plain_engine(
     run: Run, folder: Path, bridge: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = run(*asked(folder, "--layers", "0", *TILED))
     assert done.code == USAGE
-    assert "--layers that skip blocks need the plain way" in words(done.err.replace("│", " "))
+    assert "--layers that skip blocks need the plain engine" in words(done.err.replace("│", " "))
     assert run(*asked(folder, "--layers", "0,1", *TILED)).code == 0
     n = bridge.to_tokens(PROMPT).shape[1]
     little(monkeypatch, memory.plain_bytes(bridge, n, graphs=1))
     done = run(*asked(folder, "--layers", "0"))
     assert done.code == MODEL
-    assert "--layers that skip blocks need the plain way. Shorten the prompt" in done.err
+    assert "--layers that skip blocks need the plain engine. Shorten the prompt" in done.err
 
 
 def test_the_printed_command_keeps_the_settings(run: Run, folder: Path) -> None:
@@ -183,7 +187,7 @@ def test_what_was_stopped_goes_on_with_the_same_result(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     typed = (command, *asked(folder)[1:])
-    wanted = run(*typed, *TILED, "--json").json
+    expected = run(*typed, *TILED, "--json").json
     kept = Path("kept") / ("relevance" if command == "explain" else "graph")
     with monkeypatch.context() as stopped:
         assert interrupted_at(stopped, 0) == []
@@ -192,13 +196,13 @@ def test_what_was_stopped_goes_on_with_the_same_result(
     assert f"Finished blocks (1) are kept in {kept}: the same command goes on" in done.err
     assert "Traceback" not in done.err
     assert sorted(path.name for path in kept.iterdir()) == ["block_1.safetensors", "question.json"]
-    # Also where the plain way fits, and with the tile of the run that was begun.
+    # Also where it fits without tiles, and with the tile of the run that was begun.
     runs = interrupted_at(monkeypatch, -1)
-    told = run(*typed, "--checkpoint-dir", "kept", "--json").json
+    reply = run(*typed, "--checkpoint-dir", "kept", "--json").json
     assert runs == [0]
-    assert told["memory"]["way"] == "tiled (tile 4)"
+    assert reply["memory"]["way"] == "tiled (tile 4)"
     for key in ("tokens", "delta", "ledger") if command == "explain" else ("paths", "kept"):
-        assert told[key] == wanted[key], key
+        assert reply[key] == expected[key], key
 
 
 def test_without_a_folder_nothing_is_kept_and_that_is_said(
@@ -224,8 +228,8 @@ def test_a_stopped_report_keeps_the_result_that_was_to_be_saved(
     assert done.code == Code.INTERRUPTED
     assert os.listdir() == ["r.safetensors"]
     saved = clrp.Attribution.load("r.safetensors").tokens
-    wanted = clrp.attribute(bridge, PROMPT, target=" a", contrast=" b").tokens
-    assert saved.tolist() == wanted.tolist()
+    expected = clrp.attribute(bridge, PROMPT, target=" a", contrast=" b").tokens
+    assert saved.tolist() == expected.tolist()
 
 
 def test_a_folder_belongs_to_one_question_a_kind_of_run(run: Run, folder: Path) -> None:
@@ -239,13 +243,14 @@ def test_a_folder_belongs_to_one_question_a_kind_of_run(run: Run, folder: Path) 
     assert "Give another --checkpoint-dir" in done.err
 
 
-def test_the_plain_way_says_that_it_keeps_nothing(run: Run, folder: Path) -> None:
+def test_an_untiled_run_says_that_it_keeps_nothing(run: Run, folder: Path) -> None:
     done = run(*explained(folder, "--checkpoint-dir", "kept"))
     assert done.code == 0
-    assert "Note: The plain way fits into memory. It keeps nothing in --checkpoint-dir" in done.err
+    assert "Note: The run fits into memory without tiles, so it keeps nothing in" in done.err
+    assert "--checkpoint-dir; with --memory tiled it would." in done.err
     assert not os.path.exists("kept")
     note = run(*asked(folder, "--checkpoint-dir", "kept", "--json")).json["notes"]
-    assert "--memory tiled would" in note[0]
+    assert "with --memory tiled it would" in note[0]
 
 
 def test_ctrl_c_in_a_terminal(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The graph in the reports of ``explain`` and ``demo``: there, left out, or said why not."""
+"""The graph in the reports of ``explain`` and ``demo``: shown, left out, or why there is none."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 from support.cli_runs import FILE, MODEL, PROMPT, Run, asked, built, words
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.cli import make_graph as graph_made
+from tl_contrastive_lrp.cli import make_graph
+from tl_contrastive_lrp.errors import Argument, Message
 
+PLAIN = Argument("memory", "plain")
 SECTION = "Attribution graph: how relevance flows"
 
 
@@ -51,8 +53,8 @@ def test_a_long_prompt_has_a_graph_pruned_on_the_way(
     run: Run, folder: Path, bridge: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n, whole = bridge.to_tokens(PROMPT).shape[1], built(bridge)
-    monkeypatch.setattr(graph_made, "LONG", n - 1)
-    monkeypatch.setattr(graph_made, "REPORT_EDGES", 7)
+    monkeypatch.setattr(make_graph, "LONG", n - 1)
+    monkeypatch.setattr(make_graph, "REPORT_EDGES", 7)
     taken, real = [], clrp.attribution_graph  # the package keeps what it first finds
 
     def watched(*arguments: Any, **options: Any) -> Any:
@@ -74,7 +76,7 @@ def test_a_long_prompt_has_a_graph_pruned_on_the_way(
     assert f"more than {n - 1} tokens ({n})" in done.err
     assert "comes next; --no-graph" in done.err
     assert run(*explained(folder, "--quiet")).err == ""
-    monkeypatch.setattr(graph_made, "LONG", n)
+    monkeypatch.setattr(make_graph, "LONG", n)
     assert run(*explained(folder)).err == ""
 
 
@@ -84,7 +86,7 @@ def test_a_long_prompt_has_a_graph_pruned_on_the_way(
         (clrp.errors.UncoveredComponentError("no closed form"), "no closed form"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
         (MemoryError(), "not enough memory"),
-        (clrp.errors.ModelStateError("not in tiles, try memory='plain'"), "try --memory plain"),
+        (clrp.errors.ModelStateError(Message("not in tiles, try ", PLAIN)), "try --memory plain"),
         (clrp.errors.FileFormatError("another run"), "another run"),
     ],
 )
@@ -97,9 +99,9 @@ def test_a_graph_that_fails_costs_no_report(
     monkeypatch.setattr(
         "tl_contrastive_lrp.graph.assembly.attribution_graph.attribution_graph", fail
     )
-    told = run(*explained(folder, "--json")).json
-    assert message in told["notes"][0]
-    assert told["report"] == "r.html"
+    reply = run(*explained(folder, "--json")).json
+    assert message in reply["notes"][0]
+    assert reply["report"] == "r.html"
     assert SECTION not in Path("r.html").read_text(encoding="utf-8")
     codes = {"no closed form": MODEL, "try --memory plain": MODEL, "another run": FILE}
     assert run(*asked(folder)).code == codes.get(message, 1)

@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from huggingface_hub import errors as hub_errors
 from support.cli_runs import MODEL, PROMPT, TEXT, USAGE, Run, typed_next, words
 from support.hooking import delta, fresh
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from truth.families import SPACE, make_tokenizer, random_tokens
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.cli import model as cli_model
-from tl_contrastive_lrp.cli.errors import words_of
+from tl_contrastive_lrp.cli.errors import message_of
 from tl_contrastive_lrp.errors import ModelStateError, UncoveredComponentError
 
 SIDES = ("--prompt", PROMPT, "--target", " a", "--contrast", " b")
@@ -83,17 +84,17 @@ def truth(model: Any, folder: Path) -> tuple[float, list[float]]:
 def test_an_adapter_is_merged_and_that_is_said(
     run: Run, folder: Path, adapter: Path, with_base: bool
 ) -> None:
-    wanted, tokens = truth(by_hand(folder, adapter), folder)
+    expected, tokens = truth(by_hand(folder, adapter), folder)
     plain, _ = truth(load(folder).eval(), folder)
-    assert abs(wanted - plain) > 0.1
+    assert abs(expected - plain) > 0.1
     base = ("--model", folder) if with_base else ()
-    told = run("explain", *base, "--adapter", adapter, *SIDES, "--json").json
-    assert told["delta"] == pytest.approx(wanted, abs=1e-4)
-    assert [row["relevance"] for row in told["tokens"]] == pytest.approx(tokens, abs=1e-4)
-    assert told["model"] == f"{folder} + {adapter}"
-    assert any("(LORA) is merged into the weights" in note for note in told["notes"])
+    reply = run("explain", *base, "--adapter", adapter, *SIDES, "--json").json
+    assert reply["delta"] == pytest.approx(expected, abs=1e-4)
+    assert [row["relevance"] for row in reply["tokens"]] == pytest.approx(tokens, abs=1e-4)
+    assert reply["model"] == f"{folder} + {adapter}"
+    assert any("(LORA) is merged into the weights" in note for note in reply["notes"])
     done = run("graph", *base, "--adapter", adapter, *SIDES, "--json")
-    assert done.json["delta"] == pytest.approx(wanted, abs=1e-4)
+    assert done.json["delta"] == pytest.approx(expected, abs=1e-4)
     done = run("check", folder, "--adapter", adapter, "--verify", "--json")
     assert done.json["status"] == "covered"
     line = typed_next(run("explain", *base, "--adapter", adapter, "--prompt", PROMPT))
@@ -131,40 +132,40 @@ def test_adapters_that_cannot_be_merged(run: Run, folder: Path, tmp_path: Path) 
 def test_what_to_type_for_an_adapter(
     run: Run, folder: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def said(*arguments: object, code: int = MODEL) -> str:
+    def error_of(*arguments: object, code: int = MODEL) -> str:
         done = run("explain", *arguments, *SIDES)
         assert (done.code, done.out) == (code, ""), done
         assert "Traceback" not in done.err
         return words(done.err.replace("│", " "))
 
-    assert f"holds an adapter, not a whole model. Type --adapter {adapter}" in said(
+    assert f"holds an adapter, not a whole model. Type --adapter {adapter}" in error_of(
         "--model", adapter
     )
-    assert f"It holds a whole model: --model {folder}" in said("--adapter", folder)
+    assert f"It holds a whole model: --model {folder}" in error_of("--adapter", folder)
     done = run("check", adapter)  # and what it says can be typed
     assert f"Type --adapter {adapter}, and leave the model out" in done.err
     done = run("check", "--adapter", adapter, "--json")
     assert (done.code, done.json["status"]) == (0, "covered")
     assert done.json["model"].endswith(f"+ {adapter}")
     done = run("check", "--adapter", folder)
-    assert f"It holds a whole model. Type: tl-contrastive-lrp check {folder}" in done.err
+    assert f"It holds a whole model: tl-contrastive-lrp check {folder}" in done.err
     done = run("check")
     assert (done.code, "Missing argument 'MODEL'" in done.err) == (USAGE, True)
-    assert "There is no folder nowhere" in said("--adapter", "nowhere")
-    assert "Missing option '--model'" in said(code=USAGE)
+    assert "There is no folder nowhere" in error_of("--adapter", "nowhere")
+    assert "Missing option '--model'" in error_of(code=USAGE)
     lost, nameless = tmp_path / "lost", tmp_path / "nameless"
     for path, base in ((lost, "/nowhere/base"), (nameless, None)):
         shutil.copytree(adapter, path)
         settings = json.loads((path / "adapter_config.json").read_text())
         settings["base_model_name_or_path"] = base
         (path / "adapter_config.json").write_text(json.dumps(settings))
-    message = said("--adapter", lost)
+    message = error_of("--adapter", lost)
     assert "There is no folder /nowhere/base" in message
     assert "--model gives another" in message
-    assert "names no base model. Give it with --model" in said("--adapter", nameless)
+    assert "names no base model. Give it with --model" in error_of("--adapter", nameless)
     find = cli_model.find_spec
     monkeypatch.setattr(cli_model, "find_spec", lambda name: None if name == "peft" else find(name))
-    assert 'pip install "tl_contrastive_lrp[adapters]"' in said("--adapter", adapter)
+    assert 'pip install "tl_contrastive_lrp[adapters]"' in error_of("--adapter", adapter)
 
 
 @pytest.mark.parametrize(
@@ -188,12 +189,12 @@ def test_adapters_that_are_not_merged_are_linear(folder: Path, config: Any) -> N
         TransformerBridge.boot_transformers(str(folder), hf_model=inside, device="cpu"),
         PROMPT, target=" a", contrast=" b",
     )  # fmt: skip
-    wanted, merged = truth(adapted.merge_and_unload().eval(), folder)
-    assert found == pytest.approx(wanted, abs=1e-4)
+    expected, merged = truth(adapted.merge_and_unload().eval(), folder)
+    assert found == pytest.approx(expected, abs=1e-4)
     assert tokens == pytest.approx(merged, abs=1e-4)
     assert graph.relevance[0].sum().item() == pytest.approx(sum(merged), abs=1e-3)
     plain, _ = truth(load(folder).eval(), folder)
-    assert abs(wanted - plain) > 1e-2
+    assert abs(expected - plain) > 1e-2
 
 
 def test_a_peft_model_is_told_what_to_type(folder: Path) -> None:
@@ -299,17 +300,17 @@ def test_a_gguf_file_is_dequantised_and_that_is_said(
     done = run("explain", "--model", path, "--prompt", "a b c", "--target", "id:33", "--contrast",
                "id:32", "--json")  # fmt: skip
     assert done.code == 0, done
-    told = done.json
-    assert "The weights of tiny.gguf were dequantised to float32." in told["notes"]
-    ids = torch.tensor([[row["id"] for row in told["tokens"]]])
+    reply = done.json
+    assert "The weights of tiny.gguf were dequantised to float32." in reply["notes"]
+    ids = torch.tensor([[row["id"] for row in reply["tokens"]]])
     with torch.no_grad():
         row = model(ids).logits[0, -1]
-    assert told["delta"] == pytest.approx(float(row[33] - row[32]), abs=1e-4)
+    assert reply["delta"] == pytest.approx(float(row[33] - row[32]), abs=1e-4)
     model.save_pretrained(tmp_path / "same")
     make_tokenizer().save_pretrained(tmp_path / "same")
     bridge = TransformerBridge.boot_transformers(str(tmp_path / "same"), device="cpu")
-    wanted = clrp.attribute(bridge, ids, target=33, contrast=32).tokens.tolist()
-    assert [r["relevance"] for r in told["tokens"]] == pytest.approx(wanted, abs=1e-4)
+    expected = clrp.attribute(bridge, ids, target=33, contrast=32).tokens.tolist()
+    assert [r["relevance"] for r in reply["tokens"]] == pytest.approx(expected, abs=1e-4)
     low = run("explain", "--model", path, "--prompt", "a b c", "--contrast", "id:32", "--dtype",
               "bfloat16", "--json").json  # fmt: skip
     assert "The weights of tiny.gguf were dequantised to bfloat16." in low["notes"]
@@ -342,6 +343,35 @@ def test_gguf_files_that_cannot_be_read(
     done = run("explain", "--model", gguf_file[0], *SIDES)
     assert done.code == MODEL
     assert 'pip install "tl_contrastive_lrp[gguf]"' in done.err
+
+
+# ---- models that cannot be loaded --------------------------------------------------------
+
+
+def _raised_from(cause: Exception) -> OSError:
+    """As transformers wraps errors of the hub."""
+    try:
+        raise OSError("some words of transformers") from cause
+    except OSError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (_raised_from(hub_errors.LocalEntryNotFoundError("x")), "the Hugging Face hub does not"),
+        (hub_errors.OfflineModeIsEnabled("x"), "the Hugging Face hub does not answer"),
+        (
+            _raised_from(hub_errors.GatedRepoError.__new__(hub_errors.GatedRepoError)),
+            "is a gated model",
+        ),
+        (torch.OutOfMemoryError("full"), "does not fit into memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "does not fit into memory"),
+        (OSError("some words"), "cannot be loaded: some words (OSError). Check the name"),
+    ],
+)
+def test_the_reason_is_recognised_by_class(error: Exception, message: str) -> None:
+    assert message in cli_model.why_not_loaded("an/organisation-model", error)
 
 
 # ---- quantised models --------------------------------------------------------------------
@@ -416,7 +446,7 @@ def test_a_quantised_model_names_the_library(
         message = str(info.value)
         assert f"The model is quantised by {library}: model.layers.1.mlp.down_proj" in message
         assert "Load the model unquantised" in message
-        typed = words_of(info.value)  # on the command line nobody types Python
+        typed = message_of(info.value)  # on the command line nobody types Python
         assert "Give the unquantised model." in typed
         assert ("TransformerBridge" in typed) == (library == "bitsandbytes")
         assert ("dequantize(dtype=torch.float32)" in message) == (library == "bitsandbytes")

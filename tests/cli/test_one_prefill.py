@@ -137,10 +137,12 @@ def test_results_of_a_shared_forward_are_those_of_their_own(
     bridge: Any, tile: int | None, order: str
 ) -> None:
     ids = bridge.to_tokens(LONG)
-    way: dict[str, Any] = {"memory": "plain"} if tile is None else {"memory": "tiled", "tile": tile}
+    tiles: dict[str, Any] = {"memory": "plain"}
+    if tile is not None:
+        tiles = {"memory": "tiled", "tile": tile}
     sides = {"target": " a", "contrast": " b"}
-    wanted = clrp.attribute(bridge, ids, **sides, **way, progress=False)
-    graph = clrp.attribution_graph(bridge, ids, **sides, **way, progress=False)
+    expected = clrp.attribute(bridge, ids, **sides, **tiles, progress=False)
+    graph = clrp.attribution_graph(bridge, ids, **sides, **tiles, progress=False)
     with torch.no_grad():
         logits = bridge(ids)[0, -1]
     shared = prepared(bridge, ids, tile=tile)
@@ -152,11 +154,11 @@ def test_results_of_a_shared_forward_are_those_of_their_own(
     else:
         found = clrp.attribute(bridge, ids, **options)
         found_graph = clrp.attribution_graph(bridge, ids, **options)
-    assert torch.equal(found.tokens, wanted.tokens)
-    assert torch.equal(found.resid, wanted.resid)
-    assert torch.equal(found.heads, wanted.heads)
-    assert found.ledger == wanted.ledger
-    assert found.memory == wanted.memory
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.resid, expected.resid)
+    assert torch.equal(found.heads, expected.heads)
+    assert found.ledger == expected.ledger
+    assert found.memory == expected.memory
     assert same(found_graph, graph)
     # The truth is autograd's: gradients at the embeddings under the rules.
     leaf: list[torch.Tensor] = []
@@ -181,8 +183,8 @@ def test_several_objectives_of_a_shared_forward(bridge: Any) -> None:
     for found, objective in zip(
         clrp.attribute_each(bridge, ids, asked, prefilled=shared), asked, strict=True
     ):
-        wanted = clrp.attribute(bridge, ids, objective)
-        assert torch.equal(found.tokens, wanted.tokens)
+        expected = clrp.attribute(bridge, ids, objective)
+        assert torch.equal(found.tokens, expected.tokens)
     assert same(
         clrp.attribution_graph(bridge, ids, asked[0], prefilled=shared),
         clrp.attribution_graph(bridge, ids, asked[0]),
@@ -230,11 +232,11 @@ def test_a_forward_serves_no_changed_model(bridge: Any) -> None:
 def test_a_graph_under_hooks_lets_go_of_the_forward_that_it_cannot_use(bridge: Any) -> None:
     ids, sides = bridge.to_tokens(PROMPT), {"target": " a", "contrast": " b"}
     with bridge.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda x, hook: 2.0 * x)]):  # noqa: ARG005
-        shared, wanted = prepared(bridge, ids), clrp.attribution_graph(bridge, ids, **sides)
+        shared, expected = prepared(bridge, ids), clrp.attribution_graph(bridge, ids, **sides)
         result = clrp.attribute(bridge, ids, **sides, prefilled=shared)
         graph = clrp.attribution_graph(bridge, ids, **sides, prefilled=shared)
-        assert result.delta == graph.delta == wanted.delta
-        torch.testing.assert_close(graph.weight, wanted.weight)
+        assert result.delta == graph.delta == expected.delta
+        torch.testing.assert_close(graph.weight, expected.weight)
         assert not shared.plain.logits.requires_grad
         with pytest.raises(ValueError, match="used up"):
             clrp.attribute(bridge, ids, **sides, prefilled=shared)

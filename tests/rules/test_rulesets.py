@@ -14,7 +14,7 @@ from tl_contrastive_lrp.cli import options
 from tl_contrastive_lrp.cli import retype as command
 from tl_contrastive_lrp.cli.check import check_command
 from tl_contrastive_lrp.cli.graph import graph_command
-from tl_contrastive_lrp.cli.main import demo_command, explain_command
+from tl_contrastive_lrp.cli.main import ExplainOptions, demo_command, explain_command
 from tl_contrastive_lrp.rules.rule_sets import get_rule_set
 
 # norm, activation, softcap, gate, q·k, pattern·v, softmax, temperature: the table of the papers
@@ -122,5 +122,5 @@ def test_the_command_line_spells_them_out_as_they_are() -> None:
     assert {rules.value for rules in options.Rules} == set(clrp.RULE_SETS)
     commands = (explain_command, demo_command, graph_command, check_command)
     assert {default_of(one).value for one in commands} == {clrp.DEFAULT_RULES}
-    typed = {"prompt": "x", "prompt_file": None, "rules": options.Rules(clrp.DEFAULT_RULES)}
-    assert "--rules" not in command.again("explain", typed, "x", target=[], contrast=[])
+    typed = ExplainOptions(prompt="x", rules=options.Rules(clrp.DEFAULT_RULES))
+    assert "--rules" not in command.retyped("explain", typed, "x", target=[], contrast=[])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..files import FileKind, damage_named, read_result, write_result
+from ..files import FileKind, read_result, rebuilding_from, write_result
 from ..graph.picture import view_of
 from ..hooks.coverage import Coverage, coverage_from
 from ..inputs.objective import check_earlier, in_words
@@ -297,7 +297,7 @@ class Attribution:
             True
         """
         tensors, data = read_result(path, _FILE)
-        with damage_named(path):
+        with rebuilding_from(path):
             rows = tuple(LedgerRow(**row) for row in data["ledger"]["rows"])
             data["ledger"] = Ledger(rows, data["ledger"]["delta"])
             data["coverage"] = coverage_from(data["coverage"])
@@ -321,7 +321,7 @@ def report_of(
             ``model_name`` or ``notes``.
 
     Raises:
-        ValueError: a relevance is NaN or infinite.
+        NonFiniteError: a relevance is NaN or infinite.
         TypeError: a field that ``Report`` does not have.
     """
     report = Report(

@@ -1,115 +1,104 @@
-"""What was asked: from typed options to a model, a prompt and two tokens, or to the candidates."""
+"""From the options of a command to a model and a question, or to the candidates to choose from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from .errors import Code
+from .errors import Code, in_shell
 from .memory import MemoryOptions
 from .model import is_local, load_model, quiet_libraries
+from .options import QuestionOptions
 from .output import Output
 from .print_attribution import candidate_rows, print_candidates, print_json
 from .prompt import check_text, prompt_ids, read_prompt, special_notes, token_ids, token_word
-from .question import CANDIDATES, Question, T, question_of
-from .retype import again
+from .question import N_CANDIDATES, Question, question_of
+from .retype import retyped
 from .terminal import print_err, print_out, progress
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
 
-
-def check_typed(typed: dict[str, Any]) -> None:
-    """Refuse options that contradict each other, before anything is read.
-
-    Raises:
-        typer.BadParameter: they do.
-    """
-    if typed["model"] is None and typed["adapter"] is None:
-        raise typer.BadParameter("Missing option '--model'.")
-    if (typed["prompt"] is None) == (typed["prompt_file"] is None):
-        raise typer.BadParameter("Give the prompt with either --prompt or --prompt-file.")
-    if not typed["chat"] and (typed["system"] is not None or typed["answer"]):
-        raise typer.BadParameter("--system and --answer go with --chat.")
-    if typed["chat"] and typed["prepend_bos"] is not None:
-        raise typer.BadParameter(
-            "--bos and --no-bos are for a prompt without --chat: the chat template "
-            "says whether it begins with the BOS token."
-        )
+T = TypeVar("T")
 
 
 def ask(
     command: str,
-    typed: dict[str, Any],
+    options: QuestionOptions,
     output: Output,
-    way: MemoryOptions,
+    memory: MemoryOptions,
     forward: Callable[[Any, Tensor], tuple[Tensor, T]],
 ) -> tuple[Any, Question, T]:
-    """The model and the question that the options of ``command`` name.
+    """Load the model and put the question that the options name.
 
     Args:
         command: "explain" or "graph".
-        typed: Its options by name.
-        output: How much is said.
-        way: How memory is used.
-        forward: Runs the prompt's one forward, of (model, token ids [1, pos]); gives the logits
-            [vocab] at the position, and what the command goes on with.
+        options: Its options.
+        output: Where results go, and how much is printed.
+        memory: How memory may be used.
+        forward: Runs the prompt's one forward, given the model and the token ids [1, pos]; returns
+            the logits [vocab] at the position, and what the command continues with.
 
     Returns:
-        The model, the question, and what ``forward`` gave.
+        The model, the question, and what ``forward`` returned beside the logits.
 
     Raises:
-        typer.Exit: no contrast was given; the candidates and a command to type are printed.
-        CliError, TokenError, PromptError: see their messages.
+        typer.Exit: No contrast was given, so candidates and a command to type were printed.
+        CliError, TokenError, PromptError: The prompt, a token or the model is not usable.
     """
-    text = read_prompt(typed["prompt"], typed["prompt_file"], typed["strip_newline"])
-    check_text(typed["system"], "system message")
-    check_text(typed["answer"], "answer")
+    text = read_prompt(options.prompt, options.prompt_file, options.strip_newline)
+    check_text(options.system, "system message")
+    check_text(options.answer, "answer")
     output.check()
-    way.check()
-    name, adapter, device = typed["model"], typed["adapter"], typed["device"]
-    where = "" if is_local(name or adapter) else " (the first use downloads it)"
-    with progress(f"Loading {name or adapter}{where}", output.spins):
-        loaded = load_model(name, device.value if device else None, typed["dtype"].value, adapter)
-        model, name = loaded.bridge, loaded.name
+    memory.check()
+    name = options.model or options.adapter or ""
+    remark = "" if is_local(name) else " (the first use downloads it)"
+    with progress(f"Loading {name}{remark}", output.shows_progress):
+        device = options.device.value if options.device else None
+        loaded = load_model(options.model, device, options.dtype.value, options.adapter)
+        model = loaded.bridge
         from ..attribution.candidates import candidate_table
 
     with quiet_libraries():  # a long prompt makes the tokenizer write to stderr
-        given = prompt_ids(
+        prompt = prompt_ids(
             model,
             text,
-            chat=typed["chat"],
-            system=typed["system"],
-            answer=typed["answer"],
-            prepend_bos=typed["prepend_bos"],
+            chat=options.chat,
+            system=options.system,
+            answer=options.answer,
+            prepend_bos=options.prepend_bos,
         )
-    tokens = given.tokens
-    target = token_ids(model, typed["target"], "target") if typed["target"] else ()
-    contrast = token_ids(model, typed["contrast"], "contrast") if typed["contrast"] else ()
+    tokens = prompt.tokens
+    target = token_ids(model, options.target, "target") if options.target else ()
+    contrast = token_ids(model, options.contrast, "contrast") if options.contrast else ()
     if contrast:
-        logits, ready = forward(model, tokens)
+        logits, prepared = forward(model, tokens)
     else:  # only the candidates are shown
-        logits, ready = next_logits(model, tokens, typed["pos"], output, way), None
-    candidates = candidate_table(model, logits, CANDIDATES)
+        logits, prepared = _next_logits(model, tokens, options.pos, output, memory), None
+    candidates = candidate_table(model, logits, N_CANDIDATES)
     ids = [int(i) for i in candidates["id"]]
-    notes = [*loaded.notes, *_notes(model, text, typed, tokens[0].tolist(), candidates)]
+    notes = [*loaded.notes, *_notes(model, text, options, tokens[0].tolist(), candidates)]
+    notes = [in_shell(note) for note in notes]
     if not output.quiet:
         for note in notes:
             print_err(f"Note: {note}")
-    if ready is None:
-        other = next(i for i in ids if i not in (target or ids[:1]))
-        line = again(
+    if prepared is None:
+        alternative = next(i for i in ids if i not in (target or ids[:1]))
+        line = retyped(
             command,
-            typed,
+            options,
             text,
-            target=typed["target"] or [token_word(model, ids[0])],
-            contrast=[token_word(model, other)],
+            target=options.target or [token_word(model, ids[0])],
+            contrast=[token_word(model, alternative)],
         )
-        _show_candidates(
-            typed | {"model": name}, candidates, line, int(typed["pos"]) % tokens.shape[1], notes
-        )
+        if output.as_json:
+            pos = options.pos % tokens.shape[1]
+            print_json(_candidates_as_json(loaded.name, candidates, line, pos, notes))
+        else:
+            _print_choice(candidates, line)
         raise typer.Exit(Code.PROMPT)
     question = question_of(
         model,
@@ -117,41 +106,47 @@ def ask(
         logits,
         target or (ids[0],),
         contrast,
-        pos=typed["pos"],
-        model_name=name,
-        prepended_bos=given.prepended_bos,
+        pos=options.pos,
+        model_name=loaded.name,
+        prepended_bos=prompt.prepended_bos,
         notes=notes,
     )
-    return model, question, ready
+    return model, question, prepared
 
 
-def next_logits(model: Any, tokens: Tensor, pos: int, output: Output, way: MemoryOptions) -> Tensor:
-    """The logits [vocab] at a position, in tiles where the prompt is explained in tiles."""
+def _next_logits(
+    model: Any, tokens: Tensor, pos: int, output: Output, memory: MemoryOptions
+) -> Tensor:
+    """The logits [vocab] at a position, in tiles where the prompt would be explained in tiles."""
     from ..attribution.candidates import logits_at
-    from ..engine.memory import choose
+    from ..engine.memory import plan_memory
 
-    tiles = choose(model, tokens.shape[1], way.memory, way.tile).tile is not None
-    with progress("Asking the model for its next token", output.spins and not tiles):
-        return logits_at(model, tokens, pos, way.memory, way.tile, progress=output.spins)
+    plan = plan_memory(model, tokens.shape[1], memory.memory, memory.tile)
+    with progress(
+        "Asking the model for its next token", output.shows_progress and plan.tile is None
+    ):
+        return logits_at(
+            model, tokens, pos, memory.memory, memory.tile, progress=output.shows_progress
+        )
 
 
 def _notes(
-    model: Any, text: str, typed: dict[str, Any], ids: list[int], candidates: Any
+    model: Any, text: str, options: QuestionOptions, ids: list[int], candidates: pd.DataFrame
 ) -> list[str]:
-    """What the user may have meant otherwise."""
+    """Notes on what the user may have meant otherwise."""
     notes = []
-    if typed["prompt_file"] and text.endswith("\n") and not typed["strip_newline"]:
+    if options.prompt_file and text.endswith("\n") and not options.strip_newline:
         notes.append(
             "The file's last newline is part of the prompt; --strip-newline leaves it out."
         )
-    if not typed["chat"]:
-        notes += special_notes(model, text, typed["prepend_bos"])
+    if not options.chat:
+        notes += special_notes(model, text, options.prepend_bos)
     bos = model.tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos] and typed["prepend_bos"] is None:
+    if bos is not None and ids[:2] == [bos, bos] and options.prepend_bos is None:
         notes.append("The prompt begins with two BOS tokens: leave the BOS out of its text.")
     likely = set(candidates["token"])
-    for role in ("target", "contrast"):
-        for word in typed[role] or ():
+    for role, words in (("target", options.target), ("contrast", options.contrast)):
+        for word in words or ():
             if word not in likely and f" {word}" in likely:
                 notes.append(
                     f"The {role} is {word!r}; the model's likely token is {' ' + word!r}, with a "
@@ -160,24 +155,25 @@ def _notes(
     return notes
 
 
-def _show_candidates(
-    typed: dict[str, Any], candidates: Any, command: str, pos: int, notes: list[str]
-) -> None:
+def _candidates_as_json(
+    model_name: str, candidates: pd.DataFrame, command: str, pos: int, notes: list[str]
+) -> dict[str, Any]:
+    """The JSON object where no contrast was given."""
     from .. import __version__
 
-    if typed["json"]:
-        print_json(
-            {
-                "status": "needs_contrast",
-                "version": __version__,
-                "model": typed["model"],
-                "pos": pos,
-                "candidates": candidate_rows(candidates),
-                "command": command,
-                "notes": notes,
-            }
-        )
-        return
+    return {
+        "status": "needs_contrast",
+        "version": __version__,
+        "model": model_name,
+        "pos": pos,
+        "candidates": candidate_rows(candidates),
+        "command": command,
+        "notes": notes,
+    }
+
+
+def _print_choice(candidates: pd.DataFrame, command: str) -> None:
+    """Print the candidates for a contrast, and a command that names one of them."""
     print_out("The model's likeliest next tokens:")
     print_candidates(candidates)
     print_out(

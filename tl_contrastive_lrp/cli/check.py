@@ -1,19 +1,21 @@
-"""``check``: is this model covered, and, on request, is its relevance right?"""
+"""The command ``check``: is this model covered, and, on request, is its relevance right?"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import Argument
 from . import options as o
-from .errors import CliError, Code, exit_codes, words_of
+from .errors import CliError, Code, as_option, exit_codes, in_shell, message_of
 from .model import Loaded, checked_device, load_model, quiet_libraries
 from .print_attribution import finite, print_json
 from .prompt import special_notes
-from .terminal import print_err, print_out, progress, table
+from .retype import PROGRAM
+from .terminal import print_err, print_out, progress, shell_word, table
 
 if TYPE_CHECKING:
     from ..evaluation.verification.verify import Verification
@@ -28,14 +30,6 @@ ModelArgument = Annotated[
         show_default=False,
     ),
 ]
-# Here the model is an argument; messages of ``load_model`` know it as an option.
-_AS_ARGUMENT = {
-    "It holds a whole model: --model ": "It holds a whole model. Type: tl-contrastive-lrp check ",
-    "--model gives another": "the argument MODEL gives another",
-    "Give it with --model": "Give it as the argument MODEL",
-    "and --model is ": "and the model given is ",
-    "Give the unquantised model with --model": "Give the unquantised model",
-}
 VerifyOption = Annotated[
     bool, typer.Option("--verify", help="Measure on a prompt whether relevance is right.")
 ]
@@ -52,20 +46,54 @@ CheckPromptOption = Annotated[
 ]
 
 
-def check_command(
-    model: ModelArgument = None,
-    adapter: o.AdapterOption = None,
-    verify: VerifyOption = False,
-    prompt: CheckPromptOption = None,
-    prepend_bos: o.PrependBosOption = None,
-    rules: o.RulesOption = o.DEFAULT_RULES,
-    config_only: ConfigOnlyOption = False,
-    device: o.DeviceOption = None,
-    dtype: o.DtypeOption = o.Dtype.FLOAT32,
-    json: o.JsonOption = False,
-    quiet: o.QuietOption = False,
-    debug: o.DebugOption = False,
-) -> None:
+@dataclass(frozen=True, eq=False, repr=False)
+class CheckOptions:
+    """The options of ``check``."""
+
+    model: ModelArgument = None
+    adapter: o.AdapterOption = None
+    verify: VerifyOption = False
+    prompt: CheckPromptOption = None
+    prepend_bos: o.PrependBosOption = None
+    rules: o.RulesOption = o.DEFAULT_RULES
+    config_only: ConfigOnlyOption = False
+    device: o.DeviceOption = None
+    dtype: o.DtypeOption = o.Dtype.FLOAT32
+    json: o.JsonOption = False
+    quiet: o.QuietOption = False
+    debug: o.DebugOption = False
+
+    def check(self) -> None:
+        """Refuse options that contradict each other, before anything is read.
+
+        Raises:
+            typer.BadParameter: They contradict each other.
+        """
+        if self.model is None and self.adapter is None:
+            raise typer.BadParameter("Missing argument 'MODEL'.")
+        if self.adapter is not None and self.config_only:
+            raise typer.BadParameter(
+                "--adapter needs the weights: it does not go with --config-only."
+            )
+        if self.prompt is not None and not self.verify:
+            raise typer.BadParameter("--prompt is for --verify; add it.")
+        if self.prompt == "":
+            raise typer.BadParameter("--prompt is empty.")
+        if self.prepend_bos is not None and self.prompt is None:
+            raise typer.BadParameter("--bos and --no-bos go with --prompt.")
+
+
+def _spelled(argument: Argument) -> str:
+    """Spell an argument of the library; here the model is no option."""
+    if argument.name != "model":
+        return as_option(argument)
+    if argument.value is None:
+        return "the argument MODEL"
+    return f"{PROGRAM} check {shell_word(str(argument.value))}"
+
+
+@o.takes_options
+def check_command(options: CheckOptions) -> None:
     """Is a model covered? List its operations, their rules, and what no rule covers.
 
     Every operation between logits and embeddings must be linear or have a rule; otherwise the
@@ -79,197 +107,225 @@ def check_command(
     gradient by rule); *verification* (null, or *verdict, objective, n_tokens, checks*: *name,
     verdict, figure, limit, says*); *notes*.
     """
-    if model is None and adapter is None:
-        raise typer.BadParameter("Missing argument 'MODEL'.")
-    if adapter is not None and config_only:
-        raise typer.BadParameter("--adapter needs the weights: it does not go with --config-only.")
-    if prompt is not None and not verify:
-        raise typer.BadParameter("--prompt is for --verify; add it.")
-    if prompt == "":
-        raise typer.BadParameter("--prompt is empty.")
-    if prepend_bos is not None and prompt is None:
-        raise typer.BadParameter("--bos and --no-bos go with --prompt.")
-    with exit_codes(debug):
-        spins = not (quiet or json)
-        with progress("Loading the model", spins):
-            loaded, random = _load(model, config_only, device, dtype.value, adapter)
-            bridge, notes = loaded.bridge, loaded.notes
-        if prompt is not None and random:
+    options.check()
+    rules, prompt = options.rules.value, options.prompt
+    with exit_codes(options.debug, _spelled):
+        shows_progress = not (options.quiet or options.json)
+        with progress("Loading the model", shows_progress):
+            loaded, is_random = _load(options)
+            model, notes = loaded.bridge, loaded.notes
+        if prompt is not None and is_random:
             raise CliError(
                 Code.USAGE, "There is no tokenizer with random weights: leave --prompt out."
             )
         if prompt is not None:
-            notes = (*notes, *special_notes(bridge, prompt, prepend_bos))
-        with progress("Following every operation", spins):
-            coverage, audit, why = _examined(bridge, rules.value)
+            notes = (*notes, *special_notes(model, prompt, options.prepend_bos))
+        with progress("Following every operation", shows_progress):
+            examined = _examine(model, rules)
         verification = None
-        if verify and why is None and audit is not None and audit.clean:
-            with progress("Measuring", spins):
-                verification = _verified(bridge, prompt, rules.value, prepend_bos)
-        found = _Checked(bridge, rules.value, dtype.value, coverage, audit, why, verification)
-        if json:
-            print_json(found.as_json(loaded.name, "random" if random else "checkpoint", notes))
+        if options.verify and examined.is_covered:
+            with progress("Measuring", shows_progress):
+                verification = _verify(model, prompt, rules, options.prepend_bos)
+        report = _Report(
+            name=loaded.name,
+            model_class=type(model.original_model).__name__,
+            rules=rules,
+            dtype=options.dtype.value,
+            device=str(next(iter(model.original_model.parameters())).device),
+            has_random_weights=is_random,
+            examined=examined,
+            verification=verification,
+            notes=tuple(in_shell(note, _spelled) for note in notes),
+        )
+        if options.json:
+            print_json(report.as_json())
         else:
-            found.print(loaded.name, notes, quiet)
-        if not found.good:
+            report.print(options.quiet)
+        if not report.passed:
             raise typer.Exit(Code.MODEL)
 
 
-def _load(
-    name: str | None, config_only: bool, device: o.Device | None, dtype: str, adapter: str | None
-) -> tuple[Loaded, bool]:
-    """The model, and whether its weights are random.
+def _load(options: CheckOptions) -> tuple[Loaded, bool]:
+    """Load the model, or make one with random weights.
+
+    Returns:
+        The model, and whether its weights are random.
 
     Raises:
-        CliError: as ``load_model`` and ``sketch``.
+        CliError: As ``load_model`` and ``random_model``.
     """
-    from .random_model import has_weights, sketch
+    from .random_model import has_weights, random_model
 
-    where = None if device is None else device.value
-    if name is not None and (config_only or (adapter is None and not has_weights(name))):
-        made = sketch(name, checked_device(where, dtype), dtype)
-        return Loaded(made.bridge, name, made.notes), True
-    try:
-        loaded = load_model(name, where, dtype, adapter)
-    except CliError as error:
-        raise CliError(error.code, _as_argument(str(error))) from error
-    return replace(loaded, notes=tuple(map(_as_argument, loaded.notes))), False
+    name, adapter, dtype = options.model, options.adapter, options.dtype.value
+    device = None if options.device is None else options.device.value
+    if name is not None and (options.config_only or (adapter is None and not has_weights(name))):
+        return random_model(name, checked_device(device, dtype), dtype), True
+    return load_model(name, device, dtype, adapter), False
 
 
-def _as_argument(message: str) -> str:
-    for option, argument in _AS_ARGUMENT.items():
-        message = message.replace(option, argument)
-    return message
+@dataclass(frozen=True)
+class _Examined:
+    """Which rule covers each component, and the audit; or why the model is refused."""
+
+    coverage: Coverage | None = None
+    audit: Audit | None = None
+    refusal: str = ""
+
+    @property
+    def is_covered(self) -> bool:
+        return self.audit is not None and self.audit.clean
 
 
-def _examined(bridge: Any, rules: str) -> tuple[Coverage | None, Audit | None, str | None]:
-    """The coverage, the audit, and why there is none."""
+def _examine(model: Any, rules: str) -> _Examined:
+    """Place the rules, and follow every operation of a forward."""
     from ..errors import UncoveredComponentError
     from ..hooks.audit.audit import audit
     from ..hooks.placement import place
 
     try:
         with quiet_libraries():
-            _, coverage = place(bridge, rules)
-            return coverage, audit(bridge), None
+            _, coverage = place(model, rules)
+            return _Examined(coverage, audit(model))
     except UncoveredComponentError as error:
-        return None, None, words_of(error)
+        return _Examined(refusal=message_of(error, _spelled))
 
 
-def _verified(
-    bridge: Any, prompt: str | None, rules: str, prepend_bos: bool | None
-) -> Verification:
+def _verify(model: Any, prompt: str | None, rules: str, prepend_bos: bool | None) -> Verification:
+    """Verify on the prompt, or on a few arbitrary tokens."""
     import torch
 
     from ..evaluation.verification.verify import verify
 
-    ids: Any = prompt
+    text_or_ids: Any = prompt
     if prompt is None:
-        n = min(12, int(bridge.cfg.n_ctx))
-        ids = (torch.arange(n) * 7 + 3) % int(bridge.cfg.d_vocab)
-        ids = ids.to(next(iter(bridge.original_model.parameters())).device)
+        n = min(12, int(model.cfg.n_ctx))
+        text_or_ids = (torch.arange(n) * 7 + 3) % int(model.cfg.d_vocab)
+        text_or_ids = text_or_ids.to(next(iter(model.original_model.parameters())).device)
     with quiet_libraries():
-        return verify(bridge, ids, rules, prepend_bos=prepend_bos)
+        return verify(model, text_or_ids, rules, prepend_bos=prepend_bos)
 
 
-class _Checked:
-    """What was found, and how it is told."""
+@dataclass(frozen=True)
+class _Report:
+    """What the command prints.
 
-    def __init__(
-        self,
-        bridge: Any,
-        rules: str,
-        dtype: str,
-        coverage: Coverage | None,
-        audit: Audit | None,
-        why: str | None,
-        verification: Verification | None,
-    ) -> None:
-        self.bridge, self.rules, self.dtype = bridge, rules, dtype
-        self.coverage, self.audit, self.why = coverage, audit, why
-        self.verification = verification
-        self.covered = why is None and audit is not None and audit.clean
+    Attributes:
+        name: Name of the model.
+        model_class: Its class in transformers.
+        rules: Name of the rule set.
+        dtype: Floating-point type of the weights.
+        device: The device it is on.
+        has_random_weights: Whether it was made from its configuration alone.
+        examined: Coverage and audit.
+        verification: What was measured, if asked for.
+        notes: What the user may not have expected.
+    """
+
+    name: str
+    model_class: str
+    rules: str
+    dtype: str
+    device: str
+    has_random_weights: bool
+    examined: _Examined
+    verification: Verification | None
+    notes: tuple[str, ...]
 
     @property
-    def good(self) -> bool:
+    def passed(self) -> bool:
+        """Whether the model is covered and no check failed."""
         failed = self.verification is not None and self.verification.verdict == "failed"
-        return self.covered and not failed
+        return self.examined.is_covered and not failed
 
-    def print(self, name: str, notes: tuple[str, ...], quiet: bool) -> None:
-        kind = type(self.bridge.original_model).__name__
-        status = "covered" if self.covered else "not covered"
-        print_out(f"{name} ({kind}): {status}, rules {self.rules}, {self.dtype}")
-        if self.coverage is not None and self.covered:
+    def print(self, quiet: bool) -> None:
+        """Print the report as text."""
+        examined = self.examined
+        status = "covered" if examined.is_covered else "not covered"
+        print_out(f"{self.name} ({self.model_class}): {status}, rules {self.rules}, {self.dtype}")
+        if examined.coverage is not None and examined.is_covered:
             headings = ("component", "operation", "rule", "attached")
-            rows = [[getattr(row, h) for h in headings] for row in self.coverage.summary()]
+            rows = [[getattr(row, h) for h in headings] for row in examined.coverage.summary()]
             table([(heading, False) for heading in headings], rows)
-        if self.why is not None:
-            print_out(self.why)
-        elif self.audit is not None:
-            self._print_audit(self.audit)
+        if examined.refusal:
+            print_out(examined.refusal)
+        elif examined.audit is not None:
+            _print_audit(examined.audit)
         if self.verification is not None:
-            self._print_verification(self.verification)
+            _print_verification(self.verification)
         if not quiet:
-            for note in notes:
+            for note in self.notes:
                 print_err(f"Note: {note}")
 
-    def _print_audit(self, audit: Audit) -> None:
-        if audit.clean:
-            n = sum(audit.counts.values())
-            print_out(
-                f"Each of {n} operations between logits and embeddings is linear or has its rule."
-            )
-            return
-        print_out("No rule covers these, so relevance through them would be made up:")
-        table(
-            [("component", False), ("class", False), ("operation", False), ("why", False)],
-            [tuple(vars(f).values()) for f in audit.summary()],
-        )
-
-    def _print_verification(self, verification: Verification) -> None:
-        print_out(f"Verified on {verification.n_tokens} tokens, {verification.objective}:")
-        table(
-            [("check", False), ("verdict", False), ("figure", True), ("", False)],
-            [
-                (c.name, c.verdict, "-" if math.isnan(c.figure) else f"{c.figure:.2g}", c.says)
-                for c in verification.checks
-            ],
-        )
-
-    def as_json(self, name: str, weights: str, notes: tuple[str, ...]) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
+        """The JSON object of ``--json``; the command's help text documents it."""
         from .. import __version__
 
-        audit, v = self.audit, self.verification
+        coverage, audit = self.examined.coverage, self.examined.audit
         findings = [vars(f) for f in audit.findings] if audit is not None else []
-        if self.why is not None:
+        if self.examined.refusal:
             findings = [
-                {"component": "model", "module_class": "", "operation": "", "why": self.why}
+                {
+                    "component": "model",
+                    "module_class": "",
+                    "operation": "",
+                    "why": self.examined.refusal,
+                }
             ]
         return {
-            "status": "covered" if self.covered else "refused",
+            "status": "covered" if self.examined.is_covered else "refused",
             "version": __version__,
-            "model": name,
-            "class": type(self.bridge.original_model).__name__,
+            "model": self.name,
+            "class": self.model_class,
             "rules": self.rules,
             "dtype": self.dtype,
-            "device": str(next(iter(self.bridge.original_model.parameters())).device),
-            "weights": weights,
+            "device": self.device,
+            "weights": "random" if self.has_random_weights else "checkpoint",
             "operations": sum(audit.counts.values()) if audit is not None else 0,
-            "coverage": [] if self.coverage is None else [vars(r) for r in self.coverage.rows],
+            "coverage": [] if coverage is None else [vars(r) for r in coverage.rows],
             "findings": findings,
             "ordinary": [
-                {"component": c, "operation": op} for c, op in (audit.ordinary if audit else ())
+                {"component": component, "operation": operation}
+                for component, operation in (audit.ordinary if audit else ())
             ],
-            "verification": None
-            if v is None
-            else {
-                "verdict": v.verdict,
-                "objective": v.objective,
-                "n_tokens": v.n_tokens,
-                "checks": [
-                    vars(c) | {"figure": finite(c.figure), "limit": finite(c.limit)}
-                    for c in v.checks
-                ],
-            },
-            "notes": list(notes),
+            "verification": _verification_as_json(self.verification),
+            "notes": list(self.notes),
         }
+
+
+def _print_audit(audit: Audit) -> None:
+    if audit.clean:
+        n = sum(audit.counts.values())
+        print_out(
+            f"Each of {n} operations between logits and embeddings is linear or has its rule."
+        )
+        return
+    print_out("No rule covers these, so relevance through them would be made up:")
+    table(
+        [("component", False), ("class", False), ("operation", False), ("why", False)],
+        [tuple(vars(f).values()) for f in audit.summary()],
+    )
+
+
+def _print_verification(verification: Verification) -> None:
+    print_out(f"Verified on {verification.n_tokens} tokens, {verification.objective}:")
+    table(
+        [("check", False), ("verdict", False), ("figure", True), ("", False)],
+        [
+            (c.name, c.verdict, "-" if math.isnan(c.figure) else f"{c.figure:.2g}", c.says)
+            for c in verification.checks
+        ],
+    )
+
+
+def _verification_as_json(verification: Verification | None) -> dict[str, Any] | None:
+    if verification is None:
+        return None
+    return {
+        "verdict": verification.verdict,
+        "objective": verification.objective,
+        "n_tokens": verification.n_tokens,
+        "checks": [
+            vars(c) | {"figure": finite(c.figure), "limit": finite(c.limit)}
+            for c in verification.checks
+        ],
+    }

@@ -1,4 +1,4 @@
-"""The demo: a failure of the shipped model, explained, and held against what decides it."""
+"""The command ``demo``: a failure of the shipped model explained, and compared with its cause."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..demo import DemoCase
 
 DECISIVE_TOP = 5
-_LONG = 300  # characters of a prompt shown in the terminal
+_MOST_CHARACTERS = 300  # of a prompt, in the terminal
 
 
 def _cases(kind: str | None) -> tuple[DemoCase, ...]:
@@ -32,7 +32,7 @@ def _cases(kind: str | None) -> tuple[DemoCase, ...]:
 
 
 def list_failures(kind: str | None, json: bool) -> None:
-    """The failures, numbered as ``--case`` takes them."""
+    """Print the failures, numbered as ``--case`` takes them."""
     cases = _cases(kind)
     if json:
         rows = [
@@ -64,10 +64,14 @@ def list_failures(kind: str | None, json: bool) -> None:
 
 
 def choose(case: str | None, kind: str | None) -> DemoCase:
-    """The case of that id, or of that number in ``--list``; by default one that shows well.
+    """Find a case.
+
+    Args:
+        case: Its id, or its number in ``--list``; None for a short one with a clear preference.
+        kind: Look only among cases of this kind.
 
     Raises:
-        CliError: there is no such case.
+        CliError: There is no such case.
     """
     cases = _cases(kind)
     if case is None:
@@ -83,9 +87,9 @@ def choose(case: str | None, kind: str | None) -> DemoCase:
     else:
         from ..demo import load_demo_cases
 
-        found = [c for c in load_demo_cases(kind, failed=None) if c.id == case]
-        if found:
-            return found[0]
+        cases_by_id = {c.id: c for c in load_demo_cases(kind, failed=None)}
+        if case in cases_by_id:
+            return cases_by_id[case]
     among = f" among the {len(cases)} of kind {kind}" if kind else f" among the {len(cases)}"
     raise CliError(
         Code.PROMPT, f"There is no case {case}{among}. tl-contrastive-lrp demo --list shows them."
@@ -93,29 +97,43 @@ def choose(case: str | None, kind: str | None) -> DemoCase:
 
 
 def _short(text: str) -> str:
+    """One line of a text, without its middle if it is long."""
     words = shown(text).strip()
-    if len(words) <= _LONG:
+    if len(words) <= _MOST_CHARACTERS:
         return words
-    half = _LONG // 2
+    half = _MOST_CHARACTERS // 2
     return f"{words[:half]} […] {words[-half:]}"
 
 
-def run(case_name: str | None, kind: str | None, rules: str, output: Output, graph: bool) -> None:
-    """Explain one case and print it."""
-    case = choose(case_name, kind)
+def explain_case(
+    name: str | None, kind: str | None, *, rules: str, output: Output, with_graph: bool
+) -> None:
+    """Explain one case and print it.
+
+    Args:
+        name: Id or number of the case; None for one that shows well.
+        kind: Choose among cases of this kind.
+        rules: Name of a rule set.
+        output: Where results go.
+        with_graph: Whether the report, if there is one, shows the attribution graph.
+
+    Raises:
+        CliError: There is no such case, or the installation is incomplete.
+    """
+    case = choose(name, kind)
     import torch
 
     from ..demo import load_demo_model
     from ..inputs.bos import tokenised
     from ..inputs.tokens import model_device
 
-    with progress("Loading the demo model", output.spins), quiet_libraries():
+    with progress("Loading the demo model", output.shows_progress), quiet_libraries():
         try:
             model: Any = load_demo_model(device="cpu")
         except FileNotFoundError as error:
             raise CliError(Code.MODEL, f"{str(error)[:1].upper()}{str(error)[1:]}") from error
-    given = tokenised(model, case.prompt)
-    tokens = torch.tensor([given.ids], device=model_device(model))
+    prompt = tokenised(model, case.prompt)
+    tokens = torch.tensor([prompt.ids], device=model_device(model))
     if tokens.shape[1] != case.n_tokens:
         raise CliError(
             Code.UNEXPECTED,
@@ -123,7 +141,13 @@ def run(case_name: str | None, kind: str | None, rules: str, output: Output, gra
             f"{case.n_tokens}: model and cases of this installation do not belong together.",
         )
     prepared = prepare(
-        model, tokens, -1, rules=rules, output=output, way=MemoryOptions(), graph=graph
+        model,
+        tokens,
+        -1,
+        rules=rules,
+        output=output,
+        memory=MemoryOptions(),
+        with_graph=with_graph,
     )
     question = question_of(
         model,
@@ -133,7 +157,7 @@ def run(case_name: str | None, kind: str | None, rules: str, output: Output, gra
         (case.contrast_id,),
         pos=-1,
         model_name="demo model",
-        prepended_bos=given.prepended_bos,
+        prepended_bos=prompt.prepended_bos,
     )
     explained = explain(model, question, prepared, rules=rules, output=output)
     ranking = [int(pos) for pos in explained.result.top(case.n_tokens)["pos"]]
@@ -148,8 +172,8 @@ def run(case_name: str | None, kind: str | None, rules: str, output: Output, gra
     ]
     if output.as_json:
         names = ("id", "kind", "family", "user", "answer", "model_answer")
-        told = {name: getattr(case, name) for name in names}
-        print_json(as_json(explained, output) | {"case": told | {"decisive": decisive}})
+        facts = {name: getattr(case, name) for name in names}
+        print_json(as_json(explained, output) | {"case": facts | {"decisive": decisive}})
         return
     print_out(f"Case {case.id}")
     print_out(f"Prompt:       {_short(case.user)}")
@@ -163,15 +187,15 @@ def run(case_name: str | None, kind: str | None, rules: str, output: Output, gra
 
 
 def _print_decisive(decisive: list[dict[str, Any]]) -> None:
-    """Which positions decide the answer, and where the ranking has them."""
-    some = sorted(decisive, key=lambda row: int(row["rank"]))
+    """Print which positions decide the answer, and their ranks by |relevance|."""
+    by_rank = sorted(decisive, key=lambda row: int(row["rank"]))
     words = ", ".join(
-        f"{row['pos']} «{shown(row['token'])}» (rank {row['rank']})" for row in some[:8]
+        f"{row['pos']} «{shown(row['token'])}» (rank {row['rank']})" for row in by_rank[:8]
     )
-    more = f" and {len(some) - 8} more" if len(some) > 8 else ""
-    hits = sum(bool(row["in_top_5"]) for row in some)
+    more = f" and {len(by_rank) - 8} more" if len(by_rank) > 8 else ""
+    hits = sum(bool(row["in_top_5"]) for row in by_rank)
     print_out(f"What decides this case, by how it was made: position {words}{more}.")
-    if len(some) == 1:
+    if len(by_rank) == 1:
         print_out(f"It is {'' if hits else 'not '}among the {DECISIVE_TOP} strongest tokens.")
     else:
-        print_out(f"{hits} of these {len(some)} among the {DECISIVE_TOP} strongest tokens.")
+        print_out(f"{hits} of these {len(by_rank)} among the {DECISIVE_TOP} strongest tokens.")

@@ -1,29 +1,36 @@
-"""What the command's exit codes mean, and how an error becomes one of them."""
+"""The command line's exit codes, and how errors become messages and exit codes."""
 
 from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 
 import typer
 
 from ..errors import (
+    Argument,
     FileFormatError,
+    Message,
     ModelStateError,
+    NonFiniteError,
     PromptError,
     TokenError,
     UncoveredComponentError,
     VersionError,
+    is_out_of_memory,
 )
 from ..inputs.versions import require_transformer_lens
+from .retype import spelled_option
 from .terminal import print_err
+
+Spelling = Callable[[Argument], str]
 
 
 class Code(IntEnum):
-    """Exit codes. 2 is the command line's own, for options that make no sense."""
+    """Exit codes; Typer itself exits with 2 where options are unknown or malformed."""
 
     DONE = 0
     UNEXPECTED = 1
@@ -35,7 +42,7 @@ class Code(IntEnum):
 
 
 class CliError(Exception):
-    """An expected error: one message for the user, and the exit code."""
+    """An expected error: its message for the user and its exit code."""
 
     def __init__(self, code: Code, message: str) -> None:
         super().__init__(message)
@@ -43,7 +50,7 @@ class CliError(Exception):
 
 
 def not_finite(dtype: str) -> CliError:
-    """The error for relevance that is NaN or infinite."""
+    """The error for relevance that is NaN or infinite in a floating-point type."""
     return CliError(
         Code.UNEXPECTED,
         f"The relevance is not finite in {dtype}: numbers overflowed. Use --dtype float32.",
@@ -57,51 +64,51 @@ _CODES: tuple[tuple[type[Exception], Code], ...] = (
     (TokenError, Code.PROMPT),
     (PromptError, Code.PROMPT),
     (FileFormatError, Code.FILE),
+    (NonFiniteError, Code.UNEXPECTED),
     (OSError, Code.FILE),
+)
+_OUT_OF_MEMORY = (
+    "out of memory. Explain a shorter prompt, or try --memory tiled and a small --tile, --dtype "
+    "bfloat16 or --device cpu."
 )
 
 
 def _code_of(error: Exception) -> Code | None:
+    """The exit code of an expected error, or None."""
     if isinstance(error, CliError):
         return error.code
     return next((code for kind, code in _CODES if isinstance(error, kind)), None)
 
 
-# How to type what the library's messages name.
-_TYPED = {
-    "memory='plain'": "--memory plain",
-    "memory='tiled'": "--memory tiled",
-    "checkpoint_dir": "--checkpoint-dir",
-    "(model.to_tokens(text) would)": "(TransformerLens would)",
-    "because model.cfg.default_prepend_bos is": "because its default_prepend_bos for this model is",
-    "prepend_bos=True": "--bos",
-    "prepend_bos=False": "--no-bos",
-    "Load the model unquantised, for example TransformerBridge.boot_transformers(name, "
-    "dtype=torch.bfloat16).": "Give the unquantised model.",
-    "with mass=0.85, or give threshold= or top_k=": "with --mass 0.85, --threshold or --top-k",
-}
+def as_option(argument: Argument) -> str:
+    """Spell an argument of the library as an option, with its value if there is one."""
+    return spelled_option(argument.name, argument.value)
 
 
-def words_of(error: Exception) -> str:
-    """An error as the command line says it."""
+def in_shell(text: str, spelling: Spelling = as_option) -> str:
+    """Spell a message of the library for the shell; other text stays as it is."""
+    return text.spelled(spelling) if isinstance(text, Message) else text
+
+
+def message_of(error: Exception, spelling: Spelling = as_option) -> str:
+    """The message of an error as the command line prints it."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
-    return typed_words(str(error) or type(error).__name__)
-
-
-def typed_words(text: str) -> str:
-    """A message of the library, with the options of the command line in it."""
-    for name, option in _TYPED.items():
-        text = text.replace(name, option)
-    return text
+    if error.args and isinstance(error.args[0], Message):
+        return in_shell(error.args[0], spelling)
+    return str(error) or type(error).__name__
 
 
 @contextmanager
-def exit_codes(debug: bool) -> Iterator[None]:
-    """Turn errors inside the block into a message on stderr and an exit code.
+def exit_codes(debug: bool, spelling: Spelling = as_option) -> Iterator[None]:
+    """Turn errors of the block into a message on stderr and an exit code.
 
     Args:
         debug: Print the traceback too.
+        spelling: How messages spell arguments of the library.
+
+    Raises:
+        typer.Exit: An error occurred; its code says of which kind.
     """
     try:
         require_transformer_lens()
@@ -116,13 +123,10 @@ def exit_codes(debug: bool) -> Iterator[None]:
             traceback.print_exc(file=sys.stderr)
         code = _code_of(error)
         if code is not None:
-            print_err(f"Error: {words_of(error)}")
+            print_err(f"Error: {message_of(error, spelling)}")
             raise typer.Exit(code) from None
-        if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
-            print_err(
-                "Error: out of memory. Explain a shorter prompt, or try --memory tiled and a small "
-                "--tile, --dtype bfloat16 or --device cpu."
-            )
+        if is_out_of_memory(error):
+            print_err(f"Error: {_OUT_OF_MEMORY}")
         else:
             print_err(f"Unexpected error: {type(error).__name__}: {error}")
         if not debug:

@@ -1,4 +1,4 @@
-"""Explaining one prediction for the command line, and writing the files asked for."""
+"""Explaining one prediction for the command line, and writing its result and report."""
 
 from __future__ import annotations
 
@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The prompt's one forward, and how relevance and the report's graph go on from it.
+    """The prompt's one forward, and how relevance and the report's graph continue from it.
 
-    graph is None where no graph is wanted, or why there can be none.
+    Attributes:
+        prefilled: The forward.
+        relevance: How memory is used for the relevance.
+        graph: How memory is used for the report's graph; why the report has none; or None where
+            no graph is wanted.
     """
 
     prefilled: Prefilled
@@ -34,14 +38,14 @@ class Prepared:
     graph: RunPlan | str | None
 
     @property
-    def shared(self) -> Prefilled | None:
+    def prefilled_for_graph(self) -> Prefilled | None:
         """The forward, if the graph starts from it too."""
-        return self.prefilled if _share(self.relevance, self.graph) else None
+        return self.prefilled if _share_forward(self.relevance, self.graph) else None
 
 
-def _share(relevance: RunPlan, graph: RunPlan | str | None) -> bool:
+def _share_forward(relevance: RunPlan, graph: RunPlan | str | None) -> bool:
     """Whether one forward serves both: a graph may need tiles where relevance does not."""
-    return isinstance(graph, RunPlan) and graph.choice.tile == relevance.choice.tile
+    return isinstance(graph, RunPlan) and graph.plan.tile == relevance.plan.tile
 
 
 def prepare(
@@ -51,8 +55,8 @@ def prepare(
     *,
     rules: str,
     output: Output,
-    way: MemoryOptions,
-    graph: bool,
+    memory: MemoryOptions,
+    with_graph: bool,
 ) -> Prepared:
     """Decide how memory is used, and run the forward.
 
@@ -61,93 +65,96 @@ def prepare(
         tokens: The prompt, [1, pos].
         pos: The position explained.
         rules: Name of a rule set.
-        output: Where to write; without a report there is no graph.
-        way: How memory is used.
-        graph: Whether the report, if one is asked for, shows the attribution graph too.
+        output: Where results go; without a report there is no graph.
+        memory: How memory may be used.
+        with_graph: Whether the report, if there is one, shows the attribution graph.
 
     Raises:
-        TokenError, UncoveredComponentError, ModelStateError, FileFormatError: as ``attribute``.
+        TokenError, UncoveredComponentError, ModelStateError, FileFormatError: As ``attribute``.
     """
     from ..attribution.attribute import relevance_readings
     from ..engine.prefilled import prefill_prompt
     from ..engine.reading import BlockCall
-    from ..graph.assembly.attribution_graph import plan_of
     from ..graph.assembly.plain import graph_readings
+    from ..graph.assembly.plan import GraphPlan
 
     n = int(tokens.shape[1])
-    relevance = way.run(model, n, "relevance")
-    of_graph = report_run(model, n, way) if graph and output.out is not None else None
+    relevance = memory.plan(model, n, "relevance")
+    graph = report_run(model, n, memory) if with_graph and output.out is not None else None
     readings, calls = relevance_readings(model), dict[int, BlockCall]()
-    shared = _share(relevance, of_graph)
+    shared = _share_forward(relevance, graph)
     if shared:
-        readings += graph_readings(plan_of(model, tokens, rules), calls)
+        readings += graph_readings(GraphPlan.of(model, rules), calls)
     # Tiles show a bar of their own; two moving things would clash.
-    with progress(f"Forward through {n:,} tokens", output.spins and not relevance.tiles):
+    spinner = output.shows_progress and not relevance.is_tiled
+    with progress(f"Forward through {n:,} tokens", spinner):
         prefilled = prefill_prompt(
             model,
             tokens,
             rules,
             readings,
-            relevance.choice,
-            may_fall_back=relevance.way.memory == "auto",
+            relevance.plan,
             pos=pos,
             calls=calls,
             uses=1 + shared,
-            progress=output.spins,
+            progress=output.shows_progress,
         )
-    return Prepared(prefilled, relevance, of_graph)
+    return Prepared(prefilled, relevance, graph)
 
 
 def explain(
     model: Any, question: Question, prepared: Prepared, *, rules: str, output: Output
 ) -> Explained:
-    """Attribute, and write the files that were asked for.
+    """Compute the relevance, and write the files that were asked for.
 
     Args:
         model: The bridge.
         question: What to explain.
         prepared: Its forward.
         rules: Name of a rule set.
-        output: Where to write.
+        output: Where results go.
 
     Raises:
-        CliError: relevance that is not finite; a file that cannot be written.
-        TokenError, UncoveredComponentError, ModelStateError, FileFormatError: as ``attribute``.
+        CliError: Relevance is not finite, or a file cannot be written.
+        TokenError, UncoveredComponentError, ModelStateError, FileFormatError: As ``attribute``.
     """
     from ..attribution.attribute import attribute
 
     run = prepared.relevance
     run.announce(output)
     words = f"Backward through {question.n_tokens:,} tokens"
-    with run.interruptible(), progress(words, output.spins and not run.tiles):
+    with run.interruptible(), progress(words, output.shows_progress and not run.is_tiled):
         result = attribute(
             model,
             question.tokens,
             target=question.target,
             contrast=question.contrast,
-            pos=question.at,
+            pos=question.typed_pos,
             rules=rules,
-            progress=output.spins,
+            progress=output.shows_progress,
             prefilled=prepared.prefilled,
-            **run.options(),
+            **run.arguments(),
         )
     if not (math.isfinite(result.delta) and bool(result.tokens.isfinite().all())):
         raise not_finite(question.dtype)
-    result = replace(result, prepended_bos=question.prepended_bos)  # it was given ids
-    write(output.save, result.save)  # before what else may take long
+    # The result was computed from ids, so it cannot know what was put before the text.
+    result = replace(result, prepended_bos=question.prepended_bos)
+    write(output.save, result.save)  # before the graph, which may take long
     notes = [*question.notes, *filter(None, [run.note])]
-    shown = None
+    graph = None
     if prepared.graph is not None:
         if is_long(question) and not output.quiet:
             print_err("The graph for the report comes next; --no-graph would leave it out.")
-        shown, note = report_graph(model, question, rules, output, prepared.graph, prepared.shared)
+        graph, note = report_graph(
+            model, question, rules, output, prepared.graph, prepared.prefilled_for_graph
+        )
         if note:
             notes.append(note)
             if not output.quiet:
                 print_err(f"Note: {note}")
     explained = Explained(question, result, run, tuple(notes))
-    with progress("Writing the report", output.spins and output.out is not None):
-        write(output.out, lambda path: _write_report(explained, shown, path))
+    with progress("Writing the report", output.shows_progress and output.out is not None):
+        write(output.out, lambda path: _write_report(explained, graph, path))
     return explained
 
 

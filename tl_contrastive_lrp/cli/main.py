@@ -6,14 +6,15 @@ Torch and TransformerLens are imported inside the commands, so that ``--help`` a
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import demo as demo_room
 from . import options as o
-from .ask import ask, check_typed
+from .ask import ask
 from .check import check_command
+from .demo import explain_case, list_failures
 from .errors import exit_codes
 from .explain import Prepared, explain, prepare
 from .graph import graph_command
@@ -37,8 +38,9 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(given: bool) -> None:
+    """Print the version and exit, if ``--version`` is given."""
+    if given:
         from .. import __version__
 
         print_out(f"{PROGRAM} {__version__}")
@@ -49,7 +51,7 @@ def _version(wanted: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     """Why did the language model write this wrong token and not that right one?
@@ -60,34 +62,25 @@ def _root(
     """
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class ExplainOptions(o.QuestionOptions):
+    """The options of ``explain``."""
+
+    memory: o.MemoryOption = o.Memory.AUTO
+    tile: o.TileOption = None
+    checkpoint_dir: o.CheckpointDirOption = None
+    top: o.TopOption = 10
+    json: o.JsonOption = False
+    save: o.SaveOption = None
+    out: o.OutOption = None
+    no_graph: o.NoGraphOption = False
+    quiet: o.QuietOption = False
+    debug: o.DebugOption = False
+
+
 @app.command("explain", epilog=o.EXIT_CODES)
-def explain_command(
-    model: o.ModelOption = None,
-    adapter: o.AdapterOption = None,
-    prompt: o.PromptOption = None,
-    prompt_file: o.PromptFileOption = None,
-    strip_newline: o.StripNewlineOption = False,
-    chat: o.ChatOption = False,
-    system: o.SystemOption = None,
-    answer: o.AnswerOption = "",
-    prepend_bos: o.PrependBosOption = None,
-    target: o.TargetOption = None,
-    contrast: o.ContrastOption = None,
-    pos: o.PosOption = -1,
-    rules: o.RulesOption = o.DEFAULT_RULES,
-    device: o.DeviceOption = None,
-    dtype: o.DtypeOption = o.Dtype.FLOAT32,
-    memory: o.MemoryOption = o.Memory.AUTO,
-    tile: o.TileOption = None,
-    checkpoint_dir: o.CheckpointDirOption = None,
-    top: o.TopOption = 10,
-    json: o.JsonOption = False,
-    save: o.SaveOption = None,
-    out: o.OutOption = None,
-    no_graph: o.NoGraphOption = False,
-    quiet: o.QuietOption = False,
-    debug: o.DebugOption = False,
-) -> None:
+@o.takes_options
+def explain_command(options: ExplainOptions) -> None:
     """Explain why a model preferred one token (target) to another (contrast).
 
     Prints the prompt's tokens of largest relevance for Δℓ = logit(target) − logit(contrast).
@@ -99,52 +92,63 @@ def explain_command(
     prompt); *tokens* (for each position *pos, id, token, relevance, share, greyed*); *top*
     (positions by |relevance|); *ledger* (for each site *site, total, biases, positions, other*);
     *candidates* (*rank, token, id, logit, probability, minus_top*); *memory* (*way*: plain or
-    tiled; *plain_bytes, free_bytes*: what the plain way needs, and what was free); *report, saved*
-    (paths or null); *notes*. A share of Δℓ is null where Δℓ is 0. Without --contrast, *status* is
-    "needs_contrast", with *version, model, pos, candidates, command, notes*.
+    tiled; *plain_bytes, free_bytes*: what the plain engine needs, and what was free); *report,
+    saved* (paths or null); *notes*. A share of Δℓ is null where Δℓ is 0. Without --contrast,
+    *status* is "needs_contrast", with *version, model, pos, candidates, command, notes*.
     """
-    typed = locals().copy()
-    check_typed(typed)
-    if out is not None and out == save:
-        raise typer.BadParameter("--out and --save name the same file.")
-    way, output = MemoryOptions.typed(typed), Output(top, json, out, save, quiet)
-    with exit_codes(debug):
+    options.check()
+    output = Output(options.top, options.json, options.out, options.save, options.quiet)
+    memory = MemoryOptions(options.memory.value, options.tile, options.checkpoint_dir)
+    rules = options.rules.value
+    with exit_codes(options.debug):
 
         def forward(model: Any, tokens: Tensor) -> tuple[Tensor, Prepared]:
-            ready = prepare(
-                model, tokens, pos, rules=rules.value, output=output, way=way, graph=not no_graph
+            prepared = prepare(
+                model,
+                tokens,
+                options.pos,
+                rules=rules,
+                output=output,
+                memory=memory,
+                with_graph=not options.no_graph,
             )
-            return ready.prefilled.logits, ready
+            return prepared.prefilled.logits, prepared
 
-        bridge, question, prepared = ask("explain", typed, output, way, forward)
-        done = explain(bridge, question, prepared, rules=rules.value, output=output)
-        if json:
-            print_json(as_json(done, output))
+        model, question, prepared = ask("explain", options, output, memory, forward)
+        explained = explain(model, question, prepared, rules=rules, output=output)
+        if options.json:
+            print_json(as_json(explained, output))
         else:
-            print_explained(done, output)
+            print_explained(explained, output)
 
 
 app.command("graph", epilog=o.EXIT_CODES)(graph_command)
 app.command("check", epilog=o.EXIT_CODES)(check_command)
 
 
-@app.command("demo", epilog=o.EXIT_CODES)
-def demo_command(
+@dataclass(frozen=True, eq=False, repr=False)
+class DemoOptions:
+    """The options of ``demo``."""
+
     case: Annotated[
         str | None,
         typer.Option(help="Id of a case, or its number in --list. Default: one that shows well."),
-    ] = None,
-    kind: Annotated[o.Kind | None, typer.Option(help="Only cases of this kind of task.")] = None,
-    list_cases: Annotated[bool, typer.Option("--list", help="List the failures.")] = False,
-    rules: o.RulesOption = o.DEFAULT_RULES,
-    top: o.TopOption = 10,
-    json: o.JsonOption = False,
-    save: o.SaveOption = None,
-    out: o.OutOption = None,
-    no_graph: o.NoGraphOption = False,
-    quiet: o.QuietOption = False,
-    debug: o.DebugOption = False,
-) -> None:
+    ] = None
+    kind: Annotated[o.Kind | None, typer.Option(help="Only cases of this kind of task.")] = None
+    list_cases: Annotated[bool, typer.Option("--list", help="List the failures.")] = False
+    rules: o.RulesOption = o.DEFAULT_RULES
+    top: o.TopOption = 10
+    json: o.JsonOption = False
+    save: o.SaveOption = None
+    out: o.OutOption = None
+    no_graph: o.NoGraphOption = False
+    quiet: o.QuietOption = False
+    debug: o.DebugOption = False
+
+
+@app.command("demo", epilog=o.EXIT_CODES)
+@o.takes_options
+def demo_command(options: DemoOptions) -> None:
     """Explain a failure of the small model that comes with the package, without network.
 
     The benchmark it was trained on records which positions of the prompt decide the answer, so
@@ -152,16 +156,20 @@ def demo_command(
     *case* (*id, kind, family, user, answer, model_answer*; *decisive*: for each such position
     *pos, token, rank* by |relevance| from 1, *in_top_5*); with **--list**, *cases*.
     """
-    output = Output(top, json, out, save, quiet)
-    if out is not None and out == save:
-        raise typer.BadParameter("--out and --save name the same file.")
-    with exit_codes(debug):
-        wanted = kind.value if kind else None
-        if list_cases:
-            demo_room.list_failures(wanted, json)
+    output = Output(options.top, options.json, options.out, options.save, options.quiet)
+    with exit_codes(options.debug):
+        kind = options.kind.value if options.kind else None
+        if options.list_cases:
+            list_failures(kind, options.json)
             return
         output.check()
-        demo_room.run(case, wanted, rules.value, output, not no_graph)
+        explain_case(
+            options.case,
+            kind,
+            rules=options.rules.value,
+            output=output,
+            with_graph=not options.no_graph,
+        )
 
 
 def main() -> None:

@@ -1,12 +1,18 @@
-"""Making the graph of a question: whole, or of a long prompt pruned while its edges come."""
+"""Computing the graph of a question: in full, or pruned meanwhile if the prompt is long."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import CliError, not_finite, words_of
+from ..errors import (
+    FileFormatError,
+    ModelStateError,
+    NonFiniteError,
+    UncoveredComponentError,
+    is_out_of_memory,
+)
+from .errors import CliError, message_of, not_finite
 from .memory import MemoryOptions, RunPlan
 from .output import Output
 from .pruning import Pruning
@@ -17,41 +23,59 @@ if TYPE_CHECKING:
     from ..engine.prefilled import Prefilled
     from ..graph.graph import AttributionGraph
 
-# A full graph grows with the square of the prompt: at 2,000 tokens it holds two million edges, or
-# 32 MB, a block. Above that edges are pruned while they come.
+# A full graph grows with the square of the prompt: at 2,000 tokens it has two million edges per
+# block, 32 MB. Above that, edges are pruned while they are computed.
 LONG = 2000
 
-# What the report of a long prompt shows at most of a transition.
+# The most edges of one transition that the report of a long prompt shows.
 REPORT_EDGES = 2000
 
 
+@dataclass(frozen=True)
+class GraphShape:
+    """Which edges a graph has.
+
+    Attributes:
+        granularity: "block" or "sublayer".
+        layers: The blocks whose inputs are sites; None for all.
+        heads: Whether edges are split by head, and by value and key path.
+    """
+
+    granularity: Literal["block", "sublayer"] = "block"
+    layers: tuple[int, ...] | None = None
+    heads: bool = False
+
+
 def is_long(question: Question) -> bool:
-    """Whether a graph of the prompt is pruned while it is made."""
+    """Whether a graph of the prompt is pruned while it is computed."""
     return question.n_tokens > LONG
 
 
-def long_note(question: Question, saves_made: bool) -> str:
-    """What is to be said of a graph that is pruned on the way, and of the file it is saved to."""
+def long_note(question: Question, *, saves_full: bool) -> str:
+    """The note on a graph that is pruned while it is computed, or "".
+
+    Args:
+        question: What is explained.
+        saves_full: Whether ``--save`` writes the graph as it was before any further pruning.
+    """
     if not is_long(question):
         return ""
     note = (
         f"The prompt has more than {LONG:,} tokens ({question.n_tokens:,}), so its edges were "
-        "pruned while they came. Paths are those of the edges left then; their strengths are at "
-        "least those in the full graph."
+        "pruned while they were computed. Paths are those of the remaining edges; their strengths "
+        "are at least those in the full graph."
     )
-    if saves_made:
+    if saves_full:
         note += " --save writes that graph; --mass 1 would keep every edge."
     return note
 
 
-def report_run(model: Any, length: int, way: MemoryOptions) -> RunPlan | str:
-    """How memory is used for the report's graph, or why there is none."""
-    from ..errors import FileFormatError, ModelStateError
-
+def report_run(model: Any, length: int, memory: MemoryOptions) -> RunPlan | str:
+    """How memory is used for the report's graph, or why the report has no graph."""
     try:
-        return way.run(model, length, "report_graph", graphs=1)
+        return memory.plan(model, length, "report_graph", graphs=1)
     except (ModelStateError, FileFormatError) as error:
-        return words_of(error)
+        return message_of(error)
 
 
 def report_graph(
@@ -62,7 +86,7 @@ def report_graph(
     run: RunPlan | str,
     prefilled: Prefilled | None = None,
 ) -> tuple[AttributionGraph | None, str]:
-    """The graph for the report of ``explain``, pruned and connected, or None; and a note on it.
+    """Compute the graph for the report of ``explain``, pruned and connected.
 
     Args:
         model: The bridge.
@@ -71,8 +95,10 @@ def report_graph(
         output: Whether progress is shown.
         run: From ``report_run``.
         prefilled: The prompt's forward, where it serves the graph too.
+
+    Returns:
+        The graph, or None where there can be none; and a note, "" if there is nothing to say.
     """
-    from ..errors import FileFormatError, ModelStateError, UncoveredComponentError
     from ..graph.pruning import DEFAULT_MASS
 
     if isinstance(run, str):
@@ -83,22 +109,23 @@ def report_graph(
         graph = make_graph(
             model, question, rules, output, run, pruning if long else None, prefilled=prefilled
         )
-        kept = pruning.of(graph)
-        if not long:
-            return kept, ""
-        share = kept.mass / graph.history[0].mass_before if graph.history[0].mass_before else 1.0
-        return kept, (
-            f"The prompt has more than {LONG:,} tokens ({question.n_tokens:,}), so the report's "
-            f"graph was pruned while it was made: of each transition the largest edges, with "
-            f"{DEFAULT_MASS:.0%} of the mass, but at most {REPORT_EDGES:,}. Those that lead to the "
-            f"prediction hold {share:.0%} of Σ|weight|. The graph command makes others."
-        )
+        pruned = pruning.of(graph)
     except (CliError, UncoveredComponentError, ModelStateError, FileFormatError) as error:
-        return None, f"The report has no graph: {words_of(error)}"
+        return None, f"The report has no graph: {message_of(error)}"
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+        if not is_out_of_memory(error):
             raise
         return None, "The report has no graph: there was not enough memory for it."
+    if not long:
+        return pruned, ""
+    mass_before = graph.history[0].mass_before
+    share = pruned.mass / mass_before if mass_before else 1.0
+    return pruned, (
+        f"The prompt has more than {LONG:,} tokens ({question.n_tokens:,}), so the report's graph "
+        f"was pruned while it was computed: of each transition it has the largest edges, with "
+        f"{DEFAULT_MASS:.0%} of the mass, but at most {REPORT_EDGES:,}. Those that lead to the "
+        f"prediction hold {share:.0%} of Σ|weight|. The graph command can keep others."
+    )
 
 
 def make_graph(
@@ -108,9 +135,12 @@ def make_graph(
     output: Output,
     run: RunPlan,
     pruning: Pruning | None = None,
-    **options: Any,
+    *,
+    shape: GraphShape | None = None,
+    node_threshold: float = 0.0,
+    prefilled: Prefilled | None = None,
 ) -> AttributionGraph:
-    """The full graph, or one that is pruned on the way.
+    """Compute the full graph, or one that is pruned while its edges are computed.
 
     Args:
         model: The bridge.
@@ -118,34 +148,40 @@ def make_graph(
         rules: Name of a rule set.
         output: Whether progress is shown.
         run: How memory is used.
-        pruning: What ``Pruning.on_the_way`` of it keeps; None keeps all.
-        options: As for ``attribution_graph``; the forward, too.
+        pruning: Prune by its ``on_the_way`` while edges are computed; None keeps every edge.
+        shape: Which edges the graph has; None for the defaults.
+        node_threshold: Hidden states of |relevance| up to this, in logits, are not expanded.
+        prefilled: The prompt's forward, where it has been run already.
 
     Raises:
-        CliError: relevance that is not finite.
+        CliError: Relevance is not finite.
     """
     from ..graph.assembly.attribution_graph import attribution_graph
 
-    if pruning is not None:
-        options |= pruning.on_the_way(question.delta)
-    # Tiles and transitions over several blocks show a bar of their own; two things would clash.
-    bar = output.spins and (run.tiles or options.get("layers") is not None)
+    shape = shape or GraphShape()
+    streaming = {} if pruning is None else pruning.on_the_way(question.delta)
+    # Tiles and transitions over several blocks show a bar of their own; two would clash.
+    bar = output.shows_progress and (run.is_tiled or shape.layers is not None)
     words = f"Edges between {question.n_tokens:,} tokens"
-    with run.interruptible(), progress(words, output.spins and not bar):
+    arguments: dict[str, Any] = {**run.arguments(), **streaming}
+    with run.interruptible(), progress(words, output.shows_progress and not bar):
         try:
             graph: AttributionGraph = attribution_graph(
                 model,
                 question.tokens,
                 target=question.target,
                 contrast=question.contrast,
-                pos=question.at,
+                pos=question.typed_pos,
                 rules=rules,
+                granularity=shape.granularity,
+                layers=shape.layers,
+                node_threshold=node_threshold,
+                heads=shape.heads,
                 progress=bar,
-                **run.options(),
-                **options,
+                prefilled=prefilled,
+                **arguments,
             )
-        except ValueError as error:
-            if type(error) is ValueError and re.search(r"\b(nan|inf|infinite)\b", str(error), re.I):
-                raise not_finite(question.dtype) from error
-            raise
-    return replace(graph, prepended_bos=question.prepended_bos)  # it was given ids
+        except NonFiniteError as error:
+            raise not_finite(question.dtype) from error
+    # The graph was computed from ids, so it cannot know what was put before the text.
+    return replace(graph, prepended_bos=question.prepended_bos)

@@ -1,7 +1,7 @@
-"""How much memory a run may take: what was typed, what comes of it, and how to go on after Ctrl-C.
+"""How much memory a run may take: the options, the plan, and how to go on after Ctrl-C.
 
-A run in tiles keeps what is finished below ``--checkpoint-dir``, each kind of run in a folder of
-its own, because such a folder belongs to one question.
+A tiled run keeps its finished blocks below ``--checkpoint-dir``. Each kind of run has a folder of
+its own there, because such a folder belongs to one question.
 """
 
 from __future__ import annotations
@@ -24,32 +24,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """The options ``--memory``, ``--tile`` and ``--checkpoint-dir``."""
+    """The options ``--memory``, ``--tile`` and ``--checkpoint-dir``.
+
+    Raises:
+        typer.BadParameter: They contradict each other.
+    """
 
     memory: Memory = "auto"
     tile: int | None = None
     checkpoint_dir: Path | None = None
 
-    @classmethod
-    def typed(cls, options: dict[str, Any]) -> MemoryOptions:
-        """Of the options of a command.
-
-        Raises:
-            typer.BadParameter: they contradict each other.
-        """
-        way = cls(options["memory"].value, options["tile"], options["checkpoint_dir"])
-        for name, value in (("--tile", way.tile), ("--checkpoint-dir", way.checkpoint_dir)):
-            if way.memory == "plain" and value is not None:
+    def __post_init__(self) -> None:
+        if self.memory != "plain":
+            return
+        for option, value in (("--tile", self.tile), ("--checkpoint-dir", self.checkpoint_dir)):
+            if value is not None:
                 raise typer.BadParameter(
-                    f"{name} is for tiles: it does not go with --memory plain."
+                    f"{option} is for tiles: it does not go with --memory plain."
                 )
-        return way
 
     def check(self) -> None:
-        """Refuse a folder that cannot be made, before the model is loaded for nothing.
+        """Refuse a checkpoint folder that cannot be made, before a model is loaded in vain.
 
         Raises:
-            CliError: it cannot.
+            CliError: The folder cannot be made.
         """
         if self.checkpoint_dir is None:
             return
@@ -57,115 +55,132 @@ class MemoryOptions:
             raise CliError(Code.FILE, f"--checkpoint-dir {self.checkpoint_dir} is a file.")
         check_parent(self.checkpoint_dir, "--checkpoint-dir")
 
-    def run(
-        self, model: Any, length: int, kind: str, *, plain_only: str = "", **graph: Any
+    def plan(
+        self,
+        model: Any,
+        length: int,
+        kind: str,
+        *,
+        why_plain: str = "",
+        graphs: int = 0,
+        by_head: bool = False,
     ) -> RunPlan:
-        """What one run is told, and what it will do.
+        """Decide how one run uses memory.
 
         Args:
             model: The bridge.
             length: Tokens of the prompt.
-            kind: Name of its folder below ``checkpoint_dir``.
-            plain_only: Why it cannot run in tiles, if it is known.
-            graph: What is estimated beside nodes, as for ``memory.choose``.
+            kind: Name of the run's folder below ``checkpoint_dir``.
+            why_plain: Why the run cannot be tiled, if that is known before.
+            graphs: For how many objectives edges are computed too.
+            by_head: Whether these edges are split by head and path.
 
         Raises:
-            FileFormatError: the folder holds something else.
-            ModelStateError: only the plain way is possible, and it does not fit.
+            FileFormatError: The folder holds something else.
+            ModelStateError: The run cannot be tiled, and otherwise does not fit into memory.
         """
-        from ..engine.memory import choose, require_plain_fits
+        from ..engine.memory import plan_memory, require_plain_fits
 
-        way, folder = self, None if self.checkpoint_dir is None else self.checkpoint_dir / kind
+        options, folder = self, None if self.checkpoint_dir is None else self.checkpoint_dir / kind
         if folder is not None and folder.is_dir():
             from ..engine.tiled.checkpoint import Checkpoint
 
-            # What was begun in tiles goes on in these, even if the plain way fits by now.
+            # A run begun in tiles is finished in these tiles, even if it would now fit without.
             if (begun := Checkpoint(folder).tile()) is not None:
-                way = replace(way, memory="tiled", tile=way.tile or begun)
-        choice = choose(model, length, way.memory, way.tile, **graph)
-        if plain_only and choice.tile is not None:
-            choice = require_plain_fits(choice, plain_only)
-        if choice.tile is None:
+                options = replace(self, memory="tiled", tile=self.tile or begun)
+        plan = plan_memory(
+            model, length, options.memory, options.tile, graphs=graphs, by_head=by_head
+        )
+        if why_plain and plan.tile is not None:
+            plan = require_plain_fits(plan, why_plain)
+        if plan.tile is None:
             folder = None
-        return RunPlan(way, choice, folder)
+        return RunPlan(options, plan, folder)
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run: the options, what is estimated and chosen, and its folder if it keeps one."""
+    """How one run uses memory.
 
-    way: MemoryOptions
-    choice: MemoryPlan
+    Attributes:
+        options: What was asked for.
+        plan: What the engine will do, and its estimates.
+        folder: Where finished blocks are kept, if they are.
+    """
+
+    options: MemoryOptions
+    plan: MemoryPlan
     folder: Path | None
 
     @property
-    def tiles(self) -> bool:
-        return self.choice.tile is not None
+    def is_tiled(self) -> bool:
+        """Whether the run is tiled."""
+        return self.plan.tile is not None
 
-    def said(self, done: str | None = None) -> str:
-        """What was chosen, where that is of interest: tiles, or a way that was asked for.
+    def described(self, done: str | None = None) -> str:
+        """Describe the use of memory where that is of interest: tiles, or an explicit option.
 
         Args:
-            done: What came of it: a GPU that was full may have made tiles smaller.
+            done: What was done in the end; a full GPU may have made the tiles smaller.
         """
-        if not self.tiles and self.way.memory == "auto":
+        if not self.is_tiled and self.options.memory == "auto":
             return ""
         from ..engine.memory import gib
 
-        need, free = gib(self.choice.plain_bytes), gib(self.choice.free_bytes)
+        need, free = gib(self.plan.plain_bytes), gib(self.plan.free_bytes)
         return (
-            f"Memory: {done or self.choice.memory}; the plain way needs about {need}, {free} are "
+            f"Memory: {done or self.plan.memory}; the plain engine needs about {need}, {free} are "
             "free."
         )
 
     @property
     def note(self) -> str:
-        """What may have been meant otherwise."""
-        if self.tiles or self.way.checkpoint_dir is None:
+        """A note where the user may have expected something else, or ""."""
+        if self.is_tiled or self.options.checkpoint_dir is None:
             return ""
         return (
-            "The plain way fits into memory. It keeps nothing in --checkpoint-dir; --memory tiled "
-            "would."
+            "The run fits into memory without tiles, so it keeps nothing in --checkpoint-dir; with "
+            "--memory tiled it would."
         )
 
     def announce(self, output: Output) -> None:
-        """Say on stderr, before a run that may take long, what was chosen."""
-        if output.spins and (said := self.said()):
-            print_err(said)
+        """Print the plan on stderr, before a run that may take long."""
+        if output.shows_progress and (description := self.described()):
+            print_err(description)
         if not output.quiet and self.note:
             print_err(f"Note: {self.note}")
 
-    def options(self) -> dict[str, Any]:
-        """For ``attribute`` and ``attribution_graph``; makes the folder's parent."""
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of ``attribute`` and ``attribution_graph``; makes the folder's parent."""
         if self.folder is not None:
             self.folder.parent.mkdir(exist_ok=True)
         return {
-            "memory": self.way.memory,
-            "tile": self.way.tile,
+            "memory": self.options.memory,
+            "tile": self.options.tile,
             "checkpoint_dir": self.folder,
         }
 
     def as_json(self, done: str) -> dict[str, Any]:
-        """What is told: how it was done in the end, and the estimate in bytes."""
+        """What was done in the end, and the estimates in bytes."""
         return {
             "way": done,
-            "plain_bytes": self.choice.plain_bytes,
-            "free_bytes": self.choice.free_bytes,
+            "plain_bytes": self.plan.plain_bytes,
+            "free_bytes": self.plan.free_bytes,
         }
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Say on Ctrl-C what is kept and how to go on."""
+        """On Ctrl-C, print what is kept and how to go on."""
         try:
             yield
         except KeyboardInterrupt:
             if self.folder is not None:
-                done = len(list(self.folder.glob("block_*.safetensors")))
+                finished = len(list(self.folder.glob("block_*.safetensors")))
                 print_err(
-                    f"Finished blocks ({done}) are kept in {self.folder}: the same command goes on "
-                    "from there."
+                    f"Finished blocks ({finished}) are kept in {self.folder}: the same command "
+                    "goes on from there."
                 )
-            elif self.tiles:
+            elif self.is_tiled:
                 print_err(
                     "Nothing is kept. With --checkpoint-dir FOLDER a run can be taken up again."
                 )

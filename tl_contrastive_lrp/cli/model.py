@@ -1,7 +1,8 @@
-"""Loading the model that was asked for, without other libraries' chatter.
+"""Loading the model, without other libraries' transformers_logging.
 
-A folder, a name on the hub, a GGUF file (its weights dequantised), each with or without an adapter
-(merged into the weights): what is explained is always one plain model, and notes say what was done.
+The model may be a folder, a name on the hub, or a GGUF file (its weights are dequantised), each
+with or without an adapter (merged into the weights). What is explained is always one ordinary
+model, and notes say what was done to it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..errors import Argument, Message, is_out_of_memory
 from .errors import CliError, Code
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Nothing from other libraries on stdout or stderr: no bars, log lines or warnings."""
+    """Keep other libraries' bars, log lines and warnings off stdout and stderr."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with (
         warnings.catch_warnings(),
@@ -32,29 +34,30 @@ def quiet_libraries() -> Iterator[None]:
         warnings.simplefilter("ignore")
         import logging
 
-        from transformers.utils import logging as chatter
+        from transformers.utils import logging as transformers_logging
 
-        level, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+        level = transformers_logging.get_verbosity()
+        bars = transformers_logging.is_progress_bar_enabled()
         disabled = logging.root.manager.disable
-        chatter.set_verbosity_error()
-        chatter.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
         logging.disable(logging.WARNING)  # TransformerLens logs on the root logger
         try:
             yield
         finally:
             logging.disable(disabled)
-            chatter.set_verbosity(level)
+            transformers_logging.set_verbosity(level)
             if bars:
-                chatter.enable_progress_bar()
+                transformers_logging.enable_progress_bar()
 
 
 def is_local(name: str) -> bool:
-    """Whether ``name`` is a folder or file here rather than a name on the hub."""
+    """Whether ``name`` is a folder or file on this machine rather than a name on the hub."""
     return Path(name).expanduser().exists()
 
 
 def is_gguf(name: str) -> bool:
-    """Whether ``name`` is a GGUF file here."""
+    """Whether ``name`` is a GGUF file on this machine."""
     path = Path(name).expanduser()
     return path.suffix.lower() == ".gguf" and path.is_file()
 
@@ -62,7 +65,12 @@ def is_gguf(name: str) -> bool:
 _ADAPTER = "adapter_config.json"
 
 
-def _needs(package: str, extra: str, what: str) -> None:
+def _require_package(package: str, extra: str, what: str) -> None:
+    """Refuse to continue without an optional package.
+
+    Raises:
+        CliError: The package is not installed.
+    """
     if find_spec(package) is None:
         raise CliError(
             Code.MODEL,
@@ -71,10 +79,16 @@ def _needs(package: str, extra: str, what: str) -> None:
 
 
 def checked_name(name: str) -> str:
-    """The folder or the name on the hub, as transformers takes it.
+    """Check the name of a model.
+
+    Args:
+        name: Folder of a model, or its name on the hub.
+
+    Returns:
+        The folder or the name, as transformers takes it.
 
     Raises:
-        CliError: there is no such folder or file, or it holds no model.
+        CliError: There is no such folder, or it holds no model.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -85,8 +99,8 @@ def checked_name(name: str) -> str:
                 f"The folder {name} holds an adapter, not a whole model. Type --adapter {name}, "
                 "and leave the model out (or give the base model).",
             )
-        if adapter:  # transformers would leave it out without a word
-            _needs("peft", "adapters", f"The folder {name} holds an adapter, too, which")
+        if adapter:  # transformers would silently leave it out
+            _require_package("peft", "adapters", f"The folder {name} holds an adapter, too, which")
         if not (path / "config.json").is_file():
             raise CliError(
                 Code.MODEL,
@@ -110,36 +124,42 @@ def checked_name(name: str) -> str:
 
 
 def checked_device(name: str | None, dtype: str) -> str:
-    """The device to use; by default an NVIDIA GPU where there is one.
+    """Choose the device.
+
+    Args:
+        name: "cpu", "cuda" or "mps"; None for an NVIDIA GPU where there is one, else the CPU.
+        dtype: Floating-point type of the weights.
 
     Raises:
-        CliError: it is not there, or cannot hold ``dtype``.
+        CliError: The device is not there, or cannot hold ``dtype``.
     """
     import torch
 
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
         raise CliError(Code.MODEL, "torch finds no CUDA device here. Use --device cpu.")
     if name == "mps":
         _check_mps(dtype)
-    return name or ("cuda" if there else "cpu")
+    return name or ("cuda" if has_cuda else "cpu")
 
 
 def _check_mps(dtype: str) -> None:
-    """Apple's GPU: is it there, does this torch compute rightly on it, and does it have the type?
+    """Check that Apple's GPU is there, is computed on correctly, and has the type.
 
     Raises:
-        CliError: no.
+        CliError: One of them fails.
     """
     import torch
 
     if not torch.backends.mps.is_available():
-        why = (
+        reason = (
             "it needs a Mac with an Apple GPU, and a macOS that this torch works with"
             if torch.backends.mps.is_built()
             else "this torch is built without it"
         )
-        raise CliError(Code.MODEL, f"torch finds no Apple GPU (MPS) here: {why}. Use --device cpu.")
+        raise CliError(
+            Code.MODEL, f"torch finds no Apple GPU (MPS) here: {reason}. Use --device cpu."
+        )
     if torch.__version__.startswith("2.8."):  # github.com/pytorch/pytorch/issues/161640
         raise CliError(
             Code.MODEL,
@@ -152,7 +172,13 @@ def _check_mps(dtype: str) -> None:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model as a ``TransformerBridge``, the name it goes by, and how it was made."""
+    """A loaded model.
+
+    Attributes:
+        bridge: The model as a ``TransformerBridge``.
+        name: What it is called in results.
+        notes: What was done to it.
+    """
 
     bridge: Any
     name: str
@@ -162,24 +188,27 @@ class Loaded:
 def load_model(
     name: str | None, device: str | None, dtype: str, adapter: str | None = None
 ) -> Loaded:
-    """The model in evaluation mode.
+    """Load a model in evaluation mode.
 
     Args:
         name: Folder, name on the hub, or GGUF file; None only with an adapter, whose own
-            configuration names the base model then.
-        device: "cpu", "cuda" or "mps"; None: a GPU where there is one.
-        dtype: Of the weights.
+            configuration then names the base model.
+        device: "cpu", "cuda" or "mps"; None for an NVIDIA GPU where there is one, else the CPU.
+        dtype: Floating-point type of the weights.
         adapter: Folder of a PEFT adapter to merge into the weights.
 
     Raises:
-        CliError: it does not exist, cannot be loaded, or has no tokenizer; no such device; a
-            package that is missing.
+        CliError: The model does not exist, cannot be loaded, or has no tokenizer; there is no such
+            device; or a package is missing.
     """
     settings = {} if adapter is None else _adapter_settings(adapter)
     base = name or str(settings.get("base_model_name_or_path") or "")
     if not base:
         raise CliError(
-            Code.MODEL, f"{adapter}/{_ADAPTER} names no base model. Give it with --model."
+            Code.MODEL,
+            Message(
+                f"{adapter}/{_ADAPTER} names no base model. Give it with ", Argument("model"), "."
+            ),
         )
     try:
         path = str(Path(base).expanduser()) if is_gguf(base) else checked_name(base)
@@ -188,16 +217,19 @@ def load_model(
             raise
         raise CliError(
             error.code,
-            f"{error} ({base} is the base model that {adapter}/{_ADAPTER} names; --model gives "
-            "another.)",
+            Message(
+                f"{error} ({base} is the base model that {adapter}/{_ADAPTER} names; ",
+                Argument("model"),
+                " gives another.)",
+            ),
         ) from error
     if is_gguf(path):
-        _needs("gguf", "gguf", "A GGUF file")
+        _require_package("gguf", "gguf", "A GGUF file")
     device = checked_device(device, dtype)
     notes: list[str] = []
     try:
         with quiet_libraries():
-            model, notes = _booted(path, device, dtype, adapter, settings, name is None)
+            model, notes = _boot(path, device, dtype, adapter, settings, name is None)
     except CliError:
         raise
     except Exception as error:
@@ -209,11 +241,11 @@ def load_model(
             "tokenizer.save_pretrained(folder).",
         )
     model.eval()
-    shown = base if adapter is None else f"{base} + {adapter}"
-    return Loaded(model, shown, tuple(notes))
+    full_name = base if adapter is None else f"{base} + {adapter}"
+    return Loaded(model, full_name, tuple(notes))
 
 
-def _booted(
+def _boot(
     path: str,
     device: str,
     dtype: str,
@@ -221,15 +253,27 @@ def _booted(
     settings: dict[str, Any],
     own_base: bool,
 ) -> tuple[Any, list[str]]:
-    """The bridge, and what was done on the way."""
+    """Load the bridge.
+
+    Args:
+        path: The base model, as transformers takes it.
+        device: The device.
+        dtype: Floating-point type of the weights.
+        adapter: Folder of an adapter to merge.
+        settings: The adapter's configuration.
+        own_base: Whether the base model is the one that the adapter names.
+
+    Returns:
+        The bridge, and notes on what was done to the model.
+    """
     import torch
     from transformer_lens.model_bridge import TransformerBridge
 
-    kind = getattr(torch, dtype)
+    torch_dtype = getattr(torch, dtype)
     if adapter is None and not is_gguf(path):
-        model = TransformerBridge.boot_transformers(path, device=device, dtype=kind)
+        model = TransformerBridge.boot_transformers(path, device=device, dtype=torch_dtype)
         return model, []
-    wrapped, tokenizer, notes = _hugging_face(path, kind, settings if own_base else {})
+    wrapped, tokenizer, notes = _hugging_face(path, torch_dtype, settings if own_base else {})
     if adapter is not None:
         wrapped, tokenizer = _merged(wrapped, tokenizer, path, adapter)
         notes.append(
@@ -238,9 +282,19 @@ def _booted(
         )
         trained_on = settings.get("base_model_name_or_path")
         if not own_base and trained_on and Path(trained_on).name != Path(path).name:
-            notes.append(f"The adapter was made for {trained_on}, and --model is {path}.")
+            notes.append(
+                Message(
+                    f"The adapter was made for {trained_on}, and ",
+                    Argument("model"),
+                    f" is {path}.",
+                )
+            )
     model = TransformerBridge.boot_transformers(
-        path, hf_model=wrapped.to(device).eval(), tokenizer=tokenizer, device=device, dtype=kind
+        path,
+        hf_model=wrapped.to(device).eval(),
+        tokenizer=tokenizer,
+        device=device,
+        dtype=torch_dtype,
     )
     if adapter is not None:
         model.cfg.model_name = f"{Path(path).name} + {Path(adapter).name}"
@@ -248,7 +302,7 @@ def _booted(
 
 
 def _hugging_face(path: str, dtype: Any, settings: dict[str, Any]) -> tuple[Any, Any, list[str]]:
-    """A model of transformers, the tokenizer beside a GGUF file's weights, and notes."""
+    """Load a model of transformers, the tokenizer in a GGUF file, and notes."""
     from transformers import AutoModelForCausalLM
 
     if not is_gguf(path):
@@ -258,7 +312,7 @@ def _hugging_face(path: str, dtype: Any, settings: dict[str, Any]) -> tuple[Any,
     file = Path(path)
     options = {"gguf_file": file.name}
     model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=dtype, **options)
-    if hasattr(model.config, "quantization_config"):  # it is plain numbers by now
+    if hasattr(model.config, "quantization_config"):  # the weights are dequantised by now
         del model.config.quantization_config
     tokenizer = _tokenizer(str(file.parent), **options)
     name = str(dtype).removeprefix("torch.")
@@ -266,7 +320,7 @@ def _hugging_face(path: str, dtype: Any, settings: dict[str, Any]) -> tuple[Any,
 
 
 def _tokenizer(path: str, **options: Any) -> Any:
-    """As TransformerLens loads it."""
+    """Load a tokenizer as TransformerLens does."""
     from transformers import AutoTokenizer
 
     try:
@@ -276,10 +330,10 @@ def _tokenizer(path: str, **options: Any) -> Any:
 
 
 def _adapter_settings(adapter: str) -> dict[str, Any]:
-    """What adapter_config.json says.
+    """Read adapter_config.json.
 
     Raises:
-        CliError: no adapter is there, or peft is missing.
+        CliError: There is no adapter, or peft is missing.
     """
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
@@ -290,14 +344,14 @@ def _adapter_settings(adapter: str) -> dict[str, Any]:
         )
     file = folder / _ADAPTER
     if not file.is_file():
-        whole = (folder / "config.json").is_file()
+        problem = f"The folder {adapter} holds no adapter: there is no {_ADAPTER} in it. "
+        if (folder / "config.json").is_file():
+            model = Argument("model", adapter)
+            raise CliError(Code.MODEL, Message(problem, "It holds a whole model: ", model, "."))
         raise CliError(
-            Code.MODEL,
-            f"The folder {adapter} holds no adapter: there is no {_ADAPTER} in it. "
-            + (f"It holds a whole model: --model {adapter}." if whole else
-               "Give the folder that a PeftModel's save_pretrained wrote."),
-        )  # fmt: skip
-    _needs("peft", "adapters", "An adapter")
+            Code.MODEL, f"{problem}Give the folder that a PeftModel's save_pretrained wrote."
+        )
+    _require_package("peft", "adapters", "An adapter")
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -305,24 +359,33 @@ def _adapter_settings(adapter: str) -> dict[str, Any]:
 
 
 def _merged(model: Any, tokenizer: Any, base: str, adapter: str) -> tuple[Any, Any]:
-    """The model with the adapter in its weights, and the tokenizer if the adapter brings one."""
+    """Merge an adapter into the weights, and take its tokenizer if it has one.
+
+    Raises:
+        CliError: The adapter does not fit the model, or cannot be merged.
+    """
     from peft import PeftModel
 
     folder = Path(adapter).expanduser()
     if getattr(model, "is_quantized", False) and not is_gguf(base):
         raise CliError(
             Code.MODEL,
-            f"The base model {base} is quantised, so an adapter cannot be merged into it exactly. "
-            "Give the unquantised model with --model.",
+            Message(
+                f"The base model {base} is quantised, so an adapter cannot be merged into it "
+                "exactly. Give the unquantised model with ",
+                Argument("model"),
+                ".",
+            ),
         )
     if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         tokenizer = _tokenizer(str(folder))
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         adapted = PeftModel.from_pretrained(model, str(folder))
-    if missing := next((w for w in said if "missing adapter keys" in str(w.message)), None):
+    # peft reports keys that are missing by a warning alone, without a class of its own.
+    if missing := next((w for w in caught if "missing adapter keys" in str(w.message)), None):
         raise CliError(
             Code.MODEL,
             f"The adapter {adapter} does not fit {base}: {str(missing.message)[:200]}",
@@ -339,23 +402,35 @@ def _merged(model: Any, tokenizer: Any, base: str, adapter: str) -> tuple[Any, A
 
 
 def why_not_loaded(name: str, error: Exception) -> str:
+    """Explain why a model could not be loaded, and what to do.
+
+    Args:
+        name: Folder, name on the hub, or GGUF file.
+        error: What loading it raised.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if "couldn't connect" in first or "offline mode" in str(error).lower():
+    if not is_local(name) and _caused_by(error, LocalEntryNotFoundError, OfflineModeIsEnabled):
         return (
             f"{name} is neither a folder nor among the models downloaded before, and the Hugging "
             "Face hub does not answer. Go online for the first use, check the spelling, or give "
             "the folder of a local copy."
         )
-    if "out of memory" in first.lower():
+    if is_out_of_memory(error):
         return f"{name} does not fit into memory. Try --dtype bfloat16, or --device cpu."
-    if "gated repo" in str(error):
+    if _caused_by(error, GatedRepoError):
         return (
             f"{name} is a gated model. Ask for access on its page on the Hugging Face hub, then "
             "log in once: hf auth login."
         )
-    if by := _quantiser(name):
+    if method := _quantiser(name):
         return (
-            f"{name} is a checkpoint quantised by {by}, and cannot be loaded: {first.strip()} "
+            f"{name} is a checkpoint quantised by {method}, and cannot be loaded: {first.strip()} "
             f"({type(error).__name__}). Relevance needs weights that can be read as numbers: give "
             "the unquantised model."
         )
@@ -373,8 +448,17 @@ def why_not_loaded(name: str, error: Exception) -> str:
     return f"{name} cannot be loaded: {first.strip()} ({type(error).__name__}). {remedy}"
 
 
+def _caused_by(error: BaseException | None, *kinds: type[BaseException]) -> bool:
+    """Whether an error, or one that it was raised from, is of one of these classes."""
+    while error is not None:
+        if isinstance(error, kinds):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
 def _quantiser(name: str) -> str:
-    """How config.json says that a folder's weights are quantised, or ""."""
+    """The method by which a folder's weights are quantised, by its config.json, or ""."""
     file = Path(name).expanduser() / "config.json"
     try:
         settings = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}

@@ -1,12 +1,21 @@
-"""Options and help texts that the commands share."""
+"""The options that the commands share, their help texts, and commands made of dataclasses.
+
+The dataclasses of options have neither ``__eq__`` nor ``__repr__``: nothing uses them, and
+generating them would delay ``--help``.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
+
+OptionsT = TypeVar("OptionsT")
 
 EXIT_CODES = """Exit codes:
 
@@ -18,7 +27,7 @@ EXIT_CODES = """Exit codes:
 
 - 3 the model cannot be loaded, has a part that no rule covers, or fails a check of its own
 
-- 4 the prompt or a token is no good, or no --contrast was given and the candidates are listed
+- 4 the prompt or a token cannot be used, or no --contrast was given and the candidates are listed
 
 - 5 a file cannot be read or written
 
@@ -26,7 +35,7 @@ EXIT_CODES = """Exit codes:
 
 
 class Rules(str, Enum):
-    """Names of the rule sets; spelled out here because ``rulesets`` needs torch."""
+    """Names of the rule sets; written out here because ``rules.rule_sets`` imports torch."""
 
     ATTNLRP = "attnlrp"
     CPLRP = "cplrp"
@@ -35,16 +44,20 @@ class Rules(str, Enum):
     GRADIENT = "gradient"
 
 
-DEFAULT_RULES = Rules.GIM  # that of ``rulesets``
+DEFAULT_RULES = Rules.GIM  # as in ``rules.rule_sets``
 
 
 class Device(str, Enum):
+    """Devices that a model can be loaded on."""
+
     CPU = "cpu"
     CUDA = "cuda"
     MPS = "mps"
 
 
 class Dtype(str, Enum):
+    """Floating-point types of weights and activations."""
+
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
@@ -52,6 +65,8 @@ class Dtype(str, Enum):
 
 
 class Kind(str, Enum):
+    """Kinds of task in the demo."""
+
     FORMAT = "format"
     ARITHMETIC = "arithmetic"
     CODE = "code"
@@ -59,12 +74,14 @@ class Kind(str, Enum):
 
 
 class Granularity(str, Enum):
+    """How finely a graph divides a block."""
+
     BLOCK = "block"
     SUBLAYER = "sublayer"
 
 
 class Memory(str, Enum):
-    """Ways to use memory; spelled out here because ``memory`` needs torch."""
+    """How memory may be used; written out here because ``engine.memory`` imports torch."""
 
     AUTO = "auto"
     PLAIN = "plain"
@@ -153,7 +170,7 @@ MemoryOption = Annotated[
     ),
 ]
 TileOption = Annotated[
-    int | None, typer.Option(min=1, help="Tokens a tile. Default: what fits the memory there is.")
+    int | None, typer.Option(min=1, help="Tokens per tile. Default: what fits the memory there is.")
 ]
 CheckpointDirOption = Annotated[
     Path | None,
@@ -167,8 +184,77 @@ NoGraphOption = Annotated[
     typer.Option(
         "--no-graph",
         help="Leave the attribution graph out of the page. Above 2,000 tokens it has at most 2,000 "
-        "edges a transition.",
+        "edges per transition.",
     ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress and no notes on stderr.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class QuestionOptions:
+    """The options that say what is to be explained, which ``explain`` and ``graph`` share."""
+
+    model: ModelOption = None
+    adapter: AdapterOption = None
+    prompt: PromptOption = None
+    prompt_file: PromptFileOption = None
+    strip_newline: StripNewlineOption = False
+    chat: ChatOption = False
+    system: SystemOption = None
+    answer: AnswerOption = ""
+    prepend_bos: PrependBosOption = None
+    target: TargetOption = None
+    contrast: ContrastOption = None
+    pos: PosOption = -1
+    rules: RulesOption = DEFAULT_RULES
+    device: DeviceOption = None
+    dtype: DtypeOption = Dtype.FLOAT32
+
+    def check(self) -> None:
+        """Refuse options that contradict each other, before anything is read.
+
+        Raises:
+            typer.BadParameter: They contradict each other.
+        """
+        if self.model is None and self.adapter is None:
+            raise typer.BadParameter("Missing option '--model'.")
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise typer.BadParameter("Give the prompt with either --prompt or --prompt-file.")
+        if not self.chat and (self.system is not None or self.answer):
+            raise typer.BadParameter("--system and --answer go with --chat.")
+        if self.chat and self.prepend_bos is not None:
+            raise typer.BadParameter(
+                "--bos and --no-bos are for a prompt without --chat: the chat template "
+                "says whether it begins with the BOS token."
+            )
+
+
+def takes_options(run: Callable[[OptionsT], None]) -> Callable[..., None]:
+    """Turn a function of one dataclass of options into a function that Typer can read.
+
+    Typer makes an option of each parameter. The function returned has one for each field of the
+    dataclass, in the same order, with the field's annotation and default.
+
+    Args:
+        run: Function with the single parameter ``options``; its docstring becomes the help text.
+    """
+    kind = get_type_hints(run)["options"]
+    hints = get_type_hints(kind, include_extras=True)
+
+    def command(**values: Any) -> None:
+        run(kind(**values))
+
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(kind)
+    ]
+    vars(command).update(__signature__=inspect.Signature(parameters))
+    command.__annotations__ = {**hints, "return": None}
+    command.__doc__, command.__name__ = run.__doc__, run.__name__
+    return command

@@ -1,4 +1,4 @@
-"""Where results go: paths that are checked before work is done for nothing, and writing them."""
+"""Where results go: paths that are checked before any work is done, and writing to them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import typer
+
 from .errors import CliError, Code
 from .terminal import shell_word
 
 
-def check_writable(path: Path, option: str) -> None:
-    """Refuse a path that cannot be written, before the model is loaded for nothing.
+def _check_writable(path: Path, option: str) -> None:
+    """Refuse a path that cannot be written, before a model is loaded in vain.
 
     Raises:
-        CliError: it is a folder, or its folder does not exist or is read-only.
+        CliError: The path is a folder, or its folder does not exist or is read-only.
     """
     if path.is_dir():
         raise CliError(
@@ -27,8 +29,12 @@ def check_writable(path: Path, option: str) -> None:
 def check_parent(path: Path, option: str) -> None:
     """Refuse a path in a folder that does not exist or is read-only.
 
+    Args:
+        path: What is to be written.
+        option: The option that names it.
+
     Raises:
-        CliError: it is.
+        CliError: The folder of ``path`` does not exist or is read-only.
     """
     if not path.parent.is_dir():
         raise CliError(
@@ -42,7 +48,18 @@ def check_parent(path: Path, option: str) -> None:
 
 @dataclass(frozen=True)
 class Output:
-    """Where results go, and how much is said."""
+    """Where results go, and how much is printed.
+
+    Attributes:
+        top: How many rows or paths are listed.
+        as_json: Print one JSON object instead of tables.
+        out: The page to write.
+        save: The result file to write.
+        quiet: Print no progress and no notes.
+
+    Raises:
+        typer.BadParameter: Page and result are the same file.
+    """
 
     top: int = 10
     as_json: bool = False
@@ -50,30 +67,35 @@ class Output:
     save: Path | None = None
     quiet: bool = False
 
+    def __post_init__(self) -> None:
+        if self.out is not None and self.out == self.save:
+            raise typer.BadParameter("--out and --save name the same file.")
+
     @property
-    def spins(self) -> bool:
+    def shows_progress(self) -> bool:
+        """Whether spinners and progress bars are shown."""
         return not (self.quiet or self.as_json)
 
     def check(self) -> None:
-        """Refuse paths that cannot be written, and a page by the name of something else.
+        """Refuse paths that cannot be written, and pages named like another kind of file.
 
         Raises:
-            CliError: as ``check_writable``; ``--out`` that does not end as a page.
+            CliError: A path cannot be written, or ``--out`` has a suffix that no page has.
         """
-        from ..files import not_a_page
+        from ..files import why_not_a_page
 
-        if self.out is not None and (why := not_a_page(self.out)) is not None:
-            raise CliError(Code.USAGE, f"--out {why}")
+        if self.out is not None and (message := why_not_a_page(self.out)) is not None:
+            raise CliError(Code.USAGE, f"--out {message}")
         for path, option in ((self.out, "--out"), (self.save, "--save")):
             if path is not None:
-                check_writable(path, option)
+                _check_writable(path, option)
 
 
 def write(path: Path | None, writer: Callable[[Path], object]) -> None:
-    """Have ``writer`` write to ``path``, if there is one.
+    """Call ``writer`` with ``path``, unless that is None.
 
     Raises:
-        CliError: it cannot be written.
+        CliError: The file cannot be written.
     """
     if path is None:
         return
@@ -82,5 +104,5 @@ def write(path: Path | None, writer: Callable[[Path], object]) -> None:
     try:
         writer(path)
     except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise CliError(Code.FILE, f"{path} cannot be written: {why}.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CliError(Code.FILE, f"{path} cannot be written: {reason}.") from error

@@ -1,4 +1,4 @@
-"""Telling a result: as tables and sentences, or as one JSON object."""
+"""Printing a result: as tables and sentences, or as one JSON object."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..inputs.token_text import printed
 from .output import Output
 from .terminal import print_out, shown, table
 
@@ -30,7 +29,9 @@ def candidate_rows(candidates: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def print_candidates(candidates: pd.DataFrame) -> None:
-    """The candidate table on stdout."""
+    """Print the candidate table on stdout."""
+    from ..inputs.token_text import printed
+
     columns = ("rank", "token", "id", "logit", "probability", "minus top")
     table(
         [(name, name != "token") for name in columns],
@@ -63,7 +64,7 @@ def _percent(share: float) -> str:
 def print_question(
     question: Question, result: Attribution | AttributionGraph, run: RunPlan
 ) -> None:
-    """Model, tokens and Δℓ in words, on stdout."""
+    """Print model, tokens and Δℓ in words, on stdout."""
     target, contrast = question.side(question.target), question.side(question.contrast)
     last = question.pos == question.n_tokens - 1
     where = "after the last token" if last else f"after position {question.pos}"
@@ -71,8 +72,8 @@ def print_question(
         f"{question.model_name}: {question.n_tokens:,} tokens, rules {result.rules}, "
         f"{question.dtype} on {question.device}"
     )
-    if said := run.said(result.memory):
-        print_out(said)
+    if description := run.described(result.memory):
+        print_out(description)
     print_out(f"Why {target} and not {contrast}, {where}?")
     print_out(
         f"Δℓ = {question.logit_of(question.target)} − {question.logit_of(question.contrast)} "
@@ -84,7 +85,13 @@ def print_question(
 
 
 def print_explained(explained: Explained, output: Output, decisive: Sequence[int] = ()) -> None:
-    """Δℓ in words, the tokens of largest relevance, and where the report is, on stdout."""
+    """Print Δℓ in words, the tokens of largest relevance, and where the report is, on stdout.
+
+    Args:
+        explained: The answer.
+        output: Where results went.
+        decisive: Positions known to decide the answer, for a column of their own.
+    """
     from ..render.text import with_parts
 
     result = explained.result
@@ -123,7 +130,7 @@ def print_explained(explained: Explained, output: Output, decisive: Sequence[int
 
 
 def finite(value: float) -> float | None:
-    """A number that JSON can hold, or None."""
+    """The number, or None where JSON cannot hold it."""
     return value if math.isfinite(value) else None
 
 
@@ -180,5 +187,5 @@ def as_json(explained: Explained, output: Output) -> dict[str, Any]:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on stdout, in ASCII."""
+    """Print one JSON object on stdout, in ASCII."""
     print(json.dumps(value, allow_nan=False))

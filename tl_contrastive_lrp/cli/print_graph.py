@@ -1,4 +1,4 @@
-"""Telling a graph: what pruning kept, the strongest paths and a line a site; or one JSON object."""
+"""Printing a graph: what pruning kept, the strongest paths and its sites; or one JSON object."""
 
 from __future__ import annotations
 
@@ -24,53 +24,55 @@ def _size(logits: float | None, delta: float) -> dict[str, float | None] | None:
     return {"logits": logits, "relative": logits / abs(delta) if delta else None}
 
 
-def _weakest_kept(kept: AttributionGraph) -> float | None:
-    return float(kept.weight.abs().min()) if len(kept.weight) else None
+def _weakest_kept(pruned: AttributionGraph) -> float | None:
+    return float(pruned.weight.abs().min()) if len(pruned.weight) else None
 
 
-def _strongest_left_out(full: AttributionGraph, kept: AttributionGraph) -> float | None:
+def _strongest_left_out(full: AttributionGraph, pruned: AttributionGraph) -> float | None:
     """Largest |weight| of the full graph that is not in the pruned one."""
-    if len(kept.weight) == len(full.weight):
+    if len(pruned.weight) == len(full.weight):
         return None
-    # Of two falling lists, one a part of the other, the first that differs is missing there.
-    here = kept.weight.abs().sort(descending=True).values
-    all_of = full.weight.abs().sort(descending=True).values
-    differs = (all_of[: len(here)] != here).nonzero()
-    return float(all_of[int(differs[0]) if len(differs) else len(here)])
+    # The kept sizes are some of all sizes. With both in descending order, the first position at
+    # which they differ holds the largest size that was left out.
+    kept_sizes = pruned.weight.abs().sort(descending=True).values
+    all_sizes = full.weight.abs().sort(descending=True).values
+    differs = (all_sizes[: len(kept_sizes)] != kept_sizes).nonzero()
+    return float(all_sizes[int(differs[0]) if len(differs) else len(kept_sizes)])
 
 
-def _bound(made: AttributionGraph) -> float | None:
-    """Of a graph that was pruned on the way, a size that no edge left out then exceeds.
+def _bound(full: AttributionGraph) -> float | None:
+    """A size that no edge exceeds which was left out while a long prompt's graph was computed.
 
-    None if all are there. Besides what the rule says, none exceeds what all of them weigh.
+    None where nothing was left out. In each transition no such edge weighs more than all of them
+    together, nor more than the threshold or the smallest edge that was kept.
     """
-    if not made.history:
+    if not full.history:
         return None
-    settings, found = dict(made.history[0].parameters), []
-    for row in made.history[0].transitions:
+    parameters, bounds = dict(full.history[0].parameters), []
+    for row in full.history[0].transitions:
         if row.edges_kept == row.edges_before:
             continue
         bound = row.mass_before - row.mass_kept
-        size = made.weight[made.slices[row.source, row.target]].abs()
-        if "threshold" in settings:
-            bound = min(bound, float(str(settings["threshold"])))
-        elif len(size):  # the largest stayed
-            bound = min(bound, float(size.min()))
-        found.append(bound)
-    return max(found, default=None)
+        sizes = full.weight[full.slices[row.source, row.target]].abs()
+        if "threshold" in parameters:
+            bound = min(bound, float(str(parameters["threshold"])))
+        elif len(sizes):  # the largest edges were kept
+            bound = min(bound, float(sizes.min()))
+        bounds.append(bound)
+    return max(bounds, default=None)
 
 
 def _left_out(graphed: Graphed) -> dict[str, Any] | None:
     """The size of the largest edge left out, or what it does not exceed."""
-    known, bound = _strongest_left_out(graphed.made, graphed.kept), _bound(graphed.made)
+    known, bound = _strongest_left_out(graphed.full, graphed.pruned), _bound(graphed.full)
     at_most = bound is not None and (known is None or known < bound)
-    found = _size(bound if at_most else known, graphed.made.delta)
-    return None if found is None else found | {"at_most": at_most}
+    size = _size(bound if at_most else known, graphed.full.delta)
+    return None if size is None else size | {"at_most": at_most}
 
 
 def _account(graphed: Graphed) -> dict[str, Any]:
     """Counts and masses of both graphs, and at which weights pruning cut."""
-    full, kept = graphed.made, graphed.kept
+    full, pruned = graphed.full, graphed.pruned
 
     def counts(graph: AttributionGraph) -> dict[str, Any]:
         return {
@@ -79,18 +81,18 @@ def _account(graphed: Graphed) -> dict[str, Any]:
             "mass": graph.mass,
         }
 
-    whole, rest = counts(full), counts(kept)
-    if full.history:  # pruned on the way; nodes that lost all edges then were not counted
+    before, after = counts(full), counts(pruned)
+    if full.history:  # pruned while computed, when nodes that lost all their edges went uncounted
         step = full.history[0]
-        whole = {"nodes": None, "edges": step.edges_before, "mass": step.mass_before}
-    rest["edge_share"] = rest["edges"] / whole["edges"] if whole["edges"] else None
-    rest["mass_share"] = rest["mass"] / whole["mass"] if whole["mass"] else None
-    rest["weakest_kept"] = _size(_weakest_kept(kept), full.delta)
-    rest["strongest_left_out"] = _left_out(graphed)
-    return {"full": whole, "kept": rest}
+        before = {"nodes": None, "edges": step.edges_before, "mass": step.mass_before}
+    after["edge_share"] = after["edges"] / before["edges"] if before["edges"] else None
+    after["mass_share"] = after["mass"] / before["mass"] if before["mass"] else None
+    after["weakest_kept"] = _size(_weakest_kept(pruned), full.delta)
+    after["strongest_left_out"] = _left_out(graphed)
+    return {"full": before, "kept": after}
 
 
-def _said(size: Mapping[str, Any] | None) -> str:
+def _in_words(size: Mapping[str, Any] | None) -> str:
     if size is None:
         return "none"
     relative = "" if size["relative"] is None else f" ({100 * size['relative']:.2g} % of |Δℓ|)"
@@ -99,13 +101,13 @@ def _said(size: Mapping[str, Any] | None) -> str:
 
 
 def _step(step: PruneStep) -> str:
-    """What a step did, thresholds in logits and relative to |Δℓ|."""
-    settings = dict(step.parameters)
-    if "threshold" not in settings:
+    """Describe a step of pruning, with thresholds in logits and relative to |Δℓ|."""
+    parameters = dict(step.parameters)
+    if "threshold" not in parameters:
         return str(step)
-    size = {"logits": settings["threshold"], "relative": settings["relative"]}
+    size = {"logits": parameters["threshold"], "relative": parameters["relative"]}
     return (
-        f"{step.name} {_said(size)}: kept {step.edges_kept:,} of {step.edges_before:,} edges, "
+        f"{step.name} {_in_words(size)}: kept {step.edges_kept:,} of {step.edges_before:,} edges, "
         f"{step.share_kept:.1%} of their mass"
     )
 
@@ -115,63 +117,69 @@ def _share(share: float | None) -> str:
 
 
 def print_graphed(graphed: Graphed, output: Output, saved_pruned: bool) -> None:
-    """The graph in words and tables, on stdout."""
-    full, kept = graphed.made, graphed.kept
+    """Print the graph in words and tables, on stdout.
+
+    Args:
+        graphed: The answer.
+        output: Where results went.
+        saved_pruned: Whether the saved graph is the pruned one.
+    """
+    full, pruned = graphed.full, graphed.pruned
     print_question(graphed.question, full, graphed.run)
     account = _account(graphed)
-    whole, rest = account["full"], account["kept"]
+    before, after = account["full"], account["kept"]
     print_out()
     split = ", split by head and path" if full.head is not None else ""
-    nodes = "" if whole["nodes"] is None else f"{whole['nodes']:,} nodes, "
+    nodes = "" if before["nodes"] is None else f"{before['nodes']:,} nodes, "
     print_out(
-        f"Full graph: {len(full.sites)} sites, {nodes}{whole['edges']:,} edges{split}, "
-        f"Σ|weight| {whole['mass']:.4g} logits"
+        f"Full graph: {len(full.sites)} sites, {nodes}{before['edges']:,} edges{split}, "
+        f"Σ|weight| {before['mass']:.4g} logits"
     )
     if full.node_threshold:
-        said = _said(_size(full.node_threshold, full.delta))
-        print_out(f"Hidden states of |relevance| up to {said} were not expanded.")
-    for step in kept.history:
+        size = _in_words(_size(full.node_threshold, full.delta))
+        print_out(f"Hidden states of |relevance| up to {size} were not expanded.")
+    for step in pruned.history:
         print_out(f"Pruned by {_step(step)}")
     print_out(
-        f"Left: {rest['nodes']:,} nodes, {rest['edges']:,} edges ({_share(rest['edge_share'])}) "
-        f"with {_share(rest['mass_share'])} of Σ|weight|"
+        f"Left: {after['nodes']:,} nodes, {after['edges']:,} edges ({_share(after['edge_share'])}) "
+        f"with {_share(after['mass_share'])} of Σ|weight|"
     )
     print_out(
-        f"Weakest edge kept: {_said(rest['weakest_kept'])}; strongest left out: "
-        f"{_said(rest['strongest_left_out'])}"
+        f"Weakest edge kept: {_in_words(after['weakest_kept'])}; strongest left out: "
+        f"{_in_words(after['strongest_left_out'])}"
     )
     print_out()
     if len(graphed.paths):
-        of = "graph as it was made" if full.history else "full graph"
-        print_out(f"Strongest paths of the {of}, from the prompt to the prediction, in logits:")
+        graph = "graph as it was made" if full.history else "full graph"
+        print_out(f"Strongest paths of the {graph}, from the prompt to the prediction, in logits:")
     for line in str(graphed.paths).split("\n"):
         print_out(line)
     print_out()
     print_out("The pruned graph, site by site:")
-    _print_sites(kept)
+    _print_sites(pruned)
     if output.save is not None:
-        made = "Graph as it was made" if full.history else "Full graph"
-        print_out(f"{'Pruned graph' if saved_pruned else made}: {output.save}")
+        unpruned = "Graph as it was made" if full.history else "Full graph"
+        print_out(f"{'Pruned graph' if saved_pruned else unpruned}: {output.save}")
     if output.out is not None:
         print_out(f"Page: {output.out}")
     else:
         print_out("Add --out graph.html for a picture of the pruned graph.")
 
 
-def _print_sites(kept: AttributionGraph) -> None:
-    """A line a site of the pruned graph."""
+def _print_sites(pruned: AttributionGraph) -> None:
+    """Print a table with one line for each site of the pruned graph."""
     from ..graph.picture import site_labels
     from ..render.text import with_parts
 
-    texts = with_parts(kept.str_tokens)
+    texts = with_parts(pruned.str_tokens)
     columns = [("site", False)]
     columns += [(name, True) for name in ("nodes", "edges in", "Σ|weight|", "stay", "lookback")]
     columns.append(("hub", False))
     rows = []
-    labels = site_labels(kept.sites)
-    for label, row in zip(labels, kept.metrics().to_dict("records"), strict=True):
+    labels = site_labels(pruned.sites)
+    for label, row in zip(labels, pruned.metrics().to_dict("records"), strict=True):
         hub = row["hub"]
-        # The input is no target: it has no edges in.
+        # The input site has no incoming edges, so some of its figures are undefined.
         rows.append(
             (
                 label,
@@ -192,18 +200,18 @@ def _print_sites(kept: AttributionGraph) -> None:
 
 def graph_as_json(graphed: Graphed, output: Output) -> dict[str, Any]:
     """The JSON object of ``graph --json``; the command's help text documents it."""
-    full, kept = graphed.made, graphed.kept
+    full, pruned = graphed.full, graphed.pruned
     steps = []
-    for step in kept.history:
+    for step in pruned.history:
         names = ("name", "edges_before", "edges_kept", "mass_before", "mass_kept")
-        told = {name: getattr(step, name) for name in names}
-        steps.append(told | {"parameters": dict(step.parameters)})
+        facts = {name: getattr(step, name) for name in names}
+        steps.append(facts | {"parameters": dict(step.parameters)})
     paths = [asdict(path) for path in graphed.paths]
     for path in paths:
         path["share"] = finite(path["share"])
     metrics = [
         {name: finite(v) if isinstance(v, float) else v for name, v in row.items()}
-        for row in kept.metrics().to_dict("records")
+        for row in pruned.metrics().to_dict("records")
     ]
     return (
         question_as_json(graphed.question, full, graphed.run, "graph")

@@ -1,4 +1,4 @@
-"""From what was typed to token ids: the prompt, and the tokens of both sides."""
+"""From typed text to token ids: the prompt, the target and the contrast."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CliError, Code, typed_words
+from .errors import CliError, Code
 from .terminal import plain, print_err
 
 if TYPE_CHECKING:
@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 
 
 def read_prompt(prompt: str | None, file: str | None, strip_newline: bool) -> str:
-    """The prompt as typed, from a file, or from standard input (file ``-``).
+    """Read the prompt.
+
+    Args:
+        prompt: The prompt itself, if it was typed.
+        file: Otherwise the file that holds it; ``-`` is standard input.
+        strip_newline: Leave out the last newline of a file.
 
     Raises:
-        CliError: the file cannot be read or is not UTF-8.
+        CliError: The file cannot be read or is not UTF-8.
     """
     if file is None:
         text = prompt or ""
@@ -31,10 +36,14 @@ def read_prompt(prompt: str | None, file: str | None, strip_newline: bool) -> st
 
 
 def check_text(text: str | None, what: str) -> None:
-    """Refuse what was typed in another encoding.
+    """Refuse text that was typed in another encoding.
+
+    Args:
+        text: The text, if any.
+        what: What it is, for the message.
 
     Raises:
-        CliError: it holds bytes that are no UTF-8.
+        CliError: The text holds bytes that are not UTF-8.
     """
     try:
         (text or "").encode("utf-8")
@@ -43,6 +52,7 @@ def check_text(text: str | None, what: str) -> None:
 
 
 def _decoded(file: str) -> str:
+    """The text of a file or of standard input."""
     if file == "-":
         if sys.stdin.isatty():
             print_err("Type the prompt; Ctrl-D on an empty line ends it.")
@@ -75,21 +85,24 @@ def prompt_ids(
     answer: str = "",
     prepend_bos: bool | None = None,
 ) -> Prompt:
-    """Token ids [1, pos] of the prompt, whole, and whether a BOS token was put before its text.
+    """Tokenise the prompt.
 
     Args:
         model: The bridge.
         text: The prompt; with ``chat``, the user's message.
-        chat: Put it into the tokenizer's chat template. The template's own ids are explained: no
-            BOS is added to them.
+        chat: Put the text into the tokenizer's chat template. The ids are the template's own: no
+            BOS token is added to them.
         system: The system message, with ``chat``.
-        answer: What the assistant has written so far, with ``chat``: its tokens follow the
+        answer: What the assistant has written so far, with ``chat``. Its tokens follow the
             template's, character by character as typed.
         prepend_bos: As for ``attribute``, without ``chat``.
 
+    Returns:
+        All token ids [1, pos], and whether a BOS token was put before the text.
+
     Raises:
-        CliError: no chat template, or one that refuses; a prompt longer than the context.
-        PromptError: an empty prompt; a BOS token that cannot be put before it.
+        CliError: There is no chat template or it fails, or the prompt is longer than the context.
+        PromptError: The prompt is empty, or a BOS token cannot be put before it.
     """
     import torch
 
@@ -97,12 +110,12 @@ def prompt_ids(
     from ..inputs.tokens import Prompt, model_device, to_single_prompt
 
     if not text:
-        to_single_prompt(model, text)  # says what is wrong
+        to_single_prompt(model, text)  # raises, with a message of its own
     if chat:
         ids, prepended = _chat_ids(model.tokenizer, text, system, answer), None
     else:
-        made = tokenised(model, text, prepend_bos)
-        ids, prepended = made.ids, made.prepended_bos
+        tokens_of_text = tokenised(model, text, prepend_bos)
+        ids, prepended = tokens_of_text.ids, tokens_of_text.prepended_bos
     tokens = torch.tensor([ids], device=model_device(model))
     limit = int(model.cfg.n_ctx)
     if tokens.shape[1] > limit:
@@ -115,13 +128,14 @@ def prompt_ids(
 
 
 def special_notes(model: Any, text: str, prepend_bos: bool | None) -> list[str]:
-    """Where a text's ids begin or end otherwise than the model's own tokenizer has it."""
+    """Notes on where a text's ids differ from those of the model's own tokenizer."""
     from ..inputs.bos import tokenised
 
-    return [typed_words(note.says) for note in tokenised(model, text, prepend_bos).notes]
+    return [note.says for note in tokenised(model, text, prepend_bos).notes]
 
 
 def _chat_ids(tokenizer: Any, text: str, system: str | None, answer: str) -> list[int]:
+    """Ids of the chat template, and of the answer's beginning behind it."""
     if not tokenizer.chat_template:
         raise CliError(
             Code.PROMPT,
@@ -145,10 +159,10 @@ def _chat_ids(tokenizer: Any, text: str, system: str | None, answer: str) -> lis
 
 
 def token_ids(model: Any, texts: Sequence[str], role: str) -> tuple[int, ...]:
-    """The ids that ``--target`` or ``--contrast`` name.
+    """Ids of the tokens that ``--target`` or ``--contrast`` name.
 
     Raises:
-        TokenError: a text that is not one token or may be several, or an id out of range.
+        TokenError: A text is not exactly one token, or an id is out of range.
     """
     from ..errors import TokenError
     from ..inputs.tokens import to_token_ids
@@ -162,7 +176,7 @@ def token_ids(model: Any, texts: Sequence[str], role: str) -> tuple[int, ...]:
 
 
 def token_word(model: Any, token_id: int) -> str:
-    """How to name a token on the command line: its name where that is safe, else ``id:123``."""
+    """Name a token for the command line: by its text where that is safe, else as ``id:123``."""
     from ..inputs.token_text import printed, written_id
     from ..inputs.tokens import token_names
 

@@ -1,28 +1,35 @@
-"""What was asked: from typed options to a model, a prompt and two tokens, or to the candidates."""
+"""A question to a model: one prediction, and the two tokens that it is explained for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from ..inputs.token_text import printed
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-CANDIDATES = 10
-
-T = TypeVar("T")
+N_CANDIDATES = 10
 
 
 @dataclass(frozen=True)
 class Question:
-    """One prediction to explain: ids of both sides, and the likeliest tokens.
+    """One prediction to explain, with what is needed to print its answer.
 
-    at is the position as typed: -1 reads "the last position" in an objective's words. delta is
-    Δℓ in the forward that the candidates are from; prepended_bos is as results have it.
+    Attributes:
+        tokens: The prompt's ids, [1, pos].
+        candidates: The likeliest next tokens.
+        target: Ids of the target tokens.
+        contrast: Ids of the contrast tokens.
+        delta: Δℓ in logits, in the forward that the candidates are from.
+        names: Text of the target and contrast tokens by id.
+        typed_pos: The position as typed: -1 makes an objective speak of "the last position".
+        model_name: Name of the model.
+        dtype: Its floating-point type.
+        device: The device it is on.
+        prepended_bos: Whether a BOS token was put before the text, None for a chat.
+        notes: What the user may not have expected.
     """
 
     tokens: Tensor
@@ -31,7 +38,7 @@ class Question:
     contrast: tuple[int, ...]
     delta: float
     names: dict[int, str]
-    at: int
+    typed_pos: int
     model_name: str
     dtype: str
     device: str
@@ -40,24 +47,32 @@ class Question:
 
     @property
     def target_is_top(self) -> bool:
+        """Whether the target is the model's likeliest token."""
         return self.target == (int(self.candidates["id"].iloc[0]),)
 
     @property
     def pos(self) -> int:
-        return self.at % self.n_tokens
+        """The position explained, from 0."""
+        return self.typed_pos % self.n_tokens
 
     @property
     def n_tokens(self) -> int:
+        """How many tokens the prompt has."""
         return int(self.tokens.shape[1])
 
     def side(self, ids: Sequence[int]) -> str:
-        """One side's tokens in words."""
-        return " or ".join(f"«{printed(self.names[i], i)}»" for i in ids)
+        """Name the tokens of one side."""
+        return " or ".join(self._quoted(ids))
 
     def logit_of(self, ids: Sequence[int]) -> str:
-        """One side's term of Δℓ in words."""
-        names = ", ".join(f"«{printed(self.names[i], i)}»" for i in ids)
+        """Name one side's term of Δℓ."""
+        names = ", ".join(self._quoted(ids))
         return f"logit of {names}" if len(ids) == 1 else f"mean logit of {{{names}}}"
+
+    def _quoted(self, ids: Sequence[int]) -> list[str]:
+        from ..inputs.token_text import printed
+
+        return [f"«{printed(self.names[i], i)}»" for i in ids]
 
 
 def question_of(
@@ -72,23 +87,25 @@ def question_of(
     prepended_bos: bool | None,
     notes: Sequence[str] = (),
 ) -> Question:
-    """The question with what telling its answer needs; logits [vocab] are those at ``pos``."""
+    """Put a question together; ``logits`` [vocab] are those at ``pos``."""
     from ..attribution.candidates import candidate_table
     from ..inputs.float64 import precise
     from ..inputs.tokens import model_device, token_names
 
     both = (*target, *contrast)
+    delta = precise(logits[list(target)]).mean() - precise(logits[list(contrast)]).mean()
+    dtype = next(iter(model.original_model.parameters())).dtype
     return Question(
-        tokens,
-        candidate_table(model, logits, CANDIDATES),
-        target,
-        contrast,
-        float(precise(logits[list(target)]).mean() - precise(logits[list(contrast)]).mean()),
-        dict(zip(both, token_names(model, both), strict=True)),
-        pos,
-        model_name,
-        str(next(iter(model.original_model.parameters())).dtype).removeprefix("torch."),
-        str(model_device(model)),
-        prepended_bos,
-        tuple(notes),
+        tokens=tokens,
+        candidates=candidate_table(model, logits, N_CANDIDATES),
+        target=target,
+        contrast=contrast,
+        delta=float(delta),
+        names=dict(zip(both, token_names(model, both), strict=True)),
+        typed_pos=pos,
+        model_name=model_name,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(model_device(model)),
+        prepended_bos=prepended_bos,
+        notes=tuple(notes),
     )

@@ -1,4 +1,4 @@
-"""Explaining one prediction for the command line, and writing the files asked for."""
+"""What the commands ``explain`` and ``graph`` have computed, to be printed and written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Explained:
-    """A result, with what was asked."""
+    """The answer of ``explain``.
+
+    Attributes:
+        question: What was explained.
+        result: Its relevance.
+        run: How memory was used.
+        notes: What the user may not have expected.
+    """
 
     question: Question
     result: Attribution
@@ -26,15 +33,20 @@ class Explained:
 
 @dataclass(frozen=True)
 class Graphed:
-    """A graph as it was made and what pruning left of it, with what was asked.
+    """The answer of ``graph``.
 
-    made is the full graph, or of a long prompt one that was pruned while its edges came; paths are
-    those of made.
+    Attributes:
+        question: What was explained.
+        full: The full graph; of a long prompt, the graph that was pruned while it was computed.
+        pruned: What pruning left of it.
+        paths: The strongest paths of ``full``.
+        run: How memory was used.
+        notes: What the user may not have expected.
     """
 
     question: Question
-    made: AttributionGraph
-    kept: AttributionGraph
+    full: AttributionGraph
+    pruned: AttributionGraph
     paths: Paths
     run: RunPlan
     notes: tuple[str, ...]

@@ -1,58 +1,62 @@
-"""Writing a command line that does again what was typed, with something filled in."""
+"""Writing options and whole commands as a shell reads them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING
 
-from .options import DEFAULT_RULES
 from .terminal import shell_word
 
+if TYPE_CHECKING:
+    from .options import QuestionOptions
+
 PROGRAM = "tl-contrastive-lrp"
-_DEFAULTS = {
-    "pos": -1, "rules": DEFAULT_RULES.value, "dtype": "float32", "top": 10, "granularity": "block",
-    "node_threshold": 0.0, "memory": "auto", "answer": "",
-}  # fmt: skip
-_INLINE = 4000  # characters of standard input that are written out; a shell line has its limits
+_MOST_INLINE = 4000  # characters of standard input repeated in a command; a shell line has limits
 
 
-def again(
+def spelled_option(name: str, value: object = None) -> str:
+    """Spell one option, quoted for a shell.
+
+    Args:
+        name: The parameter's name in Python.
+        value: Its value; True for a flag, None for the option's name alone.
+    """
+    if name == "prepend_bos":
+        return "--no-bos" if value is False else "--bos"
+    option = f"--{name.replace('_', '-')}"
+    if value is None or value is True:
+        return option
+    text = str(value.value if isinstance(value, Enum) else value)
+    # A value that begins with a dash would look like an option.
+    return f"{option}{'=' if text.startswith('-') else ' '}{shell_word(text)}"
+
+
+def retyped(
     command: str,
-    typed: dict[str, Any],
+    options: QuestionOptions,
     text: str,
     *,
     target: Sequence[str],
     contrast: Sequence[str],
 ) -> str:
-    """A command as typed, with target and contrast filled in, quoted for a shell.
+    """Repeat a command with target and contrast filled in, quoted for a shell.
 
     Args:
         command: "explain" or "graph".
-        typed: Its options by name.
-        text: The prompt. What came from standard input is written out, unless it is very long.
-        target: ``--target`` options.
-        contrast: ``--contrast`` options.
+        options: The options that were typed; those with their default value are left out.
+        text: The prompt. If it came from standard input it is written out, unless it is very long.
+        target: Values of ``--target``.
+        contrast: Values of ``--contrast``.
     """
-    options = dict(typed, target=list(target), contrast=list(contrast))
-    if options["prompt_file"] == "-" and len(text) <= _INLINE:
-        options |= {"prompt": text, "prompt_file": None, "strip_newline": False}
+    options = replace(options, target=list(target), contrast=list(contrast))
+    if options.prompt_file == "-" and len(text) <= _MOST_INLINE:
+        options = replace(options, prompt=text, prompt_file=None, strip_newline=False)
     words = [PROGRAM, command]
-    for name, value in options.items():
-        option = f"--{name.replace('_', '-')}"
-        if isinstance(value, Enum):
-            value = value.value
-        # By identity: a 0 is a number that was typed, although it equals False.
-        if name == "prepend_bos" and value is not None:
-            words.append("--bos" if value else "--no-bos")
-            continue
-        if value is None or value is False or _DEFAULTS.get(name) == value:
-            continue
-        if value is True:
-            words.append(option)
-            continue
-        for one in value if isinstance(value, list) else [value]:
-            quoted = shell_word(str(one))
-            # A value that begins with a dash would look like an option.
-            words.append(f"{option}={quoted}" if str(one)[:1] == "-" else f"{option} {quoted}")
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value != field.default:
+            values = value if isinstance(value, list) else [value]
+            words += [spelled_option(field.name, one) for one in values]
     return " ".join(words)

@@ -1,6 +1,6 @@
-"""What the command prints: results on stdout, messages and progress on stderr.
+"""Printing to a terminal: results on stdout, messages and progress on stderr.
 
-Token text comes from models and prompts and may hold anything: it never reaches a terminal as
+Token text comes from models and prompts and may hold anything. It never reaches a terminal as
 markup, control or formatting characters.
 """
 
@@ -21,10 +21,7 @@ _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def plain(text: str) -> str:
-    """``text`` with every character that a terminal would obey or hide written as an escape.
-
-    Newlines and tabs stay.
-    """
+    """Escape every character that a terminal would obey or hide, except newlines and tabs."""
     return "".join(
         c.encode("unicode_escape").decode("ascii")
         if unicodedata.category(c) in _HIDDEN and c not in "\n\t"
@@ -34,9 +31,9 @@ def plain(text: str) -> str:
 
 
 def shown(token: str) -> str:
-    """A token on one line, its spaces and newlines visible, as the report shows it.
+    """A token on one line with its spaces and newlines visible, as the report shows it.
 
-    For ``print_out``, ``print_err`` and ``table``, which make it safe to print.
+    The result still has to go through ``print_out``, ``print_err`` or ``table``, which escape it.
     """
     from ..render.text import visible
 
@@ -44,22 +41,27 @@ def shown(token: str) -> str:
 
 
 def print_err(message: str) -> None:
-    """One message on stderr, as it is."""
+    """Print one message on stderr."""
     print(plain(message), file=sys.stderr)
 
 
 def print_out(line: str = "") -> None:
-    """One line on stdout, unwrapped, so that it can be copied."""
+    """Print one line on stdout, without wrapping it, so that it can be copied."""
     print(plain(line))
 
 
 @contextmanager
-def progress(words: str, wanted: bool) -> Iterator[None]:
-    """A spinner on stderr while the block runs; nothing if unwanted or not on a terminal."""
-    if not wanted or not sys.stderr.isatty():
+def progress(words: str, show: bool) -> Iterator[None]:
+    """Show a spinner on stderr while the block runs.
+
+    Args:
+        words: What is being done.
+        show: Whether to show it; it is never shown where stderr is no terminal.
+    """
+    if not show or not sys.stderr.isatty():
         yield
         return
-    # The stream of now: libraries' own output is diverted inside the block.
+    # Bound to the present stream, because the block may redirect other libraries' output.
     console = Console(file=sys.stderr)
     with console.status(Text(plain(words))):
         yield
@@ -71,12 +73,12 @@ def table(
     *,
     dim: Sequence[bool] = (),
 ) -> None:
-    """A table on stdout.
+    """Print a table on stdout.
 
     Args:
-        columns: Heading, and whether its cells are numbers (aligned on the right).
+        columns: For each column its heading, and whether it holds numbers, aligned on the right.
         rows: Cells as text.
-        dim: Rows to print faintly.
+        dim: For each row whether it is printed faintly.
     """
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading, number in columns:
@@ -88,7 +90,7 @@ def table(
 
 
 def shell_word(text: str) -> str:
-    """``text`` as one word of a POSIX shell; control characters as bash and zsh write them."""
+    """Quote text as one word of a POSIX shell, control characters as bash and zsh write them."""
     if plain(text) == text and "\t" not in text:
         return shlex.quote(text)
     quoted = "".join(
@@ -99,4 +101,5 @@ def shell_word(text: str) -> str:
 
 
 def _escaped(c: str) -> str:
+    """A character as the escapes of its UTF-8 bytes."""
     return "".join(f"\\x{byte:02x}" for byte in c.encode("utf-8", "surrogateescape"))

@@ -1,9 +1,9 @@
 """A small model that really fails, and its failures: try the package offline.
 
 The model is a Qwen3 of under a million parameters, trained from scratch on a generated
-instruction benchmark (see ``data/MODEL_CARD.md``). `load_demo_model` boots it, `load_demo_cases`
-gives held-out prompts with the token it writes, the token it should have preferred, and the
-prompt positions that decide the matter.
+instruction benchmark (see ``data/MODEL_CARD.md``). ``load_demo_model`` boots it;
+``load_demo_cases`` gives held-out prompts, with the token that the model writes, the token that it
+should have preferred, and the prompt positions that decide between them.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
 
+# The kinds of task in the benchmark.
 KINDS = ("format", "arithmetic", "code", "tool")
 
 
@@ -14,18 +15,35 @@ KINDS = ("format", "arithmetic", "code", "tool")
 class DemoCase:
     """One choice between two tokens on a held-out prompt.
 
-    id: name of the case. kind: one of `KINDS`; family: the template within the kind.
-    failed: True if the model's answer is wrong (target is the wrong token it wrote, contrast the
-    right one); False if the whole answer is right (target is the right token it wrote, contrast
-    its best wrong alternative).
-    prompt: full text in the chat format, answer_prefix included; the token after it is explained.
-    user: the user's message alone. answer: the whole right answer; model_answer: what greedy
-    decoding writes.
-    target, contrast: text of the two tokens; target_id, contrast_id: their ids.
-    delta: logit(target) − logit(contrast) after the prompt, float32; above 1.
-    n_tokens: tokens in the prompt.
-    decisive_positions: ascending token positions in the prompt that decide which token is right,
-    as the generator of the benchmark knows; decisive_text: the text of those tokens.
+    Attributes:
+        id: Name of the case.
+        kind: One of ``KINDS``.
+        family: The template within the kind.
+        failed: Whether the model's answer is wrong. If so, ``target`` is the wrong token that it
+            wrote and ``contrast`` the right one. If not, ``target`` is the right token that it
+            wrote and ``contrast`` the best wrong alternative.
+        user: The user's message alone.
+        answer_prefix: The beginning of the answer, which the prompt includes.
+        prompt: The whole text in the chat format; the token after it is explained.
+        answer: The whole right answer.
+        model_answer: What greedy decoding writes.
+        target: Text of the token that the model preferred.
+        target_id: Its id.
+        contrast: Text of the token that it is compared with.
+        contrast_id: Its id.
+        delta: logit(target) − logit(contrast) after the prompt, in float32; above 1.
+        n_tokens: Number of tokens of the prompt.
+        decisive_positions: The positions of the prompt that decide which token is right, as the
+            generator of the benchmark knows, in ascending order.
+        decisive_text: The text of these tokens.
+
+    Raises:
+        ValueError: The fields contradict each other.
+
+    Example:
+        >>> case = clrp.load_demo_cases("code")[0]
+        >>> case.failed, case.delta > 1, case.answer == case.model_answer
+        (True, True, False)
     """
 
     id: str
@@ -69,6 +87,7 @@ class DemoCase:
 
 @cache
 def _all_cases() -> tuple[DemoCase, ...]:
+    """Every case of the file, checked."""
     text = files(__package__).joinpath("data").joinpath("cases.jsonl").read_text("utf-8")
     names = {f.name for f in fields(DemoCase)}
     cases = []
@@ -84,11 +103,23 @@ def _all_cases() -> tuple[DemoCase, ...]:
 
 
 def load_demo_cases(kind: str | None = None, failed: bool | None = True) -> tuple[DemoCase, ...]:
-    """Held-out cases of the demo model, in the order of the file.
+    """Load held-out cases of the demo model.
 
-    kind: "format", "arithmetic", "code" or "tool"; None for all four.
-    failed: True for failures (the default), False for solved cases, None for both.
-    Raises ValueError for an unknown kind and TypeError if `failed` is not one of the three.
+    Args:
+        kind: "format", "arithmetic", "code" or "tool"; None for all four.
+        failed: True for failures, False for solved cases, None for both.
+
+    Returns:
+        The cases, always in the same order.
+
+    Raises:
+        ValueError: The kind is unknown.
+        TypeError: ``failed`` is not True, False or None.
+
+    Example:
+        >>> cases = clrp.load_demo_cases("arithmetic", failed=False)
+        >>> {case.kind for case in cases}, any(case.failed for case in cases)
+        ({'arithmetic'}, False)
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Boot the packaged demo model, offline."""
+"""Loading the demo model of the package, offline."""
 
 from __future__ import annotations
 
@@ -14,9 +14,17 @@ if TYPE_CHECKING:
 
 
 def demo_dir() -> Path:
-    """Folder with the demo model in Hugging Face's format: give it to ``boot_transformers``.
+    """Find the folder of the demo model, in Hugging Face's format.
 
-    Raises FileNotFoundError where the package is not unpacked on disk or lacks its data.
+    Returns:
+        The folder, which ``boot_transformers`` takes.
+
+    Raises:
+        FileNotFoundError: The package is not unpacked on disk, or lacks its data.
+
+    Example:
+        >>> (clrp.demo.demo_dir() / "config.json").is_file()
+        True
     """
     folder = Path(str(files(__package__).joinpath("data")))
     if not (folder / "model.safetensors").is_file():
@@ -29,7 +37,7 @@ def demo_dir() -> Path:
 
 @contextmanager
 def _quiet_and_offline() -> Iterator[None]:
-    """No progress bar on stderr and no question to any hub; both as before afterwards."""
+    """Turn off progress bars and requests to the hub while the block runs."""
     from huggingface_hub import constants
     from transformers.utils import logging
 
@@ -47,16 +55,31 @@ def _quiet_and_offline() -> Iterator[None]:
 def load_demo_model(
     device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> TransformerBridge:
-    """The demo model as a TransformerLens bridge, in eval mode, without network.
+    """Load the demo model as a TransformerLens bridge in evaluation mode, without network.
 
-    device: as in ``boot_transformers`` (None: TransformerLens chooses).
-    dtype: of the weights in memory; None is float32. The file holds float16 values.
-    Its tokenizer has no BOS token: ``model.to_tokens(case.prompt)`` with default arguments gives
-    the ids the cases were recorded with.
-    Raises FileNotFoundError if the packaged model is missing (see `demo_dir`).
+    Its tokenizer has no BOS token: ``model.to_tokens(case.prompt)`` gives the ids that the cases
+    were recorded with.
+
+    Args:
+        device: As in ``boot_transformers``; None lets TransformerLens choose.
+        dtype: Floating-point type of the weights in memory; None is float32. The file holds
+            float16 values.
+
+    Returns:
+        A ``TransformerBridge``.
+
+    Raises:
+        FileNotFoundError: The model is missing from this installation, see ``demo_dir``.
+
+    Example:
+        >>> model = clrp.load_demo_model(device="cpu")
+        >>> logits = model(case.prompt)[0, -1]
+        >>> delta = logits[case.target_id] - logits[case.contrast_id]
+        >>> abs(delta.item() - case.delta) < 0.01
+        True
     """
     folder = demo_dir()
-    # heavy imports only now, so that importing the package stays cheap
+    # Imported here, so that importing the package stays cheap.
     import torch
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -64,6 +87,6 @@ def load_demo_model(
         model = TransformerBridge.boot_transformers(
             str(folder), device=device, dtype=torch.float32 if dtype is None else dtype
         )
-    model.cfg.model_name = "demo model"  # not the folder it was loaded from
+    model.cfg.model_name = "demo model"  # instead of the folder
     model.eval()
     return model

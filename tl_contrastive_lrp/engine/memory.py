@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
-from ..errors import ModelStateError, NotTileableError
+from ..errors import Argument, Message, ModelStateError, NotTileableError
 from ..inputs.tokens import model_device
 
 Memory = Literal["auto", "plain", "tiled"]
@@ -262,13 +262,19 @@ def run_as_planned(
     try:
         return tiled(plan)
     except NotTileableError as error:
+        reason: str = error.args[0]
         if plan.tiles_required:
             need, free = gib(plan.plain_bytes), gib(plan.free_bytes)
             raise NotTileableError(
-                f"This model cannot run in tiles: {error} Use memory='plain', which needs about "
-                f"{need} for this prompt; {free} are free."
+                Message(
+                    "This model cannot run in tiles: ",
+                    reason,
+                    " Use ",
+                    Argument("memory", "plain"),
+                    f", which needs about {need} for this prompt; {free} are free.",
+                )
             ) from error
-        return plain(require_plain_fits(plan, str(error)))
+        return plain(require_plain_fits(plan, reason))
 
 
 def require_plain_fits(plan: MemoryPlan, reason: str) -> MemoryPlan:
@@ -283,9 +289,14 @@ def require_plain_fits(plan: MemoryPlan, reason: str) -> MemoryPlan:
     """
     if plan.plain_bytes > _SAFE * plan.free_bytes:
         raise ModelStateError(
-            f"This prompt needs about {gib(plan.plain_bytes)} without tiles, and "
-            f"{gib(plan.free_bytes)} are free; in tiles it cannot run: {reason} Shorten the "
-            "prompt, or give memory='plain' to try all the same."
+            Message(
+                f"This prompt needs about {gib(plan.plain_bytes)} without tiles, and "
+                f"{gib(plan.free_bytes)} are free; in tiles it cannot run: ",
+                reason,
+                " Shorten the prompt, or give ",
+                Argument("memory", "plain"),
+                " to try all the same.",
+            )
         )
     return MemoryPlan(None, plan.plain_bytes, plan.free_bytes, reason)
 
@@ -305,7 +316,14 @@ def require_room_for_edges(plan: MemoryPlan, transitions: int, length: int) -> N
     need = edges * _BY_EDGE
     if not plan.tiles_required and need > _SAFE * plan.free_bytes:
         raise ModelStateError(
-            f"The full graph of this prompt has up to {edges:,} edges, about {gib(need)}; "
-            f"{gib(plan.free_bytes)} are free. Keep the largest while it is made, with "
-            "mass=0.85, or give threshold= or top_k=."
+            Message(
+                f"The full graph of this prompt has up to {edges:,} edges, about {gib(need)}; "
+                f"{gib(plan.free_bytes)} are free. Keep the largest while it is made, with ",
+                Argument("mass", 0.85),
+                ", or give ",
+                Argument("threshold"),
+                " or ",
+                Argument("top_k"),
+                ".",
+            )
         )

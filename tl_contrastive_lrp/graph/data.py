@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Self
 
+from ..errors import NonFiniteError
 from ..hooks.coverage import Coverage
 from ..inputs.objective import check_earlier
 from .columns import DTYPES, EDGE_KINDS, ORDER, POSITION, EdgeColumns, first_disorder, in_order
@@ -318,7 +319,7 @@ def _check_facts(graph: GraphData) -> None:
     if graph.special.dtype != torch.bool or graph.token_ids.dtype != torch.int64:
         raise ValueError("special must be bool and token_ids int64.")
     if not bool(torch.isfinite(graph.relevance).all()):
-        raise ValueError("A node's relevance is NaN or infinite.")
+        raise NonFiniteError("A node's relevance is NaN or infinite.")
     if not 0 <= graph.final_pos < pos:
         raise ValueError(f"final_pos={graph.final_pos} is outside the prompt's {pos} tokens.")
     check_earlier("final_pos", graph.final_pos, "earlier_final_pos", graph.earlier_final_pos)
@@ -362,7 +363,7 @@ def _check_columns(graph: GraphData) -> None:
             raise ValueError("An edge of path 0 (position) must stay at its position.")
     if not bool(torch.isfinite(graph.weight).all()):
         at = int(torch.nonzero(~torch.isfinite(graph.weight))[0])
-        raise ValueError(f"The weight of edge {at} is {float(graph.weight[at])}.")
+        raise NonFiniteError(f"The weight of edge {at} is {float(graph.weight[at])}.")
     at_fault = first_disorder(list(keys.values()))
     if at_fault is not None:
         raise ValueError(

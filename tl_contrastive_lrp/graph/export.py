@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from ..files import FileKind, damage_named, read_result, write_result, written_whole
+from ..files import FileKind, atomic_path, read_result, rebuilding_from, write_result
 from ..hooks.coverage import coverage_from
 from .columns import EDGE_KINDS, ORDER
 from .data import GraphData
@@ -46,7 +46,7 @@ def save(graph: GraphData, path: str | os.PathLike[str]) -> Path:
 def load(path: str | os.PathLike[str], kind: type[GraphT]) -> GraphT:
     """See ``AttributionGraph.load``; ``kind`` is the class to make."""
     tensors, data = read_result(path, _FILE)
-    with damage_named(path):
+    with rebuilding_from(path):
         data["coverage"] = coverage_from(data["coverage"])
         data["history"] = tuple(_step(step) for step in data["history"])
         data["transitions"] = tuple((int(s), int(t)) for s, t in data["transitions"])
@@ -140,7 +140,7 @@ def write_json(graph: GraphData, path: str | os.PathLike[str]) -> Path:
             for source, target, rest in _edges(graph)
         ],
     }
-    with written_whole(path) as temporary, open(temporary, "x", encoding="utf-8") as file:
+    with atomic_path(path) as temporary, open(temporary, "x", encoding="utf-8") as file:
         json.dump(content, file, allow_nan=False)
     return Path(path)
 
@@ -157,7 +157,7 @@ def write_graphml(graph: GraphData, path: str | os.PathLike[str]) -> Path:
     made = nx.relabel_nodes(to_networkx(graph), _id)
     for attributes in (made.graph, *(data for _, data in made.nodes(data=True))):
         attributes.update({k: _xml(v) for k, v in attributes.items() if isinstance(v, str)})
-    with written_whole(path) as temporary:
+    with atomic_path(path) as temporary:
         nx.write_graphml_xml(made, temporary)
     return Path(path)
 

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import NonFiniteError
 from ..inputs.float64 import with_float64
 from .prune_history import TransitionKept
 from .pruning import PruneRule, fewest, largest
@@ -71,13 +72,13 @@ class StreamingSelection:
             unseen: How many entries are still to come, at most.
 
         Raises:
-            ValueError: a weight that is NaN or infinite.
+            NonFiniteError: a weight that is NaN or infinite.
         """
         matrix = with_float64(matrix)
         size = matrix.abs()
         total = float(size.sum(dtype=torch.float64))
         if not np.isfinite(total):
-            raise ValueError("The weight of an edge is NaN or infinite.")
+            raise NonFiniteError("The weight of an edge is NaN or infinite.")
         self.edges += int(torch.count_nonzero(size))
         self.mass += total
         threshold = self.rule.threshold  # compared in float64: rounded, it could let itself pass

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UncoveredComponentError
+from ..errors import Message, UncoveredComponentError, Wording
 from .families import UNCOVERED, UNCOVERED_PARTS
 
 _ADVICE = (
@@ -129,9 +129,16 @@ def _refuse_quantised(path: str, module: nn.Module, config: object) -> None:
         else ""
     )
     raise UncoveredComponentError(
-        f"The model is quantised{f' by {by}' if by else ''}: {path} {what}, which cannot be read "
-        "as numbers. Load the model unquantised, for example "
-        f"TransformerBridge.boot_transformers(name, dtype=torch.bfloat16).{remedy}"
+        Message(
+            f"The model is quantised{f' by {by}' if by else ''}: {path} {what}, which cannot be "
+            "read as numbers. ",
+            Wording(
+                "Load the model unquantised, for example "
+                "TransformerBridge.boot_transformers(name, dtype=torch.bfloat16).",
+                elsewhere="Give the unquantised model.",
+            ),
+            remedy,
+        )
     )
 
 

@@ -16,7 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ..errors import PromptError, SpecialTokenWarning
+from ..errors import Argument, Message, PromptError, SpecialTokenWarning, Wording
+
+_WITH, _WITHOUT = Argument("prepend_bos", True), Argument("prepend_bos", False)
+_DEFAULT = Wording(
+    "model.cfg.default_prepend_bos", elsewhere="its default_prepend_bos for this model"
+)
 
 
 @dataclass(frozen=True)
@@ -90,17 +95,26 @@ def tokenised(model: Any, text: str, prepend_bos: bool | None = None) -> Tokenis
     before = _leading(tokenizer, ids) - _leading(tokenizer, within)
     if before < 1 and prepend_bos:
         raise PromptError(
-            "prepend_bos=True cannot be done: TransformerLens puts no BOS token before this text "
-            f"(the tokenizer's is {tokenizer.bos_token!r}). Use prepend_bos=False."
+            Message(
+                _WITH,
+                " cannot be done: TransformerLens puts no BOS token before this text (the "
+                f"tokenizer's is {tokenizer.bos_token!r}). Use ",
+                _WITHOUT,
+                ".",
+            )
         )
     notes = _notes(model, prepend_bos, begins, before)
     if ids[max(before, 0) :][: len(within)] != within:
         notes.append(
             Note(
                 "otherwise",
-                f"The text by itself is {len(within)} tokens, and others after the BOS token "
-                f"{tokenizer.bos_token!r} that TransformerLens writes before it: the ids of "
-                "model.to_tokens(text) are explained. prepend_bos=False leaves it out.",
+                Message(
+                    f"The text by itself is {len(within)} tokens, and others after the BOS token "
+                    f"{tokenizer.bos_token!r} that TransformerLens writes before it: the ids of "
+                    "model.to_tokens(text) are explained. ",
+                    _WITHOUT,
+                    " leaves it out.",
+                ),
             )
         )
     return Tokenised(ids, before > 0, tuple(notes))
@@ -123,23 +137,39 @@ def _notes(model: Any, asked: bool | None, begins: bool, before: int) -> list[No
         notes.append(
             Note(
                 "doubled",
-                f"The prompt begins with the BOS token {bos} twice: the text holds it, and "
-                "prepend_bos=True puts another one before it. prepend_bos=False leaves that out.",
+                Message(
+                    f"The prompt begins with the BOS token {bos} twice: the text holds it, and ",
+                    _WITH,
+                    " puts another one before it. ",
+                    _WITHOUT,
+                    " leaves that out.",
+                ),
             )
         )
     elif begins and asked is None and (default or (own is None or own.bos)):
-        who = "model.to_tokens(text)" if default else "the model's own tokenizer"
+        who = (
+            Wording("model.to_tokens(text)", elsewhere="TransformerLens")
+            if default
+            else "the model's own tokenizer"
+        )
         notes.append(
             Note(
                 "not doubled",
-                f"The text begins with the BOS token {bos}, as a chat template writes it, so no "
-                f"second one was put before it ({who} would). prepend_bos=True puts it there; "
-                "prepend_bos=False leaves the text as it is, without this message.",
+                Message(
+                    f"The text begins with the BOS token {bos}, as a chat template writes it, so "
+                    "no second one was put before it (",
+                    who,
+                    " would). ",
+                    _WITH,
+                    " puts it there; ",
+                    _WITHOUT,
+                    " leaves the text as it is, without this message.",
+                ),
             )
         )
     elif asked is None and not begins:
         if before > 0 and (own is None or not own.bos):
-            who = (
+            whose = (
                 "The model's own tokenizer would not"
                 if own is not None
                 else "Whether the model's own tokenizer would cannot be told, because its files "
@@ -148,20 +178,32 @@ def _notes(model: Any, asked: bool | None, begins: bool, before: int) -> list[No
             notes.append(
                 Note(
                     "prepended",
-                    f"TransformerLens put the BOS token {bos} before the prompt, because "
-                    f"model.cfg.default_prepend_bos is True. {who}, and a model that was trained "
-                    "without it may answer differently. prepend_bos=False leaves it out; "
-                    "prepend_bos=True keeps it, without this message.",
+                    Message(
+                        f"TransformerLens put the BOS token {bos} before the prompt, because ",
+                        _DEFAULT,
+                        f" is True. {whose}, and a model that was trained without it may answer "
+                        "differently. ",
+                        _WITHOUT,
+                        " leaves it out; ",
+                        _WITH,
+                        " keeps it, without this message.",
+                    ),
                 )
             )
         elif before < 1 and own is not None and own.bos:
             notes.append(
                 Note(
                     "left out",
-                    f"TransformerLens left out the BOS token {bos} that the model's own tokenizer "
-                    "puts before a text, because model.cfg.default_prepend_bos is False. "
-                    "prepend_bos=True puts it there; prepend_bos=False leaves it out, without "
-                    "this message.",
+                    Message(
+                        f"TransformerLens left out the BOS token {bos} that the model's own "
+                        "tokenizer puts before a text, because ",
+                        _DEFAULT,
+                        " is False. ",
+                        _WITH,
+                        " puts it there; ",
+                        _WITHOUT,
+                        " leaves it out, without this message.",
+                    ),
                 )
             )
     if own is not None and own.eos:

@@ -136,7 +136,7 @@ class OfflineFigure:
         return self._html(False)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write it as one HTML page; see ``render.files.save_html`` for errors."""
+        """Write it as one HTML page; see ``files.save_html`` for errors."""
         return save_html(path, self._html(True))
 
 

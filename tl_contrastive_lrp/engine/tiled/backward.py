@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...errors import ModelStateError
+from ...errors import Argument, Message, ModelStateError
 from ...hooks.attachment import Attachment, HookFn
 from ...hooks.placement import attached, reading_hooks
 from ...rules.functions import at_least_float32
@@ -214,8 +214,12 @@ class Backward:
         before = self.forward.after(layer, tile)
         if not bool((out.detach() - before).abs().max() <= 1e-3 * before.abs().max()):
             raise ModelStateError(
-                f"blocks.{layer} does not give the same output when it is run again, so its "
-                "relevance would be wrong. Use memory='plain', and remove hooks that change values."
+                Message(
+                    f"blocks.{layer} does not give the same output when it is run again, so its "
+                    "relevance would be wrong. Use ",
+                    Argument("memory", "plain"),
+                    ", and remove hooks that change values.",
+                )
             )
         return out
 

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...errors import FileFormatError
+from ...errors import Argument, FileFormatError, Message
+from ...files import atomic_path
 from ...rules.precision import LOW
 from ..memory import MemoryPlan
 from .tiles import BackwardState, laid_out
@@ -58,8 +59,11 @@ class Checkpoint:
         foreign = [p.name for p in self.path.iterdir() if not _is_ours(p.name)]
         if foreign:
             raise FileFormatError(
-                f"{self.path} holds other files, such as {sorted(foreign)[0]}; give checkpoint_dir "
-                "a folder of its own."
+                Message(
+                    f"{self.path} holds other files, such as {sorted(foreign)[0]}; give ",
+                    Argument("checkpoint_dir"),
+                    " a folder of its own.",
+                )
             )
 
     def tile(self) -> int | None:
@@ -108,15 +112,18 @@ class Checkpoint:
             )
         ):
             raise FileFormatError(
-                f"{self.path} belongs to another run (prompt, model, objective, rules or settings "
-                "differ, or the processor or number of threads, which round differently). Give "
-                "another checkpoint_dir, or delete that folder."
+                Message(
+                    f"{self.path} belongs to another run (prompt, model, objective, rules or "
+                    "settings differ, or the processor or number of threads, which round "
+                    "differently). Give another ",
+                    Argument("checkpoint_dir"),
+                    ", or delete that folder.",
+                )
             )
         if begun is None or begun["tile"] != tile:
             note = {"format": _FORMAT, "question": question, "values": deltas, "tile": tile}
-            partial = self._note.with_suffix(".part")
-            partial.write_text(json.dumps(note), encoding="utf-8")
-            os.replace(partial, self._note)
+            with atomic_path(self._note, self._note.with_suffix(".part")) as partial:
+                partial.write_text(json.dumps(note), encoding="utf-8")
 
     def _file(self, layer: int) -> Path:
         return self.path / f"block_{layer}.safetensors"
@@ -136,11 +143,12 @@ class Checkpoint:
             if reader is not None:
                 for name, x in reader.saved(layer, which).items():
                     tensors[f"{which}|edge|{name}"] = x
-        partial = self._file(layer).with_suffix(".part")
-        save_file(
-            {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}, partial
-        )
-        os.replace(partial, self._file(layer))
+        file = self._file(layer)
+        with atomic_path(file, file.with_suffix(".part")) as partial:
+            save_file(
+                {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()},
+                partial,
+            )
 
     def resume(
         self, n_layers: int, signals: Sequence[BackwardState], reader: Restorable | None

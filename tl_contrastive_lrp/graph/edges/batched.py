@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...engine.memory import free_bytes
+from ...errors import is_out_of_memory
 from ...hooks.attachment import HookFn
 from ...hooks.context import plan
 from ...hooks.hook_rules import rules_in_hooks
@@ -213,8 +214,8 @@ def _transition(
                     allow_unused=True,
                     materialize_grads=True,
                 )
-        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain one on the CPU
-            if chunk == 1 or "memory" not in str(error).lower():
+        except (RuntimeError, MemoryError) as error:
+            if chunk == 1 or not is_out_of_memory(error):
                 raise
             chunk = max(1, chunk // 2)
             continue
