@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from ..errors import ModelStateError
-from ..inputs.bridge import LEAVES, public_name
+from ..inputs.bridge import LEAVES, hook_points, public_name
 from ..rules.precision import is_low, watch
 from ..rules.rule_sets import DEFAULT_RULES, RuleSet, get_rule_set
-from ..rules.threads import one_at_a_time, own_hooks, turn
+from ..rules.threads import one_at_a_time, shared_views, turn
 from .attachment import Attachment, HookFn, edit
 from .audit.audit import require_clean
 from .coverage import Coverage
 from .hook_rules import rows_to_come, rules_in_hooks
-from .placement import attached, check_ready, check_single, marked, place
+from .placement import attached, check_ready, check_single, marked, own_hooks, place
 
 
 def plan(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Coverage]:
@@ -84,7 +84,7 @@ def lrp_hooks(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> list[tuple[st
                     f"model.set_{flag}(False) first."
                 )
 
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
     hooks = [("embed.hook_out", refuse_forks), *(pair for a in attachments for pair in a.hooks)]
     return [(public_name(hook_dict, name), marked(fn)) for name, fn in hooks]
 
@@ -119,10 +119,11 @@ def lrp(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Iterator[Coverage]:
             inside such a block for more than a minute.
     """
     with turn(model, "clrp.lrp(model)"):
-        check_ready(model, "lrp")
-        check_single(model)
-        attachments, report = plan(model, rules)
-        hook_dict = model.hook_dict
+        with shared_views(model):
+            check_ready(model, "lrp")
+            check_single(model)
+            attachments, report = plan(model, rules)
+            hook_dict = hook_points(model)
         inputs = LEAVES if is_low(model, (torch.float16,)) else ()
         watched = [(public_name(hook_dict, n), edit(watch)) for n in inputs if n in hook_dict]
         with (

@@ -25,7 +25,7 @@ from ..errors import UncoveredComponentError
 from ..rules import functions as rules
 from ..rules.precision import plain
 from ..rules.rule_sets import RuleSet
-from ..rules.threads import caller
+from ..rules.threads import caller, modules_of
 from .audit import operations as ops
 from .audit.detached import DetachedValues
 from .audit.walk import UNHALVED, Found, Info, Node, State, Walker
@@ -36,7 +36,6 @@ from .user_hooks import (
     Kind,
     UserHook,
     behind,
-    modules_of,
     next_sequence,
     require_no_new,
     tensors_in,
@@ -497,7 +496,7 @@ def rules_in_hooks(
         replaced.append((table, key, table[key]))
         table[key] = watch.watching(table[key], kind, told)
 
-    modules = modules_of(model) if later else []
+    modules = modules_of(model) if later else ()
     try:
         for hook in hooks:
             put(hook.table, hook.key, hook.kind, partial(_told, hook))

@@ -6,16 +6,17 @@ bit-identical; on exit, also after an exception, every hook and operand is as it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import ModelStateError
-from ..inputs.bridge import components, module_names, public_name, require_bridge
+from ..inputs.bridge import components, hook_points, module_names, public_name, require_bridge
 from ..rules.rule_sets import RuleSet, get_rule_set
-from ..rules.threads import mine, own_hooks
+from ..rules.threads import mine, modules_of, wrapped_parameters
 from .attach import attach
 from .attachment import Attachment, HookFn
 from .coverage import Coverage, CoverageRow
@@ -33,14 +34,12 @@ def check_ready(model: Any, what: str) -> None:
             are already on.
     """
     require_bridge(model)
-    for root in (model, model.original_model):
-        for name, module in root.named_modules():
-            if module.training:
-                where = name.replace("._original_component", "") or type(module).__name__
-                raise ModelStateError(
-                    f"{what} needs the model in evaluation mode, but {where} is in training mode "
-                    "(dropout would be explained too). Call model.eval() first."
-                )
+    for module in modules_of(model):
+        if module.training:
+            raise ModelStateError(
+                f"{what} needs the model in evaluation mode, but {_path_of(model, module)} is in "
+                "training mode (dropout would be explained too). Call model.eval() first."
+            )
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         raise ModelStateError(
             f"{what} needs gradients, which are switched off here. Leave torch.no_grad() or "
@@ -50,9 +49,16 @@ def check_ready(model: Any, what: str) -> None:
     _refuse_autocast(model, what)
 
 
+def _path_of(model: Any, module: nn.Module) -> str:
+    """The module's path in the bridge or the wrapped model, its class's name for either itself."""
+    named = (*model.named_modules(), *model.original_model.named_modules())
+    path = next((name for name, other in named if other is module), "")
+    return path.replace("._original_component", "") or type(module).__name__
+
+
 def _refuse_autocast(model: Any, what: str) -> None:
     """Refuse to run under autocast: it computes another forward, of which a backward is rounded."""
-    kinds = {p.device.type for p in model.original_model.parameters()} - {"meta"}
+    kinds = {p.device.type for p in wrapped_parameters(model)} - {"meta"}
     for kind in sorted(kinds):
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -77,7 +83,7 @@ def check_single(model: Any) -> None:
                 f"TransformerLens' own relevance rules are on at {path}; together with these they "
                 "would apply twice. Leave its context first."
             )
-    for name, hook_point in model.hook_dict.items():
+    for name, hook_point in hook_points(model).items():
         for handle in hook_point.fwd_hooks:
             if is_rule(handle.user_hook):
                 raise ModelStateError(
@@ -120,6 +126,44 @@ def place(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Cov
 
 
 @contextmanager
+def own_hooks(model: Any, pairs: Iterable[tuple[str, HookFn]]) -> Iterator[None]:
+    """Hook functions on HookPoints for the block, called in this thread only.
+
+    As ``model.hooks(fwd_hooks=pairs)``, without building the table of HookPoints again.
+
+    Args:
+        model: The bridge.
+        pairs: (hook_name, hook_function), each name as from ``public_name``.
+
+    Raises:
+        KeyError: there is no such HookPoint.
+        ValueError: a flag of ``model.cfg`` is off without which the HookPoint is never called.
+    """
+    points = hook_points(model)
+    disabling_flag = getattr(model, "_gated_hook_reason", None)
+    level = getattr(model, "context_level", 0) + 1
+    added: list[tuple[Any, Any]] = []
+    model.context_level = level
+    try:
+        for name, fn in pairs:
+            point = points[name]
+            flag = disabling_flag and disabling_flag(point.name or name)
+            if flag is not None:
+                raise ValueError(
+                    f"No hook at {name} is called while cfg.{flag} is False. Call "
+                    f"model.set_{flag}(True) first."
+                )
+            point.add_hook(mine(fn), level=level)
+            added.append((point, point.fwd_hooks[-1]))
+        yield
+    finally:
+        for point, handle in added:
+            handle.hook.remove()
+            point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+        model.context_level -= 1
+
+
+@contextmanager
 def reading_hooks(model: Any, pairs: list[tuple[str, HookFn]]) -> Iterator[None]:
     """Hook functions that change no value, also at outputs that TransformerLens calls no hook for.
 
@@ -127,7 +171,7 @@ def reading_hooks(model: Any, pairs: list[tuple[str, HookFn]]) -> Iterator[None]
 
     A block that returns a list, as those of the first GPT do, has a ``hook_out`` that never fires.
     """
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
     by_point: dict[int, list[HookFn]] = {}
     for name, fn in pairs:
         by_point.setdefault(id(hook_dict[name]), []).append(fn)
@@ -157,7 +201,7 @@ def attached(model: Any, attachments: tuple[Attachment, ...]) -> Iterator[None]:
     Raises:
         ModelStateError: at the end of the block, if it took them off.
     """
-    hook_dict = model.hook_dict  # TransformerLens builds it anew at every access
+    hook_dict = hook_points(model)
     with ExitStack() as stack:
         hooks = [
             (public_name(hook_dict, name), marked(fn))

@@ -6,11 +6,13 @@ says in one sentence what the component is, and what to do instead.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from ..errors import UncoveredComponentError
+from ..rules.threads import wrapped_modules
 from .families import UNCOVERED, UNCOVERED_PARTS
 
 _ADVICE = (
@@ -100,7 +102,9 @@ def quantised(module: nn.Module) -> tuple[str, str] | None:
     """What in a module is quantised, and by which library ("" if that cannot be seen)."""
     if (library := _library_of(type(module))) is not None:
         return f"is a {type(module).__name__}", library
-    for name, parameter in module.named_parameters(recurse=False):
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
         if (
             library := _library_of(type(parameter)) or _library_of(type(parameter.data))
         ) is not None:
@@ -108,8 +112,8 @@ def quantised(module: nn.Module) -> tuple[str, str] | None:
             return f"holds its {name} as {kind}", library
         if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
             return f"holds its {name} as {parameter.dtype}", ""
-    for name, buffer in module.named_buffers(recurse=False):
-        if name in _PACKED and not buffer.dtype.is_floating_point:
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name in _PACKED and not buffer.dtype.is_floating_point:
             return f"holds packed weights ({name}, {buffer.dtype})", ""
     return None
 
@@ -135,7 +139,7 @@ def _refuse_quantised(path: str, module: nn.Module, config: object) -> None:
     )
 
 
-def _refuse_shape(model: Any, found: dict[str, Any]) -> None:
+def _refuse_shape(model: Any, found: Mapping[str, Any]) -> None:
     config = getattr(model.original_model, "config", None)
     two = any(
         getattr(config, flag, False) for flag in ("is_encoder_decoder", "add_cross_attention")
@@ -173,7 +177,7 @@ def _why(component: Any) -> str | None:
     return None
 
 
-def refuse_known(model: Any, found: dict[str, Any]) -> None:
+def refuse_known(model: Any, found: Mapping[str, Any]) -> None:
     """Refuse a model that has a component which is known to have no rule.
 
     Args:
@@ -184,7 +188,7 @@ def refuse_known(model: Any, found: dict[str, Any]) -> None:
         UncoveredComponentError: what it is, where, and what to do instead.
     """
     _refuse_shape(model, found)
-    for path, module in model.original_model.named_modules():
+    for path, module in wrapped_modules(model):
         path = path.replace("._original_component", "")
         _refuse_quantised(path or "model", module, getattr(model.original_model, "config", None))
         why = UNCOVERED_PARTS.get(path.rpartition(".")[2])

@@ -23,6 +23,7 @@ from torch import nn
 from ..inputs.bridge import components, is_component, is_kind, require_bridge
 from ..rules import functions as rules
 from ..rules.activations import ACTIVATIONS, ratio_of
+from ..rules.threads import wrapped_modules
 from .families import _ATTENTION, _BIASED_SCORES, COMPONENTS, WRITTEN_OUT, Operation
 from .refusals import refusal, refuse_known
 
@@ -171,7 +172,7 @@ def _outside(model: Any, sites: list[Site]) -> Iterator[Site]:
     for site in sites:
         if site.operation == "activation" and site.module is None:  # a function in its place
             known.update(map(id, site.component.original_component.modules()))
-    for path, module in model.original_model.named_modules():
+    for path, module in wrapped_modules(model):
         ratio = ratio_of(module)
         if type(module).__name__ in WRITTEN_OUT and id(module) not in wrapped:
             yield Site(path.replace("._original_component", ""), "wrapped", None, module)

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelStateError
-from ..inputs.bridge import module_names
+from ..inputs.bridge import hook_points, module_names
 from ..rules.handed_on import constant_leaf, started
-from ..rules.threads import caller, elsewhere
+from ..rules.threads import all_modules, caller, elsewhere, modules_of
 from .placement import _MARK
 
 Kind = Literal["forward", "forward_pre", "backward", "backward_pre"]
@@ -133,18 +133,6 @@ def behind(
     return None if own else fn
 
 
-def modules_of(model: Any) -> list[nn.Module]:
-    """Every module of the bridge and of the wrapped model, once."""
-    found: dict[int, nn.Module] = {}
-    todo = [m for m in (getattr(model, "original_model", None), model) if isinstance(m, nn.Module)]
-    while todo:
-        module = todo.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            todo += [m for m in reversed(vars(module)["_modules"].values()) if m is not None]
-    return list(found.values())
-
-
 def _named(model: Any, points: dict[int, list[str]]) -> Callable[[nn.Module], list[str]]:
     """What modules are called in messages."""
     paths: dict[int, str] = {}
@@ -175,13 +163,23 @@ def user_hooks(model: Any) -> tuple[UserHook, ...]:
         HookPoints' hooks in the order of ``model.hook_dict``, each point's in the order in which
         they are called; torch hooks on other modules after them.
     """
+    return _user_hooks(model, modules_of(model), hook_points)
+
+
+def _user_hooks(
+    model: Any,
+    modules: Iterable[nn.Module],
+    points_of: Callable[[Any], Mapping[str, Any]],
+) -> tuple[UserHook, ...]:
     hooked = {
-        id(m): m for m in modules_of(model) if any(map(vars(m).__getitem__, _TABLES.values()))
+        id(m): m
+        for m in modules
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
     }
     if not hooked:
         return ()
     points: dict[int, list[str]] = {}
-    for name, point in model.hook_dict.items():
+    for name, point in points_of(model).items():
         points.setdefault(id(point), []).append(name)
     order = [hooked.pop(which) for which in points if which in hooked]
     names, found = _named(model, points), list[UserHook]()
@@ -206,7 +204,8 @@ def require_no_new(model: Any, known: Iterable[UserHook]) -> None:
         ModelStateError: names the hook.
     """
     before = {(id(hook.module), hook.kind, hook.key) for hook in known}
-    for hook in user_hooks(model):
+    # A fresh walk: a hook may have added a module, too.
+    for hook in _user_hooks(model, all_modules(model), lambda model: model.hook_dict):
         if (id(hook.module), hook.kind, hook.key) not in before:
             raise ModelStateError(
                 f"A hook was put at {hook} while the model ran, by another hook or in another "

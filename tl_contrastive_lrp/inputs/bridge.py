@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from ..rules.threads import once_per_call, wrapped_modules
+
 
 def residual_sites(model: Any) -> tuple[str, ...]:
     """HookPoints of the residual stream: every block's input, and the last block's output."""
@@ -23,9 +25,19 @@ def without_neurons(model: Any) -> str | None:
     for layer in range(int(model.cfg.n_layers)):
         mlp = getattr(model.blocks[layer], "mlp", None)
         experts = is_kind(mlp, "MoEBridge") and not getattr(mlp, "bound_dense", False)
-        if experts or f"blocks.{layer}.mlp.hook_post" not in model.hook_dict:
+        if experts or f"blocks.{layer}.mlp.hook_post" not in hook_points(model):
             return f"blocks.{layer}.mlp"
     return None
+
+
+@once_per_call
+def hook_points(model: Any) -> Mapping[str, Any]:
+    """Every HookPoint by each of its names: ``model.hook_dict``, built once per public call.
+
+    TransformerLens builds that mapping anew at each access.
+    """
+    points: Mapping[str, Any] = model.hook_dict
+    return points
 
 
 def public_name(hook_dict: Mapping[str, Any], name: str) -> str:
@@ -50,10 +62,11 @@ def is_component(module: object) -> bool:
     return type(module).__module__.startswith(_BRIDGES) and hasattr(module, "original_component")
 
 
-def components(model: Any) -> dict[str, Any]:
+@once_per_call
+def components(model: Any) -> Mapping[str, Any]:
     """Every TransformerLens component of the model by path, in the order of its HookPoints."""
     found: dict[str, Any] = {}
-    for hook_name in model.hook_dict:
+    for hook_name in hook_points(model):
         path = hook_name.rpartition(".")[0]
         if not path or path in found:
             continue
@@ -65,7 +78,8 @@ def components(model: Any) -> dict[str, Any]:
     return found
 
 
-def module_names(model: Any) -> dict[nn.Module, str]:
+@once_per_call
+def module_names(model: Any) -> Mapping[nn.Module, str]:
     """Every module of the wrapped model by its path as TransformerLens names it.
 
     "blocks.0.mlp" for a component, "blocks.0.mlp.act_fn" for what one wraps.
@@ -73,7 +87,7 @@ def module_names(model: Any) -> dict[nn.Module, str]:
     paths = {id(component): path for path, component in components(model).items()}
     names: dict[nn.Module, str] = {}
     translated: dict[str, str] = {"": ""}
-    for raw, module in model.original_model.named_modules():
+    for raw, module in wrapped_modules(model):
         head, _, last = raw.rpartition(".")
         above = translated.get(head, head)
         if id(module) in paths:
@@ -98,7 +112,9 @@ def require_bridge(model: Any) -> None:
     Raises:
         TypeError: says how to make one.
     """
-    if not hasattr(model, "hook_dict") or not hasattr(model, "original_model"):
+    # Asked of the class first: the instance would build its table of HookPoints.
+    has_hook_points = hasattr(type(model), "hook_dict") or hasattr(model, "hook_dict")
+    if not has_hook_points or not hasattr(model, "original_model"):
         if any(base.__module__.split(".")[0] == "peft" for base in type(model).__mro__):
             raise TypeError(
                 f"model must be a TransformerBridge, got {type(model).__name__}, a model with an "

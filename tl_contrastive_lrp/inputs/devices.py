@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelStateError
+from ..rules.threads import wrapped_modules, wrapped_parameters
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def loaded(module: Any) -> Iterator[None]:
     """
     wrapped = getattr(module, "original_component", module)
     if not isinstance(wrapped, nn.Module) or not any(
-        p.is_meta for p in wrapped.parameters(recurse=False)
+        p.is_meta for p in wrapped._parameters.values() if p is not None
     ):
         yield
         return
@@ -36,7 +37,7 @@ def loaded(module: Any) -> Iterator[None]:
 
 def _hooks(model: Any) -> Iterator[Any]:
     """accelerate's hooks, outermost module first."""
-    for module in model.original_model.modules():
+    for _, module in wrapped_modules(model):
         hook = getattr(module, "_hf_hook", None)
         if hook is not None:
             yield from getattr(hook, "hooks", (hook,))
@@ -49,7 +50,7 @@ def input_device(model: Any) -> torch.device:
         ModelStateError: as ``require_one_place``.
     """
     require_one_place(model)
-    device: torch.device = next(iter(model.original_model.parameters())).device
+    device: torch.device = wrapped_parameters(model)[0].device
     if device.type != "meta":
         return device
     places = (getattr(hook, "execution_device", None) for hook in _hooks(model))
@@ -63,7 +64,7 @@ def require_one_place(model: Any) -> None:
     Raises:
         ModelStateError: says which, and how to load the model.
     """
-    devices = sorted({str(p.device) for p in model.original_model.parameters()})
+    devices = sorted({str(device) for device in {p.device for p in wrapped_parameters(model)}})
     if len(devices) < 2 and devices != ["meta"]:
         return
     if any(getattr(hook, "execution_device", None) is not None for hook in _hooks(model)):

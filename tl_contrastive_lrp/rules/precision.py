@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import ModelStateError
 from .handed_on import handed_on
-from .threads import refused_elsewhere, turn
+from .threads import refused_elsewhere, turn, wrapped_parameters
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -162,7 +162,7 @@ def wide(x: Tensor) -> Tensor:
 
 def is_low(model: Any, dtypes: tuple[torch.dtype, ...] = LOW) -> bool:
     """Whether any parameter of the model is bfloat16 or float16 (or one of ``dtypes``)."""
-    return any(p.dtype in dtypes for p in model.original_model.parameters())
+    return not {p.dtype for p in wrapped_parameters(model)}.isdisjoint(dtypes)
 
 
 def first_gradient(model: Any, value: Tensor) -> Tensor | None:

@@ -44,22 +44,34 @@ _WAKE = 0.5  # seconds between looks at whether the other thread still lives
 # ---------------------------------------------------------------- which thread
 
 
-class _Threads(threading.local):
-    """One object for each thread. Its identity, unlike a thread's number, is never used again."""
+class Caller:
+    """Stands for one thread. Its identity, unlike a thread's number, is never used again.
+
+    Attributes:
+        views: Results of the functions under ``once_per_call`` by the model's id, for each model
+            on which a public function is running in this thread.
+    """
 
     def __init__(self) -> None:
-        self.caller: object = object()
+        self.views: dict[int, dict[Callable[..., Any], Any]] = {}
+
+
+class _Threads(threading.local):
+    """The ``Caller`` of each thread."""
+
+    def __init__(self) -> None:
+        self.caller = Caller()
 
 
 _threads = _Threads()
 
 
-def caller() -> object:
-    """Stands for this thread, or for the one it acts for."""
+def caller() -> Caller:
+    """The ``Caller`` of this thread, or of the thread that it acts for."""
     return _threads.caller
 
 
-def acting_for(who: object, function: Callable[..., R], *args: Any) -> R:
+def acting_for(who: Caller, function: Callable[..., R], *args: Any) -> R:
     """``function(*args)``, as if called in the thread that ``who`` stands for.
 
     For what autograd calls in the backward, which on a GPU is in a thread of the device.
@@ -90,11 +102,6 @@ def elsewhere(function: Callable[..., Any]) -> Callable[..., Any]:
         return None if _threads.caller is me else function(*args, **kwargs)
 
     return hook
-
-
-def own_hooks(model: Any, pairs: list[tuple[str, Callable[..., Any]]]) -> Any:
-    """``model.hooks(fwd_hooks=pairs)`` that act in this thread only."""
-    return model.hooks(fwd_hooks=[(name, mine(function)) for name, function in pairs])
 
 
 class PerThread(threading.local):
@@ -194,7 +201,8 @@ def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
-        with turn(args[0] if args else kwargs.get("model")):
+        model = args[0] if args else kwargs.get("model")
+        with turn(model), shared_views(model):
             return function(*args, **kwargs)
 
     return waiting
@@ -230,6 +238,77 @@ def model_lock(model: Any) -> Iterator[None]:
         )
     with turn(model, "clrp.model_lock(model)"):
         yield
+
+
+# ---------------------------------------------------------------- walks of the model
+
+
+def once_per_call(function: Callable[[Any], R]) -> Callable[[Any], R]:
+    """A function of a model that is computed once while a public function runs on that model.
+
+    The next public call computes it again, since a user may change modules in between. Outside of
+    public calls it is computed each time. What it returns is shared, so callers do not change it.
+    """
+
+    @wraps(function)
+    def shared(model: Any) -> R:
+        results = _threads.caller.views.get(id(model))
+        if results is None:
+            return function(model)
+        if function not in results:
+            results[function] = function(model)
+        value: R = results[function]
+        return value
+
+    return shared
+
+
+@contextmanager
+def shared_views(model: Any) -> Iterator[None]:
+    """Compute functions under ``once_per_call`` once for this model and thread in the block."""
+    views = _threads.caller.views
+    if id(model) in views:
+        yield
+        return
+    views[id(model)] = {}
+    try:
+        yield
+    finally:
+        del views[id(model)]
+
+
+def all_modules(model: Any) -> tuple[nn.Module, ...]:
+    """Every module of the bridge and of the wrapped model, once."""
+    modules: dict[int, nn.Module] = {}
+    stack = [m for m in (getattr(model, "original_model", None), model) if isinstance(m, nn.Module)]
+    while stack:
+        module = stack.pop()
+        if id(module) not in modules:
+            modules[id(module)] = module
+            stack += [m for m in reversed(module._modules.values()) if m is not None]
+    return tuple(modules.values())
+
+
+@once_per_call
+def modules_of(model: Any) -> tuple[nn.Module, ...]:
+    """``all_modules``, computed once per public call."""
+    return all_modules(model)
+
+
+@once_per_call
+def wrapped_modules(model: Any) -> tuple[tuple[str, nn.Module], ...]:
+    """Every module of the wrapped model with its path there, computed once per public call."""
+    return tuple(model.original_model.named_modules())
+
+
+def wrapped_parameters(model: Any) -> list[nn.Parameter]:
+    """The wrapped model's parameters as they are now; one that is shared may come twice.
+
+    The walk of modules is shared within a public call, the parameters are not: accelerate puts
+    other ones in their places while a module runs.
+    """
+    modules = wrapped_modules(model)
+    return [p for _, m in modules for p in m._parameters.values() if p is not None]
 
 
 # ---------------------------------------------------------------- what all threads see
@@ -304,9 +383,9 @@ def frozen_parameters(model: Any) -> Iterator[None]:
     """
     parameters = {
         id(p): p
-        for source in (model.original_model.parameters(), nn.Module.parameters(model))
-        for p in source
-        if p.requires_grad
+        for module in modules_of(model)
+        for p in module._parameters.values()
+        if p is not None and p.requires_grad
     }
     if not parameters:
         yield

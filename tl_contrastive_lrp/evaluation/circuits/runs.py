@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...hooks.attachment import HookFn
+from ...hooks.placement import own_hooks
 from ...inputs.bridge import public_name
-from ...rules.threads import own_hooks
 from .edge_space import BlockMasks
 
 References = dict[str, Float[Tensor, "pos d_model"]]

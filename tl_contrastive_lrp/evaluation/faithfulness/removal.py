@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...errors import PromptError
+from ...hooks.placement import own_hooks
 from ...inputs.bridge import public_name, require_bridge
 from ...inputs.tokens import special_ids, special_mask, to_single_prompt, to_tokens, vocab_size
-from ...rules.threads import own_hooks
 
 Replace = Literal["zero", "random"]
 

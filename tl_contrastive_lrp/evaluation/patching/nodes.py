@@ -21,12 +21,12 @@ from transformer_lens.tools.analysis.attribution_patching import (
 from ...engine.plain import run
 from ...engine.reading import Reading
 from ...hooks.attachment import HookFn
-from ...hooks.placement import check_ready
+from ...hooks.placement import check_ready, own_hooks
 from ...inputs.bridge import public_name
 from ...inputs.tokens import to_tokens
 from ...rules.functions import at_least_float32
 from ...rules.rule_sets import RuleSet, get_rule_set
-from ...rules.threads import one_at_a_time, own_hooks
+from ...rules.threads import one_at_a_time
 from .checks import Watched, check_pair, require_point
 from .edges import EdgeReader, check_additive
 from .estimates import PATCHING_RULES

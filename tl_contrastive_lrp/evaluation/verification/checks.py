@@ -18,12 +18,12 @@ from ...errors import UncoveredComponentError
 from ...hooks.audit.audit import audit
 from ...hooks.context import plan
 from ...hooks.hook_rules import rules_in_hooks
-from ...hooks.placement import attached
+from ...hooks.placement import attached, own_hooks
 from ...inputs.bridge import public_name
 from ...inputs.float64 import precise
 from ...rules.precision import in_float32, is_low
 from ...rules.rule_sets import RuleSet
-from ...rules.threads import frozen_parameters, own_hooks
+from ...rules.threads import frozen_parameters
 from .check import Check, ObjectiveFn, dtype_of, judged, no_room, skipped
 from .conservation import account_for, leaf_hooks
 

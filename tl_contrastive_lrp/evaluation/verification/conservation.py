@@ -19,12 +19,12 @@ from torch.overrides import TorchFunctionMode
 from ...engine.reading import tap
 from ...hooks.context import plan
 from ...hooks.hook_rules import rules_in_hooks
-from ...hooks.placement import attached
+from ...hooks.placement import attached, own_hooks
 from ...inputs.bridge import LEAVES, components, module_names, public_name
 from ...inputs.float64 import precise
 from ...rules.precision import first_gradient, plain
 from ...rules.rule_sets import get_rule_set
-from ...rules.threads import frozen_parameters, mine, own_hooks
+from ...rules.threads import frozen_parameters, mine
 
 
 @dataclass(frozen=True)

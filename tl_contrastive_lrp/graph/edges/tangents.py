@@ -25,12 +25,13 @@ from ...hooks.attachment import HookFn
 from ...hooks.by_operation.attach import where_computed
 from ...hooks.by_operation.mode import MATRIX_PRODUCTS, OperationRules
 from ...hooks.by_operation.norms import NORMS, NormCall, is_root
+from ...hooks.placement import own_hooks
 from ...hooks.sites import Site
 from ...inputs.bridge import public_name
 from ...rules.precision import plain, wide
 from ...rules.rule_sets import RuleSet
 from ...rules.softcap import softcap_ratio
-from ...rules.threads import caller, own_hooks
+from ...rules.threads import caller
 
 
 class _Stop(Exception):

@@ -16,9 +16,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ...inputs.bridge import module_names
+from ...inputs.bridge import hook_points, module_names
 from ...inputs.devices import input_device
-from ...rules.threads import frozen_parameters, mine, own_hooks
+from ...rules.threads import frozen_parameters, mine, wrapped_modules, wrapped_parameters
+from ..placement import own_hooks
 from ..user_hooks import aside, next_sequence, user_hooks
 from .detached import DetachedValues, repeated_blocks
 from .report import Audit, Finding
@@ -54,7 +55,7 @@ def _signature(model: Any) -> object:
         for name, value in sorted(vars(model.cfg).items())
         if name.startswith("use_") and isinstance(value, bool)
     )
-    own = [(type(module), vars(module)) for module in model.original_model.modules()]
+    own = [(type(module), vars(module)) for _, module in wrapped_modules(model)]
     modules = tuple(
         (
             id(kind),
@@ -130,7 +131,7 @@ def some_tokens(model: Any) -> Tensor:
 
 @contextmanager
 def same_random_numbers(model: Any) -> Iterator[None]:
-    devices = {p.device for p in model.original_model.parameters() if p.device.type == "cuda"}
+    devices = {p.device for p in wrapped_parameters(model) if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
         yield
 
@@ -173,7 +174,7 @@ def _leaves_at(model: Any, names: tuple[str, ...], found: dict[str, Tensor]) -> 
         found[hook.name] = tensor.detach().requires_grad_(True)
         return found[hook.name]
 
-    there = [name for name in names if name in model.hook_dict]
+    there = [name for name in names if name in hook_points(model)]
     with own_hooks(model, [(name, leaf) for name in there]):
         yield
 
