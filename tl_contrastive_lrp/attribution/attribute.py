@@ -18,7 +18,14 @@ from typing_extensions import Unpack
 from ..engine.memory import Memory, choose
 from ..engine.relevance_sums import RelevanceSums, add_heads
 from ..engine.run import RunResult, run
-from ..inputs.bridge import LEAVES, components, require_bridge, residual_sites, without_neurons
+from ..inputs.bridge import (
+    LEAVES,
+    bias_of,
+    components,
+    require_bridge,
+    residual_sites,
+    without_neurons,
+)
 from ..inputs.devices import loaded
 from ..inputs.objective import Objective, positions_of, questions
 from ..inputs.tokens import model_name, single_prompt, special_ids, special_mask, str_tokens
@@ -38,10 +45,8 @@ def _biases(model: Any) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path, component in components(model).items():
         with loaded(component):
-            bias = getattr(component.original_component, "bias", None)
-            if not isinstance(bias, Tensor) or bias.dim() != 1:
-                continue  # the first GPT calls its causal mask "bias"
-            if f"{path}.hook_out" in hook_dict and bias.any():
+            bias = bias_of(component.original_component)
+            if bias is not None and f"{path}.hook_out" in hook_dict and bias.any():
                 found[f"{path}.hook_out"] = bias.detach()
     return found
 

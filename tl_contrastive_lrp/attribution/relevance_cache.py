@@ -15,7 +15,7 @@ from transformer_lens import ActivationCache
 from ..engine.plain import run
 from ..engine.reading import Reading, relevance_of
 from ..errors import TokenError
-from ..hooks.attach_norm import uses_native_norm
+from ..hooks.attach import uses_native_norm
 from ..inputs.bridge import components, require_bridge
 from ..inputs.objective import Objective, read_rows
 from ..inputs.tokens import to_tokens

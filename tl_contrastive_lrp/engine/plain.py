@@ -27,7 +27,7 @@ from ..hooks.hook_rules import HookWatch, rules_in_hooks
 from ..hooks.placement import attached, check_ready, check_single, reading_hooks
 from ..hooks.user_hooks import restarted, user_hooks
 from ..inputs.bridge import LEAVES
-from ..rules.handed_on import started, writable
+from ..rules.functions import started, writable
 from ..rules.precision import first_gradient
 from ..rules.rule_sets import RuleSet, get_rule_set
 from ..rules.threads import frozen_parameters

@@ -21,11 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..hooks.attachment import Attachment, HookFn
-from ..rules.functions import at_least_float32
-from ..rules.handed_on import handed_on, is_writable
+from ..hooks.attach import Attachment, HookFn
+from ..rules.functions import RuleNode, at_least_float32, handed_on, is_writable
 from ..rules.precision import plain
-from ..rules.rule_node import RuleNode
 from ..rules.threads import acting_for, caller, mine
 
 Sink = Callable[[Tensor, Tensor], None]

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..inputs.float64 import with_float64
+from ..inputs.devices import with_float64
 from .prune_history import TransitionKept
 from .pruning import PruneRule, fewest, largest
 

@@ -16,7 +16,7 @@ from ..inputs.bridge import LEAVES, hook_points, public_name
 from ..rules.precision import is_low, watch
 from ..rules.rule_sets import DEFAULT_RULES, RuleSet, get_rule_set
 from ..rules.threads import one_at_a_time, shared_views, turn
-from .attachment import Attachment, HookFn, edit
+from .attach import Attachment, HookFn, edit
 from .audit.audit import require_clean
 from .coverage import Coverage
 from .hook_rules import rows_to_come, rules_in_hooks

@@ -6,19 +6,26 @@ bit-identical; on exit, also after an exception, every hook and operand is as it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ModelStateError
-from ..inputs.bridge import components, hook_points, module_names, public_name, require_bridge
+from ..inputs.bridge import (
+    LEAVES,
+    components,
+    hook_points,
+    module_names,
+    public_name,
+    require_bridge,
+)
+from ..rules.functions import started
 from ..rules.rule_sets import RuleSet, get_rule_set
 from ..rules.threads import mine, modules_of, wrapped_parameters
-from .attach import attach
-from .attachment import Attachment, HookFn
+from .attach import Attachment, HookFn, attach
 from .coverage import Coverage, CoverageRow
 from .sites import find_sites
 
@@ -161,6 +168,29 @@ def own_hooks(model: Any, pairs: Iterable[tuple[str, HookFn]]) -> Iterator[None]
             handle.hook.remove()
             point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
         model.context_level -= 1
+
+
+def embedding_leaves(
+    model: Any, leaves: dict[str, Tensor], change: Callable[[Tensor], Tensor] | None = None
+) -> list[tuple[str, HookFn]]:
+    """Hook functions at which the graph starts: embeddings [batch, pos, d_model] become leaves.
+
+    Args:
+        model: The bridge.
+        leaves: Each forward puts its leaves here, by their names in ``bridge.LEAVES``.
+        change: Applied to the embeddings, which the model then goes on with.
+    """
+    points = hook_points(model)
+
+    def starting_at(name: str) -> HookFn:
+        def start(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+            value = tensor.detach()
+            leaves[name] = (value if change is None else change(value)).requires_grad_(True)
+            return started(leaves[name])
+
+        return start
+
+    return [(public_name(points, name), starting_at(name)) for name in LEAVES if name in points]
 
 
 @contextmanager

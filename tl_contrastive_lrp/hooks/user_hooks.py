@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelStateError
 from ..inputs.bridge import hook_points, module_names
-from ..rules.handed_on import constant_leaf, started
+from ..rules.functions import constant_leaf, started
 from ..rules.threads import all_modules, caller, elsewhere, modules_of
 from .placement import _MARK
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..rules.threads import once_per_call, wrapped_modules
 
@@ -99,6 +99,21 @@ def module_names(model: Any) -> Mapping[nn.Module, str]:
         translated[raw] = name
         names[module] = name or "model"
     return names
+
+
+def bias_of(module: object) -> Tensor | None:
+    """The vector [features] that a module adds: its own ``bias``, a parameter or not.
+
+    A component passes on the attributes of what it wraps, so this does not go by ``getattr``; and
+    what else is called "bias", as the causal mask of the first GPT is, is no vector.
+    """
+    if not isinstance(module, nn.Module):
+        return None
+    for own in (module._parameters, module._buffers, vars(module)):
+        bias = own.get("bias")
+        if isinstance(bias, Tensor) and bias.is_floating_point() and bias.ndim == 1:
+            return bias
+    return None
 
 
 def is_kind(component: Any, class_name: str) -> bool:

@@ -1,17 +1,19 @@
-"""Where a model's weights are: kept elsewhere between calls, on several devices, or nowhere.
+"""Devices: where a model's weights are, and where arithmetic in float64 is possible.
 
 With ``device_map`` accelerate keeps weights on disk or on another device while their module does
-not run, or spreads a model over devices. Its hooks bring weights and activations together.
+not run, or spreads a model over devices. Its hooks bring weights and activations together. Some
+devices have no float64 (Apple's MPS is one), so sums that need it are done on the CPU there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ModelStateError
 from ..rules.threads import wrapped_modules, wrapped_parameters
@@ -79,3 +81,25 @@ def require_one_place(model: Any) -> None:
         f"activations between them. Put it on one, model.to({devices[-1]!r}), or load it with "
         "device_map=... or n_devices=..., which spread it and move activations."
     )
+
+
+@cache
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors on the device can be float64."""
+    if device.type in ("cpu", "cuda", "meta"):
+        return True
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def with_float64(x: Tensor) -> Tensor:
+    """``x`` where arithmetic in float64 is possible: as it is, or a copy on the CPU."""
+    return x if has_float64(x.device) else x.cpu()
+
+
+def precise(x: Tensor) -> Tensor:
+    """``x`` in float64, on its device if that has float64, else on the CPU."""
+    return with_float64(x).double()

@@ -7,20 +7,29 @@ the ratios f(x)/x are known in closed form, are finite everywhere and right at 0
 
 Notation: ``g`` is the gradient of the objective at an operation's output, shapes in brackets.
 Arithmetic inside a backward runs in float32 at least, also for bfloat16 and float16 models.
+
+Each autograd Function carries a ``RuleNode`` that tells the audit what it does: which inputs its
+backward sends a gradient to, and whether it shares out a product. A Function without one is a
+finding of the audit, and the model is refused.
+
+Each returns its value through ``handed_on``. That is a view of what was given, which costs nothing.
+Autograd lets nobody write into such a view, and what a rule has saved must stay what it was; but a
+user's hook may edit in place wherever the model alone would let it. So where the user has hooks on
+the model, it is a copy with the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from .handed_on import handed_on
-from .rule_node import RuleNode
 
 Ratio = Callable[[Tensor], Tensor]
 
@@ -28,6 +37,80 @@ Ratio = Callable[[Tensor], Tensor]
 def at_least_float32(x: Tensor) -> Tensor:
     """``x`` in its own precision, or in float32 where that is higher."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ---------------------------------------------------------------- what every function shares
+
+
+@dataclass(frozen=True)
+class RuleNode:
+    """What a custom autograd Function means for the audit.
+
+    Attributes:
+        follow: Positions of the inputs that its backward sends a gradient to.
+        effect: "pass" hands everything on; "halve" announces a product below; "product" is one that
+            has its rule inside; "norm" is a norm that has its rule inside; "ordinary" says
+            that the next nonlinear node below keeps its ordinary gradient by decision.
+    """
+
+    follow: tuple[int, ...]
+    effect: Literal["pass", "halve", "product", "norm", "ordinary"] = "pass"
+
+
+_CONSTANT = "_tl_contrastive_lrp_constant"
+_copies: ContextVar[bool] = ContextVar("tl_contrastive_lrp_copies", default=False)
+
+
+@contextmanager
+def writable(on: bool = True) -> Iterator[None]:
+    """Let ``handed_on`` and ``started`` return copies in the block, which hooks may write into.
+
+    Args:
+        on: Whether to do so at all.
+    """
+    token = _copies.set(on)
+    try:
+        yield
+    finally:
+        _copies.reset(token)
+
+
+def is_writable() -> bool:
+    """Whether a user's hooks may write into what ``handed_on`` returns."""
+    return _copies.get()
+
+
+def handed_on(x: Tensor) -> Tensor:
+    """``x`` as an autograd Function returns it: a view, or a copy inside ``writable``."""
+    return x.clone() if _copies.get() else x.view_as(x)
+
+
+def started(leaf: Tensor) -> Tensor:
+    """A leaf as the model goes on with it: itself, or a copy inside ``writable``."""
+    return leaf.clone() if _copies.get() else leaf
+
+
+def constant_leaf(value: Tensor) -> Tensor:
+    """A leaf for a constant that a user's hook put in the place of a computed value."""
+    leaf = value.detach().requires_grad_(True)
+    setattr(leaf, _CONSTANT, True)
+    return leaf
+
+
+def is_constant(x: Tensor) -> bool:
+    """Whether ``x`` was made from such leaves alone, or from nothing that has a gradient."""
+    if getattr(x, _CONSTANT, False):
+        return True
+    seen, left = set(), [x.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable") and not getattr(node.variable, _CONSTANT, False):
+            return False
+        left += [above for above, _ in node.next_functions]
+    return not x.is_leaf or not x.requires_grad
 
 
 # ---------------------------------------------------------------- product of computed factors

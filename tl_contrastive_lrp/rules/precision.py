@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import ModelStateError
-from .handed_on import handed_on
+from .functions import handed_on
 from .threads import refused_elsewhere, turn, wrapped_parameters
 
 LOW = (torch.bfloat16, torch.float16)

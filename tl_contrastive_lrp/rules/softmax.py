@@ -19,10 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import ModelStateError
-from .functions import at_least_float32
-from .handed_on import handed_on, is_constant
+from .functions import RuleNode, at_least_float32, handed_on, is_constant
 from .precision import WideGradient
-from .rule_node import RuleNode
 
 _RULED = "temperature"  # marks a softmax's autograd node that has its rule
 

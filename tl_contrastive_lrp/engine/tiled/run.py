@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ModelStateError
-from ...hooks.attachment import Attachment, HookFn
+from ...hooks.attach import Attachment, HookFn
 from ...hooks.context import plan
 from ...hooks.coverage import Coverage
 from ...hooks.placement import attached, check_ready, check_single, reading_hooks

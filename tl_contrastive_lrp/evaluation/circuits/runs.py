@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ...hooks.attachment import HookFn
+from ...hooks.attach import HookFn
 from ...hooks.placement import own_hooks
 from ...inputs.bridge import public_name
 from .edge_space import BlockMasks

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...hooks.placement import check_ready, check_single, own_hooks
 from ...inputs.bridge import public_name
-from ...inputs.float64 import precise
+from ...inputs.devices import precise
 from ...inputs.objective import question
 from ...rules.threads import frozen_parameters, one_at_a_time
 from .removal import Removal, Replace, removal

@@ -20,7 +20,7 @@ from transformer_lens.tools.analysis.attribution_patching import (
 
 from ...engine.plain import run
 from ...engine.reading import Reading
-from ...hooks.attachment import HookFn
+from ...hooks.attach import HookFn
 from ...hooks.placement import check_ready, own_hooks
 from ...inputs.bridge import public_name
 from ...inputs.tokens import to_tokens

@@ -20,7 +20,7 @@ from ...hooks.context import plan
 from ...hooks.hook_rules import rules_in_hooks
 from ...hooks.placement import attached, own_hooks
 from ...inputs.bridge import public_name
-from ...inputs.float64 import precise
+from ...inputs.devices import precise
 from ...rules.precision import in_float32, is_low
 from ...rules.rule_sets import RuleSet
 from ...rules.threads import frozen_parameters

@@ -20,8 +20,8 @@ from ...engine.reading import tap
 from ...hooks.context import plan
 from ...hooks.hook_rules import rules_in_hooks
 from ...hooks.placement import attached, own_hooks
-from ...inputs.bridge import LEAVES, components, module_names, public_name
-from ...inputs.float64 import precise
+from ...inputs.bridge import LEAVES, bias_of, components, module_names, public_name
+from ...inputs.devices import precise
 from ...rules.precision import first_gradient, plain
 from ...rules.rule_sets import get_rule_set
 from ...rules.threads import frozen_parameters, mine
@@ -130,12 +130,12 @@ class _Biases:
         hook_dict = model.hook_dict
         by_path = {path: c.original_component for path, c in components(model).items()}
         for module in {**module_names(model), **dict.fromkeys(by_path.values())}:
-            bias = _own_bias(module)
+            bias = bias_of(module)
             if bias is not None:
                 found[id(bias)] = bias
                 self.modules.append((module, bias))
         for path, wrapped in by_path.items():
-            bias, name = _own_bias(wrapped), f"{path}.hook_out"
+            bias, name = bias_of(wrapped), f"{path}.hook_out"
             if bias is not None and name in hook_dict and model.compatibility_mode:
                 read = self._reader(bias, self.at_component)
                 self.hooks.append((public_name(hook_dict, name), lambda x, hook, r=read: r(x)))  # noqa: ARG005
@@ -191,17 +191,6 @@ class _Biases:
                 elsewhere = self.at_component.get(id(bias), 0.0)
                 took += self.at_module.get(id(bias), elsewhere)
         return took
-
-
-def _own_bias(module: Any) -> Tensor | None:
-    """The module's own; a component passes on the attributes of what it wraps."""
-    if not isinstance(module, nn.Module):
-        return None
-    for own in (module._parameters, module._buffers, vars(module)):
-        bias = own.get("bias")
-        if isinstance(bias, Tensor) and bias.is_floating_point() and bias.ndim == 1:
-            return bias
-    return None
 
 
 @contextmanager

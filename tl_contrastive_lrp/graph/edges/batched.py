@@ -19,14 +19,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ...engine.memory import free_bytes
-from ...hooks.attachment import HookFn
+from ...hooks.attach import HookFn
 from ...hooks.context import plan
 from ...hooks.hook_rules import rules_in_hooks
 from ...hooks.placement import attached, check_ready, check_single, reading_hooks
 from ...hooks.user_hooks import restarted, user_hooks
 from ...inputs.bridge import LEAVES
-from ...rules.functions import at_least_float32
-from ...rules.handed_on import started, writable
+from ...rules.functions import at_least_float32, started, writable
 from ...rules.precision import first_gradient, is_low, plain
 from ...rules.rule_sets import RuleSet
 from ...rules.threads import frozen_parameters

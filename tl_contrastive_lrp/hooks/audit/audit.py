@@ -1,19 +1,39 @@
-"""``audit``: did a rule miss anything? Answered on the graph that relevance flows through."""
+"""``audit``: did a rule miss anything? Answered on the graph that relevance flows through.
+
+The model runs once, on four tokens, for the sake of its autograd graph. Nothing is left behind:
+hooks that a user has on the model are set aside meanwhile, and random numbers, gradients and
+``requires_grad`` stay as they are. The answer is kept until something about the model changes, so
+asking again costs next to nothing.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor, nn
 
 from ...errors import ModelStateError, UncoveredComponentError
-from ...inputs.bridge import LEAVES, require_bridge
-from ...rules.threads import one_at_a_time
+from ...inputs.bridge import module_names, require_bridge
+from ...inputs.devices import input_device
+from ...rules.threads import (
+    frozen_parameters,
+    mine,
+    one_at_a_time,
+    wrapped_modules,
+    wrapped_parameters,
+)
 from .. import placement
-from ..user_hooks import user_hooks
+from ..placement import embedding_leaves, own_hooks
+from ..user_hooks import aside, next_sequence, user_hooks
+from .detached import DetachedValues, repeated_blocks
 from .report import Audit, Finding, not_run, refusal
-from .run import examine, remember, remembered
+from .walk import Found, walk_graph
 
 __all__ = ["Audit", "Finding", "audit", "require_clean"]
 
@@ -63,7 +83,7 @@ def audit_of(model: Any) -> Audit:
         placement.check_single(model)
     attachments, _ = placement.place(model, "attnlrp")
     try:
-        report = examine(model, lambda: placement.attached(model, attachments), LEAVES)
+        report = examine(model, lambda: placement.attached(model, attachments))
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
         if isinstance(error, UncoveredComponentError | ModelStateError | torch.OutOfMemoryError):
             raise
@@ -80,3 +100,205 @@ def require_clean(model: Any) -> None:
     report = audit_of(model)
     if not report.clean:
         raise refusal(report)
+
+
+# ---------------------------------------------------------------- the one run
+
+
+_TOKENS = 4
+_NO_INPUT = "no gradient reaches the embeddings from the logits, so there is nothing to explain"
+_CUT = "the model cuts its result off from the gradient and goes on computing with it"
+_SECOND_INPUT = (
+    "the prompt's tokens enter the model here as well, and the relevance that ends here would be "
+    "lost"
+)
+
+_known: WeakKeyDictionary[Any, tuple[object, Audit]] = WeakKeyDictionary()
+
+
+def remembered(model: Any) -> Audit | None:
+    """The last audit of ``model``, if nothing it depends on has changed since."""
+    known = _known.get(model)
+    return known[1] if known is not None and known[0] == _signature(model) else None
+
+
+def remember(model: Any, report: Audit) -> Audit:
+    """Keep ``report`` for ``remembered``, as long as the model lives."""
+    _known[model] = (_signature(model), report)
+    return report
+
+
+def _signature(model: Any) -> object:
+    """What an audit depends on, as far as it can change on a living model."""
+    flags = tuple(
+        (name, value)
+        for name, value in sorted(vars(model.cfg).items())
+        if name.startswith("use_") and isinstance(value, bool)
+    )
+    own = [(type(module), vars(module)) for _, module in wrapped_modules(model)]
+    modules = tuple(
+        (
+            id(kind),
+            values.get("_use_processed_weights"),
+            "forward" in values,
+        )
+        for kind, values in own
+    )
+    config = getattr(model.original_model, "config", None)
+    attention = getattr(config, "_attn_implementation", None)
+    return flags, getattr(model, "compatibility_mode", None), attention, modules
+
+
+def examine(model: Any, attach: Callable[[], AbstractContextManager[None]]) -> Audit:
+    """The audit of ``model`` under the rules that ``attach`` puts on.
+
+    Args:
+        model: A ``TransformerBridge`` in evaluation mode, with no rules on it.
+        attach: Makes the context in which every rule of "attnlrp" is on.
+    """
+    names = module_names(model)
+    owners = _Owners(names)
+    inputs: dict[str, Tensor] = {}
+    tokens = some_tokens(model)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(same_random_numbers(model))
+        stack.enter_context(frozen_parameters(model))
+        stack.enter_context(hooks_aside(model))
+        others = stack.enter_context(_other_lookups(names, tokens))
+        stack.enter_context(own_hooks(model, embedding_leaves(model, inputs)))
+        stack.enter_context(attach())
+        stack.enter_context(owners.watch())
+        cuts = stack.enter_context(DetachedValues(owners.at_work))
+        repeated = stack.enter_context(repeated_blocks(model))
+        logits = model(tokens)
+    walk = walk_graph(logits, inputs.values())
+    findings = [_finding(found, owners, others) for found in walk.found]
+    findings += [owners.finding(cut.module, cut.operation, _CUT) for cut in cuts.found]
+    findings += repeated
+    if walk.leaves == 0:
+        kind = type(model.original_model).__name__
+        findings.insert(0, Finding("model", kind, "no gradient", _NO_INPUT))
+    ordinary = [_finding(found, owners, others) for found in walk.ordinary]
+    return Audit(
+        tuple(dict.fromkeys(findings)),
+        walk.counts,
+        tuple(dict.fromkeys((f.component, f.operation) for f in ordinary)),
+    )
+
+
+def _finding(found: Found, owners: _Owners, others: dict[int, nn.Module]) -> Finding:
+    module = owners.of(found.node)
+    operation, why = found.operation, found.why
+    if hasattr(found.node, "variable"):
+        module, operation = others.get(id(found.node.variable)), "input"
+        why = why if module is None else _SECOND_INPUT
+    return owners.finding(module, operation, why)
+
+
+def some_tokens(model: Any) -> Tensor:
+    """Different from each other and from any positions, so that their lookups can be told."""
+    device = input_device(model)
+    return ((torch.arange(_TOKENS, device=device) * 4 + 9) % int(model.cfg.d_vocab))[None]
+
+
+# ---------------------------------------------------------------- leaving no trace
+
+
+@contextmanager
+def same_random_numbers(model: Any) -> Iterator[None]:
+    devices = {p.device for p in wrapped_parameters(model) if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
+        yield
+
+
+@contextmanager
+def hooks_aside(model: Any) -> Iterator[None]:
+    """No hook of the user's is called in this thread inside the block."""
+    with aside(user_hooks(model)):
+        yield
+
+
+@contextmanager
+def _other_lookups(names: dict[nn.Module, str], tokens: Tensor) -> Iterator[dict[int, nn.Module]]:
+    """Embeddings of the prompt's tokens, to see whether one reaches the logits past the leaves.
+
+    Those that do not are cut off at the leaves, which come later.
+    """
+    found: dict[int, nn.Module] = {}
+    kept: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        ids = args[0] if args else None
+        if not isinstance(ids, Tensor) or int(torch.isin(ids, tokens).sum()) < 2:
+            return None  # positions, types, layers
+        kept.append(output.detach().requires_grad_(True))
+        found[id(kept[-1])] = module
+        return kept[-1]
+
+    with ExitStack() as stack:
+        for module in names:
+            if isinstance(module, nn.Embedding):
+                stack.callback(module.register_forward_hook(mine(note)).remove)
+        yield found
+    kept.clear()
+
+
+# ---------------------------------------------------------------- which module made a node
+
+
+class _Owners:
+    """Which module's forward created a node, from autograd's sequence numbers.
+
+    The numbers grow in order of creation, so noting the current one whenever a module is entered or
+    left tells for every node the innermost module at work.
+    """
+
+    def __init__(self, names: dict[nn.Module, str]) -> None:
+        self.names = names
+        self.starts: list[int] = []
+        self.at: list[nn.Module | None] = []
+        self.inside: list[nn.Module] = []
+
+    def _note(self) -> None:
+        self.starts.append(next_sequence())
+        self.at.append(self.inside[-1] if self.inside else None)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002
+        self.inside.append(module)
+        self._note()
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        while self.inside and self.inside.pop() is not module:
+            pass
+        self._note()
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Notes entries and exits while the block runs."""
+        with ExitStack() as stack:
+            for module in self.names:
+                if type(module).__name__ == "HookPoint":
+                    continue
+                before = module.register_forward_pre_hook(mine(self._enter), prepend=True)
+                stack.callback(before.remove)
+                stack.callback(module.register_forward_hook(mine(self._leave)).remove)
+            yield
+
+    def of(self, node: Any) -> nn.Module | None:
+        """The innermost module that was at work when ``node`` was made."""
+        at = bisect_right(self.starts, node._sequence_nr()) - 1
+        return self.at[at] if at >= 0 else None
+
+    def at_work(self) -> nn.Module | None:
+        """The innermost module at work now."""
+        return self.inside[-1] if self.inside else None
+
+    def finding(self, module: nn.Module | None, operation: str, why: str) -> Finding:
+        """A finding with the module's name and class."""
+        if module is None:
+            return Finding("model", "", operation, why)
+        wrapped = getattr(module, "original_component", None)
+        kind = type(module if wrapped is None else wrapped).__name__
+        return Finding(self.names[module], kind, operation, why)

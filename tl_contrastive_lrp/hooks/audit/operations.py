@@ -10,7 +10,7 @@ parameters frozen, everything else is a constant of the model.
 
 from __future__ import annotations
 
-from ...rules.rule_node import RuleNode
+from ...rules.functions import RuleNode
 
 
 def words(text: str) -> frozenset[str]:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...inputs.float64 import precise
-from ...rules.rule_node import RuleNode
+from ...inputs.devices import precise
+from ...rules.functions import RuleNode
 from . import operations as ops
 
 Node = Any  # torch.autograd.graph.Node, and the context objects of Python Functions

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...rules import functions as rules
-from .experts import is_sigmoid_of
+from .patterns import is_sigmoid_of
 
 _WEIGHT = "_tl_contrastive_lrp_weight"  # on what is computed from weights alone
 _MADE = "_tl_contrastive_lrp_made"  # on a weight: itself, with its ordinary gradient

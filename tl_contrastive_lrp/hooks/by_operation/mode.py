@@ -26,6 +26,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -35,11 +36,9 @@ from ...rules import functions as rules
 from ...rules.rule_sets import RuleSet
 from ...rules.softmax import sink_temperature, softmax_temperature, was_changed
 from ...rules.threads import mine
-from ..attachment import HookFn
 from ..sites import operations_of
 from . import marks
-from .experts import clamp_bounds, clamp_ratio
-from .norms import NORMS, ROOTS, NormCall, is_root
+from .patterns import NORMS, ROOTS, NormCall, clamp_bounds, clamp_ratio, is_root
 
 _Call = Callable[..., Any]
 
@@ -58,7 +57,7 @@ class OperationRules(TorchFunctionMode):
         self.rule_set = rule_set
         self.attention = attention
         self.heads = heads  # where a wrapped module keeps heads and batch in one dimension
-        self.live: dict[str, list[HookFn]] = {"hook_attn_scores": [], "hook_pattern": [], "z": []}
+        self.live: dict[str, list[_Call]] = {"hook_attn_scores": [], "hook_pattern": [], "z": []}
         self.states: list[bool] = []
         self.after_softmax = False
 
@@ -113,8 +112,10 @@ class OperationRules(TorchFunctionMode):
         return tensor
 
     def by_head(self, tensor: Tensor) -> Tensor:
-        """[batch, head, ...] of what may be [batch · head, ...]."""
-        return tensor.reshape(-1, self.heads, *tensor.shape[1:]) if tensor.dim() == 3 else tensor
+        """[batch, head, ...] of what a module may hold as [batch · head, ...]."""
+        if tensor.ndim != 3:
+            return tensor
+        return rearrange(tensor, "(batch head) ... -> batch head ...", head=self.heads)
 
     # ------------------------------------------------------------ products and functions
 
