@@ -22,6 +22,7 @@ from ..inputs.bridge import (
     LEAVES,
     bias_of,
     components,
+    hook_points,
     require_bridge,
     residual_sites,
     without_neurons,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 def _biases(model: Any) -> dict[str, Tensor]:
     """Every bias that the model adds, by the HookPoint behind it."""
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
     found: dict[str, Tensor] = {}
     for path, component in components(model).items():
         with loaded(component):
@@ -77,7 +78,7 @@ def _reads(model: Any, neurons: bool) -> _Reads:
         ValueError: ``neurons`` of a model with experts.
     """
     n_layers = int(model.cfg.n_layers)
-    sums, biases, hook_dict = RelevanceSums(), _biases(model), model.hook_dict
+    sums, biases, hook_dict = RelevanceSums(), _biases(model), hook_points(model)
     for name in (*LEAVES, *residual_sites(model)):
         if name in hook_dict:
             sums.add(name, lambda r: r.sum(-1)[0])

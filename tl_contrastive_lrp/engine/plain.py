@@ -26,7 +26,7 @@ from ..hooks.coverage import Coverage
 from ..hooks.hook_rules import HookWatch, rules_in_hooks
 from ..hooks.placement import attached, check_ready, check_single, reading_hooks
 from ..hooks.user_hooks import restarted, user_hooks
-from ..inputs.bridge import LEAVES
+from ..inputs.bridge import LEAVES, hook_points
 from ..rules.functions import started, writable
 from ..rules.precision import first_gradient
 from ..rules.rule_sets import RuleSet, get_rule_set
@@ -152,7 +152,7 @@ def forward(
         return started(leaves[hook.name])
 
     before, after = arranged(model, attachments, readings)
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
     starts = [(name, make_leaf) for name in LEAVES if name in hook_dict]
     hooks = user_hooks(model)
     with (

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..hooks.attach import Attachment, HookFn
+from ..inputs.bridge import hook_points
 from ..rules.functions import RuleNode, at_least_float32, handed_on, is_writable
 from ..rules.precision import plain
 from ..rules.threads import acting_for, caller, mine
@@ -179,7 +180,7 @@ def arranged(
 
     Readings at values that only a rule can reach are handed to it (``Attachment.live``).
     """
-    attachments, hook_dict = tuple(attachments), model.hook_dict
+    attachments, hook_dict = tuple(attachments), hook_points(model)
     captures = {name for a in attachments if a.scoped is None for name in a.captures}
     captured = {id(hook_dict[name]) for name in captures}
     before: list[tuple[str, HookFn]] = []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inputs.bridge import is_kind
+from ..inputs.bridge import hook_points, is_kind
 from ..rules.precision import NOTABLE, underflow
 from .reading import Reading, relevance_of
 
@@ -92,7 +92,7 @@ def add_heads(sums: RelevanceSums, model: Any, layer: int) -> str:
     """
     path = f"blocks.{layer}.attn"
     odd = is_kind(model.blocks[layer].attn, "MLAAttentionBridge")
-    if odd or f"{path}.hook_z" not in model.hook_dict:
+    if odd or f"{path}.hook_z" not in hook_points(model):
         sums.add(f"{path}.z", lambda r: r.sum(-1)[0])
         return f"{path}.z"
     sums.add(f"{path}.hook_z", lambda r: r.sum(-1)[0].T)

@@ -18,7 +18,7 @@ from ...hooks.attach import Attachment, HookFn
 from ...hooks.context import plan
 from ...hooks.coverage import Coverage
 from ...hooks.placement import attached, check_ready, check_single, reading_hooks
-from ...inputs.bridge import LEAVES
+from ...inputs.bridge import LEAVES, hook_points
 from ...inputs.objective import Objective
 from ...rules.functions import at_least_float32
 from ...rules.precision import first_gradient, plain
@@ -221,7 +221,7 @@ def _prefill(
         leaves[hook.name] = tensor.detach().requires_grad_(True)
         return leaves[hook.name]
 
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
     starts = [(name, make_leaf) for name in LEAVES if name in hook_dict]
     with _ordered(model, [*starts, *before], outside, after):
         return prefill(model, tokens, wanted, bounds, leaves, step)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...hooks.attach import HookFn
 from ...hooks.placement import own_hooks
-from ...inputs.bridge import public_name
+from ...inputs.bridge import hook_points, public_name
 from .edge_space import BlockMasks
 
 References = dict[str, Float[Tensor, "pos d_model"]]
@@ -31,7 +31,7 @@ References = dict[str, Float[Tensor, "pos d_model"]]
 
 def sites_needed(model: Any) -> list[str]:
     """Sites of the residual stream whose reference states a run can need."""
-    hook_dict, n = model.hook_dict, int(model.cfg.n_layers)
+    hook_dict, n = hook_points(model), int(model.cfg.n_layers)
     names = [f"blocks.{i}.hook_resid_{at}" for i in range(n) for at in ("pre", "mid")]
     return [name for name in names if name in hook_dict]
 
@@ -40,7 +40,7 @@ def reference_states(model: Any, prompts: Int[Tensor, "prompt pos"], batch_size:
     """The residual stream at every site and position, averaged over prompts."""
     sums: References = {}
     hooks = [
-        (public_name(model.hook_dict, name), _adder(sums, name)) for name in sites_needed(model)
+        (public_name(hook_points(model), name), _adder(sums, name)) for name in sites_needed(model)
     ]
     with torch.no_grad(), own_hooks(model, hooks):
         for piece in chunks(len(prompts), batch_size):
@@ -71,7 +71,7 @@ def visible_positions(
 
     layers = range(int(model.cfg.n_layers))
     names = [(f"blocks.{i}.attn.hook_attn_scores", reader(i)) for i in layers]
-    hooks = [(public_name(model.hook_dict, name), fn) for name, fn in names]
+    hooks = [(public_name(hook_points(model), name), fn) for name, fn in names]
     with torch.no_grad(), own_hooks(model, hooks):
         logits = model(tokens)
     return [found[i] for i in layers], logits
@@ -131,7 +131,7 @@ def run_circuits(
         masks: Of every block, for the same circuits.
     """
     c = len(masks[0].position)
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
     hooks: list[tuple[str, HookFn]] = []
     for layer, block in enumerate(masks):
         at = f"blocks.{layer}."

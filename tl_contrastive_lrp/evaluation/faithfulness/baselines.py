@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...hooks.placement import check_ready, check_single, own_hooks
-from ...inputs.bridge import public_name
+from ...inputs.bridge import hook_points, public_name
 from ...inputs.devices import precise
 from ...inputs.objective import question
 from ...rules.threads import frozen_parameters, one_at_a_time
@@ -133,7 +133,7 @@ def _products(setting: Removal, factor: Float[Tensor, "run pos 1"]) -> Float[Ten
         kept["leaf"] = (kept["x"] * factor.to(x)).requires_grad_(True)
         return kept["leaf"]
 
-    name = public_name(model.hook_dict, "embed.hook_out")
+    name = public_name(hook_points(model), "embed.hook_out")
     with frozen_parameters(model), own_hooks(model, [(name, scaled)]):
         logits = model(setting.tokens.expand(len(factor), -1))
         value = torch.stack([setting.objective(line[None]) for line in logits]).sum()

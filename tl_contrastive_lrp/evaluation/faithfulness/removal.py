@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import PromptError
 from ...hooks.placement import own_hooks
-from ...inputs.bridge import public_name, require_bridge
+from ...inputs.bridge import hook_points, public_name, require_bridge
 from ...inputs.tokens import special_ids, special_mask, to_single_prompt, to_tokens, vocab_size
 
 Replace = Literal["zero", "random"]
@@ -75,7 +75,7 @@ class Removal:
             def silence(embedded: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
                 return embedded.masked_fill(gone[..., None], 0.0)
 
-            hooks = [(public_name(self.model.hook_dict, "embed.hook_out"), silence)]
+            hooks = [(public_name(hook_points(self.model), "embed.hook_out"), silence)]
         else:
             tokens = torch.where(gone, self.stand_ins[drawn].to(tokens), tokens)
         with torch.no_grad(), own_hooks(self.model, hooks):

@@ -22,6 +22,7 @@ from transformer_lens.tools.analysis.attribution_patching import Node, NodeKind
 from ...engine.reading import Reading
 from ...hooks.context import plan
 from ...hooks.placement import attached
+from ...inputs.bridge import hook_points
 from ...rules.functions import at_least_float32
 from ...rules.rule_sets import RuleSet
 from .effects import heads_of
@@ -35,7 +36,7 @@ def check_additive(model: Any) -> None:
     Raises:
         ValueError: names the block.
     """
-    points = model.hook_dict
+    points = hook_points(model)
     for layer in range(int(model.cfg.n_layers)):
         at = f"blocks.{layer}."
         ends = (("hook_attn_out", "attn.hook_out"), ("hook_resid_mid", "ln2.hook_in"))

@@ -22,7 +22,7 @@ from ...engine.plain import run
 from ...engine.reading import Reading
 from ...hooks.attach import HookFn
 from ...hooks.placement import check_ready, own_hooks
-from ...inputs.bridge import public_name
+from ...inputs.bridge import hook_points, public_name
 from ...inputs.tokens import to_tokens
 from ...rules.functions import at_least_float32
 from ...rules.rule_sets import RuleSet, get_rule_set
@@ -95,7 +95,7 @@ def relevance_patch(
     if edges:
         check_additive(model)
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
-    names, points = writer_names(n_layers), model.hook_dict
+    names, points = writer_names(n_layers), hook_points(model)
     for name in names:
         require_point(points, name)
 
@@ -140,7 +140,7 @@ def _activations(model: Any, tokens: Int[Tensor, "1 pos"], names: list[str]) -> 
 
         return hook_fn
 
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
     hooks = [(public_name(hook_dict, name), keep(name)) for name in names]
     with torch.no_grad(), own_hooks(model, hooks):
         model(tokens)

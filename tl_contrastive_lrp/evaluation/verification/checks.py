@@ -19,7 +19,7 @@ from ...hooks.audit.audit import audit
 from ...hooks.context import plan
 from ...hooks.hook_rules import rules_in_hooks
 from ...hooks.placement import attached, own_hooks
-from ...inputs.bridge import public_name
+from ...inputs.bridge import hook_points, public_name
 from ...inputs.devices import precise
 from ...rules.precision import in_float32, is_low
 from ...rules.rule_sets import RuleSet
@@ -94,12 +94,12 @@ STREAM = re.compile(r"blocks\.\d+\.(hook_in|hook_out|hook_resid_(pre|mid|post))$
 
 def _forward(model: Any, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     kept: dict[str, Tensor] = {}
-    points = {id(p): name for name, p in model.hook_dict.items() if STREAM.search(name)}
+    points = {id(p): name for name, p in hook_points(model).items() if STREAM.search(name)}
 
     def keep(tensor: Tensor, hook: Any) -> None:
         kept[hook.name] = tensor.detach().clone()
 
-    names = [public_name(model.hook_dict, name) for name in points.values()]
+    names = [public_name(hook_points(model), name) for name in points.values()]
     with own_hooks(model, [(name, keep) for name in names]):
         logits = model(tokens).detach()
     return logits, kept

@@ -20,7 +20,7 @@ from ...engine.reading import tap
 from ...hooks.context import plan
 from ...hooks.hook_rules import rules_in_hooks
 from ...hooks.placement import attached, own_hooks
-from ...inputs.bridge import LEAVES, bias_of, components, module_names, public_name
+from ...inputs.bridge import LEAVES, bias_of, components, hook_points, module_names, public_name
 from ...inputs.devices import precise
 from ...rules.precision import first_gradient, plain
 from ...rules.rule_sets import get_rule_set
@@ -66,7 +66,7 @@ def leaf_hooks(
     model: Any, found: dict[str, Tensor], change: Callable[[Tensor], Tensor] | None = None
 ) -> list[tuple[str, Any]]:
     """Hooks that make leaves of the embeddings [batch, pos, d_model], kept in ``found`` by name."""
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
 
     def at(name: str) -> tuple[str, Any]:
         def leaf(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
@@ -127,7 +127,7 @@ class _Biases:
         self.modules: list[tuple[nn.Module, Tensor]] = []
         self.hooks: list[tuple[str, Any]] = []
         found: dict[int, Tensor] = {}
-        hook_dict = model.hook_dict
+        hook_dict = hook_points(model)
         by_path = {path: c.original_component for path, c in components(model).items()}
         for module in {**module_names(model), **dict.fromkeys(by_path.values())}:
             bias = bias_of(module)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...engine.relevance_sums import RelevanceSums, add_heads
 from ...hooks.sites import Site
-from ...inputs.bridge import residual_sites, without_neurons
+from ...inputs.bridge import hook_points, residual_sites, without_neurons
 from ...inputs.objective import positions_of
 from ...inputs.tokens import model_name, special_ids, special_mask, str_tokens
 from ...rules.rule_sets import RuleSet
@@ -167,7 +167,7 @@ def transitions(
 def _adjacent(
     model: Any, ends: tuple[str, ...], sublayers: bool
 ) -> tuple[tuple[str, ...], list[Step]]:
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
     sites, steps = [ends[0]], []
     for block, after in enumerate(ends[1:]):
         middle = f"blocks.{block}.hook_resid_mid"

@@ -24,7 +24,7 @@ from ...hooks.context import plan
 from ...hooks.hook_rules import rules_in_hooks
 from ...hooks.placement import attached, check_ready, check_single, reading_hooks
 from ...hooks.user_hooks import restarted, user_hooks
-from ...inputs.bridge import LEAVES
+from ...inputs.bridge import LEAVES, hook_points
 from ...rules.functions import at_least_float32, started, writable
 from ...rules.precision import first_gradient, is_low, plain
 from ...rules.rule_sets import RuleSet
@@ -58,7 +58,7 @@ def _recorded(
     check_single(model)
     attachments, _ = plan(model, rule_set)
     seen: dict[str, Tensor] = {}
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
 
     def start(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         return started(tensor.detach().requires_grad_(True))

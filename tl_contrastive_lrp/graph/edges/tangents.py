@@ -24,7 +24,7 @@ from ...hooks.by_operation.mode import MATRIX_PRODUCTS, OperationRules
 from ...hooks.by_operation.patterns import NORMS, NormCall, is_root
 from ...hooks.placement import own_hooks
 from ...hooks.sites import Site
-from ...inputs.bridge import public_name
+from ...inputs.bridge import hook_points, public_name
 from ...rules.precision import plain, wide
 from ...rules.rule_sets import RuleSet
 from ...rules.softcap import softcap_ratio, softcap_replaced
@@ -189,7 +189,7 @@ def block_tangents(
             if site.operation == "softcap" and rule_set.softcap == "identity":
                 cap = softcap_replaced(site.module, "attn_logit_softcapping", _linear_softcap)
                 stack.enter_context(cap)
-        hook_dict = model.hook_dict
+        hook_dict = hook_points(model)
         named = [(public_name(hook_dict, name), fn) for name, fn in hooks]
         stack.enter_context(torch.no_grad())
         stack.enter_context(forward_ad.dual_level())
