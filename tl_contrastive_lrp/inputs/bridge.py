@@ -1,7 +1,7 @@
-"""``attribute``: explain one prediction, from one forward and one backward.
+"""The bridge: what is asked of a ``TransformerBridge`` as a whole.
 
-What is read is reduced inside the backward (summed over hidden dimensions), so the result needs
-O(layers · pos) memory beside what autograd itself keeps.
+Its HookPoints, components and modules by name, the sites of its residual stream, and whether it is
+a bridge at all. Whole walks of the model are computed once per public call (``once_per_call``).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from ..rules.threads import once_per_call, wrapped_modules
 
 
 def residual_sites(model: Any) -> tuple[str, ...]:
-    """HookPoints of the residual stream: every block's input, and the last block's output."""
+    """HookPoints of the residual stream: each block's input, and the last block's output."""
     n = int(model.cfg.n_layers)
     return (*(f"blocks.{i}.hook_resid_pre" for i in range(n)), f"blocks.{n - 1}.hook_resid_post")
 
 
 def without_neurons(model: Any) -> str | None:
-    """Name of a block whose MLP has no neurons at ``hook_post``: experts have no HookPoints."""
+    """Name of an MLP that has no neurons at ``hook_post`` (experts have no HookPoints), or None."""
     for layer in range(int(model.cfg.n_layers)):
         mlp = getattr(model.blocks[layer], "mlp", None)
         experts = is_kind(mlp, "MoEBridge") and not getattr(mlp, "bound_dense", False)
@@ -44,7 +44,7 @@ def public_name(hook_dict: Mapping[str, Any], name: str) -> str:
     """The one name under which TransformerLens calls a hook once at this HookPoint.
 
     In compatibility mode a HookPoint is renamed, and a hook added under its other name is called
-    once per name: a rule would apply twice.
+    once per name, so a rule would apply twice.
     """
     hook_point = hook_dict[name]
     own: str | None = hook_point.name
@@ -102,10 +102,10 @@ def module_names(model: Any) -> Mapping[nn.Module, str]:
 
 
 def bias_of(module: object) -> Tensor | None:
-    """The vector [features] that a module adds: its own ``bias``, a parameter or not.
+    """The vector [features] that a module adds: its own ``bias``, whether it is a parameter or not.
 
-    A component passes on the attributes of what it wraps, so this does not go by ``getattr``; and
-    what else is called "bias", as the causal mask of the first GPT is, is no vector.
+    ``getattr`` would not do: a component passes on the attributes of what it wraps. Something else
+    that is called "bias", like the causal mask of the first GPT, is not a vector.
     """
     if not isinstance(module, nn.Module):
         return None
@@ -122,10 +122,10 @@ def is_kind(component: Any, class_name: str) -> bool:
 
 
 def require_bridge(model: Any) -> None:
-    """Refuse what is no ``TransformerBridge``.
+    """Refuse what is not a ``TransformerBridge``.
 
     Raises:
-        TypeError: says how to make one.
+        TypeError: Says how to make one.
     """
     # Asked of the class first: the instance would build its table of HookPoints.
     has_hook_points = hasattr(type(model), "hook_dict") or hasattr(model, "hook_dict")

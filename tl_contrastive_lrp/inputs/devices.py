@@ -23,7 +23,8 @@ from ..rules.threads import wrapped_modules, wrapped_parameters
 def loaded(module: Any) -> Iterator[None]:
     """The module's own weights as numbers, for the block; they may be elsewhere before and after.
 
-    With ``device_map`` offloading, a parameter is on the "meta" device but while its module runs.
+    With ``device_map`` offloading, a parameter is on the "meta" device except while its module
+    runs.
     """
     wrapped = getattr(module, "original_component", module)
     if not isinstance(wrapped, nn.Module) or not any(
@@ -38,7 +39,7 @@ def loaded(module: Any) -> Iterator[None]:
 
 
 def _hooks(model: Any) -> Iterator[Any]:
-    """accelerate's hooks, outermost module first."""
+    """The hooks of accelerate, outermost module first."""
     for _, module in wrapped_modules(model):
         hook = getattr(module, "_hf_hook", None)
         if hook is not None:
@@ -46,10 +47,10 @@ def _hooks(model: Any) -> Iterator[Any]:
 
 
 def input_device(model: Any) -> torch.device:
-    """Device that token ids must be on, also where the embeddings' weights are on disk.
+    """Device that token ids must be on, even where the embeddings' weights are on disk.
 
     Raises:
-        ModelStateError: as ``require_one_place``.
+        ModelStateError: As ``require_one_place``.
     """
     require_one_place(model)
     device: torch.device = wrapped_parameters(model)[0].device
@@ -61,10 +62,10 @@ def input_device(model: Any) -> torch.device:
 
 
 def require_one_place(model: Any) -> None:
-    """Refuse weights on several devices, or nowhere, that nothing brings together.
+    """Refuse weights on several devices, or on none, that no hook of accelerate brings together.
 
     Raises:
-        ModelStateError: says which, and how to load the model.
+        ModelStateError: Says which, and how to load the model.
     """
     devices = sorted({str(device) for device in {p.device for p in wrapped_parameters(model)}})
     if len(devices) < 2 and devices != ["meta"]:
@@ -96,7 +97,7 @@ def has_float64(device: torch.device) -> bool:
 
 
 def with_float64(x: Tensor) -> Tensor:
-    """``x`` where arithmetic in float64 is possible: as it is, or a copy on the CPU."""
+    """``x`` where float64 is possible: itself, or a copy on the CPU."""
     return x if has_float64(x.device) else x.cpu()
 
 

@@ -1,4 +1,4 @@
-"""Which TransformerLens this package works with, asked once, before anything of it is used."""
+"""Which TransformerLens this package works with, checked once before anything of it is used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def installed_version() -> str:
     """The version that TransformerLens' metadata gives.
 
     Raises:
-        importlib.metadata.PackageNotFoundError: it is not installed as a package.
+        importlib.metadata.PackageNotFoundError: It is not installed as a package.
     """
     # Not at import time: importing importlib.metadata takes longer than this whole package.
     from importlib.metadata import version
@@ -28,11 +28,12 @@ def installed_version() -> str:
 def require_transformer_lens() -> None:
     """Refuse a TransformerLens that is missing or too old; cheap after the first call.
 
-    A source tree carries version 0.0.0 or no metadata at all: which one it is cannot be known, so
-    it passes, and components without a rule are refused by name as everywhere.
+    A source tree has version 0.0.0 or no metadata at all. Its version cannot be known, so it
+    passes; components without a rule are refused by name as everywhere.
 
     Raises:
-        VersionError: an ImportError; says the version found, the one needed, and what to type.
+        VersionError: An ImportError that says the version present, the one needed, and what to
+            type.
     """
     from importlib.metadata import PackageNotFoundError
     from importlib.util import find_spec

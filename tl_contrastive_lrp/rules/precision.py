@@ -35,7 +35,7 @@ _PART = 2**26
 
 
 def plain(x: Any) -> Any:
-    """The float32 tensor inside a ``WideGradient``; anything else as it is."""
+    """The float32 tensor inside a ``WideGradient``; anything else unchanged."""
     return x._value if isinstance(x, WideGradient) else x
 
 
@@ -77,6 +77,7 @@ class WideGradient(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Compute in float32 on the values inside."""
         del types
         kwargs = kwargs or {}
         if func is torch.ops.aten._has_same_storage_numel.default:
@@ -156,7 +157,7 @@ def _product_by_expert(g: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """``x`` as a ``WideGradient`` if its type is a low one."""
+    """``x`` as a ``WideGradient`` if its type is bfloat16 or float16."""
     return WideGradient(x.float(), x.dtype) if x.dtype in LOW else x
 
 
@@ -173,10 +174,15 @@ def first_gradient(model: Any, value: Tensor) -> Tensor | None:
 
 
 def underflow(x: Tensor, g: Tensor) -> Tensor:
-    """How much relevance rounding near 0 may have changed, at most, beyond ordinary rounding.
+    """Bound on the relevance that rounding near 0 may have changed, beyond ordinary rounding.
 
-    Below its smallest normal number t a type rounds to multiples of t·eps, in the end to 0, so the
-    error of an entry of ``x`` there is up to ½·t·eps, and that of its relevance |g| times as much.
+    Below its smallest normal number t, a type rounds to multiples of t·eps, and in the end to 0. So
+    the error of an entry of ``x`` there is at most ½·t·eps, and that of its relevance |g| times as
+    much.
+
+    Args:
+        x: Activations of any shape.
+        g: Their gradient, of the same shape.
 
     Returns:
         The sum of these bounds, [], on the CPU.
@@ -223,22 +229,28 @@ _WIDENED = (
 
 @contextmanager
 def in_float32(model: Any) -> Iterator[None]:
-    """A bfloat16 or float16 model computes in float32 on its own (rounded) weights, for the block.
+    """Let a low-precision model compute in float32 on its own (rounded) weights for the block.
 
     What is explained inside is the float32 forward, whose logits are not bit for bit those of the
-    model outside. Weights and buffers are copied (4 bytes a number on top of the 2 they take) and
-    put back afterwards, the same tensors, also after an exception.
+    model outside. Weights and buffers are copied (4 bytes per number on top of the 2 they take) and
+    the same tensors are put back afterwards, also after an exception.
 
     Every thread's forward would use these weights, so while any are widened a forward in another
-    thread raises ``ModelStateError``; this package's calls there wait until the block is left.
+    thread raises ``ModelStateError``. Calls of this package in other threads wait until the block
+    is left.
 
     Args:
         model: A ``TransformerBridge``.
 
     Raises:
-        TypeError: ``model`` is not a TransformerBridge.
-        ModelStateError: weights are offloaded and come in their own type when needed; another
+        TypeError: ``model`` is not a ``TransformerBridge``.
+        ModelStateError: Weights are offloaded and come in their own type when needed, or another
             thread stays inside such a block for more than a minute.
+
+    Example:
+        >>> with clrp.in_float32(model):
+        ...     print(clrp.attribute(model, case.prompt, objective).resid.dtype)
+        torch.float32
     """
     if not hasattr(model, "original_model"):
         raise TypeError(

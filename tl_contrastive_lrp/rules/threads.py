@@ -212,24 +212,26 @@ def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
 def model_lock(model: Any) -> Iterator[None]:
     """Keep this package's calls in other threads off ``model`` for the block.
 
-    ``attribute`` and its like take turns by themselves, and ``model(tokens)`` in another thread is
-    always safe. Anything else of TransformerLens is not: its own hooks (``run_with_cache``,
-    ``run_with_hooks``, ``model.hooks``), ``generate`` and ``start_at_layer`` put state on the
-    model that every thread's forward meets, those of this package included. With threads, run it
-    in here, and other threads' calls wait:
-
-        with clrp.model_lock(model):
-            logits, cache = model.run_with_cache(tokens)
-
-    The same thread may enter again, and may explain inside.
+    ``attribute`` and the other functions of this package take turns by themselves, and
+    ``model(tokens)`` in another thread is always safe. Other parts of TransformerLens are not: its
+    hooks (``run_with_cache``, ``run_with_hooks``, ``model.hooks``), ``generate`` and
+    ``start_at_layer`` put state on the model that every thread's forward meets, forwards of this
+    package included. With threads, run those inside the block; other threads' calls wait. The same
+    thread may enter again, and may explain inside.
 
     Args:
         model: A ``TransformerBridge``.
 
     Raises:
-        TypeError: ``model`` is not a TransformerBridge.
-        ModelStateError: another thread stays inside such a block, or in ``lrp`` or
+        TypeError: ``model`` is not a ``TransformerBridge``.
+        ModelStateError: Another thread stays inside such a block, or inside ``lrp`` or
             ``in_float32``, for more than a minute.
+
+    Example:
+        >>> with clrp.model_lock(model):
+        ...     logits, cache = model.run_with_cache(model.to_tokens(case.prompt))
+        >>> logits.ndim
+        3
     """
     if _turns_of(model) is None:
         raise TypeError(

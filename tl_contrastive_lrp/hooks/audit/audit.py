@@ -42,26 +42,35 @@ __all__ = ["Audit", "Finding", "audit", "require_clean"]
 def audit(model: Any) -> Audit:
     """Account for every operation between the logits of ``model`` and its embeddings.
 
-    The model runs once on four tokens with the rules of "attnlrp" on. Each node of the autograd
-    graph, the one that relevance flows through, must then be linear in what is computed, one of the
-    rules, or a softmax (or a sigmoid that weighs something), whose ordinary gradient is its rule;
-    and each product of two computed tensors must be halved exactly once. What is not, what is not
-    known, and what the model hides from autograd, is a finding. The answer is kept until the
-    model's components or flags change.
+    The model runs once on four tokens under the rules of "attnlrp". Each node of the autograd
+    graph, which is the graph that relevance flows through, must then be linear in what is computed,
+    one of the rules, or a softmax (or a sigmoid that weighs something), whose ordinary gradient is
+    its rule. Each product of two computed tensors must be halved exactly once. Everything else is a
+    finding, including what is unknown and what the model hides from autograd. The answer is kept
+    until the model's components or flags change.
 
     The user's hook functions, on HookPoints and other modules, are set aside, and named in
-    ``hooks``: they are judged call by call where they run, under the rules of that run.
+    ``hooks``: they are examined call by call where they run, under the rules of that run.
 
-    What it cannot see: operations that a longer prompt would take another way, and whether a rule's
-    closed form is that of its activation; ``verify`` measures these on a prompt.
+    The audit cannot see operations that a longer prompt would take another way, nor whether a
+    rule's closed form is that of its activation; ``verify`` measures these on a prompt.
 
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
 
+    Returns:
+        The findings, and how many operations were examined.
+
     Raises:
-        ModelStateError: training mode, or rules already on, if the model has to run.
-        UncoveredComponentError: a component that is refused before anything runs, or a model that
+        TypeError: ``model`` is not a ``TransformerBridge``.
+        ModelStateError: Training mode, or rules already on, if the model has to run.
+        UncoveredComponentError: A component that is refused before anything runs, or a model that
             does not run on token ids alone.
+
+    Example:
+        >>> report = clrp.audit(model)
+        >>> report.clean, sum(report.counts.values()) > 100
+        (True, True)
     """
     report = audit_of(model)
     hooks = tuple(sorted({hook.name for hook in user_hooks(model)}))

@@ -1,4 +1,4 @@
-"""What an audit found, in words."""
+"""The result of an audit, its findings, and the errors that say so."""
 
 from __future__ import annotations
 
@@ -39,13 +39,16 @@ class Audit:
     """Whether every operation that relevance flows through is linear or has a rule.
 
     Attributes:
-        findings: Those that are neither, from the logits down; none if all is accounted for.
-        counts: How many operations of each kind were looked at, by autograd's name.
+        findings: The operations that are neither, from the logits down; empty if there are none.
+        counts: How many operations of each kind were examined, by autograd's name.
         ordinary: (component, operation) of what is not linear and keeps its ordinary gradient
             because that is its rule: softmaxes, and sigmoids and quotients that weigh something.
-        hooks: HookPoints that carry hook functions of the user's. They are no part of this audit:
-            each is judged on its own call, in every run under rules, when it has computed
-            something.
+        hooks: HookPoints that carry hook functions of the user. They are not part of this audit:
+            each is examined in every run under rules, once it has computed something.
+
+    Example:
+        >>> print(clrp.audit(model))
+        audit: clean; each of ... operations is linear or has its rule
     """
 
     findings: tuple[Finding, ...]
@@ -55,7 +58,13 @@ class Audit:
 
     @property
     def of_hooks(self) -> str:
-        """What to say of ``hooks``; empty if there are none."""
+        """A sentence about ``hooks``; empty if there are none.
+
+        Example:
+            >>> with model.hooks(fwd_hooks=[("blocks.0.hook_in", lambda x, hook: None)]):
+            ...     print(clrp.audit(model).of_hooks)
+            the hooks that you put at blocks.0.hook_in are not part of this audit; ...
+        """
         if not self.hooks:
             return ""
         points = ", ".join(self.hooks[:4]) + (", ..." if len(self.hooks) > 4 else "")
@@ -66,11 +75,21 @@ class Audit:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing was found."""
+        """Whether there are no findings.
+
+        Example:
+            >>> clrp.audit(model).clean
+            True
+        """
         return not self.findings
 
     def summary(self) -> tuple[Finding, ...]:
-        """The findings with equal ones of different blocks as one (``blocks.0-27.mlp``)."""
+        """The findings, with equal ones of different blocks merged into one (``blocks.0-27.mlp``).
+
+        Example:
+            >>> clrp.audit(model).summary()
+            ()
+        """
         blocks: dict[Finding, list[int]] = {}
         for f in self.findings:
             layer = re.search(r"(?:^|\.)blocks\.(\d+)(?=\.|$)", f.component)
@@ -91,7 +110,12 @@ class Audit:
         )
 
     def to_frame(self) -> pd.DataFrame:
-        """The findings as a DataFrame with the columns of ``Finding``."""
+        """The findings as a DataFrame: component, module_class, operation, why.
+
+        Example:
+            >>> clrp.audit(model).to_frame().columns.tolist()
+            ['component', 'module_class', 'operation', 'why']
+        """
         import pandas as pd
 
         columns = ("component", "module_class", "operation", "why")
