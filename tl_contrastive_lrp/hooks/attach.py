@@ -1,4 +1,4 @@
-"""How each rule is put on a model: hook functions, and scoped changes where no HookPoint reaches.
+"""How each rule is attached: hook functions, and scoped changes where no HookPoint reaches.
 
 An ``Attachment`` carries the rule of one site in up to two forms:
 
@@ -44,17 +44,17 @@ Scoped = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True, eq=False)
 class Attachment:
-    """The rule of one site, ready to be put on.
+    """The rule of one site, ready to be attached.
 
     Attributes:
-        site: Where.
+        site: The operation that gets the rule.
         rule: What the coverage report calls the rule.
         how: Where it is attached, in words.
         hooks: (path of HookPoint, hook function) pairs.
-        captures: HookPoints where a reader of gradients must go before ``hooks``: they only read
-            there, or cut the gradient off.
+        captures: HookPoints where a reader of gradients must come before ``hooks``, which only
+            read there, or cut the gradient off.
         scoped: The same rule as a context manager, where it has that form.
-        beside: Hooks that ``scoped`` needs beside it, in place of ``hooks``.
+        scoped_hooks: Hooks that ``scoped`` needs in addition, in place of ``hooks``.
         live: Lists of hook functions, by HookPoint, that the attachment calls at the value itself
             where TransformerLens' own HookPoint fires too late to be read or changed.
     """
@@ -65,7 +65,7 @@ class Attachment:
     hooks: tuple[tuple[str, HookFn], ...] = ()
     captures: tuple[str, ...] = ()
     scoped: Scoped | None = None
-    beside: tuple[tuple[str, HookFn], ...] = ()
+    scoped_hooks: tuple[tuple[str, HookFn], ...] = ()
     live: Mapping[str, list[HookFn]] = field(default_factory=dict)
 
     @property
@@ -84,12 +84,15 @@ def edit(function: Callable[[Tensor], Tensor]) -> HookFn:
 
 
 def gradient(site: Site, rule_set: RuleSet) -> Attachment:  # noqa: ARG001
-    """Nothing attached: the operation keeps its ordinary gradient."""
+    """The attachment that attaches nothing: the operation keeps its ordinary gradient."""
     return Attachment(site, "gradient", "ordinary gradient")
 
 
 def is_same(expected: Tensor, value: Tensor) -> bool:
-    """Up to rounding: an edit too small to be seen is too small to matter."""
+    """Whether two tensors are equal up to rounding.
+
+    An edit that is too small to be seen is too small to matter.
+    """
     slack = 0.1 if value.dtype in (torch.float16, torch.bfloat16) else 1e-3
     bound = slack * value.abs().amax() + torch.finfo(value.dtype).tiny
     return bool((expected - value).abs().amax() <= bound)
@@ -139,7 +142,7 @@ def attach_norm(site: Site, rule_set: RuleSet) -> Attachment:
     if not uses_native_norm(component):
         hook = (f"{path}.hook_scale", edit(rules.constant))
         how = "scale detached at hook_scale"
-        return Attachment(site, "LN", how, (hook,), scoped=scoped, beside=(hook,))
+        return Attachment(site, "LN", how, (hook,), scoped=scoped, scoped_hooks=(hook,))
     hooks = _native_hooks(component, path)
     return Attachment(
         site,
@@ -181,7 +184,7 @@ def _at_wrapped_norm(component: Any, path: str, live: list[HookFn]) -> Iterator[
         return _linear(component, path, output, args[0], seen.get("normalized"), live)
 
     def at_end(*_: Any) -> None:
-        if "done" not in seen:  # somebody edited the statistics: the wrapped norm was never called
+        if "done" not in seen:  # a hook edited the statistics, so the wrapped norm never ran
             raise _norm_edited(path)
         seen.clear()
 
@@ -226,7 +229,7 @@ def _linear(
         raise refusal(
             path, wrapped, f"it does not compute {formula}, as its component says it does."
         )
-    # Where nobody reads the normalised value, only its place on the graph matters.
+    # If the normalised value is not read, only its place on the graph matters.
     value = rules.at_least_float32(x.detach()) if normalized is None else normalized.detach()
     value = rules.normalized_of(value, x, eps, centred=centred)
     for hook_fn in live:
@@ -239,29 +242,31 @@ def _linear(
 
 
 def _native_hooks(component: Any, path: str) -> tuple[tuple[str, HookFn], ...]:
-    """The rule from what the four HookPoints of a native norm see, with a check between them."""
-    kept = PerThread()
+    """The rule from the values at the four HookPoints of a native norm, checked for edits."""
+    per_thread = PerThread()
 
     def observe_scale(scale: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
-        kept.seen.pop("normalized", None)
+        per_thread.seen.pop("normalized", None)
         if component.hook_scale.bwd_hooks or component.hook_normalized.bwd_hooks:
-            kept.seen.clear()
+            per_thread.seen.clear()
             return rules.constant(scale)  # TransformerLens computes the norm itself then
-        kept.seen["scale"] = scale  # returning it would make TransformerLens leave its native path
+        per_thread.seen["scale"] = (
+            scale  # returning it would make TransformerLens leave its native path
+        )
         return None
 
     def observe_normalized(normalized: Tensor, hook: Any) -> None:  # noqa: ARG001
-        if "scale" in kept.seen:
-            kept.seen["normalized"] = normalized
+        if "scale" in per_thread.seen:
+            per_thread.seen["normalized"] = normalized
 
     def observe_input(x: Tensor, hook: Any) -> None:  # noqa: ARG001
-        kept.seen["x"] = x.detach()
+        per_thread.seen["x"] = x.detach()
 
     def at_output(output: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
-        x = kept.seen.pop("x", None)
-        if x is None or "normalized" not in kept.seen:
+        x = per_thread.seen.pop("x", None)
+        if x is None or "normalized" not in per_thread.seen:
             return None
-        normalized, scale = kept.seen.pop("normalized"), kept.seen.pop("scale")
+        normalized, scale = per_thread.seen.pop("normalized"), per_thread.seen.pop("scale")
         factor = norm_weight(component, normalized)
         with torch.no_grad():
             centred = x.to(normalized.dtype)
@@ -331,17 +336,17 @@ def _activation(site: Site, rule_set: RuleSet) -> Attachment:
     gated = is_kind(mlp, "GatedMLPBridge")
     pre_name = f"{path}.{'gate' if gated else 'in'}.hook_out"
     up_name, post_name = f"{path}.in.hook_out", f"{path}.out.hook_in"
-    kept = PerThread()
+    per_thread = PerThread()
 
     def capture(name: str) -> HookFn:
         def hook_fn(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
-            kept.seen[name] = tensor
+            per_thread.seen[name] = tensor
 
         return hook_fn
 
     def at_post(post: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
-        pre = kept.seen.pop(pre_name)
-        up = kept.seen.pop(up_name) if gated else None
+        pre = per_thread.seen.pop(pre_name)
+        up = per_thread.seen.pop(up_name) if gated else None
         if not pre.requires_grad:
             return None
         with torch.no_grad():

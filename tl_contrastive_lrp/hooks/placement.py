@@ -1,7 +1,7 @@
-"""Where each rule goes on a model, and how the rules are put on and taken off again.
+"""Where each rule goes on a model, and how rules are attached to it and removed again.
 
-``place`` attaches nothing; ``attached`` puts attachments on for a block. Both leave the forward
-bit-identical; on exit, also after an exception, every hook and operand is as it was.
+``place`` attaches nothing; ``attached`` attaches the rules for a block. Both leave the forward
+bit-identical. On exit, also after an exception, every hook and operand is as it was.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ def check_ready(model: Any, what: str) -> None:
     """Refuse a model or a torch state in which relevance would be wrong.
 
     Raises:
-        TypeError: ``model`` is not a TransformerBridge.
-        ModelStateError: a module is in training mode, gradients are off, autocast is on, or rules
-            are already on.
+        TypeError: ``model`` is not a ``TransformerBridge``.
+        ModelStateError: A module is in training mode, gradients are off, or autocast is on.
     """
     require_bridge(model)
     for module in modules_of(model):
@@ -64,7 +63,7 @@ def _path_of(model: Any, module: nn.Module) -> str:
 
 
 def _refuse_autocast(model: Any, what: str) -> None:
-    """Refuse to run under autocast: it computes another forward, of which a backward is rounded."""
+    """Refuse to run under autocast: its forward is another one, and its backward is rounded."""
     kinds = {p.device.type for p in wrapped_parameters(model)} - {"meta"}
     for kind in sorted(kinds):
         if torch.is_autocast_enabled(kind):
@@ -78,10 +77,10 @@ def _refuse_autocast(model: Any, what: str) -> None:
 
 
 def check_single(model: Any) -> None:
-    """Refuse a model with rules on it, these or another tool's.
+    """Refuse a model that has rules on it already, from this package or another tool.
 
     Raises:
-        ModelStateError: says which, and how to take them off.
+        ModelStateError: Says which, and how to remove them.
     """
     for path, component in components(model).items():
         # How TransformerLens' own development line counts rules of its own on a component.
@@ -101,7 +100,7 @@ def check_single(model: Any) -> None:
 
 
 def _mark_only(tensor: Any, hook: Any) -> None:
-    """Shows that rules are on, where none of them is a hook."""
+    """A hook function that shows that rules are on, where none of the rules is a hook."""
 
 
 def is_rule(fn: Any) -> bool:
@@ -110,12 +109,20 @@ def is_rule(fn: Any) -> bool:
 
 
 def marked(fn: HookFn) -> HookFn:
+    """The hook function, marked as one of the rules."""
     setattr(fn, _MARK, True)
     return fn
 
 
 def place(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Coverage]:
-    """Where each rule of ``rules`` goes on ``model``, as far as the tables know."""
+    """Where each rule of ``rules`` goes on ``model``, as far as the tables know.
+
+    Returns:
+        The attachments, one per operation, and the coverage that describes them.
+
+    Raises:
+        UncoveredComponentError: A component that is known to have no rule.
+    """
     rule_set = get_rule_set(rules)
     attachments = tuple(attach(site, rule_set) for site in find_sites(model))
     names = module_names(model) if any(a.site.component is None for a in attachments) else {}
@@ -143,8 +150,8 @@ def own_hooks(model: Any, pairs: Iterable[tuple[str, HookFn]]) -> Iterator[None]
         pairs: (hook_name, hook_function), each name as from ``public_name``.
 
     Raises:
-        KeyError: there is no such HookPoint.
-        ValueError: a flag of ``model.cfg`` is off without which the HookPoint is never called.
+        KeyError: There is no such HookPoint.
+        ValueError: A flag of ``model.cfg`` is off without which the HookPoint is never called.
     """
     points = hook_points(model)
     disabling_flag = getattr(model, "_gated_hook_reason", None)
@@ -160,8 +167,9 @@ def own_hooks(model: Any, pairs: Iterable[tuple[str, HookFn]]) -> Iterator[None]
                     f"No hook at {name} is called while cfg.{flag} is False. Call "
                     f"model.set_{flag}(True) first."
                 )
-            point.add_hook(mine(fn), level=level)
-            added.append((point, point.fwd_hooks[-1]))
+            handle = point.add_hook(mine(fn), level=level)
+            # TransformerLens before 4.3 does not return it.
+            added.append((point, point.fwd_hooks[-1] if handle is None else handle))
         yield
     finally:
         for point, handle in added:
@@ -178,7 +186,7 @@ def embedding_leaves(
     Args:
         model: The bridge.
         leaves: Each forward puts its leaves here, by their names in ``bridge.LEAVES``.
-        change: Applied to the embeddings, which the model then goes on with.
+        change: Applied to the embeddings before the model uses them.
     """
     points = hook_points(model)
 
@@ -195,11 +203,14 @@ def embedding_leaves(
 
 @contextmanager
 def reading_hooks(model: Any, pairs: list[tuple[str, HookFn]]) -> Iterator[None]:
-    """Hook functions that change no value, also at outputs that TransformerLens calls no hook for.
+    """Hook functions that change no value, for the block and in this thread only.
 
-    They act in this thread only.
+    They are also called at outputs for which TransformerLens calls no hook: a block that returns a
+    list, like those of the first GPT, has a ``hook_out`` that never fires.
 
-    A block that returns a list, as those of the first GPT do, has a ``hook_out`` that never fires.
+    Args:
+        model: The bridge.
+        pairs: (hook_name, hook_function).
     """
     hook_dict = hook_points(model)
     by_point: dict[int, list[HookFn]] = {}
@@ -226,17 +237,17 @@ def reading_hooks(model: Any, pairs: list[tuple[str, HookFn]]) -> Iterator[None]
 
 @contextmanager
 def attached(model: Any, attachments: tuple[Attachment, ...]) -> Iterator[None]:
-    """The given attachments on the model, for the block; they act in this thread only.
+    """Attach rules to the model for the block; they act in this thread only.
 
     Raises:
-        ModelStateError: at the end of the block, if it took them off.
+        ModelStateError: At the end of the block, if something in it removed them.
     """
     hook_dict = hook_points(model)
     with ExitStack() as stack:
         hooks = [
             (public_name(hook_dict, name), marked(fn))
             for a in attachments
-            for name, fn in (a.hooks if a.scoped is None else a.beside)
+            for name, fn in (a.hooks if a.scoped is None else a.scoped_hooks)
         ]
         if not hooks and any(a.scoped is not None for a in attachments):
             hooks = [(public_name(hook_dict, "embed.hook_out"), marked(_mark_only))]

@@ -43,7 +43,7 @@ class Site:
 
     Attributes:
         path: The component's path, as in its HookPoints' names ("blocks.0.attn").
-        operation: Which kind of operation.
+        operation: The kind of operation.
         component: The TransformerLens component (for the final soft-cap: the wrapped model; None
             for an activation module outside of any).
         module: The wrapped module that carries the operation, where it is one of its own
@@ -105,8 +105,8 @@ def _is_written_out(mlp: Any) -> bool:
 def _hides_operations(attention: Any) -> bool:
     """Whether attention computes what no HookPoint shows.
 
-    Something may happen to pattern·v before ``hook_z``, a gate's product or a norm, or to queries,
-    keys and values on their way, a clamp.
+    A gate's product or a norm may act on pattern·v before ``hook_z``, and a clamp on queries, keys
+    and values.
     """
     from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import (
         PositionEmbeddingsAttentionBridge as Plain,
@@ -152,13 +152,14 @@ def _mlp_activation(path: str, mlp: Any) -> Iterator[Site]:
     if getattr(mlp, "_use_processed_weights", False) and is_kind(mlp, "GatedMLPBridge"):
         yield _processed_activation(path, mlp)
         return
-    found = [
+    activations = [
         module
         for module in mlp.original_component.modules()
         if ratio_of(module) is not None and not is_component(module)
     ]
-    if len(found) == 1:  # else it is not at this MLP's HookPoints; see _outside
-        yield Site(path, "activation", mlp, found[0], ratio_of(found[0]))
+    if len(activations) == 1:  # otherwise it is not at this MLP's HookPoints; see _outside
+        (module,) = activations
+        yield Site(path, "activation", mlp, module, ratio_of(module))
 
 
 def _sites_of(path: str, component: Any) -> Iterator[Site]:
@@ -175,7 +176,7 @@ def _sites_of(path: str, component: Any) -> Iterator[Site]:
 
 
 def _outside(model: Any, sites: list[Site]) -> Iterator[Site]:
-    """What is outside TransformerLens' components: experts' activations, heads of encoders."""
+    """Operations outside TransformerLens' components: experts' activations, heads of encoders."""
     known = {id(site.module) for site in sites}
     wrapped = {id(site.component.original_component) for site in sites}
     for site in sites:
@@ -197,14 +198,14 @@ def find_sites(model: Any) -> tuple[Site, ...]:
         model: A ``TransformerBridge``.
 
     Raises:
-        TypeError: ``model`` is not a TransformerBridge.
-        UncoveredComponentError: a component, flag or weight that no rule covers, by name.
+        TypeError: ``model`` is not a ``TransformerBridge``.
+        UncoveredComponentError: A component, flag or weight that no rule covers, by name.
     """
     require_bridge(model)
-    found = components(model)
-    refuse_known(model, found)
+    by_path = components(model)
+    refuse_known(model, by_path)
     sites: list[Site] = []
-    for path, component in found.items():
+    for path, component in by_path.items():
         sites.extend(_sites_of(path, component))
     sites.extend(_outside(model, sites))
     config = getattr(model.original_model, "config", None)
@@ -245,7 +246,7 @@ def refusal(path: str, module: object, why: str) -> UncoveredComponentError:
     return UncoveredComponentError(f"No rule covers {path!r} ({kind}): {why}{_ADVICE}")
 
 
-# Where classes of quantised modules and weights are defined -> the library, as people call it.
+# Package that defines quantised modules or weights -> the common name of the library.
 _QUANTISERS = {
     "bitsandbytes": "bitsandbytes",
     "torchao": "torchao",
@@ -280,7 +281,7 @@ _QUANTISERS = {
 _PACKED = ("qweight", "weight_packed", "qzeros")
 
 
-_library_by_class: dict[type, str | None] = {}  # asked of every module at every call
+_library_by_class: dict[type, str | None] = {}  # every call looks up every module
 
 
 def _library_of(kind: type) -> str | None:
@@ -300,7 +301,7 @@ def _library_of(kind: type) -> str | None:
 
 
 def quantised(module: nn.Module) -> tuple[str, str] | None:
-    """What in a module is quantised, and by which library ("" if that cannot be seen)."""
+    """What in a module is quantised, and by which library ("" if that is unknown)."""
     if (library := _library_of(type(module))) is not None:
         return f"is a {type(module).__name__}", library
     for name, parameter in module._parameters.items():
@@ -320,10 +321,10 @@ def quantised(module: nn.Module) -> tuple[str, str] | None:
 
 
 def _refuse_quantised(path: str, module: nn.Module, config: object) -> None:
-    found = quantised(module)
-    if found is None:
+    quantisation = quantised(module)
+    if quantisation is None:
         return
-    what, library = found
+    what, library = quantisation
     method = getattr(getattr(config, "quantization_config", None), "quant_method", "")
     by = library or str(getattr(method, "value", method))
     remedy = (
@@ -340,7 +341,7 @@ def _refuse_quantised(path: str, module: nn.Module, config: object) -> None:
     )
 
 
-def _refuse_shape(model: Any, found: Mapping[str, Any]) -> None:
+def _refuse_shape(model: Any, by_path: Mapping[str, Any]) -> None:
     config = getattr(model.original_model, "config", None)
     two = any(
         getattr(config, flag, False) for flag in ("is_encoder_decoder", "add_cross_attention")
@@ -350,7 +351,7 @@ def _refuse_shape(model: Any, found: Mapping[str, Any]) -> None:
         raise UncoveredComponentError(f"No rule covers this model ({kind}): {_TWO_INPUTS}")
     if getattr(config, "do_layer_norm_before", True) is False:
         raise refusal("model", model.original_model, _POST_NORM)
-    heads = dict.fromkeys(path.split(".")[0] for path in found)
+    heads = dict.fromkeys(path.split(".")[0] for path in by_path)
     stacks = [head for head in heads if head.endswith("blocks") and head != "blocks"]
     if stacks and "blocks" not in heads:
         raise refusal("model", model.original_model, _STACKS.format(" and ".join(stacks)))
@@ -378,24 +379,24 @@ def _why(component: Any) -> str | None:
     return None
 
 
-def refuse_known(model: Any, found: Mapping[str, Any]) -> None:
+def refuse_known(model: Any, by_path: Mapping[str, Any]) -> None:
     """Refuse a model that has a component which is known to have no rule.
 
     Args:
         model: A ``TransformerBridge``.
-        found: Its components by path.
+        by_path: Its components by path.
 
     Raises:
-        UncoveredComponentError: what it is, where, and what to do instead.
+        UncoveredComponentError: Says what it is, where, and what to do instead.
     """
-    _refuse_shape(model, found)
+    _refuse_shape(model, by_path)
     for path, module in wrapped_modules(model):
         path = path.replace("._original_component", "")
         _refuse_quantised(path or "model", module, getattr(model.original_model, "config", None))
         why = UNCOVERED_PARTS.get(path.rpartition(".")[2])
         if why is not None:
             raise refusal(path, module, why)
-    for path, component in found.items():
+    for path, component in by_path.items():
         _refuse_replaced(path, component)
         why = _why(component)
         if why is not None:

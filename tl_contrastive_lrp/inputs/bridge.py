@@ -1,4 +1,4 @@
-"""The bridge: what is asked of a ``TransformerBridge`` as a whole.
+"""The bridge: questions about a ``TransformerBridge`` as a whole.
 
 Its HookPoints, components and modules by name, the sites of its residual stream, and whether it is
 a bridge at all. Whole walks of the model are computed once per public call (``once_per_call``).
@@ -65,17 +65,17 @@ def is_component(module: object) -> bool:
 @once_per_call
 def components(model: Any) -> Mapping[str, Any]:
     """Every TransformerLens component of the model by path, in the order of its HookPoints."""
-    found: dict[str, Any] = {}
+    by_path: dict[str, Any] = {}
     for hook_name in hook_points(model):
         path = hook_name.rpartition(".")[0]
-        if not path or path in found:
+        if not path or path in by_path:
             continue
         component: Any = model
         for part in path.split("."):
             component = component[int(part)] if part.isdigit() else getattr(component, part)
         if is_component(component):
-            found[path] = component
-    return found
+            by_path[path] = component
+    return by_path
 
 
 @once_per_call

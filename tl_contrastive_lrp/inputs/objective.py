@@ -137,7 +137,7 @@ class Objective:
         real = attention_mask.detach().cpu() != 0
         if bool(real.all()):
             return self
-        length, found = real.shape[1], []
+        length, positions = real.shape[1], list[int]()
         for row, p in enumerate(self._by_row(len(real))):
             tokens = torch.nonzero(real[row])[:, 0].tolist()
             if p < 0 and -p > len(tokens):
@@ -152,8 +152,8 @@ class Objective:
                     f"Position {p} of row {row} is padding (attention_mask is 0 there). Use pos=-1 "
                     "for each row's last token, or a list of one position for each row."
                 )
-            found.append(p if p >= 0 else tokens[p])
-        return replace(self, pos=tuple(found) if len(found) > 1 else found[0])
+            positions.append(p if p >= 0 else tokens[p])
+        return replace(self, pos=tuple(positions) if len(positions) > 1 else positions[0])
 
     def _by_row(self, batch: int) -> list[int]:
         positions = [self.pos] * batch if isinstance(self.pos, int) else list(self.pos)
@@ -316,14 +316,14 @@ def positions_of(
     """
     if isinstance(objective, Objective):
         return (one_position(objective.pos, length),)
-    found = torch.nonzero(read_rows(objective, logits)[0])[:, 0].tolist()
-    if not found:
+    positions = torch.nonzero(read_rows(objective, logits)[0])[:, 0].tolist()
+    if not positions:
         raise ModelStateError(
             "The objective's gradient is 0 at every logit of this prompt (is it clipped, or a "
             "comparison?), so all relevance would be 0 and no position is explained. Give one that "
             "changes with the logits."
         )
-    return tuple(found)
+    return tuple(positions)
 
 
 def in_words(positions: Sequence[int], most: int = 6) -> str:

@@ -7,7 +7,7 @@ import re
 
 from ..errors import VersionError
 
-# The first version on whose TransformerBridge the oracle's tests pass; pyproject.toml says it too.
+# The first version on whose TransformerBridge the oracle's tests pass, as in pyproject.toml.
 # 3.6 gives left-padded batches other positions, 3.3 boots models in training mode, 2 has no bridge.
 MINIMUM = (3, 9)
 
@@ -40,18 +40,18 @@ def require_transformer_lens() -> None:
 
     needed = ".".join(map(str, MINIMUM))
     try:
-        found = installed_version()
+        installed = installed_version()
     except PackageNotFoundError:
         if find_spec("transformer_lens") is not None:
             return
         raise _refusal(f"needs TransformerLens {needed} or newer, which is not installed") from None
-    numbers = re.match(r"(\d+)\.(\d+)", found)
-    if numbers is None or found == "0.0.0":
+    numbers = re.match(r"(\d+)\.(\d+)", installed)
+    if numbers is None or installed == "0.0.0":
         return
     if (int(numbers[1]), int(numbers[2])) < MINIMUM:
         raise _refusal(
             f"needs TransformerLens {needed} or newer (models as TransformerBridge), "
-            f"but found {found}"
+            f"but found {installed}"
         )
 
 

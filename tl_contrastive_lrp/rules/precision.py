@@ -42,7 +42,7 @@ def plain(x: Any) -> Any:
 class WideGradient(Tensor):
     """A gradient of a bfloat16 or float16 tensor, held in float32.
 
-    ``dtype`` is the type autograd asked for; all arithmetic is done in float32. ``plain`` takes
+    ``dtype`` is the type that autograd expects; all arithmetic is done in float32. ``plain`` takes
     the float32 tensor out.
     """
 
@@ -51,7 +51,8 @@ class WideGradient(Tensor):
 
     @staticmethod
     def __new__(cls, value: Tensor, dtype: torch.dtype) -> WideGradient:
-        made: WideGradient = Tensor._make_wrapper_subclass(
+        """Wrap a float32 ``value`` as a gradient of type ``dtype``."""
+        wrapper: WideGradient = Tensor._make_wrapper_subclass(
             cls,
             value.shape,
             strides=value.stride(),
@@ -59,8 +60,8 @@ class WideGradient(Tensor):
             dtype=dtype,
             device=value.device,
         )
-        made._value = value
-        return made
+        wrapper._value = value
+        return wrapper
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"WideGradient({self._value!r}, dtype={self.dtype})"
@@ -129,7 +130,7 @@ def _large(weight: Tensor) -> bool:
 
 
 def _product_in_parts(g: Tensor, weight: Tensor) -> Tensor:
-    """g @ weight for a weight [in, out] of a low type, a part of its rows at a time."""
+    """The product g @ weight for a weight [in, out] of a low type, some rows at a time."""
     rows = max(1, _PART // weight.shape[1])
     total = g.new_zeros(g.shape[0], weight.shape[1], dtype=torch.float32)
     for start in range(0, len(weight), rows):
@@ -144,7 +145,7 @@ def _experts(args: tuple[Any, ...]) -> bool:
 
 
 def _product_by_expert(g: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """g[rows of e] @ weights[e] for weights [expert, in, out]: one expert widened at a time.
+    """The products g[rows of e] @ weights[e], with weights [expert, in, out] widened one by one.
 
     Torch's grouped product has no float32 form on every device.
     """

@@ -109,7 +109,7 @@ RULE_SETS: dict[str, RuleSet] = {
     )
 }  # fmt: skip
 
-# What is used where nobody names rules; why this one: docs/faithfulness.md.
+# The rule set of every call that names none; docs/faithfulness.md says why.
 DEFAULT_RULES: Final = "gim"
 
 

@@ -50,10 +50,10 @@ class _CorrectSoftcap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
         v, tanh = ctx.saved_tensors
-        wanted = g != 0
+        needed = g != 0
         if ctx.before:  # autograd has multiplied by 1 − tanh², which may have rounded to 0
-            wanted = wanted | (tanh.to(g.dtype).abs() == 1)
-        if bool((((tanh.abs() > SATURATED) | (tanh.to(g.dtype).abs() == 1)) & wanted).any()):
+            needed = needed | (tanh.to(g.dtype).abs() == 1)
+        if bool((((tanh.abs() > SATURATED) | (tanh.to(g.dtype).abs() == 1)) & needed).any()):
             raise ModelStateError(
                 f"The soft-cap at {ctx.where} is saturated, where a HookPoint cannot carry its "
                 "rule with full precision. Use `with clrp.lrp(model):`, which is exact there."

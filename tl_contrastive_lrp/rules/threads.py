@@ -1,19 +1,22 @@
-"""Threads: one call at a time on a model, and nothing of it in another thread's forward.
+"""Calls on a model: one thread at a time, no effect on other threads, one walk of the model.
 
-TransformerLens puts a hook on the model, where every thread's forward meets it, and so do the rules
-of this package. Two things keep threads apart:
+TransformerLens and this package put hooks on the model itself, where the forward of every thread
+meets them. Two things keep threads apart:
 
 - a lock for each model: the functions of this package that run a model take turns;
-- ``mine``: a hook function that does nothing in any thread but the one that put it on, so that
+- ``mine``: a hook function that does nothing in any thread but the one that added it, so that
   ``model(tokens)`` in another thread is computed, and differentiated, as if no rules were on.
 
-What a hook function cannot keep apart is refused in the other thread, with a message:
+What a hook function cannot keep apart is refused in the other thread, with a message.
 ``frozen_parameters`` switches off the weights' gradients for all threads, so gradients of weights
-through a forward of that time raise ``ModelStateError``; so does any forward while
+through a forward that ran meanwhile raise ``ModelStateError``. So does any forward while
 ``in_float32`` has the weights in another type (``refused_elsewhere``).
 
-On a GPU autograd calls what is read in the backward from a thread of its own. It acts there for the
-thread that ran the forward: see ``acting_for``.
+On a GPU, autograd runs the backward, and what is read in it, in a thread of its own. There it acts
+for the thread that ran the forward (``acting_for``).
+
+A public call is also the scope of what is computed from the whole model. ``once_per_call`` shares
+it until the call returns, since a user may change the model before the next.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # Seconds that a call waits for another thread to leave a block such as ``with clrp.lrp(model):``.
-# What happens inside the block is the user's, and may itself wait for this call.
+# The user's code inside that block may itself wait for this call.
 PATIENCE = 60.0
 
 _WAKE = 0.5  # seconds between looks at whether the other thread still lives
@@ -45,7 +48,7 @@ _WAKE = 0.5  # seconds between looks at whether the other thread still lives
 
 
 class Caller:
-    """Stands for one thread. Its identity, unlike a thread's number, is never used again.
+    """An object for each thread, whose identity, unlike a thread's number, is never used again.
 
     Attributes:
         views: Results of the functions under ``once_per_call`` by the model's id, for each model
@@ -72,9 +75,9 @@ def caller() -> Caller:
 
 
 def acting_for(who: Caller, function: Callable[..., R], *args: Any) -> R:
-    """``function(*args)``, as if called in the thread that ``who`` stands for.
+    """``function(*args)``, as if called in the thread of ``who``.
 
-    For what autograd calls in the backward, which on a GPU is in a thread of the device.
+    Autograd's backward needs it, which on a GPU runs in a thread of the device.
     """
     before, _threads.caller = _threads.caller, who
     try:
@@ -105,7 +108,7 @@ def elsewhere(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class PerThread(threading.local):
-    """What hook functions that act in every thread keep between two of them, for each thread."""
+    """What hook functions that act in every thread pass on to each other, for each thread."""
 
     def __init__(self) -> None:
         self.seen: dict[str, Tensor] = {}
@@ -129,10 +132,10 @@ class _Turns:
         with self.changed:
             while self.tickets and self.holder is not me:
                 if self.thread is not None and not self.thread.is_alive():
-                    self.tickets, self.blocks = [], []  # it can never give them back
+                    self.tickets, self.blocks = [], []  # it can never return them
                     break
                 if not self.blocks:
-                    since = time.monotonic()  # a call comes to an end by itself
+                    since = time.monotonic()  # a call ends without help
                 elif time.monotonic() - since > PATIENCE:
                     raise self._refusal()
                 self.changed.wait(min(_WAKE, PATIENCE))
@@ -166,7 +169,7 @@ _turns_lock = threading.Lock()
 
 
 def _turns_of(model: Any) -> _Turns | None:
-    """Of the wrapped model: several bridges may share it. None if ``model`` is no bridge."""
+    """The lock of the wrapped model, which several bridges may share; None without a bridge."""
     wrapped = getattr(model, "original_model", None)
     if not isinstance(wrapped, nn.Module):
         return None
@@ -176,14 +179,14 @@ def _turns_of(model: Any) -> _Turns | None:
 
 @contextmanager
 def turn(model: Any, block: str | None = None) -> Iterator[None]:
-    """The model for this thread alone, as far as this package goes.
+    """Keep this package's calls in other threads off the model for the block.
 
     Args:
         model: A ``TransformerBridge``; with anything else nothing happens.
-        block: What to call it in messages, where a user's code runs inside.
+        block: Name of the block in messages, if a user's code runs inside it.
 
     Raises:
-        ModelStateError: another thread does not leave such a block.
+        ModelStateError: Another thread does not leave such a block.
     """
     turns, ticket = _turns_of(model), object()
     if turns is None:
@@ -323,7 +326,7 @@ def _watched(model: Any) -> list[Any]:
 
 @contextmanager
 def refused_elsewhere(model: Any, why: str) -> Iterator[None]:
-    """Forwards in other threads raise ``ModelStateError`` with this message."""
+    """Make forwards in other threads raise ``ModelStateError`` with this message."""
 
     def refuse(*_: Any) -> None:
         raise ModelStateError(why)
@@ -378,10 +381,10 @@ def _after(module: Any, args: Any, output: Any) -> None:  # noqa: ARG001
 
 @contextmanager
 def frozen_parameters(model: Any) -> Iterator[None]:
-    """No parameter requires a gradient inside the block (less memory, no weight gradients).
+    """Let no parameter require a gradient inside the block: less memory, no weight gradients.
 
-    That is so for all threads: in another one, a gradient through a forward that ran meanwhile
-    raises ``ModelStateError``; its values are as always.
+    This affects all threads. In another one, a gradient through a forward that ran meanwhile
+    raises ``ModelStateError``; the values of that forward are right.
     """
     parameters = {
         id(p): p

@@ -33,7 +33,7 @@ from ..placement import embedding_leaves, own_hooks
 from ..user_hooks import aside, next_sequence, user_hooks
 from .detached import DetachedValues, repeated_blocks
 from .report import Audit, Finding, not_run, refusal
-from .walk import Found, walk_graph
+from .walk import Unaccounted, walk_graph
 
 __all__ = ["Audit", "Finding", "audit", "require_clean"]
 
@@ -78,7 +78,7 @@ def audit(model: Any) -> Audit:
 
 
 def audit_of(model: Any) -> Audit:
-    """``audit`` of the model by itself: the same object until the model changes.
+    """``audit`` without the user's hooks; the same object until the model changes.
 
     Raises:
         ModelStateError, UncoveredComponentError: as ``audit``.
@@ -104,7 +104,7 @@ def require_clean(model: Any) -> None:
     """Refuse a model in which a rule misses something.
 
     Raises:
-        UncoveredComponentError: names every operation that is not accounted for.
+        UncoveredComponentError: Names every operation that is not accounted for.
     """
     report = audit_of(model)
     if not report.clean:
@@ -163,7 +163,7 @@ def examine(model: Any, attach: Callable[[], AbstractContextManager[None]]) -> A
 
     Args:
         model: A ``TransformerBridge`` in evaluation mode, with no rules on it.
-        attach: Makes the context in which every rule of "attnlrp" is on.
+        attach: Makes the context in which all rules of "attnlrp" are on.
     """
     names = module_names(model)
     owners = _Owners(names)
@@ -179,17 +179,17 @@ def examine(model: Any, attach: Callable[[], AbstractContextManager[None]]) -> A
         stack.enter_context(own_hooks(model, embedding_leaves(model, inputs)))
         stack.enter_context(attach())
         stack.enter_context(owners.watch())
-        cuts = stack.enter_context(DetachedValues(owners.at_work))
+        detached = stack.enter_context(DetachedValues(owners.at_work))
         repeated = stack.enter_context(repeated_blocks(model))
         logits = model(tokens)
     walk = walk_graph(logits, inputs.values())
-    findings = [_finding(found, owners, others) for found in walk.found]
-    findings += [owners.finding(cut.module, cut.operation, _CUT) for cut in cuts.found]
+    findings = [_finding(operation, owners, others) for operation in walk.findings]
+    findings += [owners.finding(cut.module, cut.operation, _CUT) for cut in detached.cuts]
     findings += repeated
     if walk.leaves == 0:
         kind = type(model.original_model).__name__
         findings.insert(0, Finding("model", kind, "no gradient", _NO_INPUT))
-    ordinary = [_finding(found, owners, others) for found in walk.ordinary]
+    ordinary = [_finding(operation, owners, others) for operation in walk.ordinary]
     return Audit(
         tuple(dict.fromkeys(findings)),
         walk.counts,
@@ -197,17 +197,17 @@ def examine(model: Any, attach: Callable[[], AbstractContextManager[None]]) -> A
     )
 
 
-def _finding(found: Found, owners: _Owners, others: dict[int, nn.Module]) -> Finding:
-    module = owners.of(found.node)
-    operation, why = found.operation, found.why
-    if hasattr(found.node, "variable"):
-        module, operation = others.get(id(found.node.variable)), "input"
+def _finding(unruled: Unaccounted, owners: _Owners, others: dict[int, nn.Module]) -> Finding:
+    node, operation, why = unruled
+    module = owners.of(node)
+    if hasattr(node, "variable"):
+        module, operation = others.get(id(node.variable)), "input"
         why = why if module is None else _SECOND_INPUT
     return owners.finding(module, operation, why)
 
 
 def some_tokens(model: Any) -> Tensor:
-    """Different from each other and from any positions, so that their lookups can be told."""
+    """Token ids unlike each other and any positions, so that their lookups can be recognised."""
     device = input_device(model)
     return ((torch.arange(_TOKENS, device=device) * 4 + 9) % int(model.cfg.d_vocab))[None]
 
@@ -217,6 +217,7 @@ def some_tokens(model: Any) -> Tensor:
 
 @contextmanager
 def same_random_numbers(model: Any) -> Iterator[None]:
+    """Leave torch's random numbers as they were before the block."""
     devices = {p.device for p in wrapped_parameters(model) if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
         yield
@@ -224,7 +225,7 @@ def same_random_numbers(model: Any) -> Iterator[None]:
 
 @contextmanager
 def hooks_aside(model: Any) -> Iterator[None]:
-    """No hook of the user's is called in this thread inside the block."""
+    """Call none of the user's hooks in this thread inside the block."""
     with aside(user_hooks(model)):
         yield
 
@@ -235,23 +236,24 @@ def _other_lookups(names: dict[nn.Module, str], tokens: Tensor) -> Iterator[dict
 
     Those that do not are cut off at the leaves, which come later.
     """
-    found: dict[int, nn.Module] = {}
-    kept: list[Tensor] = []
+    modules: dict[int, nn.Module] = {}
+    leaves: list[Tensor] = []  # so that their ids stay theirs
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         ids = args[0] if args else None
         if not isinstance(ids, Tensor) or int(torch.isin(ids, tokens).sum()) < 2:
             return None  # positions, types, layers
-        kept.append(output.detach().requires_grad_(True))
-        found[id(kept[-1])] = module
-        return kept[-1]
+        leaf = output.detach().requires_grad_(True)
+        leaves.append(leaf)
+        modules[id(leaf)] = module
+        return leaf
 
     with ExitStack() as stack:
         for module in names:
             if isinstance(module, nn.Embedding):
                 stack.callback(module.register_forward_hook(mine(note)).remove)
-        yield found
-    kept.clear()
+        yield modules
+    leaves.clear()
 
 
 # ---------------------------------------------------------------- which module made a node
@@ -260,8 +262,8 @@ def _other_lookups(names: dict[nn.Module, str], tokens: Tensor) -> Iterator[dict
 class _Owners:
     """Which module's forward created a node, from autograd's sequence numbers.
 
-    The numbers grow in order of creation, so noting the current one whenever a module is entered or
-    left tells for every node the innermost module at work.
+    The numbers grow in order of creation. So the current number, recorded whenever a module is
+    entered or left, gives the innermost running module for every node.
     """
 
     def __init__(self, names: dict[nn.Module, str]) -> None:
@@ -285,7 +287,7 @@ class _Owners:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Notes entries and exits while the block runs."""
+        """Record when modules are entered and left while the block runs."""
         with ExitStack() as stack:
             for module in self.names:
                 if type(module).__name__ == "HookPoint":
@@ -296,12 +298,12 @@ class _Owners:
             yield
 
     def of(self, node: Any) -> nn.Module | None:
-        """The innermost module that was at work when ``node`` was made."""
+        """The innermost module that was running when ``node`` was created."""
         at = bisect_right(self.starts, node._sequence_nr()) - 1
         return self.at[at] if at >= 0 else None
 
     def at_work(self) -> nn.Module | None:
-        """The innermost module at work now."""
+        """The innermost module that is running now."""
         return self.inside[-1] if self.inside else None
 
     def finding(self, module: nn.Module | None, operation: str, why: str) -> Finding:

@@ -116,7 +116,7 @@ class NormCall(NamedTuple):
 
     @classmethod
     def of(cls, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NormCall:
-        """From a call as it was made."""
+        """The arguments of a call, by position or by name."""
         names = ["input", "normalized_shape", "weight", "bias", "eps"]
         centred = name == "layer_norm"
         if not centred:
