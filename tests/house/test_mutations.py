@@ -23,7 +23,7 @@ import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import UncoveredComponentError
 from tl_contrastive_lrp.hooks import attach, sites
 from tl_contrastive_lrp.hooks.attach import gradient
-from tl_contrastive_lrp.hooks.audit import run as audit_run
+from tl_contrastive_lrp.hooks.audit import audit as audit_run
 from tl_contrastive_lrp.hooks.by_operation import marks as inside_marks
 from tl_contrastive_lrp.hooks.by_operation import mode as inside
 from tl_contrastive_lrp.rules import activations

@@ -118,7 +118,7 @@ def special_notes(model: Any, text: str, prepend_bos: bool | None) -> list[str]:
     """Where a text's ids begin or end otherwise than the model's own tokenizer has it."""
     from ..inputs.bos import tokenised
 
-    return [typed_words(note.says) for note in tokenised(model, text, prepend_bos).notes]
+    return [typed_words(note.text) for note in tokenised(model, text, prepend_bos).notes]
 
 
 def _chat_ids(tokenizer: Any, text: str, system: str | None, answer: str) -> list[int]:

@@ -450,12 +450,11 @@ def _summary(rule_set: RuleSet, attention: bool) -> str:
     return f"q·k {rule_set.qk}, softmax {rule_set.softmax}, pattern·v {rule_set.pattern_v}"
 
 
-def attach_inside(site: Site, rule_set: RuleSet) -> Attachment:
+def attach_by_operation(site: Site, rule_set: RuleSet) -> Attachment:
     """The attachment of all rules inside a component that delegates."""
     attention = site.operation == "attention"
-    rules_inside = (rule_set.norm, rule_set.activation, rule_set.gate, rule_set.qk)
-    plain = {*rules_inside, rule_set.pattern_v, rule_set.softmax}
-    if not attention and plain == {"gradient"}:
+    others = (rule_set.norm, rule_set.activation, rule_set.gate, rule_set.qk, rule_set.pattern_v)
+    if not attention and {*others, rule_set.softmax} == {"gradient"}:
         return gradient(site, rule_set)
     heads = getattr(site.component.config, "n_heads", 1) if attention else 1
     mode = OperationRules(rule_set, attention=attention, heads=heads)
@@ -489,9 +488,9 @@ _ATTACH: dict[Operation, Callable[[Site, RuleSet], Attachment]] = {
     "softmax": _softmax,
     "pattern_v": _pattern_v,
     "softcap": _softcap,
-    "attention": attach_inside,
-    "experts": attach_inside,
-    "wrapped": attach_inside,
+    "attention": attach_by_operation,
+    "experts": attach_by_operation,
+    "wrapped": attach_by_operation,
 }
 
 

@@ -494,9 +494,9 @@ def rules_in_hooks(
         watch: Records what the hooks do; a new one by default.
 
     Raises:
-        UncoveredComponentError: inside the block, when a hook function has computed something
+        UncoveredComponentError: Inside the block, when a hook function has computed something
             without a rule.
-        ModelStateError: at its end, if hooks were added.
+        ModelStateError: At its end, if hooks were added.
     """
     watch = HookWatch() if watch is None else watch
     watch.begin(rule_set, report)

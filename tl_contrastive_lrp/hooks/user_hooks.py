@@ -203,7 +203,7 @@ def require_no_new(model: Any, known: Iterable[UserHook]) -> None:
         known: ``user_hooks`` before the run.
 
     Raises:
-        ModelStateError: names the hook.
+        ModelStateError: Names the hook.
     """
     before = {(id(hook.module), hook.kind, hook.key) for hook in known}
     # A fresh walk: a hook may have added a module, too.

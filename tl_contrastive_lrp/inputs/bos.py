@@ -37,11 +37,11 @@ class Note:
 
     Attributes:
         kind: Which way; the user of a model is warned once of each kind.
-        says: The warning, with what to type.
+        text: The warning, with what to type.
     """
 
     kind: str
-    says: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def warn_once(model: Any, notes: tuple[Note, ...]) -> None:
     warned = _warned.setdefault(model, set())
     for note in notes:
         if note.kind not in warned:
-            warnings.warn(note.says, SpecialTokenWarning, stacklevel=_outside())
+            warnings.warn(note.text, SpecialTokenWarning, stacklevel=_outside())
             warned.add(note.kind)  # not reached where a filter turns the warning into an error
 
 

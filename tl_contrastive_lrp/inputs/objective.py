@@ -10,6 +10,9 @@ An ``Objective`` is a function logits → scalar, so it also serves as the metri
 target (usually the wrong token that the model wrote), negative the contrast (the right one). That
 is the opposite of TransformerLens' usual ``logit_diff``, correct − incorrect. Over a batch the rows
 are summed, so that each row's relevance is that of its own Δℓ.
+
+The file is long because it has the public makers of objectives with their examples, and everything
+that tells which positions and tokens an objective is about.
 """
 
 from __future__ import annotations
@@ -224,9 +227,9 @@ def _pos(pos: Any) -> int | tuple[int, ...]:
                 "or one for each row of a batch."
             )
     if many and len(given) < 2:
-        instead = f"pos={int(given[0])}" if given else "a whole number, such as pos=-1"
+        suggestion = f"pos={int(given[0])}" if given else "a whole number, such as pos=-1"
         raise TokenError(
-            f"pos={pos!r} is a list of {len(given)}; use {instead}. A list has one position for "
+            f"pos={pos!r} is a list of {len(given)}; use {suggestion}. A list has one position for "
             "each row of a batch of two or more."
         )
     return tuple(int(p) for p in given) if many else int(given)

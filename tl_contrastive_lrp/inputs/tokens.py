@@ -87,11 +87,11 @@ def to_tokens(
             tokenizer produces, and ``prepend_bos`` does not ask for it. Once per model and kind.
 
     Raises:
-        PromptError: empty, not integer, not of shape [pos] or [batch, pos], out of range, or
+        PromptError: Empty, not integer, not of shape [pos] or [batch, pos], out of range, or
             texts of different lengths, longer than the model's context, or on another device;
             ``prepend_bos=True`` with ids, or where it cannot be done.
         TypeError: ``prepend_bos`` is neither None nor a bool.
-        ModelStateError: as ``model_device``.
+        ModelStateError: As ``model_device``.
     """
     return _checked(model, prompt, prepend_bos)[0]
 
@@ -187,7 +187,7 @@ def single_prompt(model: Any, prompt: str | Tensor, prepend_bos: bool | None = N
     """As ``to_tokens``, for exactly one prompt.
 
     Raises:
-        PromptError: also for a batch of several prompts.
+        PromptError: Also for a batch of several prompts.
     """
     tokens, prepended = _checked(model, prompt, prepend_bos)
     if tokens.shape[0] != 1:
@@ -212,7 +212,7 @@ def continuation_ids(tokenizer: Any, text: str) -> list[int]:
     tokenised behind a character that no entry of the vocabulary joins to it.
 
     Raises:
-        PromptError: there is no such character.
+        PromptError: There is no such character.
     """
 
     def ids_of(part: str) -> list[int]:
@@ -310,7 +310,7 @@ def to_token_ids(model: Any, tokens: object, role: str) -> tuple[int, ...]:
         role: What the error messages call it ("target", "contrast").
 
     Raises:
-        TokenError: a string that is not one token (its tokens are shown) or may be several (what
+        TokenError: A string that is not one token (its tokens are shown) or may be several (what
             to give for each is shown), an id out of range, an empty set.
     """
     require_bridge(model)

@@ -82,7 +82,7 @@ def correct_softcap(
     (else it comes out of it).
 
     Raises:
-        ModelStateError: in the backward, where a gradient arrives in saturation.
+        ModelStateError: In the backward, where a gradient arrives in saturation.
     """
     out: Tensor = _CorrectSoftcap.apply(x, v, tanh, where, before)
     return out

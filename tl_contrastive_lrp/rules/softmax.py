@@ -132,7 +132,7 @@ def sink_temperature(
         where: The pattern's name in errors.
 
     Raises:
-        ModelStateError: the pattern was not made from one softmax that has no rule yet.
+        ModelStateError: The pattern was not made from one softmax that has no rule yet.
     """
     if pattern.grad_fn is None:  # a constant or a leaf: nothing goes further back
         return pattern

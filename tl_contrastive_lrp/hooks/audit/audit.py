@@ -81,7 +81,7 @@ def audit_of(model: Any) -> Audit:
     """``audit`` without the user's hooks; the same object until the model changes.
 
     Raises:
-        ModelStateError, UncoveredComponentError: as ``audit``.
+        ModelStateError, UncoveredComponentError: As ``audit``.
     """
     require_bridge(model)
     known = remembered(model)
