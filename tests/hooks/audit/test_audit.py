@@ -17,8 +17,7 @@ from truth.families import ALL, FAMILIES, boot
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import UncoveredComponentError
 from tl_contrastive_lrp.hooks.attach import Attachment, edit
-from tl_contrastive_lrp.hooks.audit.audit import audit, examine, require_clean
-from tl_contrastive_lrp.hooks.audit.report import Audit, Finding
+from tl_contrastive_lrp.hooks.audit.audit import Audit, Finding, audit, examine, require_clean
 from tl_contrastive_lrp.hooks.placement import attached, place
 from tl_contrastive_lrp.hooks.user_hooks import as_own
 from tl_contrastive_lrp.rules import functions as rules

@@ -25,8 +25,7 @@ from ...engine.plain import run
 from ...engine.reading import BlockCall, Reading
 from ...errors import UncoveredComponentError
 from ...hooks.attach import HookFn
-from ...hooks.audit.audit import audit_of, hooks_aside, same_random_numbers, some_tokens
-from ...hooks.audit.report import Audit
+from ...hooks.audit.audit import Audit, audit_of, hooks_aside, same_random_numbers, some_tokens
 from ...hooks.hook_rules import HookWatch
 from ...hooks.placement import reading_hooks
 from ...hooks.sites import find_sites

@@ -8,11 +8,12 @@ asking again costs next to nothing.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,14 +29,153 @@ from ...rules.threads import (
     wrapped_modules,
     wrapped_parameters,
 )
-from .. import placement
-from ..placement import embedding_leaves, own_hooks
+from ..coverage import ranges
+from ..placement import (
+    attached,
+    check_ready,
+    check_single,
+    embedding_leaves,
+    own_hooks,
+    place,
+)
 from ..user_hooks import aside, next_sequence, user_hooks
-from .detached import DetachedValues, repeated_blocks
-from .report import Audit, Finding, not_run, refusal
+from .detached import DetachedValues
 from .walk import Unaccounted, walk_graph
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 __all__ = ["Audit", "Finding", "audit", "require_clean"]
+
+
+_SHOWN = 8  # lines of a refusal; the rest is counted
+
+
+# ---------------------------------------------------------------- the report
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One operation on the way from the logits to the input that no rule accounts for.
+
+    Attributes:
+        component: The module whose forward ran it, by TransformerLens' path ("blocks.0.mlp", or
+            "blocks.0.mlp.act_fn" for a module inside the one that a component wraps).
+        module_class: Class of that module, of a component the wrapped module's.
+        operation: Autograd's name for it: "Mul", "Exp", "Softplus"; "halving" for a rule in the
+            wrong place.
+        why: What is wrong with it.
+    """
+
+    component: str
+    module_class: str
+    operation: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Whether every operation that relevance flows through is linear or has a rule.
+
+    Attributes:
+        findings: The operations that are neither, from the logits down; empty if there are none.
+        counts: How many operations of each kind were examined, by autograd's name.
+        ordinary: (component, operation) of what is not linear and keeps its ordinary gradient
+            because that is its rule: softmaxes, and sigmoids and quotients that weigh something.
+        hooks: HookPoints that carry hook functions of the user. They are not part of this audit:
+            each is examined in every run under rules, once it has computed something.
+
+    Example:
+        >>> print(clrp.audit(model))
+        audit: clean; each of ... operations is linear or has its rule
+    """
+
+    findings: tuple[Finding, ...]
+    counts: dict[str, int]
+    ordinary: tuple[tuple[str, str], ...] = ()
+    hooks: tuple[str, ...] = ()
+
+    @property
+    def of_hooks(self) -> str:
+        """A sentence about ``hooks``; empty if there are none.
+
+        Example:
+            >>> with model.hooks(fwd_hooks=[("blocks.0.hook_in", lambda x, hook: None)]):
+            ...     print(clrp.audit(model).of_hooks)
+            the hooks that you put at blocks.0.hook_in are not part of this audit; ...
+        """
+        if not self.hooks:
+            return ""
+        points = ", ".join(self.hooks[:4]) + (", ..." if len(self.hooks) > 4 else "")
+        return (
+            f"the hooks that you put at {points} are not part of this audit; what they compute is "
+            "checked in every run, and listed in its coverage"
+        )
+
+    @property
+    def clean(self) -> bool:
+        """Whether there are no findings.
+
+        Example:
+            >>> clrp.audit(model).clean
+            True
+        """
+        return not self.findings
+
+    def summary(self) -> tuple[Finding, ...]:
+        """The findings, with equal ones of different blocks merged into one (``blocks.0-27.mlp``).
+
+        Example:
+            >>> clrp.audit(model).summary()
+            ()
+        """
+        blocks: dict[Finding, list[int]] = {}
+        for f in self.findings:
+            layer = re.search(r"(?:^|\.)blocks\.(\d+)(?=\.|$)", f.component)
+            number = int(layer[1]) if layer else -1
+            general = f.component
+            if layer:
+                general = f"{general[: layer.start(1)]}{{}}{general[layer.end(1) :]}"
+            key = Finding(general, f.module_class, f.operation, f.why)
+            blocks.setdefault(key, []).append(number)
+        return tuple(
+            Finding(
+                key.component.replace("{}", ranges(sorted(set(numbers)))),
+                key.module_class,
+                key.operation,
+                key.why,
+            )
+            for key, numbers in blocks.items()
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """The findings as a DataFrame: component, module_class, operation, why.
+
+        Example:
+            >>> clrp.audit(model).to_frame().columns.tolist()
+            ['component', 'module_class', 'operation', 'why']
+        """
+        import pandas as pd
+
+        columns = ("component", "module_class", "operation", "why")
+        return pd.DataFrame([vars(f) for f in self.findings], columns=list(columns))
+
+    def __str__(self) -> str:
+        n = sum(self.counts.values())
+        note = [f"note: {self.of_hooks}."] if self.hooks else []
+        if self.clean:
+            clean = f"audit: clean; each of {n} operations is linear or has its rule"
+            return "\n".join([clean, *note])
+        lines = [_line(f) for f in self.summary()]
+        return "\n".join([f"audit: {len(lines)} findings among {n} operations", *lines, *note])
+
+
+def _line(f: Finding) -> str:
+    kind = f" ({f.module_class})" if f.module_class else ""
+    return f"  {f.component}{kind}: {f.operation}: {f.why}."
+
+
+# ---------------------------------------------------------------- the audit
 
 
 @one_at_a_time
@@ -88,11 +228,11 @@ def audit_of(model: Any) -> Audit:
     if known is not None:
         return known
     with torch.inference_mode(False), torch.enable_grad():
-        placement.check_ready(model, "audit")
-        placement.check_single(model)
-    attachments, _ = placement.place(model, "attnlrp")
+        check_ready(model, "audit")
+        check_single(model)
+    attachments, _ = place(model, "attnlrp")
     try:
-        report = examine(model, lambda: placement.attached(model, attachments))
+        report = examine(model, lambda: attached(model, attachments))
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
         if isinstance(error, UncoveredComponentError | ModelStateError | torch.OutOfMemoryError):
             raise
@@ -109,6 +249,30 @@ def require_clean(model: Any) -> None:
     report = audit_of(model)
     if not report.clean:
         raise refusal(report)
+
+
+def not_run(model: Any, error: Exception) -> UncoveredComponentError:
+    """The error for a model that the audit could not run."""
+    kind, what = type(model.original_model).__name__, type(error).__name__
+    return UncoveredComponentError(
+        f"No rule was checked on this model ({kind}): it does not run on a few token ids alone "
+        f"({what}: {str(error)[:200]}). Relevance is defined here for models that read one prompt "
+        "of tokens; leave one that needs images, audio or a second sequence to activation patching."
+    )
+
+
+def refusal(audit: Audit) -> UncoveredComponentError:
+    """The error for an audit that is not clean."""
+    lines = [_line(f) for f in audit.summary()]
+    if len(lines) > _SHOWN:
+        lines = [*lines[:_SHOWN], f"  and {len(lines) - _SHOWN} more (clrp.audit(model))."]
+    return UncoveredComponentError(
+        "No rule covers all that this model computes, so relevance through it would be made up. "
+        "On the way from the logits to the input:\n"
+        + "\n".join(lines)
+        + "\nUse activation patching on this model, or name these operations when asking for "
+        "the family to be covered."
+    )
 
 
 # ---------------------------------------------------------------- the one run
@@ -231,7 +395,7 @@ def hooks_aside(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _other_lookups(names: dict[nn.Module, str], tokens: Tensor) -> Iterator[dict[int, nn.Module]]:
+def _other_lookups(names: Mapping[nn.Module, str], tokens: Tensor) -> Iterator[dict[int, nn.Module]]:
     """Embeddings of the prompt's tokens, to see whether one reaches the logits past the leaves.
 
     Those that do not are cut off at the leaves, which come later.
@@ -256,6 +420,36 @@ def _other_lookups(names: dict[nn.Module, str], tokens: Tensor) -> Iterator[dict
     leaves.clear()
 
 
+@contextmanager
+def repeated_blocks(model: Any) -> Iterator[list[Finding]]:
+    """Findings, at the end of the block, for every transformer block that ran more than once.
+
+    A HookPoint then fires once per pass, and holds no single hidden state.
+    """
+    findings: list[Finding] = []
+    calls = [0] * len(getattr(model, "blocks", ()))
+
+    def counting(index: int) -> Callable[..., None]:
+        def pre_hook(*_: Any) -> None:
+            calls[index] += 1
+
+        return pre_hook
+
+    handles = [
+        model.blocks[i].register_forward_pre_hook(mine(counting(i))) for i in range(len(calls))
+    ]
+    try:
+        yield findings
+    finally:
+        for handle in handles:
+            handle.remove()
+    for i, times in enumerate(calls):
+        if times > 1:
+            kind = type(model.blocks[i].original_component).__name__
+            why = f"it runs {times} times in one forward, so a HookPoint holds no one hidden state"
+            findings.append(Finding(f"blocks.{i}", kind, "repetition", why))
+
+
 # ---------------------------------------------------------------- which module made a node
 
 
@@ -266,7 +460,7 @@ class _Owners:
     entered or left, gives the innermost running module for every node.
     """
 
-    def __init__(self, names: dict[nn.Module, str]) -> None:
+    def __init__(self, names: Mapping[nn.Module, str]) -> None:
         self.names = names
         self.starts: list[int] = []
         self.at: list[nn.Module | None] = []

@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-
-from ...rules.threads import mine
-from .report import Finding
 
 
 class Cut(NamedTuple):
@@ -104,33 +100,3 @@ def _is_ours() -> bool:
             return str(room).partition(".")[0] == _PACKAGE
         frame = frame.f_back  # type: ignore[assignment]
     return False
-
-
-@contextmanager
-def repeated_blocks(model: Any) -> Iterator[list[Finding]]:
-    """Findings, at the end of the block, for every transformer block that ran more than once.
-
-    A HookPoint then fires once per pass, and holds no single hidden state.
-    """
-    findings: list[Finding] = []
-    calls = [0] * len(getattr(model, "blocks", ()))
-
-    def counting(index: int) -> Callable[..., None]:
-        def pre_hook(*_: Any) -> None:
-            calls[index] += 1
-
-        return pre_hook
-
-    handles = [
-        model.blocks[i].register_forward_pre_hook(mine(counting(i))) for i in range(len(calls))
-    ]
-    try:
-        yield findings
-    finally:
-        for handle in handles:
-            handle.remove()
-    for i, times in enumerate(calls):
-        if times > 1:
-            kind = type(model.blocks[i].original_component).__name__
-            why = f"it runs {times} times in one forward, so a HookPoint holds no one hidden state"
-            findings.append(Finding(f"blocks.{i}", kind, "repetition", why))
