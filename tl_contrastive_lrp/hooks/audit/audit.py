@@ -395,7 +395,9 @@ def hooks_aside(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _other_lookups(names: Mapping[nn.Module, str], tokens: Tensor) -> Iterator[dict[int, nn.Module]]:
+def _other_lookups(
+    names: Mapping[nn.Module, str], tokens: Tensor
+) -> Iterator[dict[int, nn.Module]]:
     """Embeddings of the prompt's tokens, to see whether one reaches the logits past the leaves.
 
     Those that do not are cut off at the leaves, which come later.
