@@ -9,7 +9,7 @@ An ``Attachment`` carries the rule of one site in up to two forms:
   gradients freely.
 
 Hook functions return the values they were given. Those that must read one HookPoint to act at
-another (``captures``) check at the second that nobody changed the value in between.
+another (``captures``) check at the second that no hook changed the value in between.
 
 The file is long because it has the attachment of every kind of operation, from norms to components
 that delegate, so that what a rule set puts where can be read in one place. The last table lists

@@ -13,7 +13,7 @@ backward sends a gradient to, and whether it shares out a product. A Function wi
 finding of the audit, and the model is refused.
 
 Each returns its value through ``handed_on``. That is a view of what was given, which costs nothing.
-Autograd lets nobody write into such a view, and what a rule has saved must stay what it was; but a
+Autograd allows no writing into such a view, and what a rule has saved must stay what it was; but a
 user's hook may edit in place wherever the model alone would let it. So where the user has hooks on
 the model, it is a copy with the same bits.
 """
