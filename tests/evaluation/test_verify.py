@@ -168,7 +168,7 @@ def test_a_model_that_is_not_reproducible_is_no_fault_of_the_rules() -> None:
 def test_what_the_model_detaches_is_found_by_finite_differences(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tl_contrastive_lrp.hooks.audit.report import Audit
+    from tl_contrastive_lrp.hooks.audit.audit import Audit
 
     monkeypatch.setattr(verify_checks, "audit", lambda model: Audit((), {"Mul": 1}))  # noqa: ARG005
     monkeypatch.setattr("tl_contrastive_lrp.hooks.context.require_clean", lambda model: None)  # noqa: ARG005

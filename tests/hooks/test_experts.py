@@ -18,8 +18,8 @@ from truth.op_oracle import RULES, OpOracle
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import UncoveredComponentError
-from tl_contrastive_lrp.hooks.by_operation.experts import clamp_bounds, clamp_ratio, is_sigmoid_of
 from tl_contrastive_lrp.hooks.by_operation.mode import OperationRules
+from tl_contrastive_lrp.hooks.by_operation.patterns import clamp_bounds, clamp_ratio, is_sigmoid_of
 from tl_contrastive_lrp.rules.rule_sets import RULE_SETS, RuleSet
 
 F64 = torch.float64

@@ -21,9 +21,9 @@ from truth import zoo
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import UncoveredComponentError
-from tl_contrastive_lrp.hooks import attach, refusals, sites
-from tl_contrastive_lrp.hooks.attachment import gradient
-from tl_contrastive_lrp.hooks.audit import run as audit_run
+from tl_contrastive_lrp.hooks import attach, sites
+from tl_contrastive_lrp.hooks.attach import gradient
+from tl_contrastive_lrp.hooks.audit import audit as audit_run
 from tl_contrastive_lrp.hooks.by_operation import marks as inside_marks
 from tl_contrastive_lrp.hooks.by_operation import mode as inside
 from tl_contrastive_lrp.rules import activations
@@ -283,6 +283,6 @@ def test_what_is_refused_by_name_would_be_refused_by_the_audit(
     """The table of refusals makes messages; nothing is right only because it is there."""
     model = zoo.boot(row)
     assert not _covered(model)
-    monkeypatch.setattr(refusals, "UNCOVERED", {})
-    monkeypatch.setattr(refusals, "UNCOVERED_PARTS", {})
+    monkeypatch.setattr(sites, "UNCOVERED", {})
+    monkeypatch.setattr(sites, "UNCOVERED_PARTS", {})
     assert not _covered(model)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.children import command, environment
 
-from tl_contrastive_lrp.inputs.float64 import has_float64, precise
+from tl_contrastive_lrp.inputs.devices import has_float64, precise
 
 MODELS = ("gpt2", "qwen3")  # biases, positions; gates, grouped queries, norms of queries
 RUNS = (

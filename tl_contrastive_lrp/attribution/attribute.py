@@ -18,7 +18,15 @@ from torch import Tensor
 from ..engine.memory import Memory
 from ..engine.reading import BY_NEURON, BY_POSITION, RelevanceSums
 from ..engine.run import RunOptions, RunResult, run
-from ..inputs.bridge import LEAVES, components, require_bridge, residual_sites, without_neurons
+from ..inputs.bridge import (
+    LEAVES,
+    bias_of,
+    components,
+    hook_points,
+    require_bridge,
+    residual_sites,
+    without_neurons,
+)
 from ..inputs.devices import loaded
 from ..inputs.facts import PromptFacts
 from ..inputs.objective import question, require_objectives
@@ -254,7 +262,7 @@ class _Reads:
                 "neurons=True. Relevance of its output is at hook_mlp_out."
             )
         n_layers, sites = int(model.cfg.n_layers), residual_sites(model)
-        sums, hook_dict = RelevanceSums(), model.hook_dict
+        sums, hook_dict = RelevanceSums(), hook_points(model)
         for name in (*LEAVES, *sites):
             if name in hook_dict:
                 sums.add(name, BY_POSITION)
@@ -321,13 +329,11 @@ class _Reads:
 
 def _biases(model: Any) -> dict[str, Tensor]:
     """Every bias that the model adds, by the HookPoint behind it."""
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
     biases: dict[str, Tensor] = {}
     for path, component in components(model).items():
         with loaded(component):
-            bias = getattr(component.original_component, "bias", None)
-            if not isinstance(bias, Tensor) or bias.dim() != 1:
-                continue  # the first GPT calls its causal mask "bias"
-            if f"{path}.hook_out" in hook_dict and bias.any():
+            bias = bias_of(component.original_component)
+            if bias is not None and f"{path}.hook_out" in hook_dict and bias.any():
                 biases[f"{path}.hook_out"] = bias.detach()
     return biases

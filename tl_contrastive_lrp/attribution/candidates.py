@@ -30,7 +30,7 @@ from ..engine.tiled.user_hooks import observers_set_aside
 from ..errors import TokenError
 from ..hooks.user_hooks import user_hooks
 from ..inputs.bridge import require_bridge
-from ..inputs.float64 import precise
+from ..inputs.devices import precise
 from ..inputs.objective import one_position
 from ..inputs.tokens import to_single_prompt, token_names
 from ..rules.threads import one_at_a_time

@@ -15,8 +15,8 @@ from transformer_lens import ActivationCache
 from ..engine.plain import run
 from ..engine.reading import Reading, relevance_of
 from ..errors import TokenError
-from ..hooks.attach_norm import uses_native_norm
-from ..inputs.bridge import components, require_bridge
+from ..hooks.attach import uses_native_norm
+from ..inputs.bridge import components, hook_points, require_bridge
 from ..inputs.objective import Objective, read_rows
 from ..inputs.tokens import to_tokens
 from ..rules.functions import at_least_float32
@@ -52,7 +52,7 @@ def _why_not(model: Any, name: str, rule_set: RuleSet) -> str | None:
 
 
 def _select(model: Any, names_filter: NamesFilter, rule_set: RuleSet) -> list[str]:
-    known = model.hook_dict
+    known = hook_points(model)
     if names_filter is None or callable(names_filter):
         wanted = [n for n in known if names_filter is None or names_filter(n)]
         if not wanted:
@@ -230,7 +230,7 @@ def _refuse_padding(
 
 def _readings(model: Any, names: list[str], cache: dict[str, Tensor]) -> list[Reading]:
     """One reading per HookPoint, which fills ``cache`` under each of its names."""
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
     by_point: dict[tuple[int, bool], list[str]] = {}
     for name in names:
         # hook_resid_mid is an alias of a norm's input, where only that branch would be read.

@@ -19,7 +19,7 @@ from .terminal import print_err, print_out, progress, shell_word, table
 
 if TYPE_CHECKING:
     from ..evaluation.verification.verify import Verification
-    from ..hooks.audit.report import Audit
+    from ..hooks.audit.audit import Audit
     from ..hooks.coverage import Coverage
 
 ModelArgument = Annotated[

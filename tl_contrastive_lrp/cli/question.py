@@ -89,7 +89,7 @@ def question_of(
 ) -> Question:
     """Put a question together; ``logits`` [vocab] are those at ``pos``."""
     from ..attribution.candidates import candidate_table
-    from ..inputs.float64 import precise
+    from ..inputs.devices import precise
     from ..inputs.tokens import model_device, token_names
 
     both = (*target, *contrast)

@@ -23,11 +23,10 @@ from ..errors import ModelStateError
 from ..hooks.context import plan
 from ..hooks.coverage import Coverage
 from ..hooks.hook_rules import HookWatch, rules_in_hooks
-from ..hooks.placement import attached, check_ready, check_single, reading_hooks
+from ..hooks.placement import attached, check_ready, check_single, embedding_leaves, reading_hooks
 from ..hooks.user_hooks import restarted, user_hooks
-from ..inputs.bridge import LEAVES
 from ..inputs.facts import ObjectiveFacts
-from ..rules.handed_on import started, writable
+from ..rules.functions import writable
 from ..rules.precision import first_gradient
 from ..rules.rule_sets import RuleSet, get_rule_set
 from ..rules.threads import frozen_parameters
@@ -170,13 +169,8 @@ def forward(
     attachments, coverage = plan(model, rule_set)
     leaves: dict[str, Tensor] = {}
 
-    def make_leaf(tensor: Tensor, hook: Any) -> Tensor:
-        leaves[hook.name] = tensor.detach().requires_grad_(True)
-        return started(leaves[hook.name])
-
     before, after = arranged(model, attachments, readings)
-    hook_dict = model.hook_dict
-    starts = [(name, make_leaf) for name in LEAVES if name in hook_dict]
+    starts = embedding_leaves(model, leaves)
     hooks = user_hooks(model)
     with (
         frozen_parameters(model),

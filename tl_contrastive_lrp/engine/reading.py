@@ -19,12 +19,10 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from ..hooks.attachment import Attachment, HookFn
-from ..inputs.bridge import is_kind
-from ..rules.functions import at_least_float32
-from ..rules.handed_on import handed_on, is_writable
+from ..hooks.attach import Attachment, HookFn
+from ..inputs.bridge import hook_points, is_kind
+from ..rules.functions import RuleNode, at_least_float32, handed_on, is_writable
 from ..rules.precision import NOTABLE, plain, underflow
-from ..rules.rule_node import RuleNode
 from ..rules.threads import acting_for, caller, mine
 
 Sink = Callable[[Tensor, Tensor], None]
@@ -116,7 +114,7 @@ class RelevanceSums:
         """
         path = f"blocks.{layer}.attn"
         other_heads = is_kind(model.blocks[layer].attn, "MLAAttentionBridge")
-        if other_heads or f"{path}.hook_z" not in model.hook_dict:
+        if other_heads or f"{path}.hook_z" not in hook_points(model):
             self.add(f"{path}.z", _BY_HEAD_OF_PRODUCT)
             return f"{path}.z"
         self.add(f"{path}.hook_z", BY_HEAD)
@@ -294,7 +292,7 @@ def arranged(
     Readings of values that only a rule's hook can reach are handed to that hook
     (``Attachment.live``).
     """
-    attachments, hook_dict = tuple(attachments), model.hook_dict
+    attachments, hook_dict = tuple(attachments), hook_points(model)
     captures = {name for a in attachments if a.scoped is None for name in a.captures}
     captured_points = {id(hook_dict[name]) for name in captures}
     before: list[tuple[str, HookFn]] = []

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..inputs.float64 import with_float64
+from ..inputs.devices import with_float64
 from .prune_history import TransitionKept
 from .pruning import PruneRule, fewest, largest
 

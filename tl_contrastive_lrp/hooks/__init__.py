@@ -1,7 +1,7 @@
-"""Rules on a model: where each goes, how it is put on and taken off, an audit that none is missing.
+"""Rules on a model: where each goes, how it is attached, and an audit that none is missing.
 
-``lrp`` is the context manager, ``lrp_hooks`` the same as a hook list. All that a model family
-touches is data in ``families``; what has no rule is refused.
+``lrp`` is the context manager, ``lrp_hooks`` the same rules as a list of hooks. What a new model
+family needs is data in ``families``; what has no rule is refused.
 """
 
 from __future__ import annotations

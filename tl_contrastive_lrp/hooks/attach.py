@@ -1,4 +1,4 @@
-"""How each rule is put on a model: hook functions, and scoped changes where no HookPoint reaches.
+"""How each rule is attached: hook functions, and scoped changes where no HookPoint reaches.
 
 An ``Attachment`` carries the rule of one site in up to two forms:
 
@@ -9,13 +9,18 @@ An ``Attachment`` carries the rule of one site in up to two forms:
   gradients freely.
 
 Hook functions return the values they were given. Those that must read one HookPoint to act at
-another (``captures``) check at the second that nobody changed the value in between.
+another (``captures``) check at the second that no hook changed the value in between.
+
+The file is long because it has the attachment of every kind of operation, from norms to components
+that delegate, so that what a rule set puts where can be read in one place. The last table lists
+them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,16 +28,274 @@ from torch import Tensor
 
 from ..errors import ModelStateError
 from ..inputs.bridge import is_kind
+from ..inputs.devices import loaded
 from ..rules import functions as rules
 from ..rules.rule_sets import RuleSet
-from ..rules.softcap import correct_softcap, softcap
+from ..rules.softcap import correct_softcap, softcap, softcap_replaced
 from ..rules.softmax import sink_temperature, softmax_temperature, was_changed
-from ..rules.threads import PerThread, caller, mine
-from .attach_norm import attach_norm
-from .attachment import Attachment, HookFn, edit, gradient, is_same
-from .by_operation.attach import attach_inside
+from ..rules.threads import PerThread, mine
+from .by_operation.mode import OperationRules
 from .families import Operation
-from .sites import Site
+from .sites import Site, delegates_attention, operations_of, refusal
+
+HookFn = Callable[..., Any]
+Scoped = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Attachment:
+    """The rule of one site, ready to be attached.
+
+    Attributes:
+        site: The operation that gets the rule.
+        rule: What the coverage report calls the rule.
+        how: Where it is attached, in words.
+        hooks: (path of HookPoint, hook function) pairs.
+        captures: HookPoints where a reader of gradients must come before ``hooks``, which only
+            read there, or cut the gradient off.
+        scoped: The same rule as a context manager, where it has that form.
+        scoped_hooks: Hooks that ``scoped`` needs in addition, in place of ``hooks``.
+        live: Lists of hook functions, by HookPoint, that the attachment calls at the value itself
+            where TransformerLens' own HookPoint fires too late to be read or changed.
+    """
+
+    site: Site
+    rule: str
+    how: str
+    hooks: tuple[tuple[str, HookFn], ...] = ()
+    captures: tuple[str, ...] = ()
+    scoped: Scoped | None = None
+    scoped_hooks: tuple[tuple[str, HookFn], ...] = ()
+    live: Mapping[str, list[HookFn]] = field(default_factory=dict)
+
+    @property
+    def needs_scope(self) -> bool:
+        """Whether no list of hooks can carry the rule."""
+        return self.scoped is not None and not self.hooks
+
+
+def edit(function: Callable[[Tensor], Tensor]) -> HookFn:
+    """A hook function that returns ``function`` of the value."""
+
+    def hook_fn(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return function(tensor)
+
+    return hook_fn
+
+
+def gradient(site: Site, rule_set: RuleSet) -> Attachment:  # noqa: ARG001
+    """The attachment that attaches nothing: the operation keeps its ordinary gradient."""
+    return Attachment(site, "gradient", "ordinary gradient")
+
+
+def is_same(expected: Tensor, value: Tensor) -> bool:
+    """Whether two tensors are equal up to rounding.
+
+    An edit that is too small to be seen is too small to matter.
+    """
+    slack = 0.1 if value.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    bound = slack * value.abs().amax() + torch.finfo(value.dtype).tiny
+    return bool((expected - value).abs().amax() <= bound)
+
+
+# ---------------------------------------------------------------- norms
+
+
+def uses_native_norm(component: Any) -> bool:
+    """Whether TransformerLens lets the wrapped norm compute (its statistics then only observed)."""
+    folded = getattr(component.config, "layer_norm_folding", False)
+    return bool(component.use_native_layernorm_autograd or folded)
+
+
+def norm_weight(norm: Any, normalized: Tensor) -> Tensor:
+    """The factor on ``normalized``, as TransformerLens applies it."""
+    with loaded(norm):
+        weight = getattr(norm, "weight", None)
+        if weight is None:
+            return normalized.new_ones(1)
+        factor: Tensor = weight.detach().to(normalized)
+    offset = getattr(norm, "uses_weight_offset", None)
+    if offset is None:  # TransformerLens before 4.3
+        offset = norm.uses_rms_norm and getattr(norm.config, "rmsnorm_uses_offset", False)
+    return 1.0 + factor if offset else factor
+
+
+def norm_eps(component: Any) -> float:
+    """What the wrapped norm adds under the root."""
+    for name in ("eps", "variance_epsilon"):
+        eps = getattr(component.original_component, name, None)
+        if eps is not None:
+            return float(eps)
+    return float(getattr(component.config, "eps", 1e-5))
+
+
+def attach_norm(site: Site, rule_set: RuleSet) -> Attachment:
+    """The attachment of a norm's rule."""
+    if rule_set.norm == "gradient":
+        return gradient(site, rule_set)
+    component, path = site.component, site.path
+    live: list[HookFn] = []
+
+    def scoped() -> AbstractContextManager[None]:
+        return _at_wrapped_norm(component, path, live)
+
+    if not uses_native_norm(component):
+        hook = (f"{path}.hook_scale", edit(rules.constant))
+        how = "scale detached at hook_scale"
+        return Attachment(site, "LN", how, (hook,), scoped=scoped, scoped_hooks=(hook,))
+    hooks = _native_hooks(component, path)
+    return Attachment(
+        site,
+        "LN",
+        "linear form at the wrapped norm",
+        hooks,
+        scoped=scoped,
+        live={f"{path}.hook_normalized": live},
+    )
+
+
+# ---------------------------------------------------------------- norms: at the wrapped module
+
+
+@contextmanager
+def _at_wrapped_norm(component: Any, path: str, live: list[HookFn]) -> Iterator[None]:
+    """The LN-rule at the module itself, wherever it is called from.
+
+    Torch hooks only: hook functions on hook_scale and hook_normalized would make TransformerLens
+    compute a norm's statistics with a graph, for nothing.
+    """
+    wrapped, seen = component.original_component, dict[str, Tensor]()
+    native = uses_native_norm(component)
+
+    def clear(*_: Any) -> None:
+        seen.clear()
+
+    def at_scale(module: Any, args: tuple[Any, ...], scale: Tensor) -> Tensor | None:  # noqa: ARG001
+        if component.hook_scale.bwd_hooks or component.hook_normalized.bwd_hooks:
+            seen["done"] = scale
+            return rules.constant(scale)  # TransformerLens computes the norm itself then
+        return None
+
+    def at_normalized(module: Any, args: tuple[Any, ...], normalized: Tensor) -> None:  # noqa: ARG001
+        seen["normalized"] = normalized
+
+    def at_output(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:  # noqa: ARG001
+        seen["done"] = output
+        return _linear(component, path, output, args[0], seen.get("normalized"), live)
+
+    def at_end(*_: Any) -> None:
+        if "done" not in seen:  # a hook edited the statistics, so the wrapped norm never ran
+            raise _norm_edited(path)
+        seen.clear()
+
+    with ExitStack() as stack:
+        handles = [wrapped.register_forward_hook(mine(at_output))]
+        if native:
+            handles += [
+                component.register_forward_pre_hook(mine(clear)),
+                component.hook_scale.register_forward_hook(mine(at_scale)),
+                component.hook_normalized.register_forward_hook(mine(at_normalized)),
+                component.register_forward_hook(mine(at_end)),
+            ]
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield
+
+
+def _linear(
+    component: Any,
+    path: str,
+    y: Tensor,
+    x: Tensor,
+    normalized: Tensor | None,
+    live: list[HookFn],
+) -> Tensor | None:
+    """The rule from the module's own input, once one row shows that its formula is what it says."""
+    if not x.requires_grad:
+        return None
+    wrapped, centred = component.original_component, not component.uses_rms_norm
+    eps, y = norm_eps(component), y.detach()  # nothing else hangs on the norm's own graph
+    weight = norm_weight(component, rules.at_least_float32(x.detach()))
+    with torch.no_grad():
+        row = rules.at_least_float32(x.flatten(0, -2)[:1])
+        expected = (row - row.mean(-1, keepdim=True) if centred else row) * weight
+        expected = expected / rules.norm_scale(row, eps, centred)
+        with loaded(component):
+            bias = getattr(wrapped, "bias", None)
+            expected = expected if bias is None else expected + bias
+        same = is_same(expected.to(y.dtype), y.flatten(0, -2)[:1])
+    if not same:
+        formula = f"weight · x/√(mean x² + {eps:g}){' with x centred' if centred else ''}"
+        raise refusal(
+            path, wrapped, f"it does not compute {formula}, as its component says it does."
+        )
+    # If the normalised value is not read, only its place on the graph matters.
+    value = rules.at_least_float32(x.detach()) if normalized is None else normalized.detach()
+    value = rules.normalized_of(value, x, eps, centred=centred)
+    for hook_fn in live:
+        returned = hook_fn(value, None)
+        value = value if returned is None else returned
+    return rules.weighted(y, value, weight)
+
+
+# ---------------------------------------------------------------- norms: as a list of hooks
+
+
+def _native_hooks(component: Any, path: str) -> tuple[tuple[str, HookFn], ...]:
+    """The rule from the values at the four HookPoints of a native norm, checked for edits."""
+    per_thread = PerThread()
+
+    def observe_scale(scale: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
+        per_thread.seen.pop("normalized", None)
+        if component.hook_scale.bwd_hooks or component.hook_normalized.bwd_hooks:
+            per_thread.seen.clear()
+            return rules.constant(scale)  # TransformerLens computes the norm itself then
+        per_thread.seen["scale"] = (
+            scale  # returning it would make TransformerLens leave its native path
+        )
+        return None
+
+    def observe_normalized(normalized: Tensor, hook: Any) -> None:  # noqa: ARG001
+        if "scale" in per_thread.seen:
+            per_thread.seen["normalized"] = normalized
+
+    def observe_input(x: Tensor, hook: Any) -> None:  # noqa: ARG001
+        per_thread.seen["x"] = x.detach()
+
+    def at_output(output: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
+        x = per_thread.seen.pop("x", None)
+        if x is None or "normalized" not in per_thread.seen:
+            return None
+        normalized, scale = per_thread.seen.pop("normalized"), per_thread.seen.pop("scale")
+        factor = norm_weight(component, normalized)
+        with torch.no_grad():
+            centred = x.to(normalized.dtype)
+            if not component.uses_rms_norm:
+                centred = centred - centred.mean(-1, keepdim=True)
+            expected = normalized * factor
+            bias = getattr(component.original_component, "bias", None)
+            expected = expected if bias is None or component.uses_rms_norm else expected + bias
+            if not (is_same(centred / scale, normalized) and is_same(expected, output)):
+                raise _norm_edited(path)
+        if not normalized.requires_grad:
+            return None
+        return rules.linear_norm(output, normalized, scale, factor)
+
+    return (
+        (f"{path}.hook_in", observe_input),
+        (f"{path}.hook_scale", observe_scale),
+        (f"{path}.hook_normalized", observe_normalized),
+        (f"{path}.hook_out", at_output),
+    )
+
+
+def _norm_edited(path: str) -> ModelStateError:
+    return ModelStateError(
+        f"Another hook changed the value at {path}.hook_scale, {path}.hook_normalized or, with "
+        "clrp.lrp_hooks, around the norm; its rule would explain a value the model did not use. "
+        f"Use `with clrp.lrp(model):` and edit {path}.hook_in or {path}.hook_out instead."
+    )
+
 
 # ---------------------------------------------------------------- activations and gates
 
@@ -73,17 +336,17 @@ def _activation(site: Site, rule_set: RuleSet) -> Attachment:
     gated = is_kind(mlp, "GatedMLPBridge")
     pre_name = f"{path}.{'gate' if gated else 'in'}.hook_out"
     up_name, post_name = f"{path}.in.hook_out", f"{path}.out.hook_in"
-    kept = PerThread()
+    per_thread = PerThread()
 
     def capture(name: str) -> HookFn:
         def hook_fn(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
-            kept.seen[name] = tensor
+            per_thread.seen[name] = tensor
 
         return hook_fn
 
     def at_post(post: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
-        pre = kept.seen.pop(pre_name)
-        up = kept.seen.pop(up_name) if gated else None
+        pre = per_thread.seen.pop(pre_name)
+        up = per_thread.seen.pop(up_name) if gated else None
         if not pre.requires_grad:
             return None
         with torch.no_grad():
@@ -148,30 +411,6 @@ def _pattern_v(site: Site, rule_set: RuleSet) -> Attachment:
 # ---------------------------------------------------------------- soft-caps
 
 
-class _CapOperand:
-    """Stands in for the number c in ``c * tanh(x / c)`` and attaches the identity rule there.
-
-    In other threads it is the number.
-    """
-
-    def __init__(self, cap: float) -> None:
-        self.cap = cap
-        self.owner = caller()
-        self.x: Tensor | None = None
-
-    def __rtruediv__(self, x: Tensor) -> Tensor:
-        if caller() is self.owner:
-            self.x = x
-        return x / self.cap
-
-    def __rmul__(self, tanh: Tensor) -> Tensor:
-        if caller() is not self.owner:
-            return tanh * self.cap
-        x, self.x = self.x, None
-        y = tanh * self.cap
-        return y if x is None or not x.requires_grad else softcap(y, x, self.cap)
-
-
 def _softcap(site: Site, rule_set: RuleSet) -> Attachment:
     if rule_set.softcap == "gradient":
         return gradient(site, rule_set)
@@ -188,17 +427,57 @@ def _softcap(site: Site, rule_set: RuleSet) -> Attachment:
         v = torch.atanh(tanh.clamp(-1.0, 1.0))
         return correct_softcap(tensor, v, tanh, name, before=False)
 
-    @contextmanager
-    def scoped() -> Iterator[None]:
-        # Written past the config's type check; the model divides and multiplies by it, no more.
-        site.module.__dict__[attribute] = _CapOperand(cap)
-        try:
-            yield
-        finally:
-            site.module.__dict__[attribute] = cap
+    def rule(y: Tensor, x: Tensor, cap: float) -> Tensor:
+        return softcap(y, x, cap) if x.requires_grad else y
 
     hooks = ((name, edit(correct)),)
-    return Attachment(site, "identity", f"at the operand {attribute}", hooks, (), scoped)
+    return Attachment(
+        site,
+        "identity",
+        f"at the operand {attribute}",
+        hooks,
+        scoped=lambda: softcap_replaced(site.module, attribute, rule),
+    )
+
+
+# ---------------------------------------------------------------- components that delegate
+
+
+def _summary(rule_set: RuleSet, attention: bool) -> str:
+    if not attention:
+        weights = "constant" if rule_set.softmax == "constant" else "gradient"
+        return f"products {rule_set.gate}, router weights {weights}"
+    return f"q·k {rule_set.qk}, softmax {rule_set.softmax}, pattern·v {rule_set.pattern_v}"
+
+
+def attach_by_operation(site: Site, rule_set: RuleSet) -> Attachment:
+    """The attachment of all rules inside a component that delegates."""
+    attention = site.operation == "attention"
+    others = (rule_set.norm, rule_set.activation, rule_set.gate, rule_set.qk, rule_set.pattern_v)
+    if not attention and {*others, rule_set.softmax} == {"gradient"}:
+        return gradient(site, rule_set)
+    heads = getattr(site.component.config, "n_heads", 1) if attention else 1
+    mode = OperationRules(rule_set, attention=attention, heads=heads)
+    live = {f"{site.path}.{name}": fns for name, fns in mode.live.items()} if attention else {}
+    code = site.module if site.component is None else where_computed(site.component)
+    own = code is site.component
+    return Attachment(
+        site,
+        _summary(rule_set, attention),
+        f"by operation inside {'it' if own else 'the wrapped module'}",
+        scoped=lambda: mode.around(code),
+        live=live,
+    )
+
+
+def where_computed(component: Any) -> torch.nn.Module:
+    """The module whose code computes: the component itself, or what it delegates to."""
+    delegates = operations_of(component) != ("attention",) or delegates_attention(component)
+    code: torch.nn.Module = component.original_component if delegates else component
+    return code
+
+
+# ---------------------------------------------------------------- all of them
 
 
 _ATTACH: dict[Operation, Callable[[Site, RuleSet], Attachment]] = {
@@ -209,9 +488,9 @@ _ATTACH: dict[Operation, Callable[[Site, RuleSet], Attachment]] = {
     "softmax": _softmax,
     "pattern_v": _pattern_v,
     "softcap": _softcap,
-    "attention": attach_inside,
-    "experts": attach_inside,
-    "wrapped": attach_inside,
+    "attention": attach_by_operation,
+    "experts": attach_by_operation,
+    "wrapped": attach_by_operation,
 }
 
 

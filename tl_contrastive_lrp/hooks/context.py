@@ -12,22 +12,22 @@ from typing import Any
 import torch
 
 from ..errors import ModelStateError
-from ..inputs.bridge import LEAVES, public_name
+from ..inputs.bridge import LEAVES, hook_points, public_name
 from ..rules.precision import is_low, watch
 from ..rules.rule_sets import DEFAULT_RULES, RuleSet, get_rule_set
-from ..rules.threads import one_at_a_time, own_hooks, turn
-from .attachment import Attachment, HookFn, edit
+from ..rules.threads import one_at_a_time, shared_views, turn
+from .attach import Attachment, HookFn, edit
 from .audit.audit import require_clean
 from .coverage import Coverage
 from .hook_rules import rows_to_come, rules_in_hooks
-from .placement import attached, check_ready, check_single, marked, place
+from .placement import attached, check_ready, check_single, marked, own_hooks, place
 
 
 def plan(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Coverage]:
     """Where each rule of ``rules`` goes on ``model``; attaches nothing.
 
     Raises:
-        UncoveredComponentError: an operation that no rule covers.
+        UncoveredComponentError: An operation that no rule covers.
     """
     placed = place(model, rules)
     require_clean(model)
@@ -38,11 +38,24 @@ def plan(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Cove
 def coverage(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Coverage:
     """Which component of ``model`` would get which rule, without attaching anything.
 
-    What your own hooks compute is seen only when they run: they have a row that says so here, and
-    their rules in the coverage that ``lrp`` yields and results carry.
+    What your own hooks compute is seen only when they run. Here each of them has a row that says
+    so; their rules are in the coverage that ``lrp`` yields and that results carry.
+
+    Args:
+        model: A ``TransformerBridge``.
+        rules: Name of a rule set, or a ``RuleSet``.
+
+    Returns:
+        One row per operation that is not linear.
 
     Raises:
-        UncoveredComponentError: a component that no rule covers.
+        TypeError: ``model`` is not a ``TransformerBridge``.
+        ValueError: ``rules`` is no known name.
+        UncoveredComponentError: A component that no rule covers.
+
+    Example:
+        >>> clrp.coverage(model, "attnlrp").summary()[0].rule
+        'LN'
     """
     report = plan(model, rules)[1]
     report.add(rows_to_come(model))
@@ -53,17 +66,31 @@ def coverage(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Coverage:
 def lrp_hooks(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> list[tuple[str, HookFn]]:
     """The rules as hooks for ``model.run_with_hooks(fwd_hooks=...)`` or ``model.hooks(...)``.
 
-    List your own hooks that edit values before these; what those compute is not looked at here, and
-    keeps its ordinary gradient. The forward is unchanged by one bit; only gradients differ.
-    ``lrp`` is the more robust form: prefer it where a context manager fits, and where other threads
-    run the model: as TransformerLens' own, these hooks act in every thread.
+    The forward is unchanged, bit for bit; only gradients differ. List your own hooks that edit
+    values before these; what those compute is not examined here, and keeps its ordinary gradient.
+
+    ``lrp`` is the more robust form. Prefer it wherever a context manager fits, and where other
+    threads run the model: like TransformerLens' own, these hooks act in every thread.
+
+    Args:
+        model: A ``TransformerBridge`` in evaluation mode.
+        rules: Name of a rule set, or a ``RuleSet``.
 
     Returns:
         (hook_name, hook_function) pairs.
 
     Raises:
-        UncoveredComponentError: a component that no rule covers.
-        ModelStateError: training mode, gradients off, or rules already on.
+        TypeError: ``model`` is not a ``TransformerBridge``.
+        ValueError: ``rules`` is no known name.
+        UncoveredComponentError: A component that no rule covers.
+        ModelStateError: Training mode, gradients off, rules already on, or a rule that no list of
+            hooks can carry.
+
+    Example:
+        >>> tokens = model.to_tokens(case.prompt)
+        >>> logits = model.run_with_hooks(tokens, fwd_hooks=clrp.lrp_hooks(model))
+        >>> torch.equal(logits, model(tokens))
+        True
     """
     check_ready(model, "lrp_hooks")
     check_single(model)
@@ -84,7 +111,7 @@ def lrp_hooks(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> list[tuple[st
                     f"model.set_{flag}(False) first."
                 )
 
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
     hooks = [("embed.hook_out", refuse_forks), *(pair for a in attachments for pair in a.hooks)]
     return [(public_name(hook_dict, name), marked(fn)) for name, fn in hooks]
 
@@ -93,13 +120,13 @@ def lrp_hooks(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> list[tuple[st
 def lrp(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Iterator[Coverage]:
     """Rules on ``model`` for the block: every gradient taken inside is a relevance coefficient.
 
-    Activation × gradient at any HookPoint is then its relevance; sums of it over a residual
-    stream's dimensions are the relevance of a token there. Everything of TransformerLens that uses
-    gradients works on relevance inside, ``attribution_patch`` for one (relevance patching,
-    arXiv:2508.21258).
+    Activation × gradient at any HookPoint is then its relevance, in units of the objective (logits)
+    and positive where it supports the target. Its sum over a residual stream's dimensions is the
+    relevance of a token there. Everything in TransformerLens that uses gradients works on relevance
+    inside, such as ``attribution_patch`` (relevance patching, arXiv:2508.21258).
 
-    Your own hook functions, put on before or inside, are part of the model: what they compute gets
-    the rules too, operation by operation, or is refused when it has run. What has no rule can be
+    Your own hook functions, added before or inside, are part of the model: what they compute gets
+    the rules too, operation by operation, or is refused once it has run. What has no rule can be
     given one in the hook (``clrp.rules``), or made a constant with ``.detach()``.
 
     The rules act in this thread alone. This package's calls on the model in other threads wait
@@ -110,19 +137,30 @@ def lrp(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Iterator[Coverage]:
         rules: "attnlrp", "cplrp", "relp", "gim", "gradient", or a ``RuleSet``.
 
     Yields:
-        Coverage: which component got which rule. What your hooks compute is added as they run.
+        Coverage: Which component got which rule. What your hooks compute is added as they run.
 
     Raises:
-        UncoveredComponentError: a component that no rule covers; in the block, an operation in one
-            of your hooks.
-        ModelStateError: training mode, gradients off, or rules already on; another thread stays
+        TypeError: ``model`` is not a ``TransformerBridge``.
+        ValueError: ``rules`` is no known name.
+        UncoveredComponentError: A component that no rule covers; inside the block, an operation in
+            one of your hooks.
+        ModelStateError: Training mode, gradients off, or rules already on; another thread stays
             inside such a block for more than a minute.
+
+    Example:
+        >>> resid = []
+        >>> keep = lambda x, hook: resid.append(x)  # returns None, so it only looks
+        >>> with clrp.lrp(model, rules="attnlrp"), model.hooks([("blocks.2.hook_in", keep)]):
+        ...     (gradient,) = torch.autograd.grad(objective(model(case.prompt)), resid)
+        >>> (resid[0] * gradient).sum(-1).shape  # the relevance of each token there
+        torch.Size([1, 44])
     """
     with turn(model, "clrp.lrp(model)"):
-        check_ready(model, "lrp")
-        check_single(model)
-        attachments, report = plan(model, rules)
-        hook_dict = model.hook_dict
+        with shared_views(model):
+            check_ready(model, "lrp")
+            check_single(model)
+            attachments, report = plan(model, rules)
+            hook_dict = hook_points(model)
         inputs = LEAVES if is_low(model, (torch.float16,)) else ()
         watched = [(public_name(hook_dict, n), edit(watch)) for n in inputs if n in hook_dict]
         with (

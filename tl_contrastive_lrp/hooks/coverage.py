@@ -1,4 +1,4 @@
-"""Which component got which rule: the report that ``lrp`` yields and results carry."""
+"""Coverage: which component got which rule, as ``lrp`` yields it and results carry it."""
 
 from __future__ import annotations
 
@@ -24,29 +24,57 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class Coverage:
-    """The rules on a model. Everything not listed is linear and keeps the ordinary gradient.
+    """The rules on a model; all that is not listed is linear and keeps the ordinary gradient.
 
     Attributes:
         rules: Name of the rule set.
-        rows: One per operation, in the model's order; behind them what the user's own hook
-            functions compute, added when they have run.
+        rows: One per operation, in the model's order, followed by what the user's own hook
+            functions compute, which is added once they have run.
+
+    Example:
+        >>> print(clrp.coverage(model))
+        rules: gim; all else is linear
+        component ... rule ...
+        blocks.0-3.ln1 ...
     """
 
     rules: str
     rows: tuple[CoverageRow, ...]
 
     def add(self, rows: Iterable[CoverageRow]) -> None:
-        """Add what the user's hook functions turned out to compute; equal rows are kept once."""
+        """Add rows for what the user's hook functions compute; equal rows are kept once.
+
+        Args:
+            rows: The new rows.
+
+        Example:
+            >>> report = clrp.coverage(model)
+            >>> before = len(report.rows)
+            >>> report.add(report.rows[:1])
+            >>> len(report.rows) == before
+            True
+        """
         object.__setattr__(self, "rows", tuple(dict.fromkeys((*self.rows, *rows))))
 
     def to_frame(self) -> pd.DataFrame:
-        """The rows as a DataFrame with the columns of ``CoverageRow``."""
+        """The rows as a DataFrame: component, class_name, operation, rule, attached.
+
+        Example:
+            >>> sorted(set(clrp.coverage(model, "attnlrp").to_frame()["rule"]))
+            ['LN', 'gradient', 'half', 'identity']
+        """
         import pandas as pd
 
         return pd.DataFrame([vars(row) for row in self.rows])
 
     def summary(self) -> tuple[CoverageRow, ...]:
-        """The rows with equal ones of different blocks written as one (``blocks.0-27.ln1``)."""
+        """The rows, with equal rows of different blocks merged into one (``blocks.0-27.ln1``).
+
+        Example:
+            >>> report = clrp.coverage(model)
+            >>> len(report.summary()) < len(report.rows)
+            True
+        """
         blocks: dict[CoverageRow, list[int]] = {}
         for row in self.rows:
             layer = re.match(r"blocks\.(\d+)\.", row.component)
@@ -70,7 +98,7 @@ class Coverage:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2,5"."""
+    """Whole numbers as text, with consecutive ones joined: [0, 1, 2, 5] gives "0-2,5"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and runs[-1][1] == number - 1:
@@ -81,5 +109,5 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def coverage_from(data: dict[str, Any]) -> Coverage:
-    """The coverage that ``dataclasses.asdict`` took apart."""
+    """The coverage whose ``dataclasses.asdict`` is ``data``."""
     return Coverage(data["rules"], tuple(CoverageRow(**row) for row in data["rows"]))

@@ -1,7 +1,8 @@
-"""What is refused before anything runs, and why: kinds of component that no rule covers.
+"""Everything that a model family adds, as data: what components compute, and which are refused.
 
-The audit (``audit_model.py``) would refuse each of them too, operation by operation; a row here
-says in one sentence what the component is, and what to do instead.
+``COMPONENTS`` lists the operations of each kind of component that need a rule. ``UNCOVERED`` lists
+the kinds that no rule covers. The audit (``audit/audit.py``) would refuse those too, operation by
+operation; a row here says in one sentence what the component is, and what to do instead.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _PREDICTION = (
     "end in two places for every token; only one is covered yet."
 )
 
-# Class name of a component or of what it wraps, or how that ends -> why it is refused.
+# Class name of a component, or the end of the class name of what it wraps -> why it is refused.
 UNCOVERED: dict[str, str] = {
     "SSMMixerBridge": _SCAN,
     "SSM2MixerBridge": _SCAN,
@@ -56,7 +57,7 @@ Operation = Literal[
 _ATTENTION: tuple[Operation, ...] = ("qk", "softmax", "pattern_v")
 
 # TransformerLens component class -> its operations that are not linear. "attention" and "experts"
-# stand for all that is computed where HookPoints do not reach everything.
+# mean everything that such a component computes, where HookPoints do not reach all of it.
 COMPONENTS: dict[str, tuple[Operation, ...]] = {
     "NormalizationBridge": ("norm",),
     "AttentionBridge": ("attention",),
@@ -69,8 +70,8 @@ COMPONENTS: dict[str, tuple[Operation, ...]] = {
     "MoERouterBridge": ("experts",),
 }
 
-# Wrapped classes that look like an MLP or a linear map and compute more: by operation, too.
-# The head stands outside of any component.
+# Wrapped classes that look like an MLP or a linear map and compute more; their rules go by
+# operation, too. The head is outside of any component.
 WRITTEN_OUT = frozenset({"ModernBertDecoderMLP", "RobertaLMHead", "NativeMLP", "NativeGatedMLP"})
 
 # Attention that adds a bias of its own to query·key, so that the scores are not linear in the keys.

@@ -1,13 +1,18 @@
 """The rules inside the user's own hook functions, and the audit of what those compute.
 
-A hook function is part of the model that is explained. Each call of one is looked at when it has
+A hook function is part of the model that is explained. Each call of one is examined when it has
 run, on the part of the autograd graph between the value that it was given and the value that it
-gave back: every operation there must be linear in what is computed, piecewise linear (its own
-gradient is then f(x)/x, the identity rule), or one of the rules, which are put on by operation
-while the function runs, as inside wrapped modules (``inside.py``). Anything else is refused by the
-names of the HookPoint and the function, unless the rule set asks for ordinary gradients there. What
-the function detaches is constant by its author's decision: relevance ends there, and the coverage
-report says so. A function that only looks computes nothing and leaves no row.
+returned. Every operation there must be linear in what is computed, piecewise linear (its own
+gradient is then f(x)/x, the identity rule), or one of the rules, which are applied by operation
+while the function runs, as inside wrapped modules (``by_operation/mode.py``). Anything else is
+refused, with the names of the HookPoint and the function, unless the rule set asks for ordinary
+gradients there. What the function detaches is constant by its author's decision: relevance ends
+there, and the coverage report says so. A function that only looks computes nothing and leaves no
+row.
+
+The file is long because one call of a hook needs all of it: which tensors depend on the prompt
+(``_Origin``), the rules while it runs (``_HookOperations``), the walk of what it computed
+(``_HookWalker``), and the record of both (``HookWatch``). ``rules_in_hooks`` ties them together.
 """
 
 from __future__ import annotations
@@ -25,10 +30,10 @@ from ..errors import UncoveredComponentError
 from ..rules import functions as rules
 from ..rules.precision import plain
 from ..rules.rule_sets import RuleSet
-from ..rules.threads import caller
+from ..rules.threads import caller, modules_of
 from .audit import operations as ops
 from .audit.detached import DetachedValues
-from .audit.walk import UNHALVED, Found, Info, Node, State, Walker
+from .audit.walk import UNHALVED, Info, Node, State, Unaccounted, Walker
 from .by_operation import marks
 from .by_operation.mode import OperationRules
 from .coverage import Coverage, CoverageRow
@@ -36,7 +41,6 @@ from .user_hooks import (
     Kind,
     UserHook,
     behind,
-    modules_of,
     next_sequence,
     require_no_new,
     tensors_in,
@@ -45,19 +49,22 @@ from .user_hooks import (
 
 # f(c·x) = c·f(x) for c > 0, piece by piece, or a constant: the ordinary gradient times x is f(x).
 _PIECEWISE = ops.words("Relu LeakyRelu PreluKernel Threshold Hardshrink Abs Maximum Minimum")
-# Moves that leave each number where it is in memory.
+# Operations that leave each number where it is in memory.
 _VIEWS = ops.words("""
     Alias View UnsafeView ReshapeAlias Transpose T Permute Movedim Squeeze Unsqueeze AsStrided
     """)
 _ROOTS_OF_SUMS = ("norm", "std", "vector_norm", "linalg_norm", "linalg_vector_norm")
 
-# In-place functions that are linear in all that is written, or piecewise linear.
+# In-place functions that are linear, or piecewise linear, in all that is written.
 _WRITES = ops.words("""
     __setitem__ copy_ add_ sub_ __iadd__ __isub__ zero_ fill_ neg_ masked_fill_ index_fill_
     index_copy_ index_add_ index_put_ scatter_ scatter_add_ masked_scatter_ relu_
     """)
-# Linear where but one factor is computed.
+# Linear where only one factor is computed.
 _SCALES = ops.words("mul_ multiply_ div_ divide_ true_divide_ __imul__ __itruediv__")
+
+# Gives the HookPoint's name and the user's function; None if the hook is not a user's.
+Identify = Callable[[], tuple[str, Any] | None]
 
 _ADVICE = (
     "In the hook, give the operation a rule (clrp.rules.identity, clrp.rules.uniform; "
@@ -73,7 +80,7 @@ def _is_leaf(node: Node) -> bool:
 class _Origin:
     """Which tensors depend on the prompt, as seen from inside one call of a hook function.
 
-    A gradient alone does not tell: parameters have one too, and so has what is made of them.
+    A gradient alone does not decide it: parameters have one too, and so has what is made of them.
 
     Args:
         given: The tensors that the function was given.
@@ -100,19 +107,20 @@ class _Origin:
         while todo:
             last = todo[-1]
             if last not in known:
-                told = self._alone(last)
+                depends = self._by_itself(last)
                 below = [n for n, _ in last.next_functions if n is not None]
-                if told is None and not any(known.get(n, False) for n in below):
+                if depends is None and not any(known.get(n, False) for n in below):
                     unknown = next((n for n in below if n not in known), None)
                     if unknown is not None:
                         todo.append(unknown)
                         continue
-                    told = False
-                known[last] = True if told is None else told
+                    depends = False
+                known[last] = True if depends is None else depends
             todo.pop()
         return known[node]
 
-    def _alone(self, node: Node) -> bool | None:
+    def _by_itself(self, node: Node) -> bool | None:
+        """Whether a node depends on the prompt, or None if that depends on the nodes below it."""
         if _is_leaf(node):
             return id(node.variable) in self._leaves
         if node._sequence_nr() < self._begun:
@@ -160,6 +168,7 @@ class _HookOperations(OperationRules):
         return rules.uniform(out) if self._factors(args) > 1 and rule == "half" else out
 
     def weights(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Softmaxes as everywhere; sigmoids as weights only where they weigh something."""
         if func.__name__ == "softplus":
             return func(*args, **kwargs)
         if func.__name__ == "softmax":
@@ -168,13 +177,14 @@ class _HookOperations(OperationRules):
         return marks.unsure_weight(out, constant=self.rule_set.softmax == "constant")
 
     def activation(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The identity rule, and a record of the functions that get it."""
         if self.ratio(func.__name__, args, kwargs) is not None:
             self.functions[func.__name__] = None
         return super().activation(func, args, kwargs)
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Active inside the block."""
+        """Apply the rules inside the block."""
         self.states.append(True)
         try:
             with self:
@@ -184,7 +194,7 @@ class _HookOperations(OperationRules):
 
 
 class _HookWalker(Walker):
-    """From what a hook function gave back to what it was given."""
+    """A walk from what a hook function returned to what it was given."""
 
     def __init__(self, origin: _Origin, operations: _HookOperations) -> None:
         super().__init__(())
@@ -193,10 +203,12 @@ class _HookWalker(Walker):
         self.piecewise: dict[Node, None] = {}
 
     def look(self, node: Node) -> Info:
+        """What is known of a node, with only those below it that depend on the prompt."""
         info = super().look(node)
         return info._replace(below=tuple(b for b in info.below if self._origin.of(b[1])))
 
     def visit(self, node: Node, info: Info, state: State) -> None:
+        """As ``Walker.visit``, but ends at what was made before the function was called."""
         if self._origin.outside(node):
             self.settle(state)
         elif info.key == "CopySlices" and self._wrote_linearly(node):
@@ -205,6 +217,7 @@ class _HookWalker(Walker):
             super().visit(node, info, state)
 
     def nonlinear(self, node: Node, info: Info, state: State) -> None:
+        """As ``Walker.nonlinear``, but piecewise linear operations have their rule."""
         if info.key in _PIECEWISE:
             self.settle(state)
             self.piecewise[node] = None
@@ -224,9 +237,9 @@ class _HookWalker(Walker):
         return all(i.key in _VIEWS for node, i in infos if not self._origin.outside(node))
 
 
-def _may_keep_gradient(found: Found, info: Info, rule_set: RuleSet) -> bool:
+def _may_keep_gradient(unruled: Unaccounted, info: Info, rule_set: RuleSet) -> bool:
     """Whether the rule set itself asks for the ordinary gradient of this operation."""
-    if found.why == UNHALVED:
+    if unruled.why == UNHALVED:
         return rule_set.gate == "gradient"
     if info.key in ops.NORMS:
         return rule_set.norm == "gradient"
@@ -250,8 +263,8 @@ class HookWatch:
     Attributes:
         edits: Names of hook functions that did more than look, by HookPoint or module.
         rows: What they computed, for the coverage report.
-        quiet: Whether a backward runs that is none of the model's: hooks of the backward that
-            only looked so far are not shown it.
+        quiet: Whether the backward that runs is not the model's own; backward hooks that have only
+            looked so far are then not called.
         of_backward: Whether any hook is called in the backward.
     """
 
@@ -266,7 +279,7 @@ class HookWatch:
     _leaves: dict[int, Tensor] = field(default_factory=dict)
 
     def begin(self, rule_set: RuleSet, report: Coverage | None) -> None:
-        """Forwards are watched from here on; older nodes of autograd's belong to others."""
+        """Watch forwards from here on; older autograd nodes belong to other forwards."""
         self._rule_set, self._report, self._begun = rule_set, report, next_sequence()
         self._caller = caller()
 
@@ -274,23 +287,22 @@ class HookWatch:
         """Whether a hook function edited something below a name that begins so."""
         return any(f"{name}.".startswith(prefix) for name in self.edits)
 
-    def watching(
-        self, fn: Callable[..., Any], kind: Kind, told: Callable[[], tuple[str, Any] | None]
-    ) -> Any:
-        """A torch hook in place of ``fn`` that looks at what it does.
+    def watching(self, fn: Callable[..., Any], kind: Kind, identify: Identify) -> Any:
+        """A torch hook in place of ``fn`` that examines what ``fn`` does.
 
         Args:
-            fn: As it stands in torch's table.
-            kind: Of which.
-            told: The place and the user's function; None if it is no user's.
+            fn: The function in torch's table.
+            kind: Which of torch's tables that is.
+            identify: Gives the HookPoint's name and the user's function; None if it is not a
+                user's.
         """
         if kind in ("backward", "backward_pre"):
-            return self._watching_gradient(fn, told)
+            return self._watching_gradient(fn, identify)
 
         def watched(module: Any, *args: Any) -> Any:
             if caller() is not self._caller or not torch.is_grad_enabled():
                 return fn(module, *args)
-            who = told()
+            who = identify()
             if who is None:
                 return fn(module, *args)
             value = args[-1] if kind == "forward" or len(args) == 1 else args
@@ -298,10 +310,8 @@ class HookWatch:
 
         return watched
 
-    def _watching_gradient(
-        self, fn: Callable[..., Any], told: Callable[[], tuple[str, Any] | None]
-    ) -> Any:
-        """In place of a function that is given gradients, and may return others."""
+    def _watching_gradient(self, fn: Callable[..., Any], identify: Identify) -> Any:
+        """A hook in place of a function that is given gradients, and may return others."""
         self.of_backward = True
         state = {"edits": False}
 
@@ -310,7 +320,7 @@ class HookWatch:
                 return None
             given = tensors_in(args[-1])
             before = [(x, _version(x)) for x in given]
-            returned, who = fn(*args), told()
+            returned, who = fn(*args), identify()
             if who is None:
                 return returned
             after = given if returned is None else tensors_in(returned)
@@ -324,16 +334,16 @@ class HookWatch:
 
         return watched
 
-    def _add(self, made: list[CoverageRow]) -> None:
-        self.rows.update(dict.fromkeys(made))
+    def _add(self, rows: list[CoverageRow]) -> None:
+        self.rows.update(dict.fromkeys(rows))
         if self._report is not None:
-            self._report.add(made)
+            self._report.add(rows)
 
     def _call(
         self, point: str, user: Any, run: Callable[[], Any], output: Any, shown: list[Tensor]
     ) -> Any:
         given = tensors_in(output)
-        # kept, so that an id stays theirs
+        # The tensors are held, so that their ids stay theirs.
         self._leaves.update({id(x): x for x in shown if x.requires_grad and x.grad_fn is None})
         versions = [_version(x) for x in shown]
         origin = _Origin(given, self._leaves, self._begun)
@@ -343,8 +353,8 @@ class HookWatch:
             return self._watching_gradient(fn, lambda: (point, user))
 
         operations = _HookOperations(self._rule_set, origin, of_gradient)
-        cuts = DetachedValues(lambda: None, origin.computed)
-        with operations.on(), cuts:
+        detached = DetachedValues(lambda: None, origin.computed)
+        with operations.on(), detached:
             returned = run()
         after = tensors_in(output if returned is None else returned)
         touched = versions != [_version(x) for x in shown]
@@ -357,17 +367,17 @@ class HookWatch:
         if not touched and walker.only_moves and _same_places(after, given):
             return returned
         self.edits.setdefault(point, {})[name_of(user)] = None
-        kept = any(map(origin.computed, after))
-        self._judge(point, user, walker)
-        self._note(point, user, walker, operations, cuts, was_computed, kept)
+        still_computed = any(map(origin.computed, after))
+        self._require_rules(point, user, walker)
+        self._report_rows(point, user, walker, operations, detached, was_computed, still_computed)
         return returned
 
-    def _judge(self, point: str, user: Any, walker: _HookWalker) -> None:
+    def _require_rules(self, point: str, user: Any, walker: _HookWalker) -> None:
         """Refuse what has no rule."""
         refused = [
-            found
-            for found in walker.found.values()
-            if not _may_keep_gradient(found, walker.infos[found.node], self._rule_set)
+            operation
+            for operation in walker.findings.values()
+            if not _may_keep_gradient(operation, walker.infos[operation.node], self._rule_set)
         ]
         if refused:
             lines = dict.fromkeys(f"  {f.operation}: {f.why}." for f in refused)
@@ -376,15 +386,15 @@ class HookWatch:
                 "relevance through it would be made up:\n" + "\n".join(lines) + f"\n{_ADVICE}"
             )
 
-    def _note(
+    def _report_rows(
         self,
         point: str,
         user: Any,
         walker: _HookWalker,
         operations: _HookOperations,
-        cuts: DetachedValues,
+        detached: DetachedValues,
         was_computed: bool,
-        kept: bool,
+        still_computed: bool,
     ) -> None:
         """Add rows to the report."""
         rows: dict[tuple[str, str, str], None] = {}
@@ -399,12 +409,12 @@ class HookWatch:
                 rows[operation, rule, "by operation inside the hook"] = None
         for node in walker.ordinary:
             rows[infos[node].operation.lower(), "gradient", "ordinary gradient"] = None
-        for found in walker.found.values():
-            operation = "product" if found.why == UNHALVED else found.operation.lower()
+        for unruled in walker.findings.values():
+            operation = "product" if unruled.why == UNHALVED else unruled.operation.lower()
             rows[operation, "gradient", "ordinary gradient, as the rule set asks"] = None
-        for cut in cuts.found:
+        for cut in detached.cuts:
             rows[cut.operation, "constant", "detached in the hook: relevance ends here"] = None
-        if not kept:
+        if not still_computed:
             where = "relevance ends here" if was_computed else "before relevance begins"
             rows["replacement", "constant", where] = None
         elif not any(rule != "constant" for _, rule, _ in rows):
@@ -446,7 +456,7 @@ def _same_places(after: list[Tensor], given: list[Tensor]) -> bool:
 
 
 def _same_values(after: list[Tensor], given: list[Tensor]) -> bool:
-    """Whether gradients are the same numbers; False where that cannot be told."""
+    """Whether gradients are the same numbers; False where that cannot be decided."""
     try:
         return len(after) == len(given) and all(
             x is y or torch.equal(plain(x), plain(y)) for x, y in zip(after, given, strict=True)
@@ -456,7 +466,7 @@ def _same_values(after: list[Tensor], given: list[Tensor]) -> bool:
 
 
 def rows_to_come(model: Any) -> list[CoverageRow]:
-    """A row for every hook function of the user's, before any has run."""
+    """A row for each of the user's hook functions, before any has run."""
     hooks = user_hooks(model)
     return list(
         dict.fromkeys(_row(hook.name, hook.fn, "?", "?", "seen when it runs") for hook in hooks)
@@ -479,28 +489,28 @@ def rules_in_hooks(
         model: The bridge.
         rule_set: Which rules.
         report: Rows are added to it as hook functions run.
-        hooks: ``user_hooks(model)``, where the caller has them.
-        later: Also those that are added inside the block. Otherwise none may be.
-        watch: What to note them in; a new one if None.
+        hooks: ``user_hooks(model)``, if the caller has them already.
+        later: Whether hooks may be added inside the block; those get the rules, too.
+        watch: Records what the hooks do; a new one by default.
 
     Raises:
-        UncoveredComponentError: inside the block, when a hook function has computed something
+        UncoveredComponentError: Inside the block, when a hook function has computed something
             without a rule.
-        ModelStateError: at its end, if hooks were added.
+        ModelStateError: At its end, if hooks were added.
     """
     watch = HookWatch() if watch is None else watch
     watch.begin(rule_set, report)
     hooks = user_hooks(model) if hooks is None else hooks
     replaced: list[tuple[Any, int, Any]] = []
 
-    def put(table: Any, key: int, kind: Kind, told: Callable[[], tuple[str, Any] | None]) -> None:
+    def put(table: Any, key: int, kind: Kind, identify: Identify) -> None:
         replaced.append((table, key, table[key]))
-        table[key] = watch.watching(table[key], kind, told)
+        table[key] = watch.watching(table[key], kind, identify)
 
-    modules = modules_of(model) if later else []
+    modules = modules_of(model) if later else ()
     try:
         for hook in hooks:
-            put(hook.table, hook.key, hook.kind, partial(_told, hook))
+            put(hook.table, hook.key, hook.kind, partial(_name_and_function, hook))
         for module in modules:
             for kind, name in _REGISTER.items():
                 vars(module)[name] = _registering(module, kind, name, put)
@@ -522,26 +532,26 @@ _REGISTER: dict[Kind, str] = {
 }
 
 
-def _told(hook: UserHook) -> tuple[str, Any]:
+def _name_and_function(hook: UserHook) -> tuple[str, Any]:
     return hook.name, hook.fn
 
 
 def _registering(
     module: Any, kind: Kind, name: str, put: Callable[..., None]
 ) -> Callable[..., Any]:
-    """In place of a module's own method, so that what is registered is watched."""
+    """A function in place of a module's own method, so that what is registered is watched."""
 
     def register(*args: Any, **kwargs: Any) -> Any:
         handle = getattr(type(module), name)(module, *args, **kwargs)
         table = vars(module)[f"_{kind}_hooks"]
         registered = table[handle.id]
 
-        def told() -> tuple[str, Any] | None:
+        def identify() -> tuple[str, Any] | None:
             user = behind(module, handle.id, registered)
             place = getattr(module, "name", None) or type(module).__name__
             return None if user is None else (str(place), user)
 
-        put(table, handle.id, kind, told)
+        put(table, handle.id, kind, identify)
         return handle
 
     return register

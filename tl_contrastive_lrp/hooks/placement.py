@@ -1,23 +1,31 @@
-"""Where each rule goes on a model, and how the rules are put on and taken off again.
+"""Where each rule goes on a model, and how rules are attached to it and removed again.
 
-``place`` attaches nothing; ``attached`` puts attachments on for a block. Both leave the forward
-bit-identical; on exit, also after an exception, every hook and operand is as it was.
+``place`` attaches nothing; ``attached`` attaches the rules for a block. Both leave the forward
+bit-identical. On exit, also after an exception, every hook and operand is as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..errors import ModelStateError
-from ..inputs.bridge import components, module_names, public_name, require_bridge
+from ..inputs.bridge import (
+    LEAVES,
+    components,
+    hook_points,
+    module_names,
+    public_name,
+    require_bridge,
+)
+from ..rules.functions import started
 from ..rules.rule_sets import RuleSet, get_rule_set
-from ..rules.threads import mine, own_hooks
-from .attach import attach
-from .attachment import Attachment, HookFn
+from ..rules.threads import mine, modules_of, wrapped_parameters
+from .attach import Attachment, HookFn, attach
 from .coverage import Coverage, CoverageRow
 from .sites import find_sites
 
@@ -28,19 +36,16 @@ def check_ready(model: Any, what: str) -> None:
     """Refuse a model or a torch state in which relevance would be wrong.
 
     Raises:
-        TypeError: ``model`` is not a TransformerBridge.
-        ModelStateError: a module is in training mode, gradients are off, autocast is on, or rules
-            are already on.
+        TypeError: ``model`` is not a ``TransformerBridge``.
+        ModelStateError: A module is in training mode, gradients are off, or autocast is on.
     """
     require_bridge(model)
-    for root in (model, model.original_model):
-        for name, module in root.named_modules():
-            if module.training:
-                where = name.replace("._original_component", "") or type(module).__name__
-                raise ModelStateError(
-                    f"{what} needs the model in evaluation mode, but {where} is in training mode "
-                    "(dropout would be explained too). Call model.eval() first."
-                )
+    for module in modules_of(model):
+        if module.training:
+            raise ModelStateError(
+                f"{what} needs the model in evaluation mode, but {_path_of(model, module)} is in "
+                "training mode (dropout would be explained too). Call model.eval() first."
+            )
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         raise ModelStateError(
             f"{what} needs gradients, which are switched off here. Leave torch.no_grad() or "
@@ -50,9 +55,16 @@ def check_ready(model: Any, what: str) -> None:
     _refuse_autocast(model, what)
 
 
+def _path_of(model: Any, module: nn.Module) -> str:
+    """The module's path in the bridge or the wrapped model, its class's name for either itself."""
+    named = (*model.named_modules(), *model.original_model.named_modules())
+    path = next((name for name, other in named if other is module), "")
+    return path.replace("._original_component", "") or type(module).__name__
+
+
 def _refuse_autocast(model: Any, what: str) -> None:
-    """Refuse to run under autocast: it computes another forward, of which a backward is rounded."""
-    kinds = {p.device.type for p in model.original_model.parameters()} - {"meta"}
+    """Refuse to run under autocast: its forward is another one, and its backward is rounded."""
+    kinds = {p.device.type for p in wrapped_parameters(model)} - {"meta"}
     for kind in sorted(kinds):
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -65,10 +77,10 @@ def _refuse_autocast(model: Any, what: str) -> None:
 
 
 def check_single(model: Any) -> None:
-    """Refuse a model with rules on it, these or another tool's.
+    """Refuse a model that has rules on it already, from this package or another tool.
 
     Raises:
-        ModelStateError: says which, and how to take them off.
+        ModelStateError: Says which, and how to remove them.
     """
     for path, component in components(model).items():
         # How TransformerLens' own development line counts rules of its own on a component.
@@ -77,7 +89,7 @@ def check_single(model: Any) -> None:
                 f"TransformerLens' own relevance rules are on at {path}; together with these they "
                 "would apply twice. Leave its context first."
             )
-    for name, hook_point in model.hook_dict.items():
+    for name, hook_point in hook_points(model).items():
         for handle in hook_point.fwd_hooks:
             if is_rule(handle.user_hook):
                 raise ModelStateError(
@@ -88,7 +100,7 @@ def check_single(model: Any) -> None:
 
 
 def _mark_only(tensor: Any, hook: Any) -> None:
-    """Shows that rules are on, where none of them is a hook."""
+    """A hook function that shows that rules are on, where none of the rules is a hook."""
 
 
 def is_rule(fn: Any) -> bool:
@@ -97,12 +109,20 @@ def is_rule(fn: Any) -> bool:
 
 
 def marked(fn: HookFn) -> HookFn:
+    """The hook function, marked as one of the rules."""
     setattr(fn, _MARK, True)
     return fn
 
 
 def place(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Coverage]:
-    """Where each rule of ``rules`` goes on ``model``, as far as the tables know."""
+    """Where each rule of ``rules`` goes on ``model``, as far as the tables know.
+
+    Returns:
+        The attachments, one per operation, and the coverage that describes them.
+
+    Raises:
+        UncoveredComponentError: A component that is known to have no rule.
+    """
     rule_set = get_rule_set(rules)
     attachments = tuple(attach(site, rule_set) for site in find_sites(model))
     names = module_names(model) if any(a.site.component is None for a in attachments) else {}
@@ -120,14 +140,83 @@ def place(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Cov
 
 
 @contextmanager
-def reading_hooks(model: Any, pairs: list[tuple[str, HookFn]]) -> Iterator[None]:
-    """Hook functions that change no value, also at outputs that TransformerLens calls no hook for.
+def own_hooks(model: Any, pairs: Iterable[tuple[str, HookFn]]) -> Iterator[None]:
+    """Hook functions on HookPoints for the block, called in this thread only.
 
-    They act in this thread only.
+    As ``model.hooks(fwd_hooks=pairs)``, without building the table of HookPoints again.
 
-    A block that returns a list, as those of the first GPT do, has a ``hook_out`` that never fires.
+    Args:
+        model: The bridge.
+        pairs: (hook_name, hook_function), each name as from ``public_name``.
+
+    Raises:
+        KeyError: There is no such HookPoint.
+        ValueError: A flag of ``model.cfg`` is off without which the HookPoint is never called.
     """
-    hook_dict = model.hook_dict
+    points = hook_points(model)
+    disabling_flag = getattr(model, "_gated_hook_reason", None)
+    level = getattr(model, "context_level", 0) + 1
+    added: list[tuple[Any, Any]] = []
+    model.context_level = level
+    try:
+        for name, fn in pairs:
+            point = points[name]
+            flag = disabling_flag and disabling_flag(point.name or name)
+            if flag is not None:
+                raise ValueError(
+                    f"No hook at {name} is called while cfg.{flag} is False. Call "
+                    f"model.set_{flag}(True) first."
+                )
+            handle = point.add_hook(mine(fn), level=level)
+            # TransformerLens before 4.3 does not return it.
+            added.append((point, point.fwd_hooks[-1] if handle is None else handle))
+        yield
+    finally:
+        for point, handle in added:
+            handle.hook.remove()
+            point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+        model.context_level -= 1
+
+
+def embedding_leaves(
+    model: Any,
+    leaves: dict[str, Tensor],
+    change: Callable[[Tensor], Tensor] | None = None,
+    names: tuple[str, ...] = LEAVES,
+) -> list[tuple[str, HookFn]]:
+    """Hook functions at which the graph starts: embeddings [batch, pos, d_model] become leaves.
+
+    Args:
+        model: The bridge.
+        leaves: Each forward puts its leaves here, by their names in ``bridge.LEAVES``.
+        change: Applied to the embeddings before the model uses them.
+        names: The embeddings to replace; those that the model lacks are left out.
+    """
+    points = hook_points(model)
+
+    def starting_at(name: str) -> HookFn:
+        def start(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+            value = tensor.detach()
+            leaves[name] = (value if change is None else change(value)).requires_grad_(True)
+            return started(leaves[name])
+
+        return start
+
+    return [(public_name(points, name), starting_at(name)) for name in names if name in points]
+
+
+@contextmanager
+def reading_hooks(model: Any, pairs: list[tuple[str, HookFn]]) -> Iterator[None]:
+    """Hook functions that change no value, for the block and in this thread only.
+
+    They are also called at outputs for which TransformerLens calls no hook: a block that returns a
+    list, like those of the first GPT, has a ``hook_out`` that never fires.
+
+    Args:
+        model: The bridge.
+        pairs: (hook_name, hook_function).
+    """
+    hook_dict = hook_points(model)
     by_point: dict[int, list[HookFn]] = {}
     for name, fn in pairs:
         by_point.setdefault(id(hook_dict[name]), []).append(fn)
@@ -152,17 +241,17 @@ def reading_hooks(model: Any, pairs: list[tuple[str, HookFn]]) -> Iterator[None]
 
 @contextmanager
 def attached(model: Any, attachments: tuple[Attachment, ...]) -> Iterator[None]:
-    """The given attachments on the model, for the block; they act in this thread only.
+    """Attach rules to the model for the block; they act in this thread only.
 
     Raises:
-        ModelStateError: at the end of the block, if it took them off.
+        ModelStateError: At the end of the block, if something in it removed them.
     """
-    hook_dict = model.hook_dict  # TransformerLens builds it anew at every access
+    hook_dict = hook_points(model)
     with ExitStack() as stack:
         hooks = [
             (public_name(hook_dict, name), marked(fn))
             for a in attachments
-            for name, fn in (a.hooks if a.scoped is None else a.beside)
+            for name, fn in (a.hooks if a.scoped is None else a.scoped_hooks)
         ]
         if not hooks and any(a.scoped is not None for a in attachments):
             hooks = [(public_name(hook_dict, "embed.hook_out"), marked(_mark_only))]

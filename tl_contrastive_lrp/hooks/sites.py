@@ -1,30 +1,40 @@
-"""Where in a model each kind of operation is: the data behind every rule's attachment.
+"""Where in a model each operation is that needs a rule, and which components are refused.
 
-``find_sites`` walks the model's components and reads ``COMPONENTS``: what each kind of
+``find_sites`` walks the model's components and reads ``families.COMPONENTS``: what each kind of
 TransformerLens component computes beyond linear maps. A component's row is that of the nearest
 class in its inheritance that has one, so a family with a variant of its own needs none. Activation
-functions are in ``activations.py``.
+functions are in ``rules/activations.py``. Components that are known to have no rule are refused
+here, with one sentence that says what the component is and what to do instead.
 
-What no HookPoint reaches, the "inside" of a wrapped Hugging Face module that computes attention or
-experts itself, is left to ``inside.py``. Nothing here vouches that the list is complete: that is
-the audit's part (``audit_model.py``), which follows the graph that relevance flows through and
-refuses every operation that no rule accounts for. A new kind of component is a row of
-``COMPONENTS`` and, if its operation is new, an attachment in ``attach.py``.
+What no HookPoint reaches, a wrapped Hugging Face module that computes attention or experts itself,
+is left to ``by_operation``. Nothing here vouches that the list is complete. That is the audit's
+part (``audit/audit.py``), which follows the graph that relevance flows through and refuses every
+operation that no rule accounts for. A new kind of component is a row of ``COMPONENTS`` and, if its
+operation is new, an attachment in ``attach.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from ..errors import Message, UncoveredComponentError, Wording
 from ..inputs.bridge import components, is_component, is_kind, require_bridge
 from ..rules import functions as rules
 from ..rules.activations import ACTIVATIONS, ratio_of
-from .families import _ATTENTION, _BIASED_SCORES, COMPONENTS, WRITTEN_OUT, Operation
-from .refusals import refusal, refuse_known
+from ..rules.threads import wrapped_modules
+from .families import (
+    _ATTENTION,
+    _BIASED_SCORES,
+    COMPONENTS,
+    UNCOVERED,
+    UNCOVERED_PARTS,
+    WRITTEN_OUT,
+    Operation,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +43,7 @@ class Site:
 
     Attributes:
         path: The component's path, as in its HookPoints' names ("blocks.0.attn").
-        operation: Which kind of operation.
+        operation: The kind of operation.
         component: The TransformerLens component (for the final soft-cap: the wrapped model; None
             for an activation module outside of any).
         module: The wrapped module that carries the operation, where it is one of its own
@@ -95,8 +105,8 @@ def _is_written_out(mlp: Any) -> bool:
 def _hides_operations(attention: Any) -> bool:
     """Whether attention computes what no HookPoint shows.
 
-    Something may happen to pattern·v before ``hook_z``, a gate's product or a norm, or to queries,
-    keys and values on their way, a clamp.
+    A gate's product or a norm may act on pattern·v before ``hook_z``, and a clamp on queries, keys
+    and values.
     """
     from transformer_lens.model_bridge.generalized_components.position_embeddings_attention import (
         PositionEmbeddingsAttentionBridge as Plain,
@@ -142,13 +152,14 @@ def _mlp_activation(path: str, mlp: Any) -> Iterator[Site]:
     if getattr(mlp, "_use_processed_weights", False) and is_kind(mlp, "GatedMLPBridge"):
         yield _processed_activation(path, mlp)
         return
-    found = [
+    activations = [
         module
         for module in mlp.original_component.modules()
         if ratio_of(module) is not None and not is_component(module)
     ]
-    if len(found) == 1:  # else it is not at this MLP's HookPoints; see _outside
-        yield Site(path, "activation", mlp, found[0], ratio_of(found[0]))
+    if len(activations) == 1:  # otherwise it is not at this MLP's HookPoints; see _outside
+        (module,) = activations
+        yield Site(path, "activation", mlp, module, ratio_of(module))
 
 
 def _sites_of(path: str, component: Any) -> Iterator[Site]:
@@ -165,13 +176,13 @@ def _sites_of(path: str, component: Any) -> Iterator[Site]:
 
 
 def _outside(model: Any, sites: list[Site]) -> Iterator[Site]:
-    """What is outside TransformerLens' components: experts' activations, heads of encoders."""
+    """Operations outside TransformerLens' components: experts' activations, heads of encoders."""
     known = {id(site.module) for site in sites}
     wrapped = {id(site.component.original_component) for site in sites}
     for site in sites:
         if site.operation == "activation" and site.module is None:  # a function in its place
             known.update(map(id, site.component.original_component.modules()))
-    for path, module in model.original_model.named_modules():
+    for path, module in wrapped_modules(model):
         ratio = ratio_of(module)
         if type(module).__name__ in WRITTEN_OUT and id(module) not in wrapped:
             yield Site(path.replace("._original_component", ""), "wrapped", None, module)
@@ -187,17 +198,213 @@ def find_sites(model: Any) -> tuple[Site, ...]:
         model: A ``TransformerBridge``.
 
     Raises:
-        TypeError: ``model`` is not a TransformerBridge.
-        UncoveredComponentError: a component, flag or weight that no rule covers, by name.
+        TypeError: ``model`` is not a ``TransformerBridge``.
+        UncoveredComponentError: A component, flag or weight that no rule covers, by name.
     """
     require_bridge(model)
-    found = components(model)
-    refuse_known(model, found)
+    by_path = components(model)
+    refuse_known(model, by_path)
     sites: list[Site] = []
-    for path, component in found.items():
+    for path, component in by_path.items():
         sites.extend(_sites_of(path, component))
     sites.extend(_outside(model, sites))
     config = getattr(model.original_model, "config", None)
     if getattr(config, "final_logit_softcapping", None) is not None:
         sites.append(Site("unembed", "softcap", model.original_model, config))
     return tuple(sites)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+_ADVICE = (
+    " Relevance through it would be made up. `tl-contrastive-lrp check MODEL` lists what is "
+    "covered; leave this model to activation patching, or add a row to "
+    "tl_contrastive_lrp.hooks.families."
+)
+
+_TWO_INPUTS = (
+    "it is an encoder-decoder model: its decoder reads the prompt through cross-attention and a "
+    "second sequence of tokens, and relevance is defined here for one prompt and one stack. Use a "
+    "decoder-only model or an encoder, or explain this one by activation patching."
+)
+
+_POST_NORM = (
+    "in OPT's post-norm blocks (opt-350m) TransformerLens gives what a hook returns at "
+    "ln2.hook_out another shape, so that the model fails with any hook there that returns a value."
+)
+
+_STACKS = (
+    "its layers are {} instead of one stack model.blocks, and some run several times in a forward, "
+    "so a HookPoint holds no single hidden state."
+)
+
+
+def refusal(path: str, module: object, why: str) -> UncoveredComponentError:
+    """The error for a component that no rule covers."""
+    kind = type(module).__name__
+    return UncoveredComponentError(f"No rule covers {path!r} ({kind}): {why}{_ADVICE}")
+
+
+# Package that defines quantised modules or weights -> the common name of the library.
+_QUANTISERS = {
+    "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
+    "optimum.quanto": "quanto",
+    "quanto": "quanto",
+    "hqq": "HQQ",
+    "gptqmodel": "GPTQ",
+    "auto_gptq": "GPTQ",
+    "auto_round": "AutoRound",
+    "awq": "AWQ",
+    "compressed_tensors": "compressed-tensors",
+    "eetq": "EETQ",
+    "aqlm": "AQLM",
+    "vptq": "VPTQ",
+    "quark": "Quark",
+    "torch.ao.nn": "torch.ao.quantization",
+    "torch.nn.quantized": "torch.ao.quantization",
+    "transformers.integrations.aqlm": "AQLM",
+    "transformers.integrations.bitnet": "BitNet",
+    "transformers.integrations.bitsandbytes": "bitsandbytes",
+    "transformers.integrations.eetq": "EETQ",
+    "transformers.integrations.fbgemm_fp8": "FBGEMM fp8",
+    "transformers.integrations.finegrained_fp8": "fp8",
+    "transformers.integrations.fp_quant": "FP-Quant",
+    "transformers.integrations.higgs": "HIGGS",
+    "transformers.integrations.mxfp4": "MXFP4",
+    "transformers.integrations.spqr": "SpQR",
+    "transformers.integrations.vptq": "VPTQ",
+}
+
+# Buffers in which packed weights are kept.
+_PACKED = ("qweight", "weight_packed", "qzeros")
+
+
+_library_by_class: dict[type, str | None] = {}  # every call looks up every module
+
+
+def _library_of(kind: type) -> str | None:
+    """The quantisation library that defines a class of modules or tensors."""
+    if kind not in _library_by_class:
+        homes = [f"{base.__module__}." for base in kind.__mro__]
+        _library_by_class[kind] = next(
+            (
+                library
+                for home in homes
+                for prefix, library in _QUANTISERS.items()
+                if home.startswith(f"{prefix}.")
+            ),
+            None,
+        )
+    return _library_by_class[kind]
+
+
+def quantised(module: nn.Module) -> tuple[str, str] | None:
+    """What in a module is quantised, and by which library ("" if that is unknown)."""
+    if (library := _library_of(type(module))) is not None:
+        return f"is a {type(module).__name__}", library
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        if (
+            library := _library_of(type(parameter)) or _library_of(type(parameter.data))
+        ) is not None:
+            kind = type(parameter.data if type(parameter) is nn.Parameter else parameter).__name__
+            return f"holds its {name} as {kind}", library
+        if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
+            return f"holds its {name} as {parameter.dtype}", ""
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name in _PACKED and not buffer.dtype.is_floating_point:
+            return f"holds packed weights ({name}, {buffer.dtype})", ""
+    return None
+
+
+def _refuse_quantised(path: str, module: nn.Module, config: object) -> None:
+    quantisation = quantised(module)
+    if quantisation is None:
+        return
+    what, library = quantisation
+    method = getattr(getattr(config, "quantization_config", None), "quant_method", "")
+    by = library or str(getattr(method, "value", method))
+    remedy = (
+        " Of a checkpoint that exists only quantised: hf = AutoModelForCausalLM.from_pretrained("
+        "name).dequantize(dtype=torch.float32), and then "
+        "TransformerBridge.boot_transformers(name, hf_model=hf)."
+        if by == "bitsandbytes"
+        else ""
+    )
+    raise UncoveredComponentError(
+        Message(
+            f"The model is quantised{f' by {by}' if by else ''}: {path} {what}, which cannot be "
+            "read as numbers. ",
+            Wording(
+                "Load the model unquantised, for example "
+                "TransformerBridge.boot_transformers(name, dtype=torch.bfloat16).",
+                elsewhere="Give the unquantised model.",
+            ),
+            remedy,
+        )
+    )
+
+
+def _refuse_shape(model: Any, by_path: Mapping[str, Any]) -> None:
+    config = getattr(model.original_model, "config", None)
+    two = any(
+        getattr(config, flag, False) for flag in ("is_encoder_decoder", "add_cross_attention")
+    )
+    if two:
+        kind = type(model.original_model).__name__
+        raise UncoveredComponentError(f"No rule covers this model ({kind}): {_TWO_INPUTS}")
+    if getattr(config, "do_layer_norm_before", True) is False:
+        raise refusal("model", model.original_model, _POST_NORM)
+    heads = dict.fromkeys(path.split(".")[0] for path in by_path)
+    stacks = [head for head in heads if head.endswith("blocks") and head != "blocks"]
+    if stacks and "blocks" not in heads:
+        raise refusal("model", model.original_model, _STACKS.format(" and ".join(stacks)))
+
+
+def _refuse_replaced(path: str, component: nn.Module) -> None:
+    """Refuse a module in a HookPoint's place, as SAELens' bridge puts autoencoders there."""
+    for name, module in component._modules.items():
+        point = name.startswith("hook_") and isinstance(module, nn.Module)
+        if point and not hasattr(module, "fwd_hooks"):
+            raise UncoveredComponentError(
+                f"{path}.{name} is no HookPoint: a {type(module).__name__} stands in its place, so "
+                "nothing can be read or ruled there. Put the HookPoint back (SAELens: "
+                "model.reset_saes()) and run the module in a hook function instead: with "
+                f"model.hooks(fwd_hooks=[({f'{path}.{name}'!r}, lambda x, hook: sae(x))]): ..."
+            )
+
+
+def _why(component: Any) -> str | None:
+    bridges = [base.__name__ for base in type(component).__mro__]
+    wrapped = type(component.original_component).__name__
+    for name, why in UNCOVERED.items():
+        if name in bridges or wrapped.endswith(name):
+            return why
+    return None
+
+
+def refuse_known(model: Any, by_path: Mapping[str, Any]) -> None:
+    """Refuse a model that has a component which is known to have no rule.
+
+    Args:
+        model: A ``TransformerBridge``.
+        by_path: Its components by path.
+
+    Raises:
+        UncoveredComponentError: Says what it is, where, and what to do instead.
+    """
+    _refuse_shape(model, by_path)
+    for path, module in wrapped_modules(model):
+        path = path.replace("._original_component", "")
+        _refuse_quantised(path or "model", module, getattr(model.original_model, "config", None))
+        why = UNCOVERED_PARTS.get(path.rpartition(".")[2])
+        if why is not None:
+            raise refusal(path, module, why)
+    for path, component in by_path.items():
+        _refuse_replaced(path, component)
+        why = _why(component)
+        if why is not None:
+            raise refusal(path, component.original_component, why)

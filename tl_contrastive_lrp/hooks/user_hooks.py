@@ -1,16 +1,17 @@
 """The user's own hooks on a bridge: which there are, and what each did to a value.
 
-Hooks are part of the model that is explained. A hook that only looks (returns None or the very
-tensor that it was given, and leaves that as it was) computes nothing; every other one edits.
-What a hook will do cannot be told from its code, so it is watched in a forward of the model:
-``observed`` notes each call. This package's own hooks are told by their marks
-and by the module that they come from.
+Hooks are part of the model that is explained. A hook that only looks (it returns None or the very
+tensor that it was given, and leaves that unchanged) computes nothing; every other one edits. What a
+hook will do cannot be read from its code, so ``observed`` records each call in a forward of the
+model:
 
-Example:
     hooks = user_hooks(model)
-    with observed(hooks) as seen, torch.no_grad():
+    with observed(hooks) as calls, torch.no_grad():
         model(tokens)
-    edits = [call for call in seen if not call.looked_only]
+    edits = [call for call in calls if not call.looked_only]
+
+This package's own hooks are recognised by their marks and by the module that they come from. What
+gives hooks their rules is in ``hook_rules``; this file only finds, watches and suspends them.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelStateError
-from ..inputs.bridge import module_names
-from ..rules.handed_on import constant_leaf, started
-from ..rules.threads import caller, elsewhere
+from ..inputs.bridge import hook_points, module_names
+from ..rules.functions import constant_leaf, started
+from ..rules.threads import all_modules, caller, elsewhere, modules_of
 from .placement import _MARK
 
 Kind = Literal["forward", "forward_pre", "backward", "backward_pre"]
@@ -45,21 +46,21 @@ _Fn = TypeVar("_Fn", bound=Callable[..., Any])
 
 
 def as_own(fn: _Fn) -> _Fn:
-    """Mark a hook function as no user's: it is left on the model where theirs are set aside."""
+    """Mark a hook function as the package's own: it stays on where users' hooks are set aside."""
     setattr(fn, _OWN, True)
     return fn
 
 
 @dataclass(frozen=True, eq=False)
 class UserHook:
-    """One hook function of the user's.
+    """One of the user's hook functions.
 
     Attributes:
         name: The HookPoint's first name in ``model.hook_dict``, or the module's path.
         aliases: The HookPoint's other names.
         module: The HookPoint, or the module.
         kind: Called after the module's forward or before it, or in the backward.
-        key: Of torch's table of such hooks on the module.
+        key: Its key in torch's table of such hooks on the module.
         fn: The function as the user gave it.
         on_hook_point: False for torch hooks that were registered on another module.
     """
@@ -75,8 +76,8 @@ class UserHook:
     @property
     def table(self) -> MutableMapping[int, Callable[..., Any]]:
         """Torch's own table, by ``key``."""
-        found: MutableMapping[int, Callable[..., Any]] = getattr(self.module, _TABLES[self.kind])
-        return found
+        table: MutableMapping[int, Callable[..., Any]] = getattr(self.module, _TABLES[self.kind])
+        return table
 
     @property
     def is_forward(self) -> bool:
@@ -95,10 +96,10 @@ class Call:
     Attributes:
         hook: Which hook.
         how: "looked": returned None or the very tensor, and wrote nothing into it; "in place":
-            wrote into it; "returned": gave back something else; "gradient": registered a torch
+            wrote into it; "returned": returned something else; "gradient": registered a torch
             hook on the tensor, to read or change its gradient, and did nothing more.
-        changed: Whether any value is another one afterwards. An edit may change none (it writes
-            what was there, or into an empty range) and yet change gradients.
+        changed: Whether any value is different afterwards. An edit may change none (it writes what
+            was there already, or into an empty range) and yet change gradients.
         cut: Whether it was given a tensor with a gradient and returned one without.
     """
 
@@ -116,10 +117,10 @@ class Call:
 def behind(
     module: nn.Module, key: int, registered: Callable[..., Any]
 ) -> Callable[..., Any] | None:
-    """The user's function behind a hook in one of torch's tables; None if it is no user's.
+    """The user's function behind a hook in one of torch's tables; None if it is not a user's.
 
-    Not the user's are this package's own, those that TransformerLens put on a HookPoint for good,
-    and torch hooks of the libraries below.
+    This package's own hooks are not the user's, nor are those that TransformerLens put on a
+    HookPoint permanently, nor torch hooks of the libraries below.
     """
     handles = (*getattr(module, "fwd_hooks", ()), *getattr(module, "bwd_hooks", ()))
     handle = next((h for h in handles if h.hook.id == key), None)
@@ -133,20 +134,8 @@ def behind(
     return None if own else fn
 
 
-def modules_of(model: Any) -> list[nn.Module]:
-    """Every module of the bridge and of the wrapped model, once."""
-    found: dict[int, nn.Module] = {}
-    todo = [m for m in (getattr(model, "original_model", None), model) if isinstance(m, nn.Module)]
-    while todo:
-        module = todo.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            todo += [m for m in reversed(vars(module)["_modules"].values()) if m is not None]
-    return list(found.values())
-
-
 def _named(model: Any, points: dict[int, list[str]]) -> Callable[[nn.Module], list[str]]:
-    """What modules are called in messages."""
+    """A function from a module to its names in messages."""
     paths: dict[int, str] = {}
 
     def names(module: nn.Module) -> list[str]:
@@ -154,19 +143,19 @@ def _named(model: Any, points: dict[int, list[str]]) -> Callable[[nn.Module], li
             own = getattr(module, "name", None)
             return sorted(points[id(module)], key=lambda name: name != own)
         if not paths:
-            for name, found in model.named_modules():
-                paths.setdefault(id(found), name or "model")
-            paths.update({id(found): name for found, name in module_names(model).items()})
+            for name, other in model.named_modules():
+                paths.setdefault(id(other), name or "model")
+            paths.update({id(other): name for other, name in module_names(model).items()})
         return [paths.get(id(module), type(module).__name__)]
 
     return names
 
 
 def user_hooks(model: Any) -> tuple[UserHook, ...]:
-    """Every hook that is neither this package's nor TransformerLens' own permanent one.
+    """Every hook that is neither this package's nor one of TransformerLens' permanent hooks.
 
-    On HookPoints, however they were added (``add_hook``, ``add_perma_hook``, ``model.hooks``,
-    ``run_with_hooks``), in both directions, and torch hooks registered on any module.
+    These are the hooks on HookPoints in both directions, however they were added (``add_hook``,
+    ``add_perma_hook``, ``model.hooks``, ``run_with_hooks``), and torch hooks on any module.
 
     Args:
         model: A ``TransformerBridge``.
@@ -175,16 +164,26 @@ def user_hooks(model: Any) -> tuple[UserHook, ...]:
         HookPoints' hooks in the order of ``model.hook_dict``, each point's in the order in which
         they are called; torch hooks on other modules after them.
     """
+    return _user_hooks(model, modules_of(model), hook_points)
+
+
+def _user_hooks(
+    model: Any,
+    modules: Iterable[nn.Module],
+    points_of: Callable[[Any], Mapping[str, Any]],
+) -> tuple[UserHook, ...]:
     hooked = {
-        id(m): m for m in modules_of(model) if any(map(vars(m).__getitem__, _TABLES.values()))
+        id(m): m
+        for m in modules
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
     }
     if not hooked:
         return ()
     points: dict[int, list[str]] = {}
-    for name, point in model.hook_dict.items():
+    for name, point in points_of(model).items():
         points.setdefault(id(point), []).append(name)
     order = [hooked.pop(which) for which in points if which in hooked]
-    names, found = _named(model, points), list[UserHook]()
+    names, hooks = _named(model, points), list[UserHook]()
     for module in (*order, *hooked.values()):
         for kind, attribute in _TABLES.items():
             for key, registered in vars(module)[attribute].items():
@@ -192,21 +191,23 @@ def user_hooks(model: Any) -> tuple[UserHook, ...]:
                 if fn is not None:
                     first, *rest = names(module)
                     on_point = id(module) in points
-                    found.append(UserHook(first, tuple(rest), module, kind, key, fn, on_point))
-    return tuple(found)
+                    hooks.append(UserHook(first, tuple(rest), module, kind, key, fn, on_point))
+    return tuple(hooks)
 
 
 def require_no_new(model: Any, known: Iterable[UserHook]) -> None:
-    """Refuse a run in which a hook was added: nobody has looked at what that one did.
+    """Refuse a run in which a hook was added, since nothing has examined what it did.
 
     Args:
+        model: A ``TransformerBridge``.
         known: ``user_hooks`` before the run.
 
     Raises:
-        ModelStateError: names the hook.
+        ModelStateError: Names the hook.
     """
     before = {(id(hook.module), hook.kind, hook.key) for hook in known}
-    for hook in user_hooks(model):
+    # A fresh walk: a hook may have added a module, too.
+    for hook in _user_hooks(model, all_modules(model), lambda model: model.hook_dict):
         if (id(hook.module), hook.kind, hook.key) not in before:
             raise ModelStateError(
                 f"A hook was put at {hook} while the model ran, by another hook or in another "
@@ -217,20 +218,20 @@ def require_no_new(model: Any, known: Iterable[UserHook]) -> None:
 
 @contextmanager
 def aside(hooks: Iterable[UserHook]) -> Iterator[None]:
-    """These hooks are not called in this thread inside the block; in other threads they are."""
-    kept = [(hook, hook.table[hook.key]) for hook in hooks if hook.key in hook.table]
+    """Do not call these hooks in this thread inside the block; other threads call them."""
+    originals = [(hook, hook.table[hook.key]) for hook in hooks if hook.key in hook.table]
     try:
-        for hook, fn in kept:
+        for hook, fn in originals:
             hook.table[hook.key] = elsewhere(fn)  # in its old place among others
         yield
     finally:
-        for hook, fn in kept:
+        for hook, fn in originals:
             if hook.key in hook.table:  # another thread may have removed it
                 hook.table[hook.key] = fn
 
 
 class _Conversion:
-    """A HookPoint's conversion that knows whether a hook gave back what it was given."""
+    """A HookPoint's conversion that knows whether a hook returned what it was given."""
 
     def __init__(self, conversion: Any) -> None:
         self.conversion = conversion
@@ -282,7 +283,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def _as_in_backward(value: Any) -> Any:
-    """A tensor's copy that requires a gradient, as it does where a backward follows."""
+    """A copy of a tensor that requires a gradient, as the tensor would before a backward."""
     if type(value) in (tuple, list):
         return type(value)(map(_as_in_backward, value))
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.requires_grad:
@@ -311,7 +312,7 @@ def _watched(
             tensors = tensors_in(given)
             states = [_state(x) for x in tensors]
             others = args[:-1] if at else args[1:]
-            beside = [(x, _version(x)) for x in tensors_in(others)]
+            other_versions = [(x, _version(x)) for x in tensors_in(others)]
             conversion = getattr(module, "hook_conversion", None)
             looking = _Conversion(conversion) if conversion is not None else None
             if looking is not None:
@@ -324,7 +325,9 @@ def _watched(
         written = [_written(x, state) for x, state in zip(tensors, states, strict=True)]
         changed, cut = any(now for _, now in written), False
         how: How = "looked"
-        if any(touched for touched, _ in written) or any(_version(x) != v for x, v in beside):
+        if any(touched for touched, _ in written) or any(
+            _version(x) != v for x, v in other_versions
+        ):
             how = "in place"
         if returned is not None and returned is not given and not (looking and looking.same):
             after = tensors_in(returned)
@@ -349,25 +352,24 @@ def _watched(
 
 @contextmanager
 def observed(hooks: Iterable[UserHook], *, gradients: bool = False) -> Iterator[list[Call]]:
-    """Note what forward hooks do while the block runs the model; values stay what they are.
+    """Record what forward hooks do while the block runs the model; no value changes.
 
-    Costs a copy and a comparison of each value that a hook is given.
+    This costs a copy and a comparison of each value that a hook is given.
 
     Args:
         hooks: From ``user_hooks``; backward ones are left alone.
-        gradients: In a forward without gradients, show each hook a tensor that requires one all
-            the same, as it would see where a backward follows.
+        gradients: In a forward without gradients, show each hook a tensor that requires one, as it
+            would see before a backward.
 
     Yields:
-        A list that each call of a hook is added to, in the order of the forward.
+        A list to which each call of a hook is added, in the order of the forward.
     """
     seen: list[Call] = []
     watched = [(hook, hook.table[hook.key]) for hook in hooks if hook.is_forward]
     try:
         for hook, fn in watched:
-            hook.table[hook.key] = _watched(
-                hook, fn, seen, gradients
-            )  # in its old place among others
+            # The key is the same, so the hook keeps its place among the others.
+            hook.table[hook.key] = _watched(hook, fn, seen, gradients)
         yield seen
     finally:
         for hook, fn in watched:
@@ -376,7 +378,7 @@ def observed(hooks: Iterable[UserHook], *, gradients: bool = False) -> Iterator[
 
 
 def next_sequence() -> int:
-    """Autograd's number of the next node; it grows in order of creation."""
+    """The sequence number that autograd gives the next node; it grows in order of creation."""
     number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
     return number
 
@@ -431,10 +433,10 @@ def _restarting(
 
 @contextmanager
 def restarted(hooks: Iterable[UserHook]) -> Iterator[list[Tensor]]:
-    """A constant that a hook puts in the place of a computed value starts a gradient of its own.
+    """Let a constant that a hook puts in the place of a computed value start its own gradient.
 
-    So relevance can be read at it and below it, as at any other value; what lies above it is cut
-    off all the same.
+    Relevance can then be read at the constant and at what is computed from it, as at any other
+    value. What the hook replaced stays cut off.
 
     Args:
         hooks: From ``user_hooks``.

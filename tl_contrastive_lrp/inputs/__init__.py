@@ -1,9 +1,9 @@
 """What a caller hands in, checked: TransformerLens' version, bridge, devices, tokens, objective.
 
-Everything behind this door may rely on it; what is wrong is said here, with what to type instead.
+Everything above this room may rely on these checks; their messages say what to type instead.
 
-The objectives are imported when they are asked for: the command line's help and the check of
-TransformerLens' version come through this door before torch.
+The objectives are imported at first use: the command line's help and the check of TransformerLens'
+version go through this room before torch is imported.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Whether a prompt begins with the BOS token: as asked, and said where the tokenizer differs.
+"""Whether a prompt begins with the BOS token, with a warning where tokenizers disagree.
 
-Three parties have an opinion: the model's own tokenizer (as Hugging Face loads it alone), the model
+Three settings matter: the model's own tokenizer (as Hugging Face loads it by itself), the model
 (``cfg.default_prepend_bos``, which TransformerLens sets for each family), and the text, which may
 begin with the BOS token already, as a chat template's output does. TransformerLens loads the
 tokenizer again with ``add_bos_token=True``, so ``model.tokenizer(text)`` no longer shows what the
-first of them does.
+model's own tokenizer does.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ _DEFAULT = Wording(
 
 @dataclass(frozen=True)
 class Own:
-    """What a tokenizer, as Hugging Face loads it alone, puts around a text."""
+    """Whether a tokenizer, as Hugging Face loads it by itself, adds BOS and EOS to a text."""
 
     bos: bool
     eos: bool
 
 
-_said: MutableMapping[Any, set[str]] = WeakKeyDictionary()
+_warned: MutableMapping[Any, set[str]] = WeakKeyDictionary()
 _alone: MutableMapping[Any, Own | None] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Note:
-    """One way in which a prompt's ids differ from what was to be expected.
+    """One way in which a prompt's ids differ from what a user may expect.
 
     Attributes:
-        kind: Which way: of each kind, a model's user is told once.
-        says: In words, with what to type.
+        kind: Which way; the user of a model is warned once of each kind.
+        text: The warning, with what to type.
     """
 
     kind: str
-    says: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -65,32 +65,32 @@ class Tokenised:
 
 
 def tokenised(model: Any, text: str, prepend_bos: bool | None = None) -> Tokenised:
-    """The ids of ``model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)``, accounted for.
+    """The ids of ``model.to_tokens(text, prepend_bos=..., truncate=False)``, with notes on them.
 
-    They are those ids, with two exceptions, both of them said. With ``prepend_bos=None`` a text
-    that begins with the BOS token already gets no second one. And EOS tokens that the text ends
-    with stay: TransformerLens takes them for ones that the tokenizer has appended.
+    There are two exceptions. With ``prepend_bos=None``, a text that begins with the BOS token
+    already gets no second one. And EOS tokens at the end of the text stay, which TransformerLens
+    would remove as if the tokenizer had appended them.
 
     Args:
         model: The bridge.
         text: Not empty.
-        prepend_bos: As in ``model.to_tokens``: whether the ids shall begin with the BOS token
-            (True: before a text that begins with it, a second one). None: the model's default,
+        prepend_bos: Whether to put the BOS token before the text, as in ``model.to_tokens``, even
+            before a text that begins with it. None is the model's default,
             ``cfg.default_prepend_bos``.
 
     Raises:
         TypeError: ``prepend_bos`` is neither None nor a bool.
-        PromptError: True, and there is no such token; or what the config says of the tokenizer is
-            no longer so, and a token would be lost or doubled.
+        PromptError: ``prepend_bos`` is True and there is no such token; or the config no longer
+            describes the tokenizer, and a token would be lost or doubled.
     """
     if prepend_bos is not None and not isinstance(prepend_bos, bool):
         raise TypeError(f"prepend_bos={prepend_bos!r}: use True, False, or None for the default.")
     tokenizer, default = model.tokenizer, bool(getattr(model.cfg, "default_prepend_bos", True))
     within = _ids(tokenizer, text, add_special_tokens=False)
     begins = bool(within) and within[0] in _firsts(tokenizer)
-    chosen = (default and not begins) if prepend_bos is None else prepend_bos
-    _check_config(model, chosen)
-    ids = model.to_tokens(text, prepend_bos=chosen, truncate=False)[0].tolist()
+    prepends = (default and not begins) if prepend_bos is None else prepend_bos
+    _check_config(model, prepends)
+    ids = model.to_tokens(text, prepend_bos=prepends, truncate=False)[0].tolist()
     ids += [tokenizer.eos_token_id] * (_ends(model, within) - _ends(model, ids))
     before = _leading(tokenizer, ids) - _leading(tokenizer, within)
     if before < 1 and prepend_bos:
@@ -121,15 +121,15 @@ def tokenised(model: Any, text: str, prepend_bos: bool | None = None) -> Tokenis
 
 
 def warn_once(model: Any, notes: tuple[Note, ...]) -> None:
-    """Warn of each kind of note once a model, at the caller's line outside this package."""
-    said = _said.setdefault(model, set())
+    """Warn of each kind of note once per model, at the caller's line outside this package."""
+    warned = _warned.setdefault(model, set())
     for note in notes:
-        if note.kind not in said:
-            warnings.warn(note.says, SpecialTokenWarning, stacklevel=_outside())
-            said.add(note.kind)  # a filter that turns warnings into errors has not heard it yet
+        if note.kind not in warned:
+            warnings.warn(note.text, SpecialTokenWarning, stacklevel=_outside())
+            warned.add(note.kind)  # not reached where a filter turns the warning into an error
 
 
-def _notes(model: Any, asked: bool | None, begins: bool, before: int) -> list[Note]:
+def _notes(model: Any, prepend_bos: bool | None, begins: bool, before: int) -> list[Note]:
     tokenizer, notes = model.tokenizer, []
     bos, own = repr(tokenizer.bos_token), own_tokens(model)
     default = bool(getattr(model.cfg, "default_prepend_bos", True))
@@ -146,7 +146,7 @@ def _notes(model: Any, asked: bool | None, begins: bool, before: int) -> list[No
                 ),
             )
         )
-    elif begins and asked is None and (default or (own is None or own.bos)):
+    elif begins and prepend_bos is None and (default or (own is None or own.bos)):
         who = (
             Wording("model.to_tokens(text)", elsewhere="TransformerLens")
             if default
@@ -167,7 +167,7 @@ def _notes(model: Any, asked: bool | None, begins: bool, before: int) -> list[No
                 ),
             )
         )
-    elif asked is None and not begins:
+    elif prepend_bos is None and not begins:
         if before > 0 and (own is None or not own.bos):
             whose = (
                 "The model's own tokenizer would not"
@@ -219,9 +219,9 @@ def _notes(model: Any, asked: bool | None, begins: bool, before: int) -> list[No
 
 
 def own_tokens(model: Any) -> Own | None:
-    """What the model's tokenizer, as Hugging Face loads it alone, puts around a text.
+    """What the model's tokenizer, as Hugging Face loads it by itself, adds to a text.
 
-    None where TransformerLens has loaded it again and its files can no longer be read.
+    None if TransformerLens has loaded it again and its files can no longer be read.
     """
     tokenizer = model.tokenizer
     if tokenizer.init_kwargs.get("add_bos_token") is not True or not tokenizer.name_or_path:
@@ -258,9 +258,9 @@ def _ids(tokenizer: Any, text: str, **settings: Any) -> list[int]:
 
 
 def _firsts(tokenizer: Any) -> set[int]:
-    """What TransformerLens counts as a BOS token: BERT's CLS too."""
-    found = (tokenizer.bos_token_id, getattr(tokenizer, "cls_token_id", None))
-    return {i for i in found if i is not None}
+    """The ids that TransformerLens counts as a BOS token, which includes BERT's CLS."""
+    ids = (tokenizer.bos_token_id, getattr(tokenizer, "cls_token_id", None))
+    return {i for i in ids if i is not None}
 
 
 def _leading(tokenizer: Any, ids: list[int]) -> int:
@@ -269,26 +269,26 @@ def _leading(tokenizer: Any, ids: list[int]) -> int:
 
 
 def _ends(model: Any, ids: list[int]) -> int:
-    """How many EOS tokens end the ids, where TransformerLens would take them away."""
+    """How many EOS tokens end the ids, if TransformerLens would remove them."""
     eos = model.tokenizer.eos_token_id
     if eos is None or not getattr(model.cfg, "tokenizer_appends_eos", False):
         return 0
     return next((at for at, i in enumerate(reversed(ids)) if i != eos), len(ids))
 
 
-def _check_config(model: Any, chosen: bool) -> None:
-    """Refuse a tokenizer exchanged or changed after the model was loaded, where it matters."""
-    said = bool(getattr(model.cfg, "tokenizer_prepends_bos", True))
+def _check_config(model: Any, prepends: bool) -> None:
+    """Refuse a tokenizer that was replaced or changed after the model was loaded, if it matters."""
+    expected = bool(getattr(model.cfg, "tokenizer_prepends_bos", True))
     does = _around(model.tokenizer).bos
-    if said == does or (said and chosen):
+    if expected == does or (expected and prepends):
         return
     wrong = (
         "lose its first token"
-        if said
-        else f"begin with {'two BOS tokens' if chosen else 'a BOS token that was not asked for'}"
+        if expected
+        else f"begin with {'two BOS tokens' if prepends else 'a BOS token that was not asked for'}"
     )
     raise PromptError(
-        f"model.cfg.tokenizer_prepends_bos is {said}, but model.tokenizer, changed since the "
+        f"model.cfg.tokenizer_prepends_bos is {expected}, but model.tokenizer, changed since the "
         f"model was loaded, puts {'a' if does else 'no'} BOS token first: the prompt would "
         f"{wrong}. Set model.cfg.tokenizer_prepends_bos = {does}."
     )

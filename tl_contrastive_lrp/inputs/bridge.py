@@ -1,7 +1,7 @@
-"""``attribute``: explain one prediction, from one forward and one backward.
+"""The bridge: questions about a ``TransformerBridge`` as a whole.
 
-What is read is reduced inside the backward (summed over hidden dimensions), so the result needs
-O(layers · pos) memory beside what autograd itself keeps.
+Its HookPoints, components and modules by name, the sites of its residual stream, and whether it is
+a bridge at all. Whole walks of the model are computed once per public call (``once_per_call``).
 """
 
 from __future__ import annotations
@@ -9,30 +9,42 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from ..rules.threads import once_per_call, wrapped_modules
 
 
 def residual_sites(model: Any) -> tuple[str, ...]:
-    """HookPoints of the residual stream: every block's input, and the last block's output."""
+    """HookPoints of the residual stream: each block's input, and the last block's output."""
     n = int(model.cfg.n_layers)
     return (*(f"blocks.{i}.hook_resid_pre" for i in range(n)), f"blocks.{n - 1}.hook_resid_post")
 
 
 def without_neurons(model: Any) -> str | None:
-    """Name of a block whose MLP has no neurons at ``hook_post``: experts have no HookPoints."""
+    """Name of an MLP that has no neurons at ``hook_post`` (experts have no HookPoints), or None."""
     for layer in range(int(model.cfg.n_layers)):
         mlp = getattr(model.blocks[layer], "mlp", None)
         experts = is_kind(mlp, "MoEBridge") and not getattr(mlp, "bound_dense", False)
-        if experts or f"blocks.{layer}.mlp.hook_post" not in model.hook_dict:
+        if experts or f"blocks.{layer}.mlp.hook_post" not in hook_points(model):
             return f"blocks.{layer}.mlp"
     return None
+
+
+@once_per_call
+def hook_points(model: Any) -> Mapping[str, Any]:
+    """Every HookPoint by each of its names: ``model.hook_dict``, built once per public call.
+
+    TransformerLens builds that mapping anew at each access.
+    """
+    points: Mapping[str, Any] = model.hook_dict
+    return points
 
 
 def public_name(hook_dict: Mapping[str, Any], name: str) -> str:
     """The one name under which TransformerLens calls a hook once at this HookPoint.
 
     In compatibility mode a HookPoint is renamed, and a hook added under its other name is called
-    once per name: a rule would apply twice.
+    once per name, so a rule would apply twice.
     """
     hook_point = hook_dict[name]
     own: str | None = hook_point.name
@@ -50,22 +62,24 @@ def is_component(module: object) -> bool:
     return type(module).__module__.startswith(_BRIDGES) and hasattr(module, "original_component")
 
 
-def components(model: Any) -> dict[str, Any]:
+@once_per_call
+def components(model: Any) -> Mapping[str, Any]:
     """Every TransformerLens component of the model by path, in the order of its HookPoints."""
-    found: dict[str, Any] = {}
-    for hook_name in model.hook_dict:
+    by_path: dict[str, Any] = {}
+    for hook_name in hook_points(model):
         path = hook_name.rpartition(".")[0]
-        if not path or path in found:
+        if not path or path in by_path:
             continue
         component: Any = model
         for part in path.split("."):
             component = component[int(part)] if part.isdigit() else getattr(component, part)
         if is_component(component):
-            found[path] = component
-    return found
+            by_path[path] = component
+    return by_path
 
 
-def module_names(model: Any) -> dict[nn.Module, str]:
+@once_per_call
+def module_names(model: Any) -> Mapping[nn.Module, str]:
     """Every module of the wrapped model by its path as TransformerLens names it.
 
     "blocks.0.mlp" for a component, "blocks.0.mlp.act_fn" for what one wraps.
@@ -73,7 +87,7 @@ def module_names(model: Any) -> dict[nn.Module, str]:
     paths = {id(component): path for path, component in components(model).items()}
     names: dict[nn.Module, str] = {}
     translated: dict[str, str] = {"": ""}
-    for raw, module in model.original_model.named_modules():
+    for raw, module in wrapped_modules(model):
         head, _, last = raw.rpartition(".")
         above = translated.get(head, head)
         if id(module) in paths:
@@ -87,18 +101,35 @@ def module_names(model: Any) -> dict[nn.Module, str]:
     return names
 
 
+def bias_of(module: object) -> Tensor | None:
+    """The vector [features] that a module adds: its own ``bias``, whether it is a parameter or not.
+
+    ``getattr`` would not do: a component passes on the attributes of what it wraps. Something else
+    that is called "bias", like the causal mask of the first GPT, is not a vector.
+    """
+    if not isinstance(module, nn.Module):
+        return None
+    for own in (module._parameters, module._buffers, vars(module)):
+        bias = own.get("bias")
+        if isinstance(bias, Tensor) and bias.is_floating_point() and bias.ndim == 1:
+            return bias
+    return None
+
+
 def is_kind(component: Any, class_name: str) -> bool:
     """Whether the component is of that TransformerLens class or of one derived from it."""
     return any(base.__name__ == class_name for base in type(component).__mro__)
 
 
 def require_bridge(model: Any) -> None:
-    """Refuse what is no ``TransformerBridge``.
+    """Refuse what is not a ``TransformerBridge``.
 
     Raises:
-        TypeError: says how to make one.
+        TypeError: Says how to make one.
     """
-    if not hasattr(model, "hook_dict") or not hasattr(model, "original_model"):
+    # Asked of the class first: the instance would build its table of HookPoints.
+    has_hook_points = hasattr(type(model), "hook_dict") or hasattr(model, "hook_dict")
+    if not has_hook_points or not hasattr(model, "original_model"):
         if any(base.__module__.split(".")[0] == "peft" for base in type(model).__mro__):
             raise TypeError(
                 f"model must be a TransformerBridge, got {type(model).__name__}, a model with an "

@@ -1,30 +1,34 @@
-"""Where a model's weights are: kept elsewhere between calls, on several devices, or nowhere.
+"""Devices: where a model's weights are, and where arithmetic in float64 is possible.
 
 With ``device_map`` accelerate keeps weights on disk or on another device while their module does
-not run, or spreads a model over devices. Its hooks bring weights and activations together.
+not run, or spreads a model over devices. Its hooks bring weights and activations together. Some
+devices have no float64 (Apple's MPS is one), so sums that need it are done on the CPU there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ModelStateError
+from ..rules.threads import wrapped_modules, wrapped_parameters
 
 
 @contextmanager
 def loaded(module: Any) -> Iterator[None]:
     """The module's own weights as numbers, for the block; they may be elsewhere before and after.
 
-    With ``device_map`` offloading, a parameter is on the "meta" device but while its module runs.
+    With ``device_map`` offloading, a parameter is on the "meta" device except while its module
+    runs.
     """
     wrapped = getattr(module, "original_component", module)
     if not isinstance(wrapped, nn.Module) or not any(
-        p.is_meta for p in wrapped.parameters(recurse=False)
+        p.is_meta for p in wrapped._parameters.values() if p is not None
     ):
         yield
         return
@@ -35,21 +39,21 @@ def loaded(module: Any) -> Iterator[None]:
 
 
 def _hooks(model: Any) -> Iterator[Any]:
-    """accelerate's hooks, outermost module first."""
-    for module in model.original_model.modules():
+    """The hooks of accelerate, outermost module first."""
+    for _, module in wrapped_modules(model):
         hook = getattr(module, "_hf_hook", None)
         if hook is not None:
             yield from getattr(hook, "hooks", (hook,))
 
 
 def input_device(model: Any) -> torch.device:
-    """Device that token ids must be on, also where the embeddings' weights are on disk.
+    """Device that token ids must be on, even where the embeddings' weights are on disk.
 
     Raises:
-        ModelStateError: as ``require_one_place``.
+        ModelStateError: As ``require_one_place``.
     """
     require_one_place(model)
-    device: torch.device = next(iter(model.original_model.parameters())).device
+    device: torch.device = wrapped_parameters(model)[0].device
     if device.type != "meta":
         return device
     places = (getattr(hook, "execution_device", None) for hook in _hooks(model))
@@ -58,12 +62,12 @@ def input_device(model: Any) -> torch.device:
 
 
 def require_one_place(model: Any) -> None:
-    """Refuse weights on several devices, or nowhere, that nothing brings together.
+    """Refuse weights on several devices, or on none, that no hook of accelerate brings together.
 
     Raises:
-        ModelStateError: says which, and how to load the model.
+        ModelStateError: Says which, and how to load the model.
     """
-    devices = sorted({str(p.device) for p in model.original_model.parameters()})
+    devices = sorted({str(device) for device in {p.device for p in wrapped_parameters(model)}})
     if len(devices) < 2 and devices != ["meta"]:
         return
     if any(getattr(hook, "execution_device", None) is not None for hook in _hooks(model)):
@@ -78,3 +82,25 @@ def require_one_place(model: Any) -> None:
         f"activations between them. Put it on one, model.to({devices[-1]!r}), or load it with "
         "device_map=... or n_devices=..., which spread it and move activations."
     )
+
+
+@cache
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors on the device can be float64."""
+    if device.type in ("cpu", "cuda", "meta"):
+        return True
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def with_float64(x: Tensor) -> Tensor:
+    """``x`` where float64 is possible: itself, or a copy on the CPU."""
+    return x if has_float64(x.device) else x.cpu()
+
+
+def precise(x: Tensor) -> Tensor:
+    """``x`` in float64, on its device if that has float64, else on the CPU."""
+    return with_float64(x).double()

@@ -1,15 +1,18 @@
-"""What is explained: a scalar of the logits, positive where the model prefers the target.
+"""Objectives: a scalar of the logits to explain, positive where the model prefers the target.
 
     Δℓ = mean logit of the target(s) − contrast term,     at one position.
 
 Any other differentiable function logits → scalar will do, such as a sum over several positions;
-``positions_of`` finds from its gradient which positions those are.
+``positions_of`` tells from its gradient which positions those are.
 
 An ``Objective`` is a function logits → scalar, so it also serves as the metric of
 ``transformer_lens.patching`` and ``attribution_patch``. Sign: positive relevance supports the
-target (usually the wrong token the model wrote), negative the contrast (the right one). That is
-the opposite of TransformerLens' usual ``logit_diff``, correct − incorrect. Over a batch the rows
+target (usually the wrong token that the model wrote), negative the contrast (the right one). That
+is the opposite of TransformerLens' usual ``logit_diff``, correct − incorrect. Over a batch the rows
 are summed, so that each row's relevance is that of its own Δℓ.
+
+The file is long because it has the public makers of objectives with their examples, and everything
+that tells which positions and tokens an objective is about.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ Pos = int | Sequence[int]
 
 @dataclass(frozen=True)
 class Objective:
-    """A contrastive objective; make one with ``logit_diff`` or its sisters.
+    """A contrastive objective in logits, as ``logit_diff`` and its relatives make it.
+
+    Positive relevance supports the target, negative the contrast.
 
     Attributes:
         target: Token ids whose mean logit counts positive; empty stands for the top token.
@@ -45,9 +50,18 @@ class Objective:
             mean of all logits, or nothing.
         k: For ``versus="top_k"``.
         pos: Position whose logits count, negative from the end, or one for each row of a batch of
-            two or more. Which tokens of a row are padding, logits do not tell: ``with_mask`` does.
-        names: Name of each target and contrast token, for printing: typed back, it means that
-            token (``prompts.token_names``).
+            two or more. Logits do not show which tokens of a row are padding; ``with_mask``
+            accounts for it.
+        names: Name of each target and contrast token, for printing. Given as a target or contrast,
+            a name means that token.
+
+    Raises:
+        TokenError: ``pos`` is neither a whole number nor a list of one for each row.
+
+    Example:
+        >>> objective = clrp.Objective(target=(3,), contrast=(5,))
+        >>> float(objective(torch.tensor([[[0.0, 0.0, 0.0, 2.5, 0.0, 1.0]]])))
+        1.5
     """
 
     target: tuple[int, ...]
@@ -63,8 +77,11 @@ class Objective:
     def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, ""]:
         """Δℓ summed over the batch, in logits.
 
+        Args:
+            logits: As the model returns them.
+
         Raises:
-            TokenError: the position or a token does not exist in these logits.
+            TokenError: The position or a token does not exist in these logits.
         """
         target, contrast = self.parts(logits)
         return target.sum() if contrast is None else (target - contrast).sum()
@@ -72,7 +89,23 @@ class Objective:
     def parts(
         self, logits: Float[Tensor, "batch pos vocab"]
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"] | None]:
-        """The target term and the contrast term, one value a row; Δℓ is their difference."""
+        """The target term and the contrast term, one value per row; Δℓ is their difference.
+
+        Args:
+            logits: As the model returns them.
+
+        Returns:
+            Both terms in logits; the contrast term is None if nothing is subtracted.
+
+        Raises:
+            TokenError: The position or a token does not exist in these logits.
+
+        Example:
+            >>> logits = model(case.prompt)
+            >>> target, contrast = objective.parts(logits)
+            >>> torch.equal((target - contrast).sum(), objective(logits))
+            True
+        """
         rows = self._at_position(logits)
         ids = [*self.target, *self.contrast]
         if ids and max(ids) >= rows.shape[-1]:
@@ -91,19 +124,23 @@ class Objective:
     def with_mask(self, attention_mask: Int[Tensor, "batch pos"]) -> Objective:
         """The same objective for padded rows: negative positions count from the last real token.
 
-        ``run_with_relevance(..., attention_mask=...)`` does this by itself; inside ``lrp``, where
+        ``run_with_relevance(..., attention_mask=...)`` does this by itself. Inside ``lrp``, where
         you run the model, do it yourself: ``objective.with_mask(mask)(logits)``.
 
         Args:
             attention_mask: 0 at padding, on whichever side, and 1 elsewhere.
 
         Raises:
-            TokenError: a position is padding, or a row has fewer tokens than it asks for.
+            TokenError: A position is padding, or a row has too few tokens.
+
+        Example:
+            >>> objective.with_mask(torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])).pos
+            (2, 3)
         """
         real = attention_mask.detach().cpu() != 0
         if bool(real.all()):
             return self
-        length, found = real.shape[1], []
+        length, positions = real.shape[1], list[int]()
         for row, p in enumerate(self._by_row(len(real))):
             tokens = torch.nonzero(real[row])[:, 0].tolist()
             if p < 0 and -p > len(tokens):
@@ -118,8 +155,8 @@ class Objective:
                     f"Position {p} of row {row} is padding (attention_mask is 0 there). Use pos=-1 "
                     "for each row's last token, or a list of one position for each row."
                 )
-            found.append(p if p >= 0 else tokens[p])
-        return replace(self, pos=tuple(found) if len(found) > 1 else found[0])
+            positions.append(p if p >= 0 else tokens[p])
+        return replace(self, pos=tuple(positions) if len(positions) > 1 else positions[0])
 
     def _by_row(self, batch: int) -> list[int]:
         positions = [self.pos] * batch if isinstance(self.pos, int) else list(self.pos)
@@ -156,7 +193,12 @@ class Objective:
         return target, term(quoted[n:]) if contrast is None else contrast
 
     def texts(self) -> tuple[str, str]:
-        """The target's text and what it is contrasted with, for labels."""
+        """The target's text and what it is contrasted with, for labels.
+
+        Example:
+            >>> objective.texts() == (case.target, case.contrast)
+            True
+        """
         target, contrast = self._describe()
         names, n = self.names, len(self.target)
         target = names[0] if n == 1 and names else target
@@ -175,7 +217,7 @@ class Objective:
 
 
 def _pos(pos: Any) -> int | tuple[int, ...]:
-    """Whole numbers of any library as Python's; nothing is rounded or taken for another."""
+    """Positions of any library as Python's whole numbers; nothing is rounded."""
     given = pos.tolist() if hasattr(pos, "tolist") else pos  # NumPy, torch
     many = isinstance(given, list | tuple)
     for p in given if many else [given]:
@@ -185,9 +227,9 @@ def _pos(pos: Any) -> int | tuple[int, ...]:
                 "or one for each row of a batch."
             )
     if many and len(given) < 2:
-        instead = f"pos={int(given[0])}" if given else "a whole number, such as pos=-1"
+        suggestion = f"pos={int(given[0])}" if given else "a whole number, such as pos=-1"
         raise TokenError(
-            f"pos={pos!r} is a list of {len(given)}; use {instead}. A list has one position for "
+            f"pos={pos!r} is a list of {len(given)}; use {suggestion}. A list has one position for "
             "each row of a batch of two or more."
         )
     return tuple(int(p) for p in given) if many else int(given)
@@ -201,7 +243,7 @@ def one_position(pos: Any, length: int) -> int:
         length: How many tokens the prompt has.
 
     Raises:
-        TokenError: something else, or a position that the prompt does not have.
+        TokenError: Something else, or a position that the prompt does not have.
     """
     at = _pos(pos)
     if not isinstance(at, int):
@@ -221,10 +263,10 @@ def _of_rows(pos: tuple[int, ...]) -> TokenError:
 
 
 def for_one_prompt(objective: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The objective, if it can be of one prompt.
+    """The objective, if it applies to one prompt.
 
     Raises:
-        TokenError: it has a position for each row of a batch.
+        TokenError: It has a position for each row of a batch.
     """
     if isinstance(objective, Objective) and not isinstance(objective.pos, int):
         raise _of_rows(objective.pos)
@@ -234,10 +276,10 @@ def for_one_prompt(objective: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
 def read_rows(
     objective: Callable[[Tensor], Tensor], logits: Float[Tensor, "batch pos vocab"]
 ) -> Bool[Tensor, "batch pos"]:
-    """Where the objective's value depends on the logits: where its gradient is not 0.
+    """Where the objective's value depends on the logits, which is where its gradient is not 0.
 
     Raises:
-        ModelStateError: its value is no differentiable number.
+        ModelStateError: Its value is no differentiable number.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = (logits.clone() if logits.is_inference() else logits.detach()).requires_grad_(True)
@@ -261,34 +303,34 @@ def read_rows(
 def positions_of(
     objective: Callable[[Tensor], Tensor], logits: Float[Tensor, "1 pos vocab"], length: int
 ) -> tuple[int, ...]:
-    """The positions that an objective of one prompt explains, rising, from 0.
+    """The positions that an objective of one prompt explains, ascending from 0.
 
-    An ``Objective`` says which one it is; of any other function they are those at whose logits its
-    gradient is not 0.
+    An ``Objective`` names its own. For any other function they are the positions at whose logits
+    its gradient is not 0.
 
     Args:
         objective: Any function logits → scalar.
-        logits: All of the prompt's; an ``Objective`` does not look at them.
+        logits: Those of the whole prompt; not used for an ``Objective``.
         length: How many tokens the prompt has.
 
     Raises:
-        TokenError: as ``one_position``.
-        ModelStateError: its gradient is 0 everywhere.
+        TokenError: As ``one_position``.
+        ModelStateError: Its gradient is 0 everywhere.
     """
     if isinstance(objective, Objective):
         return (one_position(objective.pos, length),)
-    found = torch.nonzero(read_rows(objective, logits)[0])[:, 0].tolist()
-    if not found:
+    positions = torch.nonzero(read_rows(objective, logits)[0])[:, 0].tolist()
+    if not positions:
         raise ModelStateError(
             "The objective's gradient is 0 at every logit of this prompt (is it clipped, or a "
             "comparison?), so all relevance would be 0 and no position is explained. Give one that "
             "changes with the logits."
         )
-    return tuple(found)
+    return tuple(positions)
 
 
 def in_words(positions: Sequence[int], most: int = 6) -> str:
-    """Rising positions as a text: "3, 5-8", the middle left out where there are too many."""
+    """Ascending positions as text, "3, 5-8", shortened in the middle if there are too many."""
     runs: list[list[int]] = []
     for p in positions:
         if runs and runs[-1][-1] == p - 1:
@@ -302,21 +344,29 @@ def in_words(positions: Sequence[int], most: int = 6) -> str:
 
 
 def logit_diff(model: Any, target: object, contrast: object, pos: Pos = -1) -> Objective:
-    """Δℓ = logit(target) − logit(contrast): why this token and not that one?
+    """Δℓ = logit(target) − logit(contrast), in logits: why this token and not that one?
+
+    Positive relevance supports the target, negative the contrast.
 
     Args:
         model: A ``TransformerBridge``.
         target: What the model preferred: a single-token string, an id (also as text, ``id:123``),
-            or a set of these (a set counts as its mean logit). A leading space counts.
-        contrast: What it should have preferred, likewise.
+            or a set of these, which counts as its mean logit. A leading space matters.
+        contrast: What it should have preferred, in the same form.
         pos: Position whose next token is explained, negative from the end; one for each row of a
-            batch, if they differ. Under an ``attention_mask`` given to ``run_with_relevance`` -1 is
-            each row's last real token.
+            batch, if they differ. Under an ``attention_mask`` given to ``run_with_relevance``, -1
+            is each row's last real token.
 
     Raises:
-        TokenError: a string that is not one token or may be several, an id out of range, the same
+        TypeError: ``model`` is not a ``TransformerBridge``.
+        TokenError: A string that is not one token or may be several, an id out of range, the same
             token on both sides, or a ``pos`` that is neither a whole number nor a list of one for
             each row.
+
+    Example:
+        >>> delta = clrp.logit_diff(model, target=case.target, contrast=case.contrast)
+        >>> bool(delta(model(case.prompt)) > 0)  # the model prefers the target
+        True
     """
     targets = to_token_ids(model, target, "target")
     contrasts = to_token_ids(model, contrast, "contrast")
@@ -331,21 +381,63 @@ def logit_diff(model: Any, target: object, contrast: object, pos: Pos = -1) -> O
 
 
 def target_logit(model: Any, target: object, pos: Pos = -1) -> Objective:
-    """The logit of one token (or the mean of a set), contrasted with nothing."""
+    """The logit of one token (or the mean of a set), contrasted with nothing.
+
+    Args:
+        model: A ``TransformerBridge``.
+        target: The token or set of tokens, as for ``logit_diff``.
+        pos: Position or positions, as for ``logit_diff``.
+
+    Raises:
+        TypeError: ``model`` is not a ``TransformerBridge``.
+        TokenError: As ``logit_diff``.
+
+    Example:
+        >>> logits = model(case.prompt)
+        >>> target, _ = objective.parts(logits)
+        >>> torch.equal(clrp.target_logit(model, case.target)(logits), target.sum())
+        True
+    """
     ids = to_token_ids(model, target, "target")
     return Objective(ids, (), "none", pos=_pos(pos), names=token_names(model, ids))
 
 
 def top_logit(pos: Pos = -1) -> Objective:
-    """The highest logit, whichever token has it, contrasted with nothing."""
+    """The highest logit, whichever token has it, contrasted with nothing.
+
+    Args:
+        pos: Position or positions, as for ``logit_diff``.
+
+    Raises:
+        TokenError: ``pos`` is neither a whole number nor a list of one for each row.
+
+    Example:
+        >>> logits = model(case.prompt)
+        >>> torch.equal(clrp.top_logit()(logits), logits[0, -1].max())
+        True
+    """
     return Objective((), (), "none", pos=_pos(pos))
 
 
 def logit_minus_top_k(model: Any, target: object, k: int, pos: Pos = -1) -> Objective:
     """The target's logit minus the mean of the ``k`` highest logits of other tokens.
 
+    Args:
+        model: A ``TransformerBridge``.
+        target: The token or set of tokens, as for ``logit_diff``.
+        k: How many other tokens, at least 1.
+        pos: Position or positions, as for ``logit_diff``.
+
     Raises:
-        TokenError: also if ``k`` is not between 1 and the number of other tokens.
+        TypeError: ``model`` is not a ``TransformerBridge``.
+        TokenError: As ``logit_diff``; also if ``k`` is not between 1 and the number of other
+            tokens.
+
+    Example:
+        >>> logits = model(case.prompt)
+        >>> one, ten = (clrp.logit_minus_top_k(model, case.target, k)(logits) for k in (1, 10))
+        >>> bool(one < ten)  # the other tokens' mean falls with k
+        True
     """
     ids = to_token_ids(model, target, "target")
     others = vocab_size(model) - len(ids)
@@ -355,7 +447,22 @@ def logit_minus_top_k(model: Any, target: object, k: int, pos: Pos = -1) -> Obje
 
 
 def logit_minus_mean(model: Any, target: object, pos: Pos = -1) -> Objective:
-    """The target's logit minus the mean of all logits."""
+    """The target's logit minus the mean of all logits.
+
+    Args:
+        model: A ``TransformerBridge``.
+        target: The token or set of tokens, as for ``logit_diff``.
+        pos: Position or positions, as for ``logit_diff``.
+
+    Raises:
+        TypeError: ``model`` is not a ``TransformerBridge``.
+        TokenError: As ``logit_diff``.
+
+    Example:
+        >>> logits, mean_diff = model(case.prompt), clrp.logit_minus_mean(model, case.target)
+        >>> torch.allclose(mean_diff(logits), mean_diff(logits + 1.0), atol=1e-4)
+        True
+    """
     ids = to_token_ids(model, target, "target")
     return Objective(ids, (), "mean", pos=_pos(pos), names=token_names(model, ids))
 
@@ -370,8 +477,8 @@ def question(
     """The objective itself, or ``logit_diff`` of both tokens.
 
     Raises:
-        TypeError: neither an objective nor both tokens, or both ways at once, an objective that is
-            no function, or ``pos`` beside an objective.
+        TypeError: Neither an objective nor both tokens, or both ways at once, an objective that is
+            no function, or ``pos`` together with an objective.
         TokenError: ``pos`` is no position of one prompt.
     """
     given = objective is not None, target is not None, contrast is not None
@@ -403,9 +510,9 @@ def require_objectives(objectives: object) -> list[Callable[[Tensor], Tensor]]:
         objectives: What the caller gave.
 
     Raises:
-        TypeError: it is no list, or one of its items is no function.
-        ValueError: the list is empty.
-        TokenError: as ``for_one_prompt``.
+        TypeError: It is no list, or one of its items is no function.
+        ValueError: The list is empty.
+        TokenError: As ``for_one_prompt``.
     """
     if isinstance(objectives, str) or not isinstance(objectives, Sequence):
         raise TypeError(
@@ -424,10 +531,10 @@ def require_objectives(objectives: object) -> list[Callable[[Tensor], Tensor]]:
 
 
 def check_earlier(name: str, pos: int, others: str, earlier: tuple[int, ...]) -> None:
-    """Look at further positions explained.
+    """Check the further positions explained.
 
     Raises:
-        ValueError: they are not whole numbers from 0 that rise and lie before ``pos``.
+        ValueError: They are not whole numbers from 0 that rise and lie before ``pos``.
     """
     whole = all(isinstance(p, int) and not isinstance(p, bool) for p in earlier)
     if earlier and not (whole and all(a < b for a, b in pairwise((-1, *earlier, pos)))):

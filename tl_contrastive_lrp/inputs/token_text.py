@@ -1,4 +1,4 @@
-"""The text of tokens: a name that can be typed back, and what a token says in its prompt.
+"""The text of tokens: a name that can be typed back, and what a token adds to its prompt.
 
 These are two questions, and one answer does not serve both.
 
@@ -19,8 +19,8 @@ token. Where these differ, it is ambiguous and refused. That happens with tokeni
 space before what they are given (the Llama-2 form): "Paris" is the text of the entry ``"Paris"``,
 which continues a word, and the tokenizer reads it as ``"▁Paris"``. Both are likely to be meant:
 the first by someone who saw it in a table, the second by someone who is used to
-``model.to_single_token``; whichever were taken, someone would be shown the other token's number
-under the label that he typed. " Paris" is unambiguous, and the first is named ``"id:123 Paris"``.
+``model.to_single_token``. Either choice would show one of them the other token's number under the
+label that they typed. " Paris" is unambiguous, and the first is named ``"id:123 Paris"``.
 In vocabularies that write spaces as ``"▁"`` a text with that sign is always a vocabulary entry.
 
 *Text in context*: what a token contributes to its prompt. ``texts_in_context`` cuts the decoded
@@ -51,10 +51,10 @@ _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Byte-level vocabularies write each byte as one visible character; here is which.
+    """The byte for each character with which byte-level vocabularies write bytes.
 
-    Visible characters of Latin-1 stand for themselves, the other bytes, in order, for the
-    characters from U+0100 on.
+    Visible characters of Latin-1 mean themselves. The characters from U+0100 on mean the other
+    bytes, in order.
     """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
@@ -74,7 +74,7 @@ def _readable(data: bytes) -> str:
 
 
 def _with_strays(text: str) -> str:
-    return _STRAY.sub(lambda found: f"<0x{ord(found[0]) - 0xDC00:02X}>", text)
+    return _STRAY.sub(lambda match: f"<0x{ord(match[0]) - 0xDC00:02X}>", text)
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ class _Form:
     """How a tokenizer writes text.
 
     Attributes:
-        size: Number of its tokens when this was found out; with more, it is found out anew.
+        size: Number of its tokens when this was read; it is read again if there are others.
         byte_level: Entries are bytes, each written as a character.
         byte_fallback: Entries such as ``<0xE2>`` are bytes.
-        space: What entries hold for a space; "" where nothing stands for it.
+        space: How entries write a space; "" if they have no sign for it.
         added: Texts of tokens that were added to the vocabulary, by id.
         contents: Their ids, by text.
         names: Names given so far, by id.
@@ -104,7 +104,7 @@ _forms: WeakKeyDictionary[Any, _Form] = WeakKeyDictionary()
 
 
 def _form_of(tokenizer: Any) -> _Form:
-    """The tokenizer's form, found out once."""
+    """The tokenizer's form, read once."""
     form = _forms.get(tokenizer)
     size = len(tokenizer)
     if form is None or form.size != size:
@@ -143,16 +143,17 @@ def _entry(tokenizer: Any, token_id: int) -> str | None:
     if getattr(tokenizer, "backend_tokenizer", None) is None and token_id >= len(tokenizer):
         return None  # tokenizers written in Python give their unknown token
     try:
-        found = tokenizer.convert_ids_to_tokens(token_id)
+        entry = tokenizer.convert_ids_to_tokens(token_id)
     except (IndexError, KeyError, OverflowError):
         return None
-    return found if isinstance(found, str) and found else None
+    return entry if isinstance(entry, str) and entry else None
 
 
 def _with_entry(tokenizer: Any, entry: str) -> set[int]:
     """The id of a vocabulary entry, or nothing."""
-    found = tokenizer.convert_tokens_to_ids(entry)
-    return {int(found)} if found is not None and _entry(tokenizer, found) == entry else set()
+    token_id = tokenizer.convert_tokens_to_ids(entry)
+    exists = token_id is not None and _entry(tokenizer, token_id) == entry
+    return {int(token_id)} if exists else set()
 
 
 def _data(form: _Form, token_id: int, entry: str) -> bytes:
@@ -192,10 +193,10 @@ def _of_text(tokenizer: Any, form: _Form, text: str) -> set[int]:
         entries |= {data.decode("latin-1").translate(_TO_BYTES) for data in datas}
     elif form.byte_fallback and (byte := _BYTE.fullmatch(text)):
         entries.add(f"<0x{byte[1].upper()}>")
-    found = {i for entry in entries for i in _with_entry(tokenizer, entry)}
+    ids = {i for entry in entries for i in _with_entry(tokenizer, entry)}
     if text in form.contents:
-        found.add(form.contents[text])
-    return {i for i in found if _data(form, i, _entry(tokenizer, i) or "") in datas}
+        ids.add(form.contents[text])
+    return {i for i in ids if _data(form, i, _entry(tokenizer, i) or "") in datas}
 
 
 def _encoded(tokenizer: Any, text: str) -> list[int]:
@@ -207,7 +208,7 @@ def _encoded(tokenizer: Any, text: str) -> list[int]:
 
 
 def readings(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """The ids that a typed text can mean, smallest first; several: it is ambiguous.
+    """The ids that a typed text can mean, smallest first; with several it is ambiguous.
 
     ``id:123`` is not read here. Empty where the text is no single token, or only the tokenizer's
     token for what it does not know.
@@ -255,8 +256,8 @@ def _new_name(tokenizer: Any, form: _Form, token_id: int) -> str:
 
 def written_id(text: str) -> tuple[int, str | None] | None:
     """``id:123`` as its number, and the text after it, if any; None for all other texts."""
-    found = _ID.fullmatch(text)
-    return None if found is None else (int(found[1]), found[2])
+    match = _ID.fullmatch(text)
+    return None if match is None else (int(match[1]), match[2])
 
 
 def is_text_of(tokenizer: Any, token_id: int, text: str) -> bool:
@@ -271,9 +272,9 @@ def is_text_of(tokenizer: Any, token_id: int, text: str) -> bool:
 def printed(name: str, token_id: int) -> str:
     """A name for tables and sentences on a screen, where it can be read and typed back.
 
-    A name that shows all that it holds stays as it is. Spaces at its end or in a row, line breaks,
-    tabs and characters that have no look are signs or escapes here, after the id: typed back, a
-    sign alone would be another token (``"id:198 ↵"``, ``"id:256 ··"``).
+    A name whose characters are all visible stays as it is. Otherwise, trailing or repeated spaces,
+    line breaks, tabs and invisible characters are written as signs or escapes after the id: typed
+    back, a sign alone would mean another token (``"id:198 ↵"``, ``"id:256 ··"``).
     """
     text = name.removeprefix(f"id:{token_id} ")
     if text == name.strip(" ") == f"id:{token_id}":
@@ -288,7 +289,7 @@ def printed(name: str, token_id: int) -> str:
 
 
 def _on_one_line(text: str) -> str:
-    """``text`` with a sign for each space and line break and an escape for what has no look."""
+    """``text`` with a sign for each space and line break, and escapes for invisible characters."""
     return "".join(
         _SIGNS[c]
         if c in _SIGNS
@@ -310,7 +311,7 @@ def texts_in_context(tokenizer: Any, token_ids: Iterable[int]) -> tuple[str, ...
         token_ids: The whole prompt, ``[pos]``; what a token shows depends on those before it.
 
     Returns:
-        A text a token, ``[pos]``. Empty where a token holds only the rest of a character that
+        One text per token, ``[pos]``. Empty where a token holds only the rest of a character that
         began before it, or a space that the tokenizer drops at the start.
     """
     ids = [int(i) for i in token_ids]
@@ -332,9 +333,9 @@ def texts_in_context(tokenizer: Any, token_ids: Iterable[int]) -> tuple[str, ...
         if not whole or "".join(texts_) == want:
             return tuple(texts_)
     for width in (1, 8, len(ids) if len(ids) <= 512 else 32):
-        found = _by_windows(tokenizer, ids, width)
-        if "".join(found) == want:
-            return tuple(found)
+        added = _by_windows(tokenizer, ids, width)
+        if "".join(added) == want:
+            return tuple(added)
     return tuple(_decoded(tokenizer, [i]) for i in ids)
 
 
@@ -363,11 +364,11 @@ def _without_start(texts: list[str], want: str) -> list[str]:
     """The texts without the spaces that decoding drops at the start of a text."""
     text = "".join(texts)
     dropped = (len(text) - len(text.lstrip(" "))) - (len(want) - len(want.lstrip(" ")))
-    kept = []
+    remaining = []
     for one in texts:
-        kept.append(one[max(dropped, 0) :])
+        remaining.append(one[max(dropped, 0) :])
         dropped -= len(one)
-    return kept
+    return remaining
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:

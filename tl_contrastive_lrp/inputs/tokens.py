@@ -20,15 +20,15 @@ from .token_text import is_text_of, own_text, readings, texts_in_context, token_
 
 
 def vocab_size(model: Any) -> int:
-    """Number of logits the model gives for a position."""
+    """Number of logits that the model gives per position."""
     return int(model.cfg.d_vocab)
 
 
 def special_ids(model: Any) -> list[int]:
     """Ids of the tokenizer's special tokens, sorted; none without a tokenizer.
 
-    Those that it has a role for (BOS, EOS, padding, ...), and those that tokenizer.json or
-    tokenizer_config.json mark as special without a role, such as ``<|im_start|>``.
+    These are the tokens that have a role (BOS, EOS, padding, ...), and those that tokenizer.json or
+    tokenizer_config.json mark as special without one, such as ``<|im_start|>``.
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
@@ -40,8 +40,8 @@ def special_ids(model: Any) -> list[int]:
 def str_tokens(model: Any, ids: Iterable[int]) -> tuple[str, ...]:
     """What each token of a prompt contributes to its text; joined, they are the prompt's text.
 
-    The tokens that share a character show it at the first of them and are empty after it. Without
-    a tokenizer, and where it does not know an id, the text is ``id:123``.
+    Where several tokens share a character, the first shows it and the others are empty. Without a
+    tokenizer, and for an id that it does not know, the text is ``id:123``.
     """
     if model.tokenizer is None:
         return tuple(f"id:{i}" for i in ids)
@@ -49,9 +49,9 @@ def str_tokens(model: Any, ids: Iterable[int]) -> tuple[str, ...]:
 
 
 def token_names(model: Any, ids: Iterable[int]) -> tuple[str, ...]:
-    """A text for each token by itself that, typed as a target or contrast, means that token.
+    """A text for each token that, given as a target or contrast, means that token.
 
-    No two ids have the same one. See ``token_text`` for how it is chosen.
+    No two ids have the same name; ``token_text`` says how names are formed.
     """
     if model.tokenizer is None:
         return tuple(f"id:{i}" for i in ids)
@@ -59,7 +59,7 @@ def token_names(model: Any, ids: Iterable[int]) -> tuple[str, ...]:
 
 
 def model_name(model: Any) -> str:
-    """The model's name for results: as TransformerLens has it, of a local folder its last part."""
+    """The model's name for results: TransformerLens' name, or the last part of a local folder."""
     name = str(model.cfg.model_name)
     return Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
 
@@ -68,8 +68,8 @@ def model_device(model: Any) -> torch.device:
     """Device that token ids must be on.
 
     Raises:
-        ModelStateError: weights on several devices, or without numbers, that nothing brings
-            together.
+        ModelStateError: Weights are on several devices, or on none, and no hook of accelerate
+            brings them together.
     """
     return input_device(model)
 
@@ -80,18 +80,18 @@ def to_tokens(
     """Token ids of a prompt or a batch, on the model's device.
 
     Texts become the ids of ``model.to_tokens(text, prepend_bos=...)``; see ``bos.tokenised`` for
-    what is said, and for a text that begins with the BOS token. Tensors are taken as they are.
+    the warnings, and for a text that begins with the BOS token. Tensors are used unchanged.
 
     Warns:
-        SpecialTokenWarning: once a model and kind, where the ids of a text begin or end otherwise
-            than its own tokenizer has it, unless ``prepend_bos`` says so.
+        SpecialTokenWarning: The ids of a text begin or end differently from what the model's own
+            tokenizer produces, and ``prepend_bos`` does not ask for it. Once per model and kind.
 
     Raises:
-        PromptError: empty, not integer, not of shape [pos] or [batch, pos], out of range, or
+        PromptError: Empty, not integer, not of shape [pos] or [batch, pos], out of range, or
             texts of different lengths, longer than the model's context, or on another device;
             ``prepend_bos=True`` with ids, or where it cannot be done.
         TypeError: ``prepend_bos`` is neither None nor a bool.
-        ModelStateError: as ``model_device``.
+        ModelStateError: As ``model_device``.
     """
     return _checked(model, prompt, prepend_bos)[0]
 
@@ -184,10 +184,10 @@ class Prompt:
 
 
 def single_prompt(model: Any, prompt: str | Tensor, prepend_bos: bool | None = None) -> Prompt:
-    """Like ``to_tokens``, for exactly one prompt.
+    """As ``to_tokens``, for exactly one prompt.
 
     Raises:
-        PromptError: also for a batch of several prompts.
+        PromptError: Also for a batch of several prompts.
     """
     tokens, prepended = _checked(model, prompt, prepend_bos)
     if tokens.shape[0] != 1:
@@ -206,13 +206,13 @@ def to_single_prompt(
 
 
 def continuation_ids(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text that goes on with another: no special tokens are added, and no space.
+    """Ids of a text that continues another: no special tokens are added, and no space.
 
-    Tokenizers of SentencePiece's kind put a space before the first word, as if a new text began.
-    Theirs is read off behind a character that no piece of the vocabulary joins to the text.
+    SentencePiece tokenizers put a space before the first word of a text. With them, the text is
+    tokenised behind a character that no entry of the vocabulary joins to it.
 
     Raises:
-        PromptError: there is no such character.
+        PromptError: There is no such character.
     """
 
     def ids_of(part: str) -> list[int]:
@@ -223,8 +223,9 @@ def continuation_ids(tokenizer: Any, text: str) -> list[int]:
         return ids_of(text)
     for anchor in ("\x01", "\n", "|", "\u00a7", "=", ";"):
         before, whole = ids_of(anchor), ids_of(anchor + text)
-        told = tokenizer.unk_token_id not in before and tokenizer.decode(before).strip(" ") != ""
-        if told and whole[: len(before)] == before:
+        is_known = tokenizer.unk_token_id not in before
+        separates = is_known and tokenizer.decode(before).strip(" ") != ""
+        if separates and whole[: len(before)] == before:
             return whole[len(before) :]
     raise PromptError(
         "The answer cannot be tokenised as what follows the prompt: the tokenizer joins its "
@@ -233,18 +234,20 @@ def continuation_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _typed_id(model: Any, text: str, role: str) -> int:
-    """The id that a text names."""
+    """The id that a text given as a target or contrast names."""
     tokenizer, written = model.tokenizer, written_id(text)
     if written is not None:
-        found, said = written
-        if said is not None and not (tokenizer is not None and is_text_of(tokenizer, found, said)):
-            own = None if tokenizer is None else own_text(tokenizer, found)
+        token_id, claimed = written
+        if claimed is not None and not (
+            tokenizer is not None and is_text_of(tokenizer, token_id, claimed)
+        ):
+            own = None if tokenizer is None else own_text(tokenizer, token_id)
             raise TokenError(
-                f"The {role} {text!r} contradicts itself: id {found} is "
-                f"{'a token without a name' if own is None else repr(own)}, not {said!r}. "
-                f"For the id, give 'id:{found}'."
+                f"The {role} {text!r} contradicts itself: id {token_id} is "
+                f"{'a token without a name' if own is None else repr(own)}, not {claimed!r}. "
+                f"For the id, give 'id:{token_id}'."
             )
-        return found
+        return token_id
     if not text:
         raise TokenError(f"The {role} is an empty text. Give one token, or its id.")
     if tokenizer is None:
@@ -253,14 +256,14 @@ def _typed_id(model: Any, text: str, role: str) -> int:
         text.encode()
     except UnicodeEncodeError:
         raise TokenError(f"The {role} {text!r} holds half a character, which is no text.") from None
-    meant = readings(tokenizer, text)
-    if len(meant) == 1:
-        return meant[0]
-    if meant:
+    ids_meant = readings(tokenizer, text)
+    if len(ids_meant) == 1:
+        return ids_meant[0]
+    if ids_meant:
         ways = "; or ".join(
             f"{_short_name(model, i)!r} for {tokenizer.convert_ids_to_tokens(i)!r} of the "
             f"vocabulary (id {i})"
-            for i in meant
+            for i in ids_meant
         )
         raise TokenError(f"The {role} {text!r} is ambiguous. Give {ways}.")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -300,13 +303,14 @@ def to_token_ids(model: Any, tokens: object, role: str) -> tuple[int, ...]:
     """One token or a set of tokens as sorted, distinct ids.
 
     Args:
+        model: A ``TransformerBridge``.
         tokens: A single-token string, an id (a number, or text such as ``id:123``), or a list,
-            tuple, set or 1-d tensor of these. A string is read as ``token_text`` says: a token's
-            own text, an entry of the vocabulary, or what the tokenizer makes one token of.
+            tuple, set or 1-d tensor of these. A string is a token's own text, an entry of the
+            vocabulary, or what the tokenizer makes one token of; see ``token_text``.
         role: What the error messages call it ("target", "contrast").
 
     Raises:
-        TokenError: a string that is not one token (its tokens are shown) or may be several (what
+        TokenError: A string that is not one token (its tokens are shown) or may be several (what
             to give for each is shown), an id out of range, an empty set.
     """
     require_bridge(model)
@@ -320,5 +324,5 @@ def to_token_ids(model: Any, tokens: object, role: str) -> tuple[int, ...]:
 
 
 def special_mask(token_ids: Tensor, special_ids: list[int]) -> Bool[Tensor, " pos"]:
-    """Which tokens are special ones of the tokenizer."""
+    """Which tokens are among the tokenizer's special tokens."""
     return torch.isin(token_ids, torch.tensor(special_ids, dtype=token_ids.dtype))

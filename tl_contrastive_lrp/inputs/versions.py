@@ -1,4 +1,4 @@
-"""Which TransformerLens this package works with, asked once, before anything of it is used."""
+"""Which TransformerLens this package works with, checked once before anything of it is used."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 from ..errors import VersionError
 
-# The first version on whose TransformerBridge the oracle's tests pass; pyproject.toml says it too.
+# The first version on whose TransformerBridge the oracle's tests pass, as in pyproject.toml.
 # 3.6 gives left-padded batches other positions, 3.3 boots models in training mode, 2 has no bridge.
 MINIMUM = (3, 9)
 
@@ -16,7 +16,7 @@ def installed_version() -> str:
     """The version that TransformerLens' metadata gives.
 
     Raises:
-        importlib.metadata.PackageNotFoundError: it is not installed as a package.
+        importlib.metadata.PackageNotFoundError: It is not installed as a package.
     """
     # Not at import time: importing importlib.metadata takes longer than this whole package.
     from importlib.metadata import version
@@ -28,29 +28,30 @@ def installed_version() -> str:
 def require_transformer_lens() -> None:
     """Refuse a TransformerLens that is missing or too old; cheap after the first call.
 
-    A source tree carries version 0.0.0 or no metadata at all: which one it is cannot be known, so
-    it passes, and components without a rule are refused by name as everywhere.
+    A source tree has version 0.0.0 or no metadata at all. Its version cannot be known, so it
+    passes; components without a rule are refused by name as everywhere.
 
     Raises:
-        VersionError: an ImportError; says the version found, the one needed, and what to type.
+        VersionError: An ImportError that says the version present, the one needed, and what to
+            type.
     """
     from importlib.metadata import PackageNotFoundError
     from importlib.util import find_spec
 
     needed = ".".join(map(str, MINIMUM))
     try:
-        found = installed_version()
+        installed = installed_version()
     except PackageNotFoundError:
         if find_spec("transformer_lens") is not None:
             return
         raise _refusal(f"needs TransformerLens {needed} or newer, which is not installed") from None
-    numbers = re.match(r"(\d+)\.(\d+)", found)
-    if numbers is None or found == "0.0.0":
+    numbers = re.match(r"(\d+)\.(\d+)", installed)
+    if numbers is None or installed == "0.0.0":
         return
     if (int(numbers[1]), int(numbers[2])) < MINIMUM:
         raise _refusal(
             f"needs TransformerLens {needed} or newer (models as TransformerBridge), "
-            f"but found {found}"
+            f"but found {installed}"
         )
 
 

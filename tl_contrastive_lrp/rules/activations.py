@@ -61,7 +61,7 @@ def expm1_ratio(x: Tensor) -> Tensor:
 
 
 def xielu_ratio(module: Any) -> Ratio:
-    """xIELU over x (arXiv:2411.13010): αₚ·x + β right of 0, αₙ·((eˣ − 1)/x − 1) + β left of it."""
+    """f(x)/x of xIELU (arXiv:2411.13010): αₚ·x + β for x > 0, αₙ·((eˣ − 1)/x − 1) + β below."""
 
     def ratio(x: Tensor) -> Tensor:
         positive = torch.nn.functional.softplus(module.alpha_p.detach()).to(x)
@@ -100,12 +100,12 @@ ACTIVATIONS: dict[str, Ratio] = {
     "Tanh": softcap_ratio,
 }
 
-# Those with parameters of their own: class -> module -> f(x)/x.
+# Activations with parameters of their own: class -> function from the module to f(x)/x.
 PARAMETRIC: dict[str, Callable[[Any], Ratio]] = {"XIELUActivation": xielu_ratio}
 
 
 def ratio_of(module: Any) -> Ratio | None:
-    """f(x)/x of an activation module, or None for a module that is none with a rule."""
+    """f(x)/x of an activation module, or None for a module without an identity rule."""
     name = type(module).__name__
     if name == "GELU" and getattr(module, "approximate", "none") == "tanh":
         return gelu_tanh_ratio

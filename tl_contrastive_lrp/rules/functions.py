@@ -7,27 +7,121 @@ the ratios f(x)/x are known in closed form, are finite everywhere and right at 0
 
 Notation: ``g`` is the gradient of the objective at an operation's output, shapes in brackets.
 Arithmetic inside a backward runs in float32 at least, also for bfloat16 and float16 models.
+
+Each autograd Function carries a ``RuleNode`` that tells the audit what it does: which inputs its
+backward sends a gradient to, and whether it shares out a product. A Function without one is a
+finding of the audit, and the model is refused.
+
+Each returns its value through ``handed_on``. That is a view of what was given, which costs nothing.
+Autograd allows no writing into such a view, and what a rule has saved must stay what it was; but a
+user's hook may edit in place wherever the model alone would let it. So where the user has hooks on
+the model, it is a copy with the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .handed_on import handed_on
-from .rule_node import RuleNode
-
 Ratio = Callable[[Tensor], Tensor]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """``x`` in its own precision, or in float32 where that is higher."""
+    """``x`` in its own precision, or in float32 if that is higher.
+
+    Args:
+        x: A floating-point tensor of any shape.
+
+    Returns:
+        ``x`` itself if it is float32 or float64, else a float32 copy on the same graph.
+
+    Example:
+        >>> clrp.rules.at_least_float32(torch.ones(2, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
     return x if x.dtype == torch.float64 else x.float()
+
+
+# ---------------------------------------------------------------- what every function shares
+
+
+@dataclass(frozen=True)
+class RuleNode:
+    """What a custom autograd Function means for the audit.
+
+    Attributes:
+        follow: Positions of the inputs that its backward sends a gradient to.
+        effect: "pass" hands everything on; "halve" announces a product below; "product" is one that
+            has its rule inside; "norm" is a norm that has its rule inside; "ordinary" says
+            that the next nonlinear node below keeps its ordinary gradient by decision.
+    """
+
+    follow: tuple[int, ...]
+    effect: Literal["pass", "halve", "product", "norm", "ordinary"] = "pass"
+
+
+_CONSTANT = "_tl_contrastive_lrp_constant"
+_copies: ContextVar[bool] = ContextVar("tl_contrastive_lrp_copies", default=False)
+
+
+@contextmanager
+def writable(on: bool = True) -> Iterator[None]:
+    """Let ``handed_on`` and ``started`` return copies in the block, which hooks may write into.
+
+    Args:
+        on: Whether to do so at all.
+    """
+    token = _copies.set(on)
+    try:
+        yield
+    finally:
+        _copies.reset(token)
+
+
+def is_writable() -> bool:
+    """Whether a user's hooks may write into what ``handed_on`` returns."""
+    return _copies.get()
+
+
+def handed_on(x: Tensor) -> Tensor:
+    """``x`` as an autograd Function returns it: a view, or a copy inside ``writable``."""
+    return x.clone() if _copies.get() else x.view_as(x)
+
+
+def started(leaf: Tensor) -> Tensor:
+    """A leaf as the model goes on with it: itself, or a copy inside ``writable``."""
+    return leaf.clone() if _copies.get() else leaf
+
+
+def constant_leaf(value: Tensor) -> Tensor:
+    """A leaf for a constant that a user's hook put in the place of a computed value."""
+    leaf = value.detach().requires_grad_(True)
+    setattr(leaf, _CONSTANT, True)
+    return leaf
+
+
+def is_constant(x: Tensor) -> bool:
+    """Whether ``x`` was made from such leaves alone, or from nothing that has a gradient."""
+    if getattr(x, _CONSTANT, False):
+        return True
+    seen, left = set(), [x.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable") and not getattr(node.variable, _CONSTANT, False):
+            return False
+        left += [above for above, _ in node.next_functions]
+    return not x.is_leaf or not x.requires_grad
 
 
 # ---------------------------------------------------------------- product of computed factors
@@ -47,7 +141,20 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
-    """``x`` with its gradient multiplied by ``factor`` (a number, or elementwise)."""
+    """``x`` with its gradient multiplied by a factor.
+
+    Args:
+        x: Any tensor.
+        factor: A number, or a tensor that broadcasts to the shape of ``x``.
+
+    Returns:
+        The values of ``x``, bit for bit.
+
+    Example:
+        >>> x = torch.tensor(3.0, requires_grad=True)
+        >>> torch.autograd.grad(clrp.rules.scale_gradient(2 * x, 0.5), x)
+        (tensor(1.),)
+    """
     out: Tensor = _ScaleGradient.apply(x, factor)
     return out
 
@@ -55,15 +162,39 @@ def scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
 def uniform(product: Float[Tensor, "*shape"], factors: int = 2) -> Float[Tensor, "*shape"]:
     """Uniform (half) rule for a product of ``factors`` computed tensors.
 
-    Each factor of y = a·b would get all of y's relevance from the ordinary gradient; dividing the
-    gradient that enters the product by the number of factors shares it equally. Apply it to the
-    product's output (arXiv:2402.05602, Eq. 15; Arras et al. 2019, half rule).
+    The ordinary gradient would give each factor of y = a·b all of y's relevance. Dividing the
+    gradient that enters the product by the number of factors shares it equally. Apply the rule to
+    the product's output (arXiv:2402.05602, Eq. 15; half rule of Arras et al. 2019).
+
+    Args:
+        product: The product, of any shape.
+        factors: How many computed tensors were multiplied.
+
+    Returns:
+        The values of ``product``, bit for bit.
+
+    Example:
+        >>> a, b = torch.tensor([3.0, 5.0], requires_grad=True)
+        >>> grads = torch.autograd.grad(clrp.rules.uniform(a * b), (a, b))
+        >>> [(x * g).item() for x, g in zip((a, b), grads)]  # each takes half of the product, 15
+        [7.5, 7.5]
     """
     return scale_gradient(product, 1.0 / factors)
 
 
 def constant(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """AH-rule: a constant weight that takes no relevance (arXiv:2202.07304, Sec. 4)."""
+    """AH-rule: a constant weight, which takes no relevance (arXiv:2202.07304, Sec. 4).
+
+    Args:
+        x: The weight, of any shape.
+
+    Returns:
+        The values of ``x`` without a gradient.
+
+    Example:
+        >>> clrp.rules.constant(torch.ones(2, requires_grad=True)).requires_grad
+        False
+    """
     return x.detach()
 
 
@@ -93,16 +224,33 @@ def linear_norm(
     scale: Float[Tensor, "*batch 1"],
     weight: Float[Tensor, " d"],
 ) -> Float[Tensor, "*batch d"]:
-    """LN-rule: the norm is linear, its denominator a constant (arXiv:2202.07304, Sec. 4).
+    """LN-rule: the norm is linear, and its denominator a constant (arXiv:2202.07304, Sec. 4).
 
-    ``y`` = weight ⊙ ``normalized`` + bias is the norm's output, ``normalized`` = C(x)/``scale``
-    with C the centring of LayerNorm or nothing. Both tensors depend on x, and
+    With ``y`` = ``weight`` ⊙ ``normalized`` + bias and ``normalized`` = C(x)/``scale``, where C
+    centres x for LayerNorm and does nothing for RMSNorm, both tensors depend on x, and
 
-        d normalized = C(dx)/scale − normalized · d scale/scale,
+        d normalized = C(dx)/scale − normalized · d scale/scale.
 
-    so sending u = weight ⊙ g to ``normalized`` and ⟨u, normalized⟩/scale to ``scale`` leaves
+    So sending u = weight ⊙ g to ``normalized`` and ⟨u, normalized⟩/scale to ``scale`` leaves
     Cᵀ(u)/scale at x: exactly the gradient with the denominator held fixed. The rule never sees x,
     so it stays right whatever other hooks do between x's HookPoint and the norm.
+
+    Args:
+        y: The norm's output.
+        normalized: C(x)/``scale``.
+        scale: The denominator √(mean C(x)² + eps).
+        weight: The factor on ``normalized``.
+
+    Returns:
+        The values of ``y``, bit for bit.
+
+    Example:
+        >>> x = torch.tensor([3.0, 4.0], requires_grad=True)
+        >>> scale = x.pow(2).mean(-1, keepdim=True).sqrt()
+        >>> y = clrp.rules.linear_norm(x / scale, x / scale, scale, torch.ones(2))
+        >>> (gradient,) = torch.autograd.grad(y.sum(), x)
+        >>> torch.allclose(gradient, 1 / scale)
+        True
     """
     # y's own graph is kept, so that backward hooks on it fire, but is sent no gradient: the norm's
     # ordinary backward must not run as well.
@@ -142,7 +290,20 @@ class _Weighted(torch.autograd.Function):
 
 
 def norm_scale(x: Tensor, eps: float, centred: bool) -> Tensor:
-    """A norm's denominator: √(mean C(x)² + eps), in float32 at least."""
+    """A norm's denominator √(mean C(x)² + eps), without a gradient and in float32 at least.
+
+    Args:
+        x: The norm's input [..., d].
+        eps: What the norm adds under the root.
+        centred: Whether C centres ``x`` (LayerNorm) or does nothing (RMSNorm).
+
+    Returns:
+        The denominator [..., 1].
+
+    Example:
+        >>> clrp.rules.norm_scale(torch.tensor([3.0, 4.0]), 0.0, False) ** 2
+        tensor([12.5000])
+    """
     x = at_least_float32(x.detach())
     x = x - x.mean(-1, keepdim=True) if centred else x
     return (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
@@ -151,9 +312,23 @@ def norm_scale(x: Tensor, eps: float, centred: bool) -> Tensor:
 def normalized_of(
     n: Float[Tensor, "*batch d"], x: Float[Tensor, "*batch d"], eps: float, *, centred: bool
 ) -> Float[Tensor, "*batch d"]:
-    """LN-rule where the norm's input is at hand: C(u)/s goes to ``x``.
+    """LN-rule where the norm's input is at hand: a gradient u at ``n`` becomes C(u)/s at ``x``.
 
-    ``n`` = C(x)/s, in float32 at least, with s² = mean C(x)² + ``eps``; ``centred`` for LayerNorm.
+    Args:
+        n: C(x)/s in float32 at least, with s as ``norm_scale`` gives it.
+        x: The norm's input.
+        eps: What the norm adds under the root.
+        centred: Whether C centres (LayerNorm) or does nothing (RMSNorm).
+
+    Returns:
+        The values of ``n``, bit for bit.
+
+    Example:
+        >>> x = torch.tensor([3.0, 4.0], requires_grad=True)
+        >>> scale = clrp.rules.norm_scale(x, 0.0, False)
+        >>> n = clrp.rules.normalized_of((x / scale).detach(), x, 0.0, centred=False)
+        >>> torch.allclose(torch.autograd.grad(n.sum(), x)[0], 1 / scale)
+        True
     """
     out: Tensor = _Normalized.apply(n, x, eps, centred)
     return out
@@ -162,7 +337,22 @@ def normalized_of(
 def weighted(
     y: Float[Tensor, "*batch d"], n: Float[Tensor, "*batch d"], weight: Float[Tensor, "*d"]
 ) -> Float[Tensor, "*batch d"]:
-    """A norm's ``y`` = ``weight`` ⊙ ``n`` + bias, with ordinary gradient to ``n`` alone."""
+    """A norm's output ``y`` = ``weight`` ⊙ ``n`` + bias, with its ordinary gradient to ``n`` alone.
+
+    Args:
+        y: The norm's output.
+        n: The normalised input, as from ``normalized_of``.
+        weight: The factor on ``n``.
+
+    Returns:
+        The values of ``y``, bit for bit.
+
+    Example:
+        >>> n = torch.ones(2, requires_grad=True)
+        >>> y = clrp.rules.weighted(torch.tensor([5.0, 7.0]), n, torch.tensor([2.0, 3.0]))
+        >>> torch.autograd.grad(y.sum(), n)
+        (tensor([2., 3.]),)
+    """
     out: Tensor = _Weighted.apply(y, n, weight)
     return out
 
@@ -180,7 +370,22 @@ class _Ordinary(torch.autograd.Function):
 
 
 def ordinary(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """``y`` unchanged: a mark that the operation which made it keeps its ordinary gradient."""
+    """Mark ``y``: the operation that made it keeps its ordinary gradient, by decision.
+
+    The audit then accepts the operation. Use it in a hook function for what has no rule, where the
+    ordinary gradient is what you want.
+
+    Args:
+        y: The operation's output, of any shape.
+
+    Returns:
+        The values of ``y``, bit for bit.
+
+    Example:
+        >>> x = torch.tensor(0.0, requires_grad=True)
+        >>> torch.autograd.grad(clrp.rules.ordinary(torch.sigmoid(x)), x)
+        (tensor(0.2500),)
+    """
     if not torch.is_grad_enabled():
         return y  # also where a derivative is taken forward, along with the values
     out: Tensor = _Ordinary.apply(y)
@@ -211,7 +416,19 @@ def identity(
 ) -> Float[Tensor, "*shape"]:
     """Identity rule for y = f(x): the gradient is f(x)/x, so all relevance of y goes to x.
 
-    ``ratio`` computes f(x)/x in closed form (arXiv:2402.05602, Eq. 9).
+    Args:
+        y: The activation's output.
+        x: Its input.
+        ratio: f(x)/x in closed form (arXiv:2402.05602, Eq. 9), so that nothing is divided by x.
+
+    Returns:
+        The values of ``y``, bit for bit.
+
+    Example:
+        >>> x = torch.tensor([-1.0, 2.0], requires_grad=True)
+        >>> y = clrp.rules.identity(torch.nn.functional.silu(x), x, torch.sigmoid)
+        >>> torch.allclose(x * torch.autograd.grad(y.sum(), x)[0], y)
+        True
     """
     out: Tensor = _Ratio.apply(y, x, ratio)
     return out
@@ -242,10 +459,27 @@ def gated_product(
     up: Float[Tensor, "*shape"],
     ratio: Ratio,
 ) -> Float[Tensor, "*shape"]:
-    """Identity rule inside y = f(gate) ⊙ up, for places where f(gate) itself has no HookPoint.
+    """Identity rule inside y = f(gate) ⊙ up, where f(gate) itself has no HookPoint.
 
-    g·ratio(gate)·up goes to ``gate`` and g·f(gate) to ``up``, with f(gate) = ratio(gate)·gate.
-    The uniform rule for the product is separate: ``uniform`` on the output.
+    g·ratio(gate)·up goes to ``gate`` and g·f(gate) to ``up``, with f(gate) = ratio(gate)·gate. The
+    uniform rule for the product is separate: apply ``uniform`` to the output.
+
+    Args:
+        y: The product.
+        gate: The activation's input.
+        up: The other factor.
+        ratio: f(x)/x in closed form.
+
+    Returns:
+        The values of ``y``, bit for bit.
+
+    Example:
+        >>> gate, up = torch.tensor([2.0, 3.0], requires_grad=True)
+        >>> y = torch.nn.functional.silu(gate) * up
+        >>> out = clrp.rules.gated_product(y.detach(), gate, up, torch.sigmoid)
+        >>> grads = torch.autograd.grad(clrp.rules.uniform(out), (gate, up))
+        >>> torch.allclose(gate * grads[0] + up * grads[1], y)
+        True
     """
     out: Tensor = _GatedProduct.apply(y, gate, up, ratio)
     return out

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import ModelStateError
-from .handed_on import handed_on
-from .threads import refused_elsewhere, turn
+from .functions import handed_on
+from .threads import refused_elsewhere, turn, wrapped_parameters
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -35,14 +35,14 @@ _PART = 2**26
 
 
 def plain(x: Any) -> Any:
-    """The float32 tensor inside a ``WideGradient``; anything else as it is."""
+    """The float32 tensor inside a ``WideGradient``; anything else unchanged."""
     return x._value if isinstance(x, WideGradient) else x
 
 
 class WideGradient(Tensor):
     """A gradient of a bfloat16 or float16 tensor, held in float32.
 
-    ``dtype`` is the type autograd asked for; all arithmetic is done in float32. ``plain`` takes
+    ``dtype`` is the type that autograd expects; all arithmetic is done in float32. ``plain`` takes
     the float32 tensor out.
     """
 
@@ -51,7 +51,8 @@ class WideGradient(Tensor):
 
     @staticmethod
     def __new__(cls, value: Tensor, dtype: torch.dtype) -> WideGradient:
-        made: WideGradient = Tensor._make_wrapper_subclass(
+        """Wrap a float32 ``value`` as a gradient of type ``dtype``."""
+        wrapper: WideGradient = Tensor._make_wrapper_subclass(
             cls,
             value.shape,
             strides=value.stride(),
@@ -59,8 +60,8 @@ class WideGradient(Tensor):
             dtype=dtype,
             device=value.device,
         )
-        made._value = value
-        return made
+        wrapper._value = value
+        return wrapper
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"WideGradient({self._value!r}, dtype={self.dtype})"
@@ -77,6 +78,7 @@ class WideGradient(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Compute in float32 on the values inside."""
         del types
         kwargs = kwargs or {}
         if func is torch.ops.aten._has_same_storage_numel.default:
@@ -128,7 +130,7 @@ def _large(weight: Tensor) -> bool:
 
 
 def _product_in_parts(g: Tensor, weight: Tensor) -> Tensor:
-    """g @ weight for a weight [in, out] of a low type, a part of its rows at a time."""
+    """The product g @ weight for a weight [in, out] of a low type, some rows at a time."""
     rows = max(1, _PART // weight.shape[1])
     total = g.new_zeros(g.shape[0], weight.shape[1], dtype=torch.float32)
     for start in range(0, len(weight), rows):
@@ -143,7 +145,7 @@ def _experts(args: tuple[Any, ...]) -> bool:
 
 
 def _product_by_expert(g: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """g[rows of e] @ weights[e] for weights [expert, in, out]: one expert widened at a time.
+    """The products g[rows of e] @ weights[e], with weights [expert, in, out] widened one by one.
 
     Torch's grouped product has no float32 form on every device.
     """
@@ -156,13 +158,13 @@ def _product_by_expert(g: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """``x`` as a ``WideGradient`` if its type is a low one."""
+    """``x`` as a ``WideGradient`` if its type is bfloat16 or float16."""
     return WideGradient(x.float(), x.dtype) if x.dtype in LOW else x
 
 
 def is_low(model: Any, dtypes: tuple[torch.dtype, ...] = LOW) -> bool:
     """Whether any parameter of the model is bfloat16 or float16 (or one of ``dtypes``)."""
-    return any(p.dtype in dtypes for p in model.original_model.parameters())
+    return not {p.dtype for p in wrapped_parameters(model)}.isdisjoint(dtypes)
 
 
 def first_gradient(model: Any, value: Tensor) -> Tensor | None:
@@ -173,10 +175,15 @@ def first_gradient(model: Any, value: Tensor) -> Tensor | None:
 
 
 def underflow(x: Tensor, g: Tensor) -> Tensor:
-    """How much relevance rounding near 0 may have changed, at most, beyond ordinary rounding.
+    """Bound on the relevance that rounding near 0 may have changed, beyond ordinary rounding.
 
-    Below its smallest normal number t a type rounds to multiples of t·eps, in the end to 0, so the
-    error of an entry of ``x`` there is up to ½·t·eps, and that of its relevance |g| times as much.
+    Below its smallest normal number t, a type rounds to multiples of t·eps, and in the end to 0. So
+    the error of an entry of ``x`` there is at most ½·t·eps, and that of its relevance |g| times as
+    much.
+
+    Args:
+        x: Activations of any shape.
+        g: Their gradient, of the same shape.
 
     Returns:
         The sum of these bounds, [], on the CPU.
@@ -223,22 +230,28 @@ _WIDENED = (
 
 @contextmanager
 def in_float32(model: Any) -> Iterator[None]:
-    """A bfloat16 or float16 model computes in float32 on its own (rounded) weights, for the block.
+    """Let a low-precision model compute in float32 on its own (rounded) weights for the block.
 
     What is explained inside is the float32 forward, whose logits are not bit for bit those of the
-    model outside. Weights and buffers are copied (4 bytes a number on top of the 2 they take) and
-    put back afterwards, the same tensors, also after an exception.
+    model outside. Weights and buffers are copied (4 bytes per number on top of the 2 they take) and
+    the same tensors are put back afterwards, also after an exception.
 
     Every thread's forward would use these weights, so while any are widened a forward in another
-    thread raises ``ModelStateError``; this package's calls there wait until the block is left.
+    thread raises ``ModelStateError``. Calls of this package in other threads wait until the block
+    is left.
 
     Args:
         model: A ``TransformerBridge``.
 
     Raises:
-        TypeError: ``model`` is not a TransformerBridge.
-        ModelStateError: weights are offloaded and come in their own type when needed; another
+        TypeError: ``model`` is not a ``TransformerBridge``.
+        ModelStateError: Weights are offloaded and come in their own type when needed, or another
             thread stays inside such a block for more than a minute.
+
+    Example:
+        >>> with clrp.in_float32(model):
+        ...     print(clrp.attribute(model, case.prompt, objective).resid.dtype)
+        torch.float32
     """
     if not hasattr(model, "original_model"):
         raise TypeError(

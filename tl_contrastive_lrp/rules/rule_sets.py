@@ -1,7 +1,8 @@
 """Rule sets as data: one rule for each kind of operation.
 
-A rule set says what happens at a kind of operation, never where in a model that is (``sites.py``).
-Make your own from one of them: ``dataclasses.replace(RULE_SETS["attnlrp"], name="mine", ...)``.
+A rule set says what happens at a kind of operation, never where in a model that is
+(``hooks/sites.py``). To make your own, change one of them:
+``dataclasses.replace(RULE_SETS["attnlrp"], name="mine", ...)``.
 """
 
 from __future__ import annotations
@@ -31,18 +32,26 @@ class RuleSet:
     """One rule for each kind of operation; linear maps always keep the ordinary gradient.
 
     Attributes:
-        name: How the set is called in results and reports.
-        norm: LayerNorm and RMSNorm, query and key norms included.
-        activation: Elementwise activation functions.
+        name: What results and reports call the set.
+        norm: LayerNorm and RMSNorm, including query and key norms. "ln" holds the denominator
+            fixed.
+        activation: Elementwise activation functions. "identity" takes f(x)/x as the gradient.
         softcap: cap·tanh(x/cap), on attention scores and on the final logits.
-        gate: The product activation(gate) ⊙ up of a gated MLP.
+        gate: The product activation(gate) ⊙ up of a gated MLP. "half" shares it out equally.
         qk: The product query·key.
         pattern_v: The product pattern·value.
         softmax: "constant" is the AH-rule; "temperature" takes the gradient at ``temperature``.
         temperature: Used by ``softmax="temperature"`` only.
 
     Raises:
-        ValueError: a field holds no known rule, or two fields contradict each other.
+        ValueError: A field holds no known rule, or two fields contradict each other.
+
+    Example:
+        >>> import dataclasses
+        >>> attnlrp = clrp.RULE_SETS["attnlrp"]
+        >>> mine = dataclasses.replace(attnlrp, name="mine", activation="gradient")
+        >>> clrp.attribute(model, case.prompt, objective, rules=mine).rules
+        'mine'
     """
 
     name: str
@@ -100,16 +109,23 @@ RULE_SETS: dict[str, RuleSet] = {
     )
 }  # fmt: skip
 
-# What is used where nobody names rules; why this one: docs/faithfulness.md.
+# The rule set of every call that names none; docs/faithfulness.md says why.
 DEFAULT_RULES: Final = "gim"
 
 
 def get_rule_set(rules: str | RuleSet) -> RuleSet:
     """The rule set of that name, or the given one.
 
+    Args:
+        rules: A name in ``RULE_SETS``, in any case, or a ``RuleSet``.
+
     Raises:
-        ValueError: the name is not known.
-        TypeError: ``rules`` is neither a name nor a RuleSet.
+        ValueError: The name is not known.
+        TypeError: ``rules`` is neither a name nor a ``RuleSet``.
+
+    Example:
+        >>> clrp.rules.get_rule_set("CPLRP").softmax
+        'constant'
     """
     if isinstance(rules, RuleSet):
         return rules

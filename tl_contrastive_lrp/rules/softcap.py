@@ -5,6 +5,8 @@ Functions with the identity as forward, as in ``rules``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import ModelStateError
-from .functions import identity
-from .handed_on import handed_on
+from .functions import handed_on, identity
+from .threads import caller
 
 
 def softcap_ratio(v: Tensor) -> Tensor:
@@ -48,10 +50,10 @@ class _CorrectSoftcap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None, None]:
         v, tanh = ctx.saved_tensors
-        wanted = g != 0
+        needed = g != 0
         if ctx.before:  # autograd has multiplied by 1 − tanh², which may have rounded to 0
-            wanted = wanted | (tanh.to(g.dtype).abs() == 1)
-        if bool((((tanh.abs() > SATURATED) | (tanh.to(g.dtype).abs() == 1)) & wanted).any()):
+            needed = needed | (tanh.to(g.dtype).abs() == 1)
+        if bool((((tanh.abs() > SATURATED) | (tanh.to(g.dtype).abs() == 1)) & needed).any()):
             raise ModelStateError(
                 f"The soft-cap at {ctx.where} is saturated, where a HookPoint cannot carry its "
                 "rule with full precision. Use `with clrp.lrp(model):`, which is exact there."
@@ -80,7 +82,52 @@ def correct_softcap(
     (else it comes out of it).
 
     Raises:
-        ModelStateError: in the backward, where a gradient arrives in saturation.
+        ModelStateError: In the backward, where a gradient arrives in saturation.
     """
     out: Tensor = _CorrectSoftcap.apply(x, v, tanh, where, before)
     return out
+
+
+class _CapOperand:
+    """Stands in for the number c in ``c * tanh(x / c)`` and applies a rule to the result.
+
+    In other threads than the one that made it, it is the number.
+    """
+
+    def __init__(self, cap: float, rule: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+        self.cap = cap
+        self.rule = rule
+        self.owner = caller()
+        self.x: Tensor | None = None
+
+    def __rtruediv__(self, x: Tensor) -> Tensor:
+        if caller() is self.owner:
+            self.x = x
+        return x / self.cap
+
+    def __rmul__(self, tanh: Tensor) -> Tensor:
+        y = tanh * self.cap
+        if caller() is not self.owner:
+            return y
+        x, self.x = self.x, None
+        return y if x is None else self.rule(y, x, self.cap)
+
+
+@contextmanager
+def softcap_replaced(
+    holder: Any, attribute: str, rule: Callable[[Tensor, Tensor, float], Tensor]
+) -> Iterator[None]:
+    """Apply ``rule`` where a module computes its soft-cap, for the block and in this thread.
+
+    Args:
+        holder: The config or module that has the cap.
+        attribute: The cap's name there. The module divides by it and multiplies by it, no more.
+        rule: Gets y = cap·tanh(x/cap), x and the cap, and returns y with another derivative.
+    """
+    values = vars(holder)  # a config's own __setattr__ would refuse what is no number
+    cap = values[attribute]
+    values[attribute] = _CapOperand(cap, rule)
+    try:
+        yield
+    finally:
+        values[attribute] = cap

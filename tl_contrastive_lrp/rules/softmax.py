@@ -4,9 +4,9 @@ The scores s receive pᵀ ⊙ (g − Σ pᵀ g) with pᵀ = softmax(s/T), withou
 the same expression in the pattern p itself. Values stay as they are, as in ``rules``.
 
 Attention sinks are learned logits that join every row of scores and are dropped after the softmax,
-so that the pattern's rows sum to less than 1. A rule on the pattern alone, which takes
-p ⊙ (g − Σ p g) for the gradient to come, cannot see the sinks' share; there the rule acts on the
-softmax's node itself. So it does where a hook of the user's changed the pattern before the rule.
+so that the pattern's rows sum to less than 1. A rule on the pattern alone, which relies on the
+softmax's own backward p ⊙ (g − Σ p g), cannot see the sinks' share. There the rule acts on the
+softmax's autograd node itself, and so it does where a user's hook changed the pattern before it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import ModelStateError
-from .functions import at_least_float32
-from .handed_on import handed_on, is_constant
+from .functions import RuleNode, at_least_float32, handed_on, is_constant
 from .precision import WideGradient
-from .rule_node import RuleNode
 
 _RULED = "temperature"  # marks a softmax's autograd node that has its rule
 
@@ -54,12 +52,12 @@ class _SoftmaxTemperature(torch.autograd.Function):
         pattern, unrounded = ctx.saved_tensors
         # g' may leave float16's range where p does.
         p = at_least_float32(unrounded if isinstance(g, WideGradient) else pattern)
-        wanted, spare = _to_scores(p, at_least_float32(g), ctx.temperature)
-        # The softmax's own backward p ⊙ (g' − Σ p g') turns g' = wanted/p into `wanted`, because
-        # Σ wanted = 0. Where p is 0, so is wanted; below the least normal number, where the
-        # tempered weight is at most 1e-19, something is lost, but nothing that counts.
+        to_scores, spare = _to_scores(p, at_least_float32(g), ctx.temperature)
+        # The softmax's own backward p ⊙ (g' − Σ p g') turns g' = to_scores/p into `to_scores`,
+        # because Σ to_scores = 0. Where p is 0, so is to_scores. Below the least normal number,
+        # where the tempered weight is at most 1e-19, what is lost is too small to matter.
         least = torch.finfo(p.dtype).tiny
-        return wanted.div_(spare.copy_(p).clamp_min_(least)).to(g.dtype), None, None
+        return to_scores.div_(spare.copy_(p).clamp_min_(least)).to(g.dtype), None, None
 
 
 def _before_rounding(pattern: Tensor) -> Tensor:
@@ -83,7 +81,7 @@ def _own_softmax(pattern: Tensor) -> Any:
 
 
 def was_changed(pattern: Tensor) -> bool:
-    """More than rounding lies between a softmax and ``pattern``: a sink, or an edit."""
+    """Whether more than rounding lies between a softmax and ``pattern``: a sink, or an edit."""
     return pattern.grad_fn is not None and _own_softmax(pattern) is None
 
 
@@ -105,34 +103,36 @@ def softmax_temperature(
 
 def _softmax_above(pattern: Tensor) -> Any:
     """The autograd node of the only softmax without a rule that the pattern was made from."""
-    found, seen, left = set(), set(), [pattern.grad_fn]
+    softmaxes, seen, left = set(), set(), [pattern.grad_fn]
     while left:
         node: Any = left.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if node.name() == "SoftmaxBackward0":
-            found.add(node)
+            softmaxes.add(node)
         else:
             left += [below for below, _ in node.next_functions]
-    softmax = found.pop() if len(found) == 1 else None
+    softmax = softmaxes.pop() if len(softmaxes) == 1 else None
     return None if softmax is None or _RULED in softmax.metadata else softmax
 
 
 def sink_temperature(
     pattern: Float[Tensor, "*batch query key"], temperature: float, where: str
 ) -> Float[Tensor, "*batch query key"]:
-    """The rule at the softmax itself. With sinks, s are the scores and the sinks' logits together,
-    and g is 0 at the sinks; under a user's edit, g is what the edit passes on.
+    """The rule at the softmax itself, for a pattern that something changed after the softmax.
+
+    With sinks, s are the scores and the sinks' logits together, and g is 0 at the sinks. Under a
+    user's edit, g is what the edit passes on.
 
     Args:
-        pattern: What is left of the softmax's result after the sink was dropped, or an edit of it;
-            returned as it is.
+        pattern: The softmax's result without the sinks' columns, or an edit of it; returned
+            unchanged.
         temperature: T, above 0.
         where: The pattern's name in errors.
 
     Raises:
-        ModelStateError: the pattern was not made from one softmax that has no rule yet.
+        ModelStateError: The pattern was not made from one softmax that has no rule yet.
     """
     if pattern.grad_fn is None:  # a constant or a leaf: nothing goes further back
         return pattern
@@ -147,9 +147,9 @@ def sink_temperature(
     softmax.metadata[_RULED] = True
     p = at_least_float32(softmax._saved_result.detach())  # the sinks' columns are still in it
 
-    def tempered(_sent: Any, given: tuple[Tensor, ...]) -> tuple[Tensor]:
-        wanted, _ = _to_scores(p, at_least_float32(given[0]), temperature)
-        return (wanted.to(given[0].dtype),)
+    def tempered(_sent: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor]:
+        to_scores, _ = _to_scores(p, at_least_float32(gradients[0]), temperature)
+        return (to_scores.to(gradients[0].dtype),)
 
     softmax.register_hook(tempered)
     return pattern

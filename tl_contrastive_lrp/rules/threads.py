@@ -1,19 +1,22 @@
-"""Threads: one call at a time on a model, and nothing of it in another thread's forward.
+"""Calls on a model: one thread at a time, no effect on other threads, one walk of the model.
 
-TransformerLens puts a hook on the model, where every thread's forward meets it, and so do the rules
-of this package. Two things keep threads apart:
+TransformerLens and this package put hooks on the model itself, where the forward of every thread
+meets them. Two things keep threads apart:
 
 - a lock for each model: the functions of this package that run a model take turns;
-- ``mine``: a hook function that does nothing in any thread but the one that put it on, so that
+- ``mine``: a hook function that does nothing in any thread but the one that added it, so that
   ``model(tokens)`` in another thread is computed, and differentiated, as if no rules were on.
 
-What a hook function cannot keep apart is refused in the other thread, with a message:
+What a hook function cannot keep apart is refused in the other thread, with a message.
 ``frozen_parameters`` switches off the weights' gradients for all threads, so gradients of weights
-through a forward of that time raise ``ModelStateError``; so does any forward while
+through a forward that ran meanwhile raise ``ModelStateError``. So does any forward while
 ``in_float32`` has the weights in another type (``refused_elsewhere``).
 
-On a GPU autograd calls what is read in the backward from a thread of its own. It acts there for the
-thread that ran the forward: see ``acting_for``.
+On a GPU, autograd runs the backward, and what is read in it, in a thread of its own. There it acts
+for the thread that ran the forward (``acting_for``).
+
+A public call is also the scope of what is computed from the whole model. ``once_per_call`` shares
+it until the call returns, since a user may change the model before the next.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # Seconds that a call waits for another thread to leave a block such as ``with clrp.lrp(model):``.
-# What happens inside the block is the user's, and may itself wait for this call.
+# The user's code inside that block may itself wait for this call.
 PATIENCE = 60.0
 
 _WAKE = 0.5  # seconds between looks at whether the other thread still lives
@@ -44,25 +47,37 @@ _WAKE = 0.5  # seconds between looks at whether the other thread still lives
 # ---------------------------------------------------------------- which thread
 
 
-class _Threads(threading.local):
-    """One object for each thread. Its identity, unlike a thread's number, is never used again."""
+class Caller:
+    """An object for each thread, whose identity, unlike a thread's number, is never used again.
+
+    Attributes:
+        views: Results of the functions under ``once_per_call`` by the model's id, for each model
+            on which a public function is running in this thread.
+    """
 
     def __init__(self) -> None:
-        self.caller: object = object()
+        self.views: dict[int, dict[Callable[..., Any], Any]] = {}
+
+
+class _Threads(threading.local):
+    """The ``Caller`` of each thread."""
+
+    def __init__(self) -> None:
+        self.caller = Caller()
 
 
 _threads = _Threads()
 
 
-def caller() -> object:
-    """Stands for this thread, or for the one it acts for."""
+def caller() -> Caller:
+    """The ``Caller`` of this thread, or of the thread that it acts for."""
     return _threads.caller
 
 
-def acting_for(who: object, function: Callable[..., R], *args: Any) -> R:
-    """``function(*args)``, as if called in the thread that ``who`` stands for.
+def acting_for(who: Caller, function: Callable[..., R], *args: Any) -> R:
+    """``function(*args)``, as if called in the thread of ``who``.
 
-    For what autograd calls in the backward, which on a GPU is in a thread of the device.
+    Autograd's backward needs it, which on a GPU runs in a thread of the device.
     """
     before, _threads.caller = _threads.caller, who
     try:
@@ -92,13 +107,8 @@ def elsewhere(function: Callable[..., Any]) -> Callable[..., Any]:
     return hook
 
 
-def own_hooks(model: Any, pairs: list[tuple[str, Callable[..., Any]]]) -> Any:
-    """``model.hooks(fwd_hooks=pairs)`` that act in this thread only."""
-    return model.hooks(fwd_hooks=[(name, mine(function)) for name, function in pairs])
-
-
 class PerThread(threading.local):
-    """What hook functions that act in every thread keep between two of them, for each thread."""
+    """What hook functions that act in every thread pass on to each other, for each thread."""
 
     def __init__(self) -> None:
         self.seen: dict[str, Tensor] = {}
@@ -122,10 +132,10 @@ class _Turns:
         with self.changed:
             while self.tickets and self.holder is not me:
                 if self.thread is not None and not self.thread.is_alive():
-                    self.tickets, self.blocks = [], []  # it can never give them back
+                    self.tickets, self.blocks = [], []  # it can never return them
                     break
                 if not self.blocks:
-                    since = time.monotonic()  # a call comes to an end by itself
+                    since = time.monotonic()  # a call ends without help
                 elif time.monotonic() - since > PATIENCE:
                     raise self._refusal()
                 self.changed.wait(min(_WAKE, PATIENCE))
@@ -159,7 +169,7 @@ _turns_lock = threading.Lock()
 
 
 def _turns_of(model: Any) -> _Turns | None:
-    """Of the wrapped model: several bridges may share it. None if ``model`` is no bridge."""
+    """The lock of the wrapped model, which several bridges may share; None without a bridge."""
     wrapped = getattr(model, "original_model", None)
     if not isinstance(wrapped, nn.Module):
         return None
@@ -169,14 +179,14 @@ def _turns_of(model: Any) -> _Turns | None:
 
 @contextmanager
 def turn(model: Any, block: str | None = None) -> Iterator[None]:
-    """The model for this thread alone, as far as this package goes.
+    """Keep this package's calls in other threads off the model for the block.
 
     Args:
         model: A ``TransformerBridge``; with anything else nothing happens.
-        block: What to call it in messages, where a user's code runs inside.
+        block: Name of the block in messages, if a user's code runs inside it.
 
     Raises:
-        ModelStateError: another thread does not leave such a block.
+        ModelStateError: Another thread does not leave such a block.
     """
     turns, ticket = _turns_of(model), object()
     if turns is None:
@@ -194,7 +204,8 @@ def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def waiting(*args: P.args, **kwargs: P.kwargs) -> R:
-        with turn(args[0] if args else kwargs.get("model")):
+        model = args[0] if args else kwargs.get("model")
+        with turn(model), shared_views(model):
             return function(*args, **kwargs)
 
     return waiting
@@ -204,24 +215,26 @@ def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
 def model_lock(model: Any) -> Iterator[None]:
     """Keep this package's calls in other threads off ``model`` for the block.
 
-    ``attribute`` and its like take turns by themselves, and ``model(tokens)`` in another thread is
-    always safe. Anything else of TransformerLens is not: its own hooks (``run_with_cache``,
-    ``run_with_hooks``, ``model.hooks``), ``generate`` and ``start_at_layer`` put state on the
-    model that every thread's forward meets, those of this package included. With threads, run it
-    in here, and other threads' calls wait:
-
-        with clrp.model_lock(model):
-            logits, cache = model.run_with_cache(tokens)
-
-    The same thread may enter again, and may explain inside.
+    ``attribute`` and the other functions of this package take turns by themselves, and
+    ``model(tokens)`` in another thread is always safe. Other parts of TransformerLens are not: its
+    hooks (``run_with_cache``, ``run_with_hooks``, ``model.hooks``), ``generate`` and
+    ``start_at_layer`` put state on the model that every thread's forward meets, forwards of this
+    package included. With threads, run those inside the block; other threads' calls wait. The same
+    thread may enter again, and may explain inside.
 
     Args:
         model: A ``TransformerBridge``.
 
     Raises:
-        TypeError: ``model`` is not a TransformerBridge.
-        ModelStateError: another thread stays inside such a block, or in ``lrp`` or
+        TypeError: ``model`` is not a ``TransformerBridge``.
+        ModelStateError: Another thread stays inside such a block, or inside ``lrp`` or
             ``in_float32``, for more than a minute.
+
+    Example:
+        >>> with clrp.model_lock(model):
+        ...     logits, cache = model.run_with_cache(model.to_tokens(case.prompt))
+        >>> logits.ndim
+        3
     """
     if _turns_of(model) is None:
         raise TypeError(
@@ -230,6 +243,77 @@ def model_lock(model: Any) -> Iterator[None]:
         )
     with turn(model, "clrp.model_lock(model)"):
         yield
+
+
+# ---------------------------------------------------------------- walks of the model
+
+
+def once_per_call(function: Callable[[Any], R]) -> Callable[[Any], R]:
+    """A function of a model that is computed once while a public function runs on that model.
+
+    The next public call computes it again, since a user may change modules in between. Outside of
+    public calls it is computed each time. What it returns is shared, so callers do not change it.
+    """
+
+    @wraps(function)
+    def shared(model: Any) -> R:
+        results = _threads.caller.views.get(id(model))
+        if results is None:
+            return function(model)
+        if function not in results:
+            results[function] = function(model)
+        value: R = results[function]
+        return value
+
+    return shared
+
+
+@contextmanager
+def shared_views(model: Any) -> Iterator[None]:
+    """Compute functions under ``once_per_call`` once for this model and thread in the block."""
+    views = _threads.caller.views
+    if id(model) in views:
+        yield
+        return
+    views[id(model)] = {}
+    try:
+        yield
+    finally:
+        del views[id(model)]
+
+
+def all_modules(model: Any) -> tuple[nn.Module, ...]:
+    """Every module of the bridge and of the wrapped model, once."""
+    modules: dict[int, nn.Module] = {}
+    stack = [m for m in (getattr(model, "original_model", None), model) if isinstance(m, nn.Module)]
+    while stack:
+        module = stack.pop()
+        if id(module) not in modules:
+            modules[id(module)] = module
+            stack += [m for m in reversed(module._modules.values()) if m is not None]
+    return tuple(modules.values())
+
+
+@once_per_call
+def modules_of(model: Any) -> tuple[nn.Module, ...]:
+    """``all_modules``, computed once per public call."""
+    return all_modules(model)
+
+
+@once_per_call
+def wrapped_modules(model: Any) -> tuple[tuple[str, nn.Module], ...]:
+    """Every module of the wrapped model with its path there, computed once per public call."""
+    return tuple(model.original_model.named_modules())
+
+
+def wrapped_parameters(model: Any) -> list[nn.Parameter]:
+    """The wrapped model's parameters as they are now; one that is shared may come twice.
+
+    The walk of modules is shared within a public call, the parameters are not: accelerate puts
+    other ones in their places while a module runs.
+    """
+    modules = wrapped_modules(model)
+    return [p for _, m in modules for p in m._parameters.values() if p is not None]
 
 
 # ---------------------------------------------------------------- what all threads see
@@ -242,7 +326,7 @@ def _watched(model: Any) -> list[Any]:
 
 @contextmanager
 def refused_elsewhere(model: Any, why: str) -> Iterator[None]:
-    """Forwards in other threads raise ``ModelStateError`` with this message."""
+    """Make forwards in other threads raise ``ModelStateError`` with this message."""
 
     def refuse(*_: Any) -> None:
         raise ModelStateError(why)
@@ -297,16 +381,16 @@ def _after(module: Any, args: Any, output: Any) -> None:  # noqa: ARG001
 
 @contextmanager
 def frozen_parameters(model: Any) -> Iterator[None]:
-    """No parameter requires a gradient inside the block (less memory, no weight gradients).
+    """Let no parameter require a gradient inside the block: less memory, no weight gradients.
 
-    That is so for all threads: in another one, a gradient through a forward that ran meanwhile
-    raises ``ModelStateError``; its values are as always.
+    This affects all threads. In another one, a gradient through a forward that ran meanwhile
+    raises ``ModelStateError``; the values of that forward are right.
     """
     parameters = {
         id(p): p
-        for source in (model.original_model.parameters(), nn.Module.parameters(model))
-        for p in source
-        if p.requires_grad
+        for module in modules_of(model)
+        for p in module._parameters.values()
+        if p is not None and p.requires_grad
     }
     if not parameters:
         yield

@@ -16,18 +16,15 @@ from truth.families import ALL, FAMILIES, boot
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import UncoveredComponentError
-from tl_contrastive_lrp.hooks.attachment import Attachment, edit
-from tl_contrastive_lrp.hooks.audit.audit import audit, require_clean
-from tl_contrastive_lrp.hooks.audit.report import Audit, Finding
-from tl_contrastive_lrp.hooks.audit.run import examine
+from tl_contrastive_lrp.hooks.attach import Attachment, edit
+from tl_contrastive_lrp.hooks.audit.audit import Audit, Finding, audit, examine, require_clean
 from tl_contrastive_lrp.hooks.placement import attached, place
 from tl_contrastive_lrp.hooks.user_hooks import as_own
-from tl_contrastive_lrp.inputs.bridge import LEAVES
 from tl_contrastive_lrp.rules import functions as rules
 
 
 def with_attachments(model: Any, attachments: tuple[Attachment, ...]) -> Audit:
-    return examine(model, lambda: attached(model, attachments), LEAVES)
+    return examine(model, lambda: attached(model, attachments))
 
 
 def placed(model: Any) -> tuple[Attachment, ...]:
@@ -67,7 +64,7 @@ def test_each_rule_that_is_missing_is_found_and_named(name: str) -> None:
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2"])
 def test_with_no_rules_every_site_is_found(name: str) -> None:
     model = boot(name, torch.float32)
-    report = examine(model, nullcontext, LEAVES)
+    report = examine(model, nullcontext)
     found = {f.component for f in report.findings}
     for a in placed(model):
         where = "model" if a.site.path == "unembed" else a.site.path
@@ -140,7 +137,7 @@ def test_a_sigmoid_is_a_gate_only_where_it_weighs_something() -> None:
         parent, _, name = path.rpartition(".")
         wrapped = getattr(getattr(model.blocks[1], parent), name).original_component
         handle = wrapped.register_forward_hook(as_own(lambda *args: torch.sigmoid(args[-1])))
-        report = examine(model, lambda: attached(model, placed(model)), LEAVES)
+        report = examine(model, lambda: attached(model, placed(model)))
         handle.remove()
         where = (f"blocks.1.{path}", "Sigmoid")
         assert (where in report.ordinary) == clean
@@ -233,7 +230,7 @@ def test_a_mixture_of_experts_without_rules_is_found_at_its_experts_and_router()
     from truth import zoo
 
     model = zoo.boot("qwen3_moe")
-    found = {f.component for f in examine(model, nullcontext, LEAVES).findings}
+    found = {f.component for f in examine(model, nullcontext).findings}
     for part in ("mlp.experts", "mlp.gate", "attn", "ln1", "ln2", "attn.q_norm"):
         assert {f"blocks.{i}.{part}" for i in range(2)} & found, part
 

@@ -187,7 +187,7 @@ def _is_linear(function: Callable[[Tensor], Tensor]) -> bool:
 def test_an_operation_is_clean_exactly_if_it_is_linear(name: str) -> None:
     function = OPERATIONS[name]
     walk = _walk(function)
-    assert (not walk.found) == _is_linear(function), walk.found
+    assert (not walk.findings) == _is_linear(function), walk.findings
     assert walk.leaves == 1
 
 
@@ -222,7 +222,7 @@ def _router(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", COVERED)
 def test_what_has_its_rule_is_clean(name: str) -> None:
     walk = _walk(COVERED[name])
-    assert walk.found == ()
+    assert walk.findings == ()
     assert walk.leaves == 1
 
 
@@ -256,14 +256,14 @@ WRONG: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_found(name: str) -> None:
     function, operations, why = WRONG[name]
-    found = _walk(function).found
+    found = _walk(function).findings
     assert [f.operation for f in found] == operations.split()
     assert why in found[0].why
 
 
 def test_detached_parts_are_constants() -> None:
     walk = _walk(lambda x: x * torch.exp(x).detach())
-    assert walk.found == ()
+    assert walk.findings == ()
     assert "Exp" not in walk.counts
 
 

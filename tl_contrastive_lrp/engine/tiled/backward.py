@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Argument, Message, ModelStateError
-from ...hooks.attachment import Attachment, HookFn
+from ...hooks.attach import Attachment, HookFn
 from ...hooks.placement import attached, reading_hooks
 from ...rules.functions import at_least_float32
 from ...rules.precision import LOW, WideGradient, plain

@@ -16,11 +16,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...errors import ModelStateError
-from ...hooks.attachment import Attachment, HookFn
+from ...hooks.attach import Attachment, HookFn
 from ...hooks.context import plan
 from ...hooks.coverage import Coverage
-from ...hooks.placement import attached, check_ready, check_single, reading_hooks
-from ...inputs.bridge import LEAVES
+from ...hooks.placement import attached, check_ready, check_single, embedding_leaves, reading_hooks
 from ...inputs.facts import ObjectiveFacts
 from ...inputs.objective import Objective
 from ...rules.functions import at_least_float32
@@ -205,12 +204,7 @@ def _prefill(
     before, after = arranged(model, outside, around)
     leaves: dict[str, Tensor] = {}
 
-    def make_leaf(tensor: Tensor, hook: Any) -> Tensor:
-        leaves[hook.name] = tensor.detach().requires_grad_(True)
-        return leaves[hook.name]
-
-    hook_dict = model.hook_dict
-    starts = [(name, make_leaf) for name in LEAVES if name in hook_dict]
+    starts = embedding_leaves(model, leaves)
     with _ordered(model, [*starts, *before], outside, after):
         return prefill(model, tokens, ranges, bounds, leaves, step)
 

@@ -23,9 +23,9 @@ from einops import reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ...hooks.attachment import HookFn
-from ...inputs.bridge import public_name
-from ...rules.threads import own_hooks
+from ...hooks.attach import HookFn
+from ...hooks.placement import own_hooks
+from ...inputs.bridge import hook_points, public_name
 from .edge_space import BlockMasks
 
 References = dict[str, Float[Tensor, "pos d_model"]]
@@ -33,7 +33,7 @@ References = dict[str, Float[Tensor, "pos d_model"]]
 
 def _reference_sites(model: Any) -> list[str]:
     """Return the residual-stream sites whose reference states a run may need."""
-    hook_dict, n_layers = model.hook_dict, int(model.cfg.n_layers)
+    hook_dict, n_layers = hook_points(model), int(model.cfg.n_layers)
     names = [f"blocks.{i}.hook_resid_{place}" for i in range(n_layers) for place in ("pre", "mid")]
     return [name for name in names if name in hook_dict]
 
@@ -42,7 +42,7 @@ def reference_states(model: Any, prompts: Int[Tensor, "prompt pos"], batch_size:
     """Return the residual stream at every site and position, averaged over prompts."""
     sums: References = {}
     names = _reference_sites(model)
-    hooks = [(public_name(model.hook_dict, name), _sum_into(sums, name)) for name in names]
+    hooks = [(public_name(hook_points(model), name), _sum_into(sums, name)) for name in names]
     with torch.no_grad(), own_hooks(model, hooks):
         for chunk in chunks(len(prompts), batch_size):
             model(prompts[chunk.start : chunk.stop])
@@ -75,7 +75,7 @@ def visible_positions(
 
     layers = range(int(model.cfg.n_layers))
     names = [(f"blocks.{i}.attn.hook_attn_scores", reader(i)) for i in layers]
-    hooks = [(public_name(model.hook_dict, name), fn) for name, fn in names]
+    hooks = [(public_name(hook_points(model), name), fn) for name, fn in names]
     with torch.no_grad(), own_hooks(model, hooks):
         logits = model(tokens)
     return [visible[i] for i in layers], logits
@@ -147,7 +147,7 @@ def run_circuits(
         meaningless.
     """
     c = len(masks[0].position)
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
     hooks: list[tuple[str, HookFn]] = []
     for layer, block_masks in enumerate(masks):
         block = f"blocks.{layer}."

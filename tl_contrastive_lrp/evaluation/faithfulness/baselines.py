@@ -18,12 +18,11 @@ from einops import reduce
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...hooks.placement import check_ready, check_single
+from ...hooks.placement import check_ready, check_single, embedding_leaves, own_hooks
 from ...inputs.bridge import LEAVES
-from ...inputs.float64 import precise
+from ...inputs.devices import precise
 from ...inputs.objective import question
-from ...rules.threads import frozen_parameters, one_at_a_time, own_hooks
-from ..embedding_leaves import leaf_hooks
+from ...rules.threads import frozen_parameters, one_at_a_time
 from .removal import Removal, Replace, prepare_removal
 
 BASELINES = ("random", "recency", "gradient_x_input", "integrated_gradients", "occlusion")
@@ -161,7 +160,7 @@ def _products(setting: Removal, factor: Float[Tensor, "run pos 1"]) -> Float[Ten
         embeddings.append(embedding[:1])
         return embedding[:1] * factor.to(embedding)
 
-    hooks = leaf_hooks(model, leaves, scale, LEAVES[:1])
+    hooks = embedding_leaves(model, leaves, scale, LEAVES[:1])
     with frozen_parameters(model), own_hooks(model, hooks):
         logits = model(setting.tokens.expand(len(factor), -1))
         value = torch.stack([setting.objective(row[None]) for row in logits]).sum()

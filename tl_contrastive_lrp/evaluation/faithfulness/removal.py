@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...errors import PromptError
-from ...inputs.bridge import LEAVES, public_name, require_bridge
+from ...hooks.placement import own_hooks
+from ...inputs.bridge import LEAVES, hook_points, public_name, require_bridge
 from ...inputs.tokens import special_ids, special_mask, to_single_prompt, to_tokens, vocab_size
-from ...rules.threads import own_hooks
 
 Replace = Literal["zero", "random"]
 
@@ -87,7 +87,7 @@ class Removal:
             def set_to_zero(embedded: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
                 return embedded.masked_fill(removed[..., None], 0.0)
 
-            hooks = [(public_name(self.model.hook_dict, LEAVES[0]), set_to_zero)]
+            hooks = [(public_name(hook_points(self.model), LEAVES[0]), set_to_zero)]
         else:
             tokens = torch.where(removed, self.stand_ins[draw_of_run].to(tokens), tokens)
         with torch.no_grad(), own_hooks(self.model, hooks):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...inputs.bridge import hook_points
 from .effects import Sweep
 
 
@@ -25,7 +26,7 @@ def check_cache(model: Any, cache: Any, sweeps: Iterable[Sweep], batch: int, pos
             "_, clean_cache = model.run_with_cache(clean_tokens)."
         )
     missing: list[str] = []
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
     for sweep in sweeps:
         expected = sweep.shape(model, pos)
         for layer in range(int(model.cfg.n_layers)):

@@ -23,6 +23,7 @@ from transformer_lens.tools.analysis.attribution_patching import Node, NodeKind
 from ...engine.reading import Reading
 from ...hooks.context import plan
 from ...hooks.placement import attached
+from ...inputs.bridge import hook_points
 from ...rules.functions import at_least_float32
 from ...rules.rule_sets import RuleSet
 from .effects import n_heads_of
@@ -36,7 +37,7 @@ def check_additive(model: Any) -> None:
     Raises:
         ValueError: Names the first block of another form.
     """
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
     for layer in range(int(model.cfg.n_layers)):
         block = f"blocks.{layer}."
         aliases = (("hook_attn_out", "attn.hook_out"), ("hook_resid_mid", "ln2.hook_in"))

@@ -21,13 +21,13 @@ from transformer_lens.tools.analysis.attribution_patching import (
 
 from ...engine.plain import run
 from ...engine.reading import Reading
-from ...hooks.attachment import HookFn
-from ...hooks.placement import check_ready
-from ...inputs.bridge import public_name
+from ...hooks.attach import HookFn
+from ...hooks.placement import check_ready, own_hooks
+from ...inputs.bridge import hook_points, public_name
 from ...inputs.tokens import to_tokens
 from ...rules.functions import at_least_float32
 from ...rules.rule_sets import RuleSet, get_rule_set
-from ...rules.threads import one_at_a_time, own_hooks
+from ...rules.threads import one_at_a_time
 from .checks import RecordedObjective, check_pair, require_hook_point
 from .edges import EdgeReader, check_additive
 from .estimates import PATCHING_RULES
@@ -109,7 +109,7 @@ def relevance_patch(
     if with_edges:
         check_additive(model)
     n_layers, n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
-    names, hook_dict = writer_names(n_layers), model.hook_dict
+    names, hook_dict = writer_names(n_layers), hook_points(model)
     for name in names:
         require_hook_point(hook_dict, name)
 
@@ -157,7 +157,7 @@ def _activations(model: Any, tokens: Int[Tensor, "1 pos"], names: list[str]) -> 
 
         return hook_fn
 
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
     hooks = [(public_name(hook_dict, name), record(name)) for name in names]
     with torch.no_grad(), own_hooks(model, hooks):
         model(tokens)

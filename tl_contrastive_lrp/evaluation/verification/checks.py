@@ -21,13 +21,12 @@ from ...errors import UncoveredComponentError
 from ...hooks.audit.audit import audit
 from ...hooks.context import plan
 from ...hooks.hook_rules import rules_in_hooks
-from ...hooks.placement import attached
-from ...inputs.bridge import LEAVES, public_name
-from ...inputs.float64 import precise
+from ...hooks.placement import attached, embedding_leaves, own_hooks
+from ...inputs.bridge import LEAVES, hook_points, public_name
+from ...inputs.devices import precise
 from ...rules.precision import LOW, in_float32, is_low
 from ...rules.rule_sets import RuleSet
-from ...rules.threads import frozen_parameters, own_hooks
-from ..embedding_leaves import leaf_hooks
+from ...rules.threads import frozen_parameters
 from .conservation import conservation_account
 
 Verdict = Literal["ok", "warning", "failed", "skipped"]
@@ -151,7 +150,7 @@ def check_forward(model: Any, tokens: Tensor, rule_set: RuleSet) -> Check:
     with (
         frozen_parameters(model),
         rules_in_hooks(model, rule_set),
-        own_hooks(model, leaf_hooks(model, {})),
+        own_hooks(model, embedding_leaves(model, {})),
         attached(model, attachments),
     ):
         ruled_logits, ruled_stream = _forward(model, tokens)
@@ -172,12 +171,12 @@ def check_forward(model: Any, tokens: Tensor, rule_set: RuleSet) -> Check:
 def _forward(model: Any, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Run the model and record its logits and residual stream."""
     stream: dict[str, Tensor] = {}
-    points = {id(p): name for name, p in model.hook_dict.items() if STREAM.search(name)}
+    points = {id(p): name for name, p in hook_points(model).items() if STREAM.search(name)}
 
     def record(tensor: Tensor, hook: Any) -> None:
         stream[hook.name] = tensor.detach().clone()
 
-    names = [public_name(model.hook_dict, name) for name in points.values()]
+    names = [public_name(hook_points(model), name) for name in points.values()]
     with own_hooks(model, [(name, record) for name in names]):
         logits = model(tokens).detach()
     return logits, stream
@@ -241,7 +240,7 @@ def check_gradient(model: Any, tokens: Tensor, objective: ObjectiveFn) -> Check:
             stack.enter_context(in_float32(model))
         stack.enter_context(frozen_parameters(model))
         leaves: dict[str, Tensor] = {}
-        with own_hooks(model, leaf_hooks(model, leaves, names=LEAVES[:1])):
+        with own_hooks(model, embedding_leaves(model, leaves, names=LEAVES[:1])):
             value = objective(model(tokens))
         (x,) = leaves.values()
         (g,) = torch.autograd.grad(value, [x])
@@ -254,7 +253,7 @@ def check_gradient(model: Any, tokens: Tensor, objective: ObjectiveFn) -> Check:
             def change(embedding: Tensor) -> Tensor:
                 return embedding + step * direction
 
-            with torch.no_grad(), own_hooks(model, leaf_hooks(model, {}, change, LEAVES[:1])):
+            with torch.no_grad(), own_hooks(model, embedding_leaves(model, {}, change, LEAVES[:1])):
                 return float(objective(model(tokens)))
 
         def difference(step: float) -> float:

@@ -21,13 +21,12 @@ from torch.overrides import TorchFunctionMode
 from ...engine.reading import tap
 from ...hooks.context import plan
 from ...hooks.hook_rules import rules_in_hooks
-from ...hooks.placement import attached
-from ...inputs.bridge import LEAVES, components, module_names, public_name
-from ...inputs.float64 import precise
+from ...hooks.placement import attached, embedding_leaves, own_hooks
+from ...inputs.bridge import LEAVES, bias_of, components, hook_points, module_names, public_name
+from ...inputs.devices import precise
 from ...rules.precision import first_gradient, plain
 from ...rules.rule_sets import get_rule_set
-from ...rules.threads import frozen_parameters, mine, own_hooks
-from ..embedding_leaves import leaf_hooks
+from ...rules.threads import frozen_parameters, mine
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def conservation_account(
         stack.enter_context(biases.differentiable())
         lookups = stack.enter_context(_other_embeddings(model))
         stack.enter_context(rules_in_hooks(model, get_rule_set("cplrp")))
-        stack.enter_context(own_hooks(model, leaf_hooks(model, leaves)))
+        stack.enter_context(own_hooks(model, embedding_leaves(model, leaves)))
         stack.enter_context(constants)
         with attached(model, attachments), biases.read_at_outputs(model):
             value = objective(model(tokens))
@@ -124,15 +123,15 @@ class _Biases:
         self.modules: list[tuple[nn.Module, Tensor]] = []
         self.hooks: list[tuple[str, Any]] = []
         biases: dict[int, Tensor] = {}
-        hook_dict = model.hook_dict
+        hook_dict = hook_points(model)
         wrapped_by_path = {path: c.original_component for path, c in components(model).items()}
         for module in {**module_names(model), **dict.fromkeys(wrapped_by_path.values())}:
-            bias = _own_bias(module)
+            bias = bias_of(module)
             if bias is not None:
                 biases[id(bias)] = bias
                 self.modules.append((module, bias))
         for path, wrapped in wrapped_by_path.items():
-            bias, name = _own_bias(wrapped), f"{path}.hook_out"
+            bias, name = bias_of(wrapped), f"{path}.hook_out"
             if bias is not None and name in hook_dict and model.compatibility_mode:
                 read = self._reader(bias, self.at_component)
                 self.hooks.append((public_name(hook_dict, name), lambda x, hook, r=read: r(x)))  # noqa: ARG005
@@ -197,22 +196,11 @@ class _Biases:
         return total
 
 
-def _own_bias(module: Any) -> Tensor | None:
-    """Return the module's own bias; a component also exposes the attributes of what it wraps."""
-    if not isinstance(module, nn.Module):
-        return None
-    for attributes in (module._parameters, module._buffers, vars(module)):
-        bias = attributes.get("bias")
-        if isinstance(bias, Tensor) and bias.is_floating_point() and bias.ndim == 1:
-            return bias
-    return None
-
-
 @contextmanager
 def _other_embeddings(model: Any) -> Iterator[list[Tensor]]:
     """Make a leaf of every embedding lookup: tokens, positions, token types and the like.
 
-    Lookups that ``leaf_hooks`` replaces later have no gradient.
+    Lookups that ``embedding_leaves`` replaces later have no gradient.
     """
     lookups: list[Tensor] = []
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...engine.plain import run
 from ...engine.reading import Reading, relevance_of
-from ...inputs.bridge import LEAVES
+from ...inputs.bridge import LEAVES, hook_points
 from ...rules.precision import LOW, in_float32, underflow
 from ...rules.rule_sets import RuleSet
 from .checks import (
@@ -80,7 +80,7 @@ def relevance_at_sites(
         return Reading(name, sink)
 
     points: dict[int, str] = {}
-    for name, point in model.hook_dict.items():
+    for name, point in hook_points(model).items():
         if name == LEAVES[0] or (STREAM.search(name) and not name.endswith("mid")):
             points.setdefault(id(point), name)
     run(model, tokens, objective, rule_set, [reading(name) for name in points.values()])

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...engine.plain import RunResult
 from ...engine.reading import BY_DIMENSION, BY_NEURON, BY_POSITION, RelevanceSums
 from ...hooks.sites import Site, find_sites
-from ...inputs.bridge import residual_sites, without_neurons
+from ...inputs.bridge import hook_points, residual_sites, without_neurons
 from ...inputs.facts import PromptFacts
 from ...rules.rule_sets import RuleSet, get_rule_set
 from ..columns import EdgeColumns
@@ -262,7 +262,7 @@ def transitions(
 def _adjacent(
     model: Any, ends: tuple[str, ...], sublayers: bool
 ) -> tuple[tuple[str, ...], list[Step]]:
-    hook_dict = model.hook_dict
+    hook_dict = hook_points(model)
     sites, steps = [ends[0]], []
     for block, after in enumerate(ends[1:]):
         middle = f"blocks.{block}.hook_resid_mid"

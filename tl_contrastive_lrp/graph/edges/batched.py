@@ -20,14 +20,12 @@ from torch import Tensor
 
 from ...engine.memory import free_bytes
 from ...errors import is_out_of_memory
-from ...hooks.attachment import HookFn
+from ...hooks.attach import HookFn
 from ...hooks.context import plan
 from ...hooks.hook_rules import rules_in_hooks
-from ...hooks.placement import attached, check_ready, check_single, reading_hooks
+from ...hooks.placement import attached, check_ready, check_single, embedding_leaves, reading_hooks
 from ...hooks.user_hooks import restarted, user_hooks
-from ...inputs.bridge import LEAVES
-from ...rules.functions import at_least_float32
-from ...rules.handed_on import started, writable
+from ...rules.functions import at_least_float32, started, writable
 from ...rules.precision import first_gradient, is_low, plain
 from ...rules.rule_sets import RuleSet
 from ...rules.threads import frozen_parameters
@@ -60,10 +58,6 @@ def _recorded(
     check_single(model)
     attachments, _ = plan(model, rule_set)
     seen: dict[str, Tensor] = {}
-    hook_dict = model.hook_dict
-
-    def start(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return started(tensor.detach().requires_grad_(True))
 
     def keep(name: str) -> HookFn:
         def hook_fn(tensor: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
@@ -72,7 +66,7 @@ def _recorded(
 
         return hook_fn
 
-    starts = [(n, start) for n in LEAVES if n in hook_dict]
+    starts = embedding_leaves(model, {})
     keeps = [(name, keep(name)) for name in names]
     hooks = user_hooks(model)
     with frozen_parameters(model):

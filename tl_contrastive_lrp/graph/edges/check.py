@@ -24,10 +24,8 @@ from torch import Tensor
 from ...engine.plain import run
 from ...engine.reading import BlockCall, Reading
 from ...errors import UncoveredComponentError
-from ...hooks.attachment import HookFn
-from ...hooks.audit.audit import audit_of
-from ...hooks.audit.report import Audit
-from ...hooks.audit.run import hooks_aside, same_random_numbers, some_tokens
+from ...hooks.attach import HookFn
+from ...hooks.audit.audit import Audit, audit_of, hooks_aside, same_random_numbers, some_tokens
 from ...hooks.hook_rules import HookWatch
 from ...hooks.placement import reading_hooks
 from ...hooks.sites import find_sites

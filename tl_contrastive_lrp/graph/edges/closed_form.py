@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ...engine.reading import BlockCall, Reading, tap
 from ...hooks.sites import Site, scores_are_biased
-from ...inputs.bridge import components
+from ...inputs.bridge import bias_of, components, hook_points
 from ...rules.functions import at_least_float32
 from ...rules.precision import plain
 from ...rules.rule_sets import RuleSet
@@ -94,7 +94,7 @@ def biased_blocks(model: Any) -> frozenset[int]:
         int(path.split(".")[1])
         for path, component in components(model).items()
         if path.startswith("blocks.") and ".mlp" not in path and not path.endswith(".o")
-        if getattr(component.original_component, "bias", None) is not None
+        if bias_of(component.original_component) is not None
     )
 
 
@@ -147,7 +147,7 @@ class HookedBlock:
 
             return (tap(z, read), *args[1:])
 
-        point = model.hook_dict[f"blocks.{self.layer}.attn.o.hook_in"]
+        point = hook_points(model)[f"blocks.{self.layer}.attn.o.hook_in"]
         handle = point.register_forward_pre_hook(mine(pre_hook))
         try:
             yield

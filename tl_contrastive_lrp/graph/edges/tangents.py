@@ -9,8 +9,7 @@ norms, scale and masks are the model's own code, so nothing here depends on the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,17 +19,15 @@ from torch import Tensor
 
 from ...engine.reading import BlockCall
 from ...errors import UncoveredComponentError
-from ...hooks.attach_norm import norm_weight, uses_native_norm
-from ...hooks.attachment import HookFn
-from ...hooks.by_operation.attach import where_computed
+from ...hooks.attach import HookFn, norm_weight, uses_native_norm, where_computed
 from ...hooks.by_operation.mode import MATRIX_PRODUCTS, OperationRules
-from ...hooks.by_operation.norms import NORMS, NormCall, is_root
+from ...hooks.by_operation.patterns import NORMS, NormCall, is_root
+from ...hooks.placement import own_hooks
 from ...hooks.sites import Site
-from ...inputs.bridge import public_name
+from ...inputs.bridge import hook_points, public_name
 from ...rules.precision import plain, wide
 from ...rules.rule_sets import RuleSet
-from ...rules.softcap import softcap_ratio
-from ...rules.threads import caller, own_hooks
+from ...rules.softcap import softcap_ratio, softcap_replaced
 
 
 class _Stop(Exception):
@@ -83,37 +80,9 @@ def _norm_hooks(site: Site) -> list[tuple[str, HookFn]]:
     ]
 
 
-class _CapOperand:
-    """A soft-cap's number c in ``c * tanh(x / c)`` whose tangent follows the identity rule."""
-
-    def __init__(self, cap: Any) -> None:
-        self.cap = cap
-        self.owner = caller()
-        self.x: Tensor
-
-    def __rtruediv__(self, x: Tensor) -> Tensor:
-        if caller() is self.owner:
-            self.x = x
-        scaled: Tensor = x / self.cap
-        return scaled
-
-    def __rmul__(self, tanh: Tensor) -> Tensor:
-        if caller() is not self.owner:
-            capped: Tensor = tanh * self.cap
-            return capped
-        ratio = softcap_ratio(_primal(self.x) / self.cap)
-        return dual(_primal(tanh * self.cap), tangent_of(self.x) * ratio)
-
-
-@contextmanager
-def _linear_softcap(site: Site) -> Iterator[None]:
-    holder = site.module.__dict__
-    cap = holder["attn_logit_softcapping"]
-    holder["attn_logit_softcapping"] = _CapOperand(cap)
-    try:
-        yield
-    finally:
-        holder["attn_logit_softcapping"] = cap
+def _linear_softcap(y: Tensor, x: Tensor, cap: float) -> Tensor:
+    """A soft-cap's output y, with the tangent that the identity rule gives it."""
+    return dual(_primal(y), tangent_of(x) * softcap_ratio(_primal(x) / cap))
 
 
 class _Linear(OperationRules):
@@ -218,8 +187,9 @@ def block_tangents(
                 linear = _Linear(rule_set, attention=False)
                 stack.enter_context(linear.around(site.component.original_component))
             if site.operation == "softcap" and rule_set.softcap == "identity":
-                stack.enter_context(_linear_softcap(site))
-        hook_dict = model.hook_dict
+                cap = softcap_replaced(site.module, "attn_logit_softcapping", _linear_softcap)
+                stack.enter_context(cap)
+        hook_dict = hook_points(model)
         named = [(public_name(hook_dict, name), fn) for name, fn in hooks]
         stack.enter_context(torch.no_grad())
         stack.enter_context(forward_ad.dual_level())

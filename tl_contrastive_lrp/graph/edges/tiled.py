@@ -19,7 +19,7 @@ from ...engine.tiled.cache import Enough, ReplayCache
 from ...engine.tiled.prefill import Prefill
 from ...engine.tiled.tiles import TileAccumulator
 from ...hooks.sites import Site
-from ...inputs.float64 import with_float64
+from ...inputs.devices import with_float64
 from ...rules.functions import at_least_float32
 from ...rules.precision import plain
 from ...rules.rule_sets import RuleSet

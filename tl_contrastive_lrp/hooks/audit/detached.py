@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-
-from ...rules.threads import mine
-from .report import Finding
 
 
 class Cut(NamedTuple):
@@ -28,7 +24,7 @@ class Cut(NamedTuple):
     operation: str
 
 
-# They take shape, type or device from these arguments, never a value.
+# Functions that take shape, type or device from their arguments, never a value.
 _VALUE_FREE = frozenset(
     {"requires_grad_", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
     | {f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn")}
@@ -39,11 +35,11 @@ _FIRST_ONLY = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 
 
 class DetachedValues(TorchFunctionMode):
-    """Follows cut-off values while it is active; ``found`` lists those that were used.
+    """Follows cut-off values while it is active; ``cuts`` lists those that were used.
 
     Args:
-        at_work: The module at work now.
-        computed: Whether a tensor carries a gradient to the input; any gradient counts if None,
+        at_work: Returns the module whose forward is running.
+        computed: Whether a tensor carries a gradient to the input. By default any gradient counts,
             which is right where parameters are frozen.
     """
 
@@ -54,7 +50,7 @@ class DetachedValues(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._computed = computed or (lambda x: x.requires_grad)
-        self.found: dict[Cut, None] = {}
+        self.cuts: dict[Cut, None] = {}
         self._at_work = at_work
         self._cut: dict[int, tuple[Tensor, Cut]] = {}  # holds the tensors, so that ids stay theirs
 
@@ -79,7 +75,7 @@ class DetachedValues(TorchFunctionMode):
     def _follow(self, name: str, known: list[Cut], outputs: list[Tensor]) -> None:
         hidden = [y for y in outputs if not y.requires_grad]
         if len(hidden) < len(outputs) and known and not _is_ours():
-            self.found.update(dict.fromkeys(known))
+            self.cuts.update(dict.fromkeys(known))
         if hidden and (known or not _is_ours()):
             cut = (
                 known[0] if known else Cut(self._at_work(), _READABLE.get(name) or name.strip("_"))
@@ -100,37 +96,7 @@ def _is_ours() -> bool:
     frame = sys._getframe(3)
     while frame is not None:
         room = frame.f_globals.get("__name__", "")
-        if not room.startswith(("torch.", __name__)):
+        if not room.startswith(("torch.", "einops.", __name__)):
             return str(room).partition(".")[0] == _PACKAGE
         frame = frame.f_back  # type: ignore[assignment]
     return False
-
-
-@contextmanager
-def repeated_blocks(model: Any) -> Iterator[list[Finding]]:
-    """Findings, at the end of the block, for every transformer block that ran more than once.
-
-    A HookPoint then fires once a pass, and holds no single hidden state.
-    """
-    found: list[Finding] = []
-    calls = [0] * len(getattr(model, "blocks", ()))
-
-    def counting(index: int) -> Callable[..., None]:
-        def pre_hook(*_: Any) -> None:
-            calls[index] += 1
-
-        return pre_hook
-
-    handles = [
-        model.blocks[i].register_forward_pre_hook(mine(counting(i))) for i in range(len(calls))
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-    for i, times in enumerate(calls):
-        if times > 1:
-            kind = type(model.blocks[i].original_component).__name__
-            why = f"it runs {times} times in one forward, so a HookPoint holds no one hidden state"
-            found.append(Finding(f"blocks.{i}", kind, "repetition", why))

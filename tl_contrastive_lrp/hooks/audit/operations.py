@@ -2,7 +2,7 @@
 
 Names are those of autograd's nodes without "Backward" and the trailing number (``MulBackward0`` is
 ``Mul``); where overloads differ in kind, the number stays (``Div2`` rounds). A name in no table is
-unknown, and so a finding: the tables may only grow by operations that somebody has looked at.
+unknown, and so a finding: add an operation to a table only after checking what it does.
 
 Which inputs of a node are *computed* is read off the graph (a gradient flows there); with the
 parameters frozen, everything else is a constant of the model.
@@ -10,7 +10,7 @@ parameters frozen, everything else is a constant of the model.
 
 from __future__ import annotations
 
-from ...rules.rule_node import RuleNode
+from ...rules.functions import RuleNode
 
 
 def words(text: str) -> frozenset[str]:
@@ -30,7 +30,8 @@ LINEAR: frozenset[str] = words("""
     Clone Copy ToCopy Contiguous Fill Zero Conj ResolveConj Real Imag ViewAsReal ViewAsComplex
     Complex
     """)
-# The largest, the k largest, a sorting: which elements is a constant, their values are linear.
+# The largest, the k largest, a sorting: which elements they take is a constant; the values are
+# linear.
 SELECTING: frozenset[str] = words("Topk Sort Max Min Amax Amin Kthvalue")
 
 # Products: positions of the factors. Other positions are added. With one computed factor the
@@ -50,8 +51,8 @@ PRODUCTS: dict[str, tuple[int, ...]] = {
     "Convolution": (0, 1),
     "GroupedMm": (0, 1),
 }
-# Those that mix the elements of their computed factor: here a halving meant for a product in
-# front has missed it.
+# Products that mix the elements of their computed factor. A halving that still waits for its
+# product here has missed it.
 MIXING: frozenset[str] = frozenset(PRODUCTS) - {"Mul", "Addcmul"}
 # query·key, softmax and pattern·value in one node, inputs (query, key, value).
 FUSED_ATTENTION = "ScaledDotProduct"
@@ -94,18 +95,18 @@ NONLINEAR: dict[str, str] = {
     "NativeDropout": "dropout is on; call model.eval() first",
 }
 
-# Custom autograd Functions of others, by where they are defined. This package's own rules carry
-# their row themselves, as the attribute ``audit`` of the Function.
+# Custom autograd Functions of other packages, by where they are defined. This package's own rules
+# carry their row themselves, as the attribute ``audit`` of the Function.
 RULES: dict[str, RuleNode] = {
-    # TransformerLens': the scale that some models put on a residual contribution, taken off again.
+    # From TransformerLens: undoes the scale that some models put on a residual contribution.
     "transformer_lens.model_bridge.generalized_components.base._ScaledHookGradient": RuleNode((0,)),
-    # Torch's own: what a module with hooks of the backward is given and gives back, unchanged.
+    # From torch: wraps the inputs and outputs of modules with backward hooks, unchanged.
     "torch.nn.modules._functions.BackwardHookFunction": RuleNode(tuple(range(64))),
 }
 
 
 def rule_node(function: type) -> RuleNode | None:
-    """The row of a custom autograd Function, None where nobody vouches for its gradient."""
+    """The row of a custom autograd Function, or None if it has none."""
     own = getattr(function, "audit", None)
     if isinstance(own, RuleNode):
         return own

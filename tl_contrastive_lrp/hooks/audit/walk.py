@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...inputs.float64 import precise
-from ...rules.rule_node import RuleNode
+from ...inputs.devices import precise
+from ...rules.functions import RuleNode
 from . import operations as ops
 
 Node = Any  # torch.autograd.graph.Node, and the context objects of Python Functions
 
 
-class Found(NamedTuple):
+class Unaccounted(NamedTuple):
     """An operation that no rule accounts for: its node, its name, and why."""
 
     node: Node
@@ -34,27 +34,28 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Walk:
-    """What a walk met.
+    """The result of a walk.
 
     Attributes:
-        found: Findings, in the order from the logits down.
+        findings: In the order from the logits down.
         ordinary: Nonlinear nodes that keep their ordinary gradient because that is their rule.
         counts: Nodes by operation.
         leaves: How many of the leaves were reached.
     """
 
-    found: tuple[Found, ...]
-    ordinary: tuple[Found, ...]
+    findings: tuple[Unaccounted, ...]
+    ordinary: tuple[Unaccounted, ...]
     counts: dict[str, int]
     leaves: int
 
 
 class State(NamedTuple):
-    """What the path to a node promised.
+    """What the path to a node requires of it.
 
-    halved: The halving that waits for its product.
-    ordinary: The next nonlinear operation keeps its ordinary gradient by decision.
-    weight: A product was met, and nothing that mixes since: the value is a factor.
+    Attributes:
+        halved: The halving that waits for its product.
+        ordinary: Whether the next nonlinear operation keeps its ordinary gradient by decision.
+        weight: Whether the value is a factor: a product was met, and nothing that mixes since.
     """
 
     halved: Node | None = None
@@ -94,7 +95,7 @@ _NAMES: dict[str, tuple[str, str]] = {}
 
 
 def _parsed(name: str) -> tuple[str, str]:
-    """("Mul", "Mul0") from "MulBackward0"; for both the name in the tables is looked up."""
+    """("Mul", "Mul0") from "MulBackward0"; the tables may list either."""
     if name not in _NAMES:
         bare = name.rpartition("::")[2]
         match = re.fullmatch(r"(.+?)Backwards?(\d*)", bare)
@@ -123,22 +124,25 @@ def walk_graph(logits: Tensor, leaves: Iterable[Tensor]) -> Walk:
     walker = Walker({id(leaf) for leaf in leaves})
     walker.run(logits.grad_fn)
     counts = Counter(info.operation for info in walker.infos.values())
-    ordinary = tuple(Found(node, walker.infos[node].operation, "") for node in walker.ordinary)
-    return Walk(tuple(walker.found.values()), ordinary, dict(counts), len(walker.reached))
+    ordinary = tuple(
+        Unaccounted(node, walker.infos[node].operation, "") for node in walker.ordinary
+    )
+    return Walk(tuple(walker.findings.values()), ordinary, dict(counts), len(walker.reached))
 
 
 class Walker:
-    """One walk; what was met is in its attributes, by node."""
+    """One walk; its attributes hold what it met, by node."""
 
     def __init__(self, leaves: Collection[int]) -> None:
         self.leaves = leaves
         self.reached: set[int] = set()
         self.infos: dict[Node, Info] = {}  # holds the nodes, so that they stay themselves
-        self.found: dict[tuple[Node, str], Found] = {}
+        self.findings: dict[tuple[Node, str], Unaccounted] = {}
         self.ordinary: dict[Node, None] = {}
         self.todo: list[tuple[Node, State]] = []
 
     def run(self, root: Node | None) -> None:
+        """Visit every node that can be reached from ``root``."""
         seen: set[tuple[Node, State]] = set()
         if root is not None:
             self.todo.append((root, _FRESH))
@@ -160,10 +164,10 @@ class Walker:
     def _find(self, node: Node, why: str) -> None:
         info = self.infos[node]
         operation = "halving" if info.rule and info.rule.effect == "halve" else info.operation
-        self.found.setdefault((node, why), Found(node, operation, why))
+        self.findings.setdefault((node, why), Unaccounted(node, operation, why))
 
     def settle(self, state: State) -> None:
-        """From here on, a halving that still waits has missed its product."""
+        """Report a halving that still waits: it has missed its product."""
         if state.halved is not None:
             self._find(state.halved, _STRAY)
 
@@ -253,8 +257,8 @@ class Walker:
 def _only_copies(node: Node) -> bool:
     """Whether an in-place change of a slice wrote copies there and did nothing else.
 
-    Autograd hides the operation, but not what its backward does: of a copy, the rest of the tensor
-    gets its gradient as it is, and what was written or added gets the slice's.
+    Autograd hides the operation, but not what its backward does. For a copy, the rest of the tensor
+    gets its gradient unchanged, and what was written or added gets the slice's gradient.
     """
     try:
         (meta,) = node._input_metadata
@@ -274,8 +278,8 @@ def _only_copies(node: Node) -> bool:
     if base is None:  # written into a constant
         return copies
     base = precise(base)
-    kept = base == g
-    if bool(kept.all()):  # added
+    unchanged = base == g
+    if bool(unchanged.all()):  # added
         return copies
-    copied = bool(sum(s.sum() for s in written) == g[~kept].sum())
-    return copied and bool((kept | (base == 0)).all())
+    copied = bool(sum(s.sum() for s in written) == g[~unchanged].sum())
+    return copied and bool((unchanged | (base == 0)).all())

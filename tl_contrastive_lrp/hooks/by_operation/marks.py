@@ -1,7 +1,7 @@
 """Marks on tensors inside a wrapped module: which depend on the prompt, and which are weights.
 
-A router's or gate's weight (of a softmax or sigmoid) may be chosen from, added up and divided
-before it weighs anything. Torch knows nothing of that, so the tensors themselves are marked.
+The weights of a router or gate (from a softmax or sigmoid) may be selected, added up and divided
+before they weigh anything. Torch knows nothing of that, so the tensors themselves are marked.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ...rules import functions as rules
-from .experts import is_sigmoid_of
+from .patterns import is_sigmoid_of
 
 _WEIGHT = "_tl_contrastive_lrp_weight"  # on what is computed from weights alone
-_MADE = "_tl_contrastive_lrp_made"  # on a weight: itself, with its ordinary gradient
+_SOURCE = "_tl_contrastive_lrp_source"  # on a weight: itself, with its ordinary gradient
 _GIVEN = "_tl_contrastive_lrp_given"  # on what is made of parameters alone
 
 
@@ -31,16 +31,16 @@ def is_weight(value: Any) -> bool:
     return not computed(value) or hasattr(value, _WEIGHT)
 
 
-def new_weight(made: Tensor, *, constant: bool) -> Tensor:
-    """A weight fresh from its softmax or sigmoid: ``made``, or ``made`` as a constant."""
-    weight = made.detach() if constant else _marked(rules.ordinary(made), _WEIGHT)
-    return _marked(weight, _MADE, made)
+def new_weight(value: Tensor, *, constant: bool) -> Tensor:
+    """``value``, fresh from its softmax or sigmoid, marked as a weight; ``constant`` or not."""
+    weight = value.detach() if constant else _marked(rules.ordinary(value), _WEIGHT)
+    return _marked(weight, _SOURCE, value)
 
 
-def unsure_weight(made: Tensor, *, constant: bool) -> Tensor:
-    """As ``new_weight``, where only its use will tell whether it is one."""
-    weight = made.detach() if constant else _marked(made, _WEIGHT)
-    return _marked(weight, _MADE, made)
+def unsure_weight(value: Tensor, *, constant: bool) -> Tensor:
+    """As ``new_weight``, for a value whose use will show whether it is a weight."""
+    weight = value.detach() if constant else _marked(value, _WEIGHT)
+    return _marked(weight, _SOURCE, value)
 
 
 def _marked(tensor: Tensor, mark: str, value: Any = True) -> Tensor:
@@ -76,7 +76,7 @@ def swish(factors: Any) -> tuple[int, Tensor] | None:
     """The factor that is the sigmoid of the other: its position, and itself with its gradient."""
     pairs = (factors[:2], factors[1::-1]) if len(factors) > 1 else ()
     for i, (s, x) in enumerate(pairs):
-        made = getattr(s, _MADE, None)
-        if made is not None and computed(x) and is_sigmoid_of(made, x):
-            return i, made
+        sigmoid = getattr(s, _SOURCE, None)
+        if sigmoid is not None and computed(x) and is_sigmoid_of(sigmoid, x):
+            return i, sigmoid
     return None

@@ -1,22 +1,23 @@
 """Rules inside a wrapped module that computes attention or experts itself.
 
-Some TransformerLens components only delegate: between their input and output runs Hugging Face's
-code, and HookPoints there come too late or not at all. Their rules are put on operation by
+Some TransformerLens components only delegate: Hugging Face's code runs between their input and
+output, and HookPoints there come too late or not at all. Their rules are applied operation by
 operation, by a ``TorchFunctionMode`` that is active while the wrapped module runs, and only in its
-own code: it pauses in every TransformerLens component and activation module called from there,
+own code. It pauses in every TransformerLens component and activation module called from there,
 which have rules of their own, so no user's hook function ever runs under it.
 
 - matrix product of two computed tensors: query·key before the softmax, pattern·value after it;
 - elementwise product of two computed tensors: the gate rule (act(gate) ⊙ up, and a router's or
   gate's weight times what it weighs);
-- softmax in attention: the pattern, with the softmax rule; elsewhere, and sigmoid everywhere (a
-  softmax of two): weights, constant where the rule set takes patterns for constants, else with
-  their ordinary gradient, normalisation over the chosen included. Choosing is a constant;
+- softmax in attention: the pattern, with the softmax rule;
+- softmax elsewhere, and sigmoid everywhere (a softmax of two): weights. They are constant where the
+  rule set takes patterns for constants; otherwise they keep their ordinary gradient, including
+  their normalisation over the selected experts. The selection itself is a constant;
 - square roots of statistics, LayerNorm and RMSNorm functions: the LN-rule;
 - activation functions: the identity rule.
 
-Values are never touched: an operation runs as it is and only its gradient is replaced. Everything
-else is left alone, for the audit to refuse if it is not linear.
+Values never change: an operation runs as it is, and only its gradient is replaced. Everything else
+is left alone, and the audit refuses it if it is not linear.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -35,11 +37,9 @@ from ...rules import functions as rules
 from ...rules.rule_sets import RuleSet
 from ...rules.softmax import sink_temperature, softmax_temperature, was_changed
 from ...rules.threads import mine
-from ..attachment import HookFn
 from ..sites import operations_of
 from . import marks
-from .experts import clamp_bounds, clamp_ratio
-from .norms import NORMS, ROOTS, NormCall, is_root
+from .patterns import NORMS, ROOTS, NormCall, clamp_bounds, clamp_ratio, is_root
 
 _Call = Callable[..., Any]
 
@@ -58,7 +58,7 @@ class OperationRules(TorchFunctionMode):
         self.rule_set = rule_set
         self.attention = attention
         self.heads = heads  # where a wrapped module keeps heads and batch in one dimension
-        self.live: dict[str, list[HookFn]] = {"hook_attn_scores": [], "hook_pattern": [], "z": []}
+        self.live: dict[str, list[_Call]] = {"hook_attn_scores": [], "hook_pattern": [], "z": []}
         self.states: list[bool] = []
         self.after_softmax = False
 
@@ -78,12 +78,14 @@ class OperationRules(TorchFunctionMode):
     # ------------------------------------------------------------ weights of routers and gates
 
     def weights(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A softmax or sigmoid that makes weights, as a router or gate does."""
         out = func(*args, **kwargs)
         if not marks.computed(out):
             return out
         return marks.new_weight(out, constant=self.rule_set.softmax == "constant")
 
     def division(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A division; of weights by their sum it keeps its ordinary gradient."""
         out = func(*args, **kwargs)
         of_weights = all(marks.is_weight(a) for a in args[:2])
         ours = len(args) > 1 and marks.computed(args[1]) and of_weights
@@ -92,6 +94,7 @@ class OperationRules(TorchFunctionMode):
     # ------------------------------------------------------------ attention
 
     def softmax(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The softmax of attention, with hooks at the scores and the pattern; elsewhere weights."""
         if not self.attention:
             return self.weights(func, args, kwargs)
         scores = self._fire("hook_attn_scores", args[0])
@@ -113,12 +116,15 @@ class OperationRules(TorchFunctionMode):
         return tensor
 
     def by_head(self, tensor: Tensor) -> Tensor:
-        """[batch, head, ...] of what may be [batch · head, ...]."""
-        return tensor.reshape(-1, self.heads, *tensor.shape[1:]) if tensor.dim() == 3 else tensor
+        """[batch, head, ...] of what a module may hold as [batch · head, ...]."""
+        if tensor.ndim != 3:
+            return tensor
+        return rearrange(tensor, "(batch head) ... -> batch head ...", head=self.heads)
 
     # ------------------------------------------------------------ products and functions
 
     def product(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A matrix product: query·key, pattern·value, or one of experts."""
         out = func(*args, **kwargs)
         if not self.attention:
             return self._shared(out, args, self.rule_set.gate)
@@ -127,20 +133,23 @@ class OperationRules(TorchFunctionMode):
         return self._fire("z", self._shared(out, args, self.rule_set.pattern_v))
 
     def elementwise(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
-        found = marks.swish(args)
-        if found is None:
+        """An elementwise product: a gate, or x ⊙ σ(c·x) written out."""
+        swish = marks.swish(args)
+        if swish is None:
             return self._shared(func(*args, **kwargs), args, self.rule_set.gate)
-        i, weight = found  # x ⊙ σ(c·x): its f(x)/x is the other factor
+        i, weight = swish  # x ⊙ σ(c·x): its f(x)/x is the other factor
         weight = weight.detach() if self.rule_set.activation == "identity" else weight
         return func(*(weight if j == i else a for j, a in enumerate(args)), **kwargs)
 
     def clamp(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A clamp: the identity rule, or the ordinary gradient where it bounds weights."""
         if marks.computed(args[0]) and marks.is_weight(args[0]):
             # no weight, nor a sum of them, is let below a bound
             return rules.ordinary(func(*args, **kwargs))
         return self.activation(func, args, kwargs)
 
     def largest(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A maximum with a number so low that only masked scores are below it."""
         out = func(*args, **kwargs)
         floor = args[1] if len(args) > 1 else kwargs.get("other")
         if not isinstance(floor, Tensor) or floor.numel() != 1 or not marks.computed(out):
@@ -154,11 +163,13 @@ class OperationRules(TorchFunctionMode):
         return rules.uniform(out) if two and rule == "half" else out
 
     def root(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A root: the denominator of a norm is constant under the LN-rule."""
         out = func(*args, **kwargs)
         denominator = is_root(func.__name__, args, out)  # else the audit will refuse it
         return out.detach() if self.rule_set.norm == "ln" and denominator else out
 
     def norm(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A norm in one call, with the LN-rule."""
         out = func(*args, **kwargs)
         if not marks.computed(out) or self.rule_set.norm != "ln":
             return out
@@ -168,6 +179,7 @@ class OperationRules(TorchFunctionMode):
         return rules.weighted(out.detach(), normalized, weight)
 
     def activation(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        """An activation function, with the identity rule."""
         out = func(*args, **kwargs)
         ratio = self.ratio(func.__name__, args, kwargs)
         if not marks.computed(out) or ratio is None:
@@ -190,7 +202,7 @@ class OperationRules(TorchFunctionMode):
 
     @contextmanager
     def around(self, wrapped: Any) -> Iterator[None]:
-        """Active in the code of ``wrapped``, paused in components and activations it calls.
+        """Be active in the code of ``wrapped``, and pause in components and activations it calls.
 
         In this thread only.
         """

@@ -1,13 +1,15 @@
-"""What experts compute without an activation module: clamps, and x ⊙ σ(c·x) written by hand.
+"""How a wrapped module's own code writes out norms, clamps and gates by a sigmoid.
 
-Both are functions of one argument with f(0) = 0, so both get the identity rule, f(x)/x in closed
-form. The second looks like a product of two computed tensors; the autograd graph tells that both
-factors come from the same one.
+The rules inside a wrapped module meet single calls of torch functions. Here is how to recognise in
+them what has a rule: the denominator of a norm, a norm in one call, a clamp, and x ⊙ σ(c·x) written
+by hand. A clamp and that product are functions of one argument with f(0) = 0, so both get the
+identity rule, f(x)/x in closed form. The product looks like one of two computed tensors; the
+autograd graph tells that both factors come from the same one.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,3 +89,47 @@ def is_sigmoid_of(s: Tensor, x: Tensor) -> bool:
         return False
     (below,) = _computed_inputs(node)
     return _origin(*below, _ELEMENTWISE) == _origin(*_edge(x), _ELEMENTWISE)
+
+
+# ---------------------------------------------------------------- norms
+
+
+_POWERS = ("pow", "__pow__")
+ROOTS = ("sqrt", "rsqrt", *_POWERS)
+NORMS = ("layer_norm", "rms_norm")
+
+
+def is_root(name: str, args: tuple[Any, ...], out: Any) -> bool:
+    """Whether a call made the denominator of a norm: a root, one number for the last dimension."""
+    if name not in ROOTS or (name in _POWERS and args[1:] not in ((0.5,), (-0.5,))):
+        return False
+    return isinstance(out, Tensor) and out.shape[-1:] == (1,)
+
+
+class NormCall(NamedTuple):
+    """The arguments of ``layer_norm`` or ``rms_norm``: y = weight ⊙ C(x)/√(mean C(x)² + eps)."""
+
+    x: Tensor
+    weight: Tensor
+    eps: float
+    centred: bool
+
+    @classmethod
+    def of(cls, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NormCall:
+        """The arguments of a call, by position or by name."""
+        names = ["input", "normalized_shape", "weight", "bias", "eps"]
+        centred = name == "layer_norm"
+        if not centred:
+            names.remove("bias")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, weight, eps = given["input"], given.get("weight"), given.get("eps")
+        if weight is None:
+            weight = x.new_ones(1)
+        if eps is None:
+            eps = 1e-5 if centred else torch.finfo(x.dtype).eps
+        return cls(x, weight.detach(), eps, centred)
+
+    def moved(self, tangent: Tensor) -> Tensor:
+        """How y moves with x where the denominator is held fixed, for x's ``tangent``."""
+        tangent = tangent - tangent.mean(-1, keepdim=True) if self.centred else tangent
+        return self.weight * tangent / rules.norm_scale(self.x, self.eps, self.centred)
