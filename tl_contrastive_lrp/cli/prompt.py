@@ -131,7 +131,7 @@ def special_notes(model: Any, text: str, prepend_bos: bool | None) -> list[str]:
     """Notes on where a text's ids differ from those of the model's own tokenizer."""
     from ..inputs.bos import tokenised
 
-    return [note.says for note in tokenised(model, text, prepend_bos).notes]
+    return [note.text for note in tokenised(model, text, prepend_bos).notes]
 
 
 def _chat_ids(tokenizer: Any, text: str, system: str | None, answer: str) -> list[int]:
