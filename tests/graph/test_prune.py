@@ -13,20 +13,26 @@ import torch
 from hypothesis import strategies as st
 from support.graphs import edge_lists, given, listed, made
 
-from tl_contrastive_lrp.graph import pruning as prune
-from tl_contrastive_lrp.graph import pruning as subgraphs
+from tl_contrastive_lrp.graph import pruning
 from tl_contrastive_lrp.graph.graph import AttributionGraph
 from tl_contrastive_lrp.graph.prune_history import TransitionKept
-from tl_contrastive_lrp.graph.pruning import Pruned
+from tl_contrastive_lrp.graph.pruning import Pruned, PruneRule
+
+
+def by(graph: AttributionGraph, **criterion: float) -> Pruned:
+    """What one criterion keeps."""
+    (pruned,) = pruning.by_size(graph, PruneRule(**criterion))
+    return pruned
+
 
 SHARES = st.floats(0, 1)
 LIMITS = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0])
 RULES: dict[str, tuple[Any, Callable[..., Pruned], int]] = {
     # What its setting may be, the rule, and whether a larger setting keeps more or fewer edges.
-    "mass": (SHARES, prune.by_mass, +1),
-    "threshold": (LIMITS, prune.by_threshold, -1),
-    "node threshold": (LIMITS, prune.by_node_threshold, -1),
-    "top_k": (st.integers(0, 30), prune.by_top_k, +1),
+    "mass": (SHARES, lambda graph, share: by(graph, mass=share), +1),
+    "threshold": (LIMITS, lambda graph, limit: by(graph, threshold=limit), -1),
+    "node threshold": (LIMITS, pruning.by_node_threshold, -1),
+    "top_k": (st.integers(0, 30), lambda graph, k: by(graph, top_k=k), +1),
 }
 FOUR = [(1, 0, 0, i, -1, 0, w) for i, w in enumerate([1.0, -4.0, 2.0, 2.0])]
 
@@ -59,7 +65,7 @@ def by_transition(graph: AttributionGraph) -> dict[tuple[int, int], list[tuple[i
 def test_mass_keeps_the_fewest_largest_edges(case: Any, share: float) -> None:
     edges, sites, pos, split = case
     graph = made(edges, sites, pos, split=split)
-    mask, _ = prune.by_mass(graph, share)
+    mask, _ = by(graph, mass=share)
     for rows in by_transition(graph).values():
         # Python's sort is stable: among equals the first in the graph's order.
         falling = sorted(rows, key=lambda row: -row[1])
@@ -77,7 +83,7 @@ def test_mass_keeps_the_fewest_largest_edges(case: Any, share: float) -> None:
 )
 def test_mass_kept_is_at_least_the_share_asked(case: Any, share: float) -> None:
     edges, sites, pos, split = case
-    _, step = prune.by_mass(made(edges, sites, pos, split=split), share)
+    _, step = by(made(edges, sites, pos, split=split), mass=share)
     for row in step.transitions:
         assert row.mass_kept >= share * row.mass_before * (1 - 1e-14)
     assert step.mass_kept >= share * step.mass_before * (1 - 1e-14)
@@ -88,14 +94,14 @@ def test_masks_equal_slow_loops(case: Any, limit: float, k: int) -> None:
     edges, sites, pos, split = case
     graph = random_relevance(made(edges, sites, pos, split=split))
     rows = listed(graph)
-    mask, step = prune.by_threshold(graph, limit)
+    mask, step = by(graph, threshold=limit)
     assert mask.tolist() == [abs(row[-1]) > limit for row in rows]
     assert dict(step.parameters) == {"threshold": limit, "relative": limit / 2}
-    mask, _ = prune.by_threshold(graph, relative=limit / 2)
+    mask, _ = by(graph, relative=limit / 2)
     assert mask.tolist() == [abs(row[-1]) > limit for row in rows]
-    mask, _ = prune.by_node_threshold(graph, limit)
+    mask, _ = pruning.by_node_threshold(graph, limit)
     assert mask.tolist() == [abs(float(graph.relevance[r[0], r[2]])) > limit for r in rows]
-    mask, _ = prune.by_top_k(graph, k)
+    mask, _ = by(graph, top_k=k)
     for part in by_transition(graph).values():
         falling = sorted(part, key=lambda row: -row[1])
         assert {i for i, _ in part if mask[i]} == {i for i, _ in falling[:k]}
@@ -103,32 +109,32 @@ def test_masks_equal_slow_loops(case: Any, limit: float, k: int) -> None:
 
 def test_ties_go_to_the_first_edge() -> None:
     graph = made(FOUR, 2, 4)
-    assert prune.by_top_k(graph, 2)[0].tolist() == [False, True, True, False]
+    assert by(graph, top_k=2)[0].tolist() == [False, True, True, False]
     # 4 + 2 of 9 is 67 %.
-    assert prune.by_mass(graph, 0.6)[0].tolist() == [False, True, True, False]
-    assert prune.by_mass(graph, 0.67)[0].tolist() == [False, True, True, True]
-    assert prune.by_mass(graph, 1.0)[0].tolist() == [True] * 4
-    assert prune.by_mass(graph, 0.0)[0].tolist() == [False] * 4
+    assert by(graph, mass=0.6)[0].tolist() == [False, True, True, False]
+    assert by(graph, mass=0.67)[0].tolist() == [False, True, True, True]
+    assert by(graph, mass=1.0)[0].tolist() == [True] * 4
+    assert by(graph, mass=0.0)[0].tolist() == [False] * 4
 
 
 def test_a_share_of_one_keeps_what_rounding_hides() -> None:
     graph = made([(1, 0, 0, 0, -1, 0, 1.0), (1, 0, 0, 1, -1, 0, 1e-30)], 2, 2)
-    assert prune.by_mass(graph, 1.0)[0].tolist() == [True, True]
+    assert by(graph, mass=1.0)[0].tolist() == [True, True]
 
 
 def test_a_threshold_between_two_floats() -> None:
     """0.1 in float32 is above 0.1 in float64: compared as the numbers they are."""
     graph = made([(1, 0, 0, 0, -1, 0, 0.1)], 2, 1)
-    assert prune.by_threshold(graph, 0.1)[0].tolist() == [True]
-    assert prune.by_threshold(graph, 0.100000001)[0].tolist() == [True]
-    assert prune.by_threshold(graph, 0.1000001)[0].tolist() == [False]
+    assert by(graph, threshold=0.1)[0].tolist() == [True]
+    assert by(graph, threshold=0.100000001)[0].tolist() == [True]
+    assert by(graph, threshold=0.1000001)[0].tolist() == [False]
 
 
 @given(edge_lists(), SHARES)
 def test_connected_equals_reachability_in_networkx(case: Any, share: float) -> None:
     edges, sites, pos, split = case
     graph = made(edges, sites, pos, split=split).prune(mass=share)
-    mask, step = subgraphs.connected(graph)
+    mask, step = pruning.connected(graph)
     other = nx.MultiDiGraph()
     other.add_node((sites - 1, pos - 1))
     for t, s, j, i, *_ in listed(graph):

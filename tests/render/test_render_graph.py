@@ -13,8 +13,8 @@ from support.graphs import edge_lists, given, listed, made
 from support.pictures import BLUE, PLANTED, RED, Drawn, planted
 
 from tl_contrastive_lrp.graph.picture import site_labels, view_of
-from tl_contrastive_lrp.render.graph.layout import strongest
 from tl_contrastive_lrp.render.graph.picture import graph_html, graph_picture
+from tl_contrastive_lrp.render.ranking import largest_ascending
 
 # ---- numbers ---------------------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ def test_of_too_many_edges_the_strongest_are_drawn_and_the_rest_counted() -> Non
 @given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0])), st.integers(1, 12))
 def test_strongest_equals_a_slow_sort_with_ties_to_the_first(size: list[float], most: int) -> None:
     wanted = sorted(range(len(size)), key=lambda i: (-size[i], i))[:most]
-    found = strongest(np.array(size), most).tolist()
+    found = largest_ascending(np.array(size), most).tolist()
     assert sorted(found) == sorted(wanted)
     assert [size[i] for i in found] == sorted(size[i] for i in found)
 

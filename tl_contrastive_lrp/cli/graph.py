@@ -207,8 +207,13 @@ def graph_command(
     chosen = _layers(layers)
     if chosen is not None and granularity is not o.Granularity.BLOCK:
         raise typer.BadParameter("--layers goes with --granularity block.")
-    pruning = Pruning(mass, threshold, relative, top_k, not no_connected)
-    pruning.check()
+    pruning = Pruning.from_options(
+        mass=mass,
+        threshold=threshold,
+        relative=relative,
+        top_k=top_k,
+        connected=not no_connected,
+    )
     way, output = MemoryOptions.typed(typed), Output(top, json, out, save, quiet)
     with exit_codes(debug):
 
@@ -239,7 +244,7 @@ def graph_command(
             prefilled=prefilled,
         )
         with progress("Pruning, and looking for paths", output.spins):
-            graphed = Graphed(question, full, pruning.of(full), full.paths(top), run, notes)
+            graphed = Graphed(question, full, pruning.apply(full), full.paths(top), run, notes)
             write(out, lambda path: _write_page(graphed, path))
             write(save, graphed.kept.save if save_pruned else full.save)
         from .print_graph import graph_as_json, print_graphed

@@ -73,17 +73,17 @@ def report_graph(
         prefilled: The prompt's forward, where it serves the graph too.
     """
     from ..errors import FileFormatError, ModelStateError, UncoveredComponentError
-    from ..graph.pruning import DEFAULT_MASS
+    from ..graph.pruning import DEFAULT_MASS, PruneRule
 
     if isinstance(run, str):
         return None, f"The report has no graph: {run}"
     long = is_long(question)
-    pruning = Pruning(mass=DEFAULT_MASS, top_k=REPORT_EDGES) if long else Pruning()
+    pruning = Pruning(PruneRule(mass=DEFAULT_MASS, top_k=REPORT_EDGES)) if long else Pruning()
     try:
         graph = make_graph(
             model, question, rules, output, run, pruning if long else None, prefilled=prefilled
         )
-        kept = pruning.of(graph)
+        kept = pruning.apply(graph)
         if not long:
             return kept, ""
         share = kept.mass / graph.history[0].mass_before if graph.history[0].mass_before else 1.0
@@ -118,7 +118,7 @@ def make_graph(
         rules: Name of a rule set.
         output: Whether progress is shown.
         run: How memory is used.
-        pruning: What ``Pruning.on_the_way`` of it keeps; None keeps all.
+        pruning: What ``Pruning.while_computed`` of it keeps; None keeps all.
         options: As for ``attribution_graph``; the forward, too.
 
     Raises:
@@ -127,7 +127,7 @@ def make_graph(
     from ..graph.assembly.attribution_graph import attribution_graph
 
     if pruning is not None:
-        options |= pruning.on_the_way(question.delta)
+        options |= pruning.while_computed(question.delta)
     # Tiles and transitions over several blocks show a bar of their own; two things would clash.
     bar = output.spins and (run.tiles or options.get("layers") is not None)
     words = f"Edges between {question.n_tokens:,} tokens"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..inputs.objective import for_one_prompt, one_position
 from ..inputs.tokens import model_device
+from ..render.ranking import largest_first
 from ..rules.rule_sets import RuleSet, get_rule_set
 from ..rules.threads import turn
 
@@ -36,13 +37,13 @@ def _frame(rows: list[tuple[str, str, float]], whole: float, k: int) -> pd.DataF
 
     frame = pd.DataFrame(rows, columns=["part", "name", "relevance"])
     frame["share"] = frame["relevance"] / (whole or float("nan"))
-    order = frame["relevance"].abs().sort_values(ascending=False, kind="stable").index
-    return frame.loc[order[:k]].reset_index(drop=True)
+    order = largest_first(frame["relevance"].abs().to_numpy(dtype=float), k)
+    return frame.iloc[order].reset_index(drop=True)
 
 
 def _largest(part: str, names: str, values: Tensor, k: int) -> list[tuple[str, str, float]]:
-    top = values.abs().topk(min(k, values.numel())).indices.tolist()
-    return [(part, names.format(i), float(values[i])) for i in top]
+    order = largest_first(values.abs().numpy(), k).tolist()
+    return [(part, names.format(i), float(values[i])) for i in order]
 
 
 def writer_block(site: str) -> tuple[int | None, bool]:

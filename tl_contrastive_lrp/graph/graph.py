@@ -106,17 +106,12 @@ class AttributionGraph(GraphData):
         Raises:
             ValueError: a value out of range, or both threshold and relative.
         """
-        if (threshold, relative, top_k, node_threshold) == (None,) * 4 and mass is None:
-            mass = pruning.DEFAULT_MASS
-        steps = []
+        rule = pruning.PruneRule(mass, threshold, top_k, relative)
+        if not rule and node_threshold is None:
+            rule = pruning.DEFAULT_RULE
+        steps = pruning.by_size(self, rule)
         if node_threshold is not None:
-            steps.append(pruning.by_node_threshold(self, node_threshold))
-        if threshold is not None or relative is not None:
-            steps.append(pruning.by_threshold(self, threshold, relative=relative))
-        if mass is not None:
-            steps.append(pruning.by_mass(self, mass))
-        if top_k is not None:
-            steps.append(pruning.by_top_k(self, top_k))
+            steps.insert(0, pruning.by_node_threshold(self, node_threshold))
         return self.where(*pruning.combined(self, steps))
 
     def connected(self) -> Self:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..render.ranking import largest_first
 from ..render.text import with_parts
 from .data import pair_starts
 from .pruning import fewest
@@ -177,7 +178,7 @@ def hubs(graph: GraphData, k: int = 10) -> pd.DataFrame:
         raise ValueError(f"k={k} must be a whole number, 1 or more.")
     taken, given = (of_site.sum(0) for of_site in _exchanged(graph))
     both = taken + given
-    order = torch.sort(both, descending=True, stable=True).indices[:k]
+    order = torch.from_numpy(largest_first(both.numpy(), k))
     order = order[both[order] > 0]
     texts = with_parts(graph.str_tokens)
     return pd.DataFrame(

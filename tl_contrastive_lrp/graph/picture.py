@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..render.graph.data import GraphView
-from ..render.graph.layout import strongest
 from ..render.graph.matrices import MAX_CELLS, attention_matrices, room
+from ..render.ranking import largest_mask
 from ..render.text import visible, with_parts
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def matrices_of(
     Raises:
         ValueError: no such site or transition, or no edge between two positions to show.
     """
-    weight = graph.weight.double().numpy()
+    weight, n = graph.weight.double().numpy(), len(graph.str_tokens)
     pair = np.stack([graph.source_site.numpy(), graph.target_site.numpy()]).astype(np.int64)
     source, target = (c.numpy().astype(np.int64) for c in (graph.source_pos, graph.target_pos))
     names, notes = site_labels(graph.sites), []
@@ -145,19 +145,20 @@ def matrices_of(
     else:
         labels = ["all heads"]
 
-    kept = _busiest(source[apart], target[apart], np.abs(weight[apart]), len(graph.str_tokens))
-    kept = np.sort(kept[-room(len(kinds), max_cells) :])
-    place = np.full(len(graph.str_tokens), -1)
+    exchanged = _exchanged(source[apart], target[apart], np.abs(weight[apart]), n)
+    # Reversed: of positions that exchange equally much, those nearest to the prediction are shown.
+    kept = np.flatnonzero(largest_mask(exchanged[::-1], room(len(kinds), max_cells))[::-1])
+    place = np.full(n, -1)
     place[kept] = np.arange(len(kept))
     shown = chosen & (place[source] >= 0) & (place[target] >= 0)
     dense = np.zeros((len(kinds), len(kept), len(kept)))
     index = (np.searchsorted(kinds, kind[shown]), place[target[shown]], place[source[shown]])
     np.add.at(dense, index, weight[shown])
     total = float(np.abs(weight[apart]).sum())
-    if len(kept) < len(graph.str_tokens):
+    if len(kept) < n:
         share = float(np.abs(weight[shown & apart]).sum()) / total
         notes.append(
-            f"The {len(kept)} of {len(graph.str_tokens):,} positions that exchange most relevance: "
+            f"The {len(kept)} of {n:,} positions that exchange most relevance: "
             f"{100 * share:.1f} % of \u03a3|weight| between positions."
         )
     greyed = graph.special.numpy().copy()
@@ -170,18 +171,17 @@ def matrices_of(
         greyed=greyed[kept],
         target=graph.target or "the target",
         contrast=graph.contrast or "its alternatives",
-        positions=kept.tolist() if len(kept) < len(graph.str_tokens) else None,
+        positions=kept.tolist() if len(kept) < n else None,
         notes=notes,
         max_cells=max_cells,
     )
 
 
-def _busiest(
+def _exchanged(
     source: NDArray[np.int64],
     target: NDArray[np.int64],
     size: NDArray[np.float64],
-    positions: int,
-) -> NDArray[np.int64]:
-    """All positions by the relevance that they exchange with others, least first."""
-    exchanged = np.bincount(source, size, positions) + np.bincount(target, size, positions)
-    return strongest(exchanged.astype(np.float64), positions)
+    n: int,
+) -> NDArray[np.float64]:
+    """The relevance that each of ``n`` positions exchanges with others, [pos]."""
+    return np.bincount(source, size, n) + np.bincount(target, size, n)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..inputs.float64 import with_float64
 from .prune_history import TransitionKept
-from .pruning import PruneRule, fewest, largest
+from .pruning import PruneRule, largest
 
 # Slack for adding up in another order than the final choice does.
 _CAREFUL = 1 - 1e-9
@@ -138,17 +138,11 @@ class StreamingSelection:
         above = [self._above(part) for part in reversed(self._parts)]
         self._parts = []  # before the copy
         part = tuple(torch.cat(x) for x in zip(*above, strict=True))
-        keep = largest(part[-1].abs(), self._wanted(part[-1].abs()))
+        size = part[-1].abs()
+        keep = largest(size, self.rule.count(size, self.mass))
         self._parts = [tuple(x[keep] for x in part)]
         self._masses = self._counts = None
         return self._parts[0]
-
-    def _wanted(self, size: Tensor) -> int:
-        if self.rule.top_k is not None:
-            return self.rule.top_k
-        if self.rule.mass is None or self.rule.mass == 1:
-            return len(size)
-        return fewest(size, self.rule.mass, self.mass)
 
     def saved(self) -> dict[str, Tensor]:
         """What was chosen and counted, as tensors."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .ranking import largest_first
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -113,7 +115,7 @@ def sums(values: NDArray[np.float64], ranges: NDArray[np.int64]) -> NDArray[np.f
 def _largest(size: NDArray[np.float64], most: int) -> NDArray[np.int64]:
     """The fewest positions that hold ``_SHARE`` of the sum, largest first; no more than ``most``,
     and none below ``_FAINTEST``."""
-    order = np.argsort(-size, kind="stable")[:most]
+    order = largest_first(size, most)
     order = order[size[order] > _FAINTEST * size.max()]
     before = np.cumsum(size[order]) - size[order]
     kept: NDArray[np.int64] = order[before < _SHARE * size.sum()]

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from .folds import ranges_of, sums
 from .offline import LegendLine, PlainHTML, source, templates
+from .ranking import extremes
 from .scale import GREY, LIGHT_NEGATIVE, LIGHT_POSITIVE, colours
 from .text import (
     inline_script,
@@ -140,13 +141,8 @@ def _facts(
 
 def _tops(row: NDArray[np.float64], greyed: NDArray[np.bool_]) -> list[list[tuple[int, str]]]:
     """The positions of largest positive and of largest negative relevance, with their numbers."""
-    order = np.argsort(-np.where(greyed, 0.0, row), kind="stable")
-    ends = [order[:_TOP], order[::-1][:_TOP]]
-    kept = [[i for i in end.tolist() if not greyed[i]] for end in ends]
-    return [
-        [(i, signed(float(row[i]))) for i in side if row[i] * sign > 0]
-        for side, sign in zip(kept, (1, -1), strict=True)
-    ]
+    sides = extremes(np.where(greyed, 0.0, row), _TOP)
+    return [[(i, signed(float(row[i]))) for i in side] for side in sides]
 
 
 def _parts(

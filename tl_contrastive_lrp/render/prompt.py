@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .folds import Fold
+from .ranking import extremes
 from .scale import colours, span
 from .text import magnitude, percent, signed, visible, visible_tokens, with_parts
 
@@ -50,7 +51,7 @@ def token_rows(
     return rows
 
 
-def extremes(
+def rankings(
     rows: list[dict[str, Any]],
     relevance: NDArray[np.float64],
     kept: NDArray[np.bool_],
@@ -65,11 +66,7 @@ def extremes(
         kept: bool per token, ``[pos]``.
         in_context: add the text before and after each, as ``before`` and ``after``.
     """
-    order = [int(i) for i in np.argsort(-relevance, kind="stable") if kept[i]]
-    sides = [
-        [i for i in order if relevance[i] > 0][:10],
-        [i for i in reversed(order) if relevance[i] < 0][:10],
-    ]
+    sides = extremes(np.where(kept, relevance, 0.0), 10)
     largest = max((abs(float(relevance[i])) for side in sides for i in side), default=1.0)
     found = [
         [{**rows[i], "bar": round(100 * abs(float(relevance[i])) / largest, 1)} for i in side]

@@ -13,7 +13,7 @@ from . import tables
 from .folds import LONG, folds_of
 from .graph.picture import GraphView, graph_section, section_script
 from .offline import script_hash, source, templates
-from .prompt import account, extremes, parts, token_rows
+from .prompt import account, parts, rankings, token_rows
 from .scale import GREY, NEGATIVE, POSITIVE, as_array, as_mask, check_tokens, span
 from .text import (
     PARTS,
@@ -166,7 +166,7 @@ def report_html(report: Report) -> str:
             parts=parts(rows, folds),
             words=account(folds, relevance),
             rankings=[
-                {"greyed": every, "sides": extremes(rows, relevance, kept, in_context=long)}
+                {"greyed": every, "sides": rankings(rows, relevance, kept, in_context=long)}
                 for every, kept in ((False, ~greyed), (True, greyed | True))
             ],
             gradient=",".join([*reversed(NEGATIVE), *POSITIVE[1:]]),

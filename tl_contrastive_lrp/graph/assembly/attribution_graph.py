@@ -163,7 +163,7 @@ def attribution_graph(
             details=details,
         ),
         objectives=asked,
-        rule=PruneRule(mass, threshold, top_k),
+        rule=PruneRule(mass, threshold, top_k).single(),
         node_threshold=node_threshold,
         progress=progress,
         prepended_bos=given.prepended_bos,

@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 
 from ..folds import LONG
+from ..ranking import extremes, largest_mask
 from .data import Edges, GraphData, merged
-from .layout import strongest
 
 MAX_POSITIONS = 60
 _MOST_GREYED = 6  # first and special tokens are large whatever the prompt says
@@ -36,12 +36,14 @@ def fold_positions(data: GraphData, most: int) -> GraphData:
     size = np.abs(edges.weight[moves])
     exchanged = np.bincount(edges.source_pos[moves], size, n)
     exchanged += np.bincount(edges.target_pos[moves], size, n)
-    grey = strongest(np.where(data.greyed, exchanged, 0.0), min(_MOST_GREYED, -(-most // 10)))
-    plain = strongest(np.where(data.greyed, 0.0, exchanged), most - len(grey) or 1)
-    chosen = np.concatenate([grey, plain])
+    tenth = -(-most // 10)
+    n_greyed = min(_MOST_GREYED, tenth)
+    greyed = largest_mask(np.where(data.greyed, exchanged, 0.0), n_greyed)
+    others = largest_mask(np.where(data.greyed, 0.0, exchanged), most - n_greyed or 1)
+    busy = np.flatnonzero((greyed | others) & (exchanged > 0))
     own = np.abs(data.relevance[-1, data.finals])
-    finals = np.append(data.finals[strongest(own, -(-most // 10))], data.final_pos)
-    chosen = np.union1d(chosen[exchanged[chosen] > 0], finals).astype(np.int64)
+    finals = np.append(data.finals[largest_mask(own, tenth)], data.final_pos)
+    chosen = np.union1d(busy, finals).astype(np.int64)
 
     first = np.unique(np.concatenate([[0], chosen, chosen + 1]))
     first = first[first < n]
@@ -90,9 +92,4 @@ def account(data: GraphData, folded: GraphData) -> str:
 
 def tops(data: GraphData) -> list[list[int]]:
     """Positions of largest positive, and of largest negative relevance at the input."""
-    row = np.where(data.greyed, 0.0, data.relevance[0])
-    order = np.argsort(-row, kind="stable")
-    return [
-        [at for at in order[:_TOP].tolist() if row[at] > 0],
-        [at for at in order[::-1][:_TOP].tolist() if row[at] < 0],
-    ]
+    return list(extremes(np.where(data.greyed, 0.0, data.relevance[0]), _TOP))

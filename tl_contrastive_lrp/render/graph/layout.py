@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..ranking import largest_ascending
 from .data import Edges, GraphData
 
 if TYPE_CHECKING:
@@ -84,9 +85,11 @@ def layout(data: GraphData, max_edges: int) -> Layout:
     among edges between two positions that are neither greyed nor folded: what stays at its
     position is most of the relevance and would leave nothing to see of the rest.
     """
+    if max_edges < 1:
+        raise ValueError(f"max_edges must be 1 or more, not {max_edges}")
     every = data.edges
     size = np.abs(every.weight)
-    kept = strongest(size, max_edges)
+    kept = largest_ascending(size, max_edges)
     edges, size = every.take(kept), size[kept]
     total = float(np.abs(every.weight).sum())
     stays = edges.source_pos == edges.target_pos
@@ -138,19 +141,6 @@ def layout(data: GraphData, max_edges: int) -> Layout:
         left_out=len(every) - len(edges),
         mass=float(size.sum()) / total if total else 1.0,
     )
-
-
-def strongest(size: NDArray[np.float64], limit: int) -> NDArray[np.int64]:
-    """Indices of the ``limit`` largest values, weakest first; of equal ones the earliest."""
-    if limit < 1:
-        raise ValueError(f"max_edges must be 1 or more, not {limit}")
-    kept = np.arange(len(size))
-    if len(size) > limit:
-        least = np.partition(size, len(size) - limit)[len(size) - limit]
-        above = np.flatnonzero(size > least)
-        equal = np.flatnonzero(size == least)[: limit - len(above)]
-        kept = np.sort(np.concatenate([above, equal]))
-    return kept[np.argsort(size[kept], kind="stable")]
 
 
 def _scale(size: NDArray[np.float64], *choices: NDArray[np.bool_]) -> float:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..offline import OfflineHTML, component, source
+from ..ranking import largest_mask
 from ..scale import LIGHT_NEGATIVE, LIGHT_POSITIVE, as_array, as_mask, check_tokens
 from ..text import printable, signed, visible, with_parts
-from .layout import strongest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -145,7 +145,7 @@ def busiest(array: NDArray[np.float64], limit: int) -> NDArray[np.int64]:
     """The positions with the largest entries off the diagonal, in and out; in prompt order."""
     size = np.abs(array).sum(axis=0)
     np.fill_diagonal(size, 0.0)
-    return np.sort(strongest(size.sum(axis=0) + size.sum(axis=1), limit))
+    return np.flatnonzero(largest_mask(size.sum(axis=0) + size.sum(axis=1), limit))
 
 
 def _short(array: NDArray[np.float64]) -> Any:
