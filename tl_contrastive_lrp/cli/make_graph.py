@@ -124,6 +124,7 @@ def make_graph(
     Raises:
         CliError: relevance that is not finite.
     """
+    from ..errors import NonFiniteError
     from ..graph.assembly.attribution_graph import attribution_graph
 
     if pruning is not None:
@@ -144,6 +145,8 @@ def make_graph(
                 **run.options(),
                 **options,
             )
+        except NonFiniteError as error:
+            raise not_finite(question.dtype) from error
         except ValueError as error:
             if type(error) is ValueError and re.search(r"\b(nan|inf|infinite)\b", str(error), re.I):
                 raise not_finite(question.dtype) from error

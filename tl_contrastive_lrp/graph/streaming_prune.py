@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import NonFiniteError
 from ..inputs.float64 import with_float64
 from .prune_history import TransitionKept
 from .pruning import PruneRule, largest
@@ -77,7 +78,7 @@ class StreamingSelection:
         size = matrix.abs()
         total = float(size.sum(dtype=torch.float64))
         if not np.isfinite(total):
-            raise ValueError("The weight of an edge is NaN or infinite.")
+            raise NonFiniteError("The weight of an edge is NaN or infinite.")
         self.edges += int(torch.count_nonzero(size))
         self.mass += total
         threshold = self.rule.threshold  # compared in float64: rounded, it could let itself pass
@@ -126,7 +127,7 @@ class StreamingSelection:
         fits = torch.nonzero(below[filled] + unseen * ends < spare)
         return float(ends[int(fits[-1])]) if len(fits) else 0.0
 
-    def chosen(self) -> tuple[Tensor, ...]:
+    def kept(self) -> tuple[Tensor, ...]:
         """Target positions, source positions, by heads slots, and weights of the edges to keep.
 
         In order. Nothing is to be added afterwards; all else is let go.
@@ -148,7 +149,7 @@ class StreamingSelection:
         """What was chosen and counted, as tensors."""
         counted = torch.tensor([self.edges], dtype=torch.int64)
         mass = torch.tensor([self.mass], dtype=torch.float64)
-        columns = {f"column{i}": x for i, x in enumerate(self.chosen())}
+        columns = {f"column{i}": x for i, x in enumerate(self.kept())}
         return columns | {"edges": counted, "mass": mass}
 
     @classmethod

@@ -68,7 +68,7 @@ def test_pruned_edges_by_head_are_the_same(name: str, pruning: dict[str, Any]) -
 def test_what_arrives_in_parts_that_cancel_is_passed_on(threshold: float, kept: list[int]) -> None:
     """Between attention and MLP a state may hold 0 in sum; its position's share still goes on."""
     source, target = torch.tensor([1.0, 0.0, -2.0, 3.0]), torch.tensor([0.0, 1.0, 0.0, 3.0])
-    rows, columns, weights = _diagonal(PruneRule(), source, target, threshold).chosen()
+    rows, columns, weights = _diagonal(PruneRule(), source, target, threshold).kept()
     assert rows.tolist() == columns.tolist() == kept
     assert weights.tolist() == source[kept].tolist()
 

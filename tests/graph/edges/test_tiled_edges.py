@@ -157,7 +157,7 @@ def test_streaming_chooses_what_the_whole_matrix_would(
     for seed, bounds in enumerate(([0, 60], [0, 1, 9, 10, 33, 60], list(range(61)))):
         matrix = draw(kind, 60, seed, dtype)
         found = streamed(matrix, rule, bounds)
-        rows, columns, weights = found.chosen()
+        rows, columns, weights = found.kept()
         wanted = dense(matrix, rule)
         assert rows.tolist() == wanted.target_pos.tolist()
         assert columns.tolist() == wanted.source_pos.tolist()

@@ -58,7 +58,7 @@ def tiled_graphs(
     sums.warn_of_underflow()
     return [
         _graph(plan, objective, result, found, by_head)
-        for objective, result, found in zip(plan.objectives, results, edges.found, strict=True)
+        for objective, result, found in zip(plan.objectives, results, edges.selections, strict=True)
     ]
 
 
@@ -77,7 +77,7 @@ def _graph(
         else:
             ends = relevance[step.source], relevance[step.target]
             found = _diagonal(plan.rule, *ends, plan.node_threshold)
-        rows, sources, *slots, weights = found.chosen()
+        rows, sources, *slots, weights = found.kept()
         slot = (slots[0] if slots else torch.zeros_like(rows)) if plan.heads else None
         columns.add_edges(step.source, step.target, rows, sources, weights, slot)
         kept.append(found.account(step.source, step.target, weights))

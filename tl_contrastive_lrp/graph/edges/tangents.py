@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -33,8 +33,20 @@ from ...rules.softcap import softcap_ratio
 from ...rules.threads import caller, own_hooks
 
 
+class Tangents(NamedTuple):
+    """Derivatives of one block along the residual vector.
+
+    Attributes:
+        v: The values' derivative ṽ, before they are repeated for grouped queries.
+        scores: The scores' derivative S̃, with the queries held fixed.
+    """
+
+    v: Float[Tensor, "source kv_head d_head"]
+    scores: Float[Tensor, "head target source"]
+
+
 class _Stop(Exception):
-    """The scores have been read; the rest of the block is not needed."""
+    """Raised when the scores have been read: the rest of the block is not needed."""
 
 
 def tangent_of(x: Tensor) -> Tensor:
@@ -167,8 +179,8 @@ class _Seam(_Linear):
 
 def block_tangents(
     model: Any, layer: int, call: BlockCall, sites: tuple[Site, ...], rule_set: RuleSet
-) -> tuple[Float[Tensor, "pos kv_head d_head"], Float[Tensor, "head query key"]]:
-    """ṽ and S̃ of one block, for the first row of its batch.
+) -> Tangents:
+    """The derivatives ṽ and S̃ of one block, for the first row of its batch.
 
     Args:
         model: The bridge, without rules attached.
@@ -228,7 +240,7 @@ def block_tangents(
             args, kwargs = call.again()
             model.blocks[layer](*args, **kwargs)
         except _Stop:
-            return read["v"], read["scores"]
+            return Tangents(read["v"], read["scores"])
         except NotImplementedError as error:
             raise UncoveredComponentError(
                 f"No graph of blocks.{layer} with your hooks on it: one of those before its "
