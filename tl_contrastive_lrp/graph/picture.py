@@ -1,4 +1,4 @@
-"""From an ``AttributionGraph`` to its pictures: what is shown, in which words."""
+"""From an ``AttributionGraph`` to its pictures: what they show, and in which words."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _PLACE = {"pre": "in", "mid": "mid", "post": "out"}
 
 
 def view_of(graph: GraphData) -> GraphView:
-    """What a picture shows of a graph; heads and paths of an edge are added up.
+    """The data for a graph's picture, with heads and paths of an edge added up.
 
-    Special tokens and the first token are greyed. The notes say what building the graph left out
-    and what each pruning step did.
+    Special tokens and the first token are greyed. The notes say what was left out when the graph
+    was made and what each pruning step did.
     """
     greyed = graph.special.clone()
     greyed[0] = True
@@ -69,21 +69,21 @@ def view_of(graph: GraphData) -> GraphView:
 def site_labels(sites: tuple[str, ...]) -> list[str]:
     """Short names for HookPoints of the residual stream: "input", "block 3 · mid", "output"."""
     labels = []
-    for at, site in enumerate(sites):
-        found = _BLOCK.fullmatch(site)
-        if found is None:
+    for index, site in enumerate(sites):
+        match = _BLOCK.fullmatch(site)
+        if match is None:
             labels.append(site)
-        elif at == 0 and site == "blocks.0.hook_resid_pre":
+        elif index == 0 and site == "blocks.0.hook_resid_pre":
             labels.append("input")
-        elif at == len(sites) - 1 and site.endswith("hook_resid_post"):
+        elif index == len(sites) - 1 and site.endswith("hook_resid_post"):
             labels.append("output")
         else:
-            labels.append(f"block {found[1]} \u00b7 {_PLACE.get(found[2], found[2])}")
+            labels.append(f"block {match[1]} \u00b7 {_PLACE.get(match[2], match[2])}")
     return labels
 
 
 def _between(sites: tuple[str, ...], names: list[str], source: int, target: int) -> str:
-    """What a transition passes through: a block, its attention, or from where to where."""
+    """A transition in words: the block or attention it passes through, or its two sites."""
     start, end = (_BLOCK.fullmatch(sites[site]) for site in (source, target))
     if start and end and start[2] == "pre":
         block, last = int(start[1]), int(end[1])
@@ -102,17 +102,18 @@ def matrices_of(
 ) -> OfflineHTML:
     """A graph's transitions, or the heads of one of them, as circuitsvis' ``attention_heads``.
 
-    Transitions that hold nothing between two positions are left out. In a long prompt only the
-    positions that exchange most relevance are shown; the view says so.
+    Transitions without an edge between two positions are left out. In a long prompt only the
+    positions that exchange most relevance are shown, and the view says so.
 
     Args:
-        graph: What to show.
-        transition: (source, target) sites by name or index: shows this one's heads, or the whole
-            of it where the graph is not split by heads. ``None``: every transition.
-        max_cells: Most cells drawn, in all matrices together.
+        graph: The graph to show.
+        transition: The (source, target) sites, by name or index, of the one transition whose heads
+            to show, or whose matrix if the graph is not split by heads. None shows every
+            transition.
+        max_cells: How many cells to draw at most, in all matrices together.
 
     Raises:
-        ValueError: no such site or transition, or no edge between two positions to show.
+        ValueError: There is no such site or transition, or no edge between two positions.
     """
     weight, n = graph.weight.double().numpy(), len(graph.str_tokens)
     pair = np.stack([graph.source_site.numpy(), graph.target_site.numpy()]).astype(np.int64)
@@ -184,4 +185,5 @@ def _exchanged(
     n: int,
 ) -> NDArray[np.float64]:
     """The relevance that each of ``n`` positions exchanges with others, [pos]."""
-    return np.bincount(source, size, n) + np.bincount(target, size, n)
+    exchanged = np.bincount(source, size, n) + np.bincount(target, size, n)
+    return exchanged.astype(np.float64)

@@ -95,7 +95,7 @@ class BlockEdges:
         b: Float[Tensor, "head target source"],
         factor: float = 1.0,
     ) -> None:
-        """Add one path's edges, factor · a ⊙ b."""
+        """Add the edges of one path, factor · a ⊙ b."""
         a, b = at_least_float32(a), at_least_float32(b)
         if self.by_head:
             setattr(self, path, _product(a, b, factor).cpu())
@@ -108,7 +108,7 @@ class BlockEdges:
 
 
 def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """factor · a ⊙ b, and 0 where b is 0, so that a masked score (-inf) contributes nothing."""
+    """The product factor · a ⊙ b, with 0 where b is 0: a masked score (-inf) adds nothing."""
     return (factor * a * b).masked_fill(b == 0, 0.0)
 
 
