@@ -243,7 +243,7 @@ class AttributionGraph(GraphData):
             The paths by |strength|, largest first.
 
         Raises:
-            ValueError: k is not a whole number, or below 1.
+            ValueError: ``k`` is not a whole number, or below 1.
 
         Example:
             >>> paths = graph.paths(3)
@@ -280,7 +280,7 @@ class AttributionGraph(GraphData):
             Columns pos, token, in_mass, out_mass and mass (Σ|weight| in logits), share.
 
         Raises:
-            ValueError: k is not a whole number, or below 1.
+            ValueError: ``k`` is not a whole number, or below 1.
 
         Example:
             >>> graph.hubs(3)["mass"].is_monotonic_decreasing

@@ -172,7 +172,7 @@ def hubs(graph: GraphData, k: int = 10) -> pd.DataFrame:
         share: mass, relative to its sum over all positions.
 
     Raises:
-        ValueError: k is not a whole number, or below 1.
+        ValueError: ``k`` is not a whole number, or below 1.
     """
     import pandas as pd
 

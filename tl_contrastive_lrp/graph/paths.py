@@ -214,7 +214,7 @@ def strongest_paths(graph: GraphData, k: int = 10) -> Paths:
         k: How many paths; fewer come back if there are fewer.
 
     Raises:
-        ValueError: k is not a whole number, or below 1.
+        ValueError: ``k`` is not a whole number, or below 1.
     """
     if not isinstance(k, Integral) or k < 1:
         raise ValueError(f"k={k} must be a whole number, 1 or more.")

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..render.graph.data import GraphView
+from ..render.graph.data import GraphView, exchanged
 from ..render.graph.matrices import MAX_CELLS, attention_matrices, room
 from ..render.ranking import largest_mask
 from ..render.text import visible, with_parts
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from ..render.offline import OfflineHTML
     from .data import GraphData
 
@@ -146,9 +144,9 @@ def matrices_of(
     else:
         labels = ["all heads"]
 
-    exchanged = _exchanged(source[apart], target[apart], np.abs(weight[apart]), n)
+    by_position = exchanged(source[apart], target[apart], np.abs(weight[apart]), n)
     # Reversed: of positions that exchange equally much, those nearest to the prediction are shown.
-    kept = np.flatnonzero(largest_mask(exchanged[::-1], room(len(kinds), max_cells))[::-1])
+    kept = np.flatnonzero(largest_mask(by_position[::-1], room(len(kinds), max_cells))[::-1])
     place = np.full(n, -1)
     place[kept] = np.arange(len(kept))
     shown = chosen & (place[source] >= 0) & (place[target] >= 0)
@@ -176,14 +174,3 @@ def matrices_of(
         notes=notes,
         max_cells=max_cells,
     )
-
-
-def _exchanged(
-    source: NDArray[np.int64],
-    target: NDArray[np.int64],
-    size: NDArray[np.float64],
-    n: int,
-) -> NDArray[np.float64]:
-    """The relevance that each of ``n`` positions exchanges with others, [pos]."""
-    exchanged = np.bincount(source, size, n) + np.bincount(target, size, n)
-    return exchanged.astype(np.float64)
