@@ -214,7 +214,7 @@ def test_subgraphs() -> None:
     assert listed(chosen) == [edges[0], edges[5]]
     assert "chosen edges: kept 2 of 6 edges" in str(chosen)
     for bad in (mask[:2], torch.tensor([0, 5]), [True]):
-        with pytest.raises(ValueError, match=r"one bool an edge, \(6,\)"):
+        with pytest.raises(ValueError, match=r"one bool per edge, \(6,\)"):
             graph.where(bad)
 
 

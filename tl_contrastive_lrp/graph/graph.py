@@ -221,7 +221,7 @@ class AttributionGraph(GraphData):
         mask = torch.as_tensor(mask)
         if mask.dtype != torch.bool or mask.shape != self.weight.shape:
             raise ValueError(
-                f"The mask is {mask.dtype} of shape {tuple(mask.shape)}; give one bool an edge, "
+                f"The mask is {mask.dtype} of shape {tuple(mask.shape)}; give one bool per edge, "
                 f"({len(self.weight)},), such as graph.weight > 0."
             )
         steps = tuple(steps) or (pruning.step_of(self, "chosen edges", {}, mask),)

@@ -119,21 +119,21 @@ def matrices_of(
     names, notes = site_labels(graph.sites), []
     if transition is None:
         kind = pair[0] * len(graph.sites) + pair[1]
-        chosen = np.ones(len(weight), dtype=bool)
+        selected = np.ones(len(weight), dtype=bool)
     else:
         ends = graph.transition(*transition)
-        chosen = (pair[0] == ends[0]) & (pair[1] == ends[1])
+        selected = (pair[0] == ends[0]) & (pair[1] == ends[1])
         kind = np.zeros(len(weight), dtype=np.int64)
         if graph.head is not None:
             kind = graph.head.numpy().astype(np.int64)
-            chosen &= kind >= 0
+            selected &= kind >= 0
             notes.append("What passes by no head (residual stream, queries, MLP) is left out.")
         notes.append(f"{names[ends[0]]} to {names[ends[1]]}.")
-    apart = chosen & (source != target)
+    apart = selected & (source != target)
     kinds = np.unique(kind[apart])
     if not len(kinds):
         raise ValueError("There is no edge between two positions to show; prune less.")
-    chosen &= np.isin(kind, kinds)
+    selected &= np.isin(kind, kinds)
     if transition is None:
         labels = [_between(graph.sites, names, *divmod(k, len(names))) for k in kinds.tolist()]
         missing = len(graph.transitions) - len(kinds)
@@ -146,31 +146,31 @@ def matrices_of(
 
     by_position = exchanged(source[apart], target[apart], np.abs(weight[apart]), n)
     # Reversed: of positions that exchange equally much, those nearest to the prediction are shown.
-    kept = np.flatnonzero(largest_mask(by_position[::-1], room(len(kinds), max_cells))[::-1])
+    positions = np.flatnonzero(largest_mask(by_position[::-1], room(len(kinds), max_cells))[::-1])
     place = np.full(n, -1)
-    place[kept] = np.arange(len(kept))
-    shown = chosen & (place[source] >= 0) & (place[target] >= 0)
-    dense = np.zeros((len(kinds), len(kept), len(kept)))
+    place[positions] = np.arange(len(positions))
+    shown = selected & (place[source] >= 0) & (place[target] >= 0)
+    dense = np.zeros((len(kinds), len(positions), len(positions)))
     index = (np.searchsorted(kinds, kind[shown]), place[target[shown]], place[source[shown]])
     np.add.at(dense, index, weight[shown])
     total = float(np.abs(weight[apart]).sum())
-    if len(kept) < n:
+    if len(positions) < n:
         share = float(np.abs(weight[shown & apart]).sum()) / total
         notes.append(
-            f"The {len(kept)} of {n:,} positions that exchange most relevance: "
+            f"The {len(positions)} of {n:,} positions that exchange most relevance: "
             f"{100 * share:.1f} % of \u03a3|weight| between positions."
         )
     greyed = graph.special.numpy().copy()
     greyed[0] = True
     texts = [visible(text) for text in with_parts(graph.str_tokens)]  # of the whole prompt
     return attention_matrices(
-        [texts[p] for p in kept.tolist()],
+        [texts[p] for p in positions.tolist()],
         dense,
         labels,
-        greyed=greyed[kept],
+        greyed=greyed[positions],
         target=graph.target or "the target",
         contrast=graph.contrast or "its alternatives",
-        positions=kept.tolist() if len(kept) < n else None,
+        positions=positions.tolist() if len(positions) < n else None,
         notes=notes,
         max_cells=max_cells,
     )

@@ -23,8 +23,8 @@ class TransitionKept:
         mass_kept: Σ|weight| of the edges kept, in logits.
 
     Example:
-        >>> kept = graph.prune(top_k=7).history[0].transitions[0]
-        >>> (kept.source, kept.target, kept.edges_kept)
+        >>> row = graph.prune(top_k=7).history[0].transitions[0]
+        >>> (row.source, row.target, row.edges_kept)
         (0, 1, 7)
     """
 

@@ -1,6 +1,6 @@
 """A comparison as a plotly figure, and plotly figures that display without network.
 
-plotly is imported only when a figure is made.
+The module plotly is imported only when a figure is made.
 """
 
 from __future__ import annotations

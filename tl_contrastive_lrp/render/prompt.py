@@ -26,7 +26,7 @@ def token_rows(
     greyed: NDArray[np.bool_],
     delta: float,
 ) -> list[dict[str, Any]]:
-    """One row per token: texts, numbers, and its look for the scales without and with greyed tokens."""
+    """One row per token: texts, numbers, and its look on scales without and with greyed ones."""
     backs, whites = colours(relevance / span(relevance, greyed))
     backs_all, whites_all = colours(relevance / span(relevance, greyed & False))
     rows = []

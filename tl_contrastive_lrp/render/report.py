@@ -167,8 +167,8 @@ def report_html(report: Report) -> str:
             parts=parts(rows, folds),
             words=account(folds, relevance),
             rankings=[
-                {"greyed": every, "sides": rankings(rows, relevance, kept, in_context=long)}
-                for every, kept in ((False, ~greyed), (True, greyed | True))
+                {"greyed": every, "sides": rankings(rows, relevance, eligible, in_context=long)}
+                for every, eligible in ((False, ~greyed), (True, greyed | True))
             ],
             gradient=",".join([*reversed(NEGATIVE), *POSITIVE[1:]]),
             grey=GREY,

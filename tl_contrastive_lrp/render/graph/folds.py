@@ -47,9 +47,9 @@ def fold_positions(data: CheckedGraph, most: int) -> CheckedGraph:
     busy = np.flatnonzero((greyed | others) & (by_position > 0))
     own = np.abs(data.relevance[-1, data.finals])
     finals = np.append(data.finals[largest_mask(own, tenth)], data.final_pos)
-    chosen = np.union1d(busy, finals).astype(np.int64)
+    columns = np.union1d(busy, finals).astype(np.int64)
 
-    first = np.unique(np.concatenate([[0], chosen, chosen + 1]))
+    first = np.unique(np.concatenate([[0], columns, columns + 1]))
     first = first[first < n]
     last = np.append(first[1:], n) - 1
     column = np.searchsorted(first, np.arange(n), side="right") - 1

@@ -77,21 +77,22 @@ def attention_matrices(
     )
     words = ["Rows: targets. Columns: the sources they pass relevance to.", *map(printable, notes)]
     after = bool(np.triu(array, 1).any())
-    kept = np.arange(length)
+    shown_positions = np.arange(length)
     if length > room(count, max_cells):
-        kept = busiest(array, room(count, max_cells))
-        shown = array[:, kept[:, None], kept]
+        shown_positions = busiest(array, room(count, max_cells))
+        shown = array[:, shown_positions[:, None], shown_positions]
         share = np.abs(shown).sum() / (np.abs(array).sum() or 1.0)
         words.append(
-            f"The {len(kept)} of {length} positions that exchange most relevance; "
+            f"The {len(shown_positions)} of {length} positions that exchange most relevance; "
             f"their entries hold {100 * share:.1f} % of \u03a3|weight|."
         )
         array = shown
-    if positions is not None or len(kept) < length:
+    if positions is not None or len(shown_positions) < length:
         # circuitsvis numbers the columns it is given, so the true position goes with the token.
-        true = kept if positions is None else np.asarray(positions)[kept]
+        true = shown_positions if positions is None else np.asarray(positions)[shown_positions]
         tokens = [
-            f"{pos}:{tokens[at]}" for pos, at in zip(true.tolist(), kept.tolist(), strict=True)
+            f"{pos}:{tokens[at]}"
+            for pos, at in zip(true.tolist(), shown_positions.tolist(), strict=True)
         ]
     legend = [
         (LIGHT_POSITIVE, f"red, positive: supports {visible(target)}"),
