@@ -16,7 +16,7 @@ from support.graphs import edge_lists, given, listed, made
 from tl_contrastive_lrp.graph import pruning
 from tl_contrastive_lrp.graph.graph import AttributionGraph
 from tl_contrastive_lrp.graph.prune_history import TransitionKept
-from tl_contrastive_lrp.graph.pruning import Pruned, PruneRule
+from tl_contrastive_lrp.graph.pruning import Pruned, PruneRule, PruneRuleError
 
 
 def by(graph: AttributionGraph, **criterion: float) -> Pruned:
@@ -267,3 +267,36 @@ def test_subgraphs_by_id_and_by_a_part_of_a_character() -> None:
     # A token without a name is shown as its id: the text comes first.
     shown = made(edges, 2, 4, str_tokens=("a", "id:0", "b", "c"))
     assert listed(shown.subgraph(tokens="id:0")) == [edges[1]]
+
+
+def test_a_rule_is_checked_once_and_spelled_for_both_front_ends() -> None:
+    """The command line names its options where Python names its arguments."""
+    for settings, in_python, in_the_shell in (
+        ({"top_k": -1}, "top_k=-1 must be a whole number", "--top-k must be a whole number"),
+        ({"mass": 1.1}, "mass=1.1 must be a share", "--mass must be a share"),
+        (
+            {"threshold": 1.0, "relative": 0.5},
+            "Give either threshold= (in logits) or relative= (to |Δℓ|).",
+            "Give either --threshold (in logits) or --relative (to |Δℓ|).",
+        ),
+    ):
+        with pytest.raises(PruneRuleError) as caught:
+            PruneRule(**settings)
+        assert str(caught.value).startswith(in_python)
+        assert caught.value.as_options().startswith(in_the_shell)
+
+
+def test_criteria_of_a_rule() -> None:
+    rule = PruneRule(mass=0.5, top_k=3, relative=0.25)
+    assert rule
+    assert not PruneRule()
+    assert rule.criteria == {"mass": 0.5, "top_k": 3, "relative": 0.25}
+    assert PruneRule(**rule.criteria) == rule
+    assert list(rule.split()) == [
+        PruneRule(relative=0.25), PruneRule(mass=0.5), PruneRule(top_k=3)
+    ]  # fmt: skip
+    assert rule.in_logits(-2.0) == PruneRule(mass=0.5, top_k=3, threshold=0.5)
+    assert PruneRule(mass=0.5).single() == PruneRule(mass=0.5)
+    assert PruneRule().single() == PruneRule()
+    with pytest.raises(ValueError, match="Give one of mass=, threshold= and top_k= here"):
+        rule.single()
