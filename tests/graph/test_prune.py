@@ -1,4 +1,4 @@
-"""Pruning: never more than asked away, monotone, connected as networkx sees it, all accounted."""
+"""Pruning: exact, monotone, connected as networkx defines it, and accounted for completely."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def test_monotone(rule: str, data: Any, case: Any) -> None:
 
 
 def by_transition(graph: AttributionGraph) -> dict[tuple[int, int], list[tuple[int, float]]]:
-    found: dict[tuple[int, int], list[tuple[int, float]]] = {}
+    actual: dict[tuple[int, int], list[tuple[int, float]]] = {}
     for index, (t, s, *_, weight) in enumerate(listed(graph)):
-        found.setdefault((s, t), []).append((index, abs(weight)))
-    return found
+        actual.setdefault((s, t), []).append((index, abs(weight)))
+    return actual
 
 
 @given(edge_lists(), SHARES)
@@ -123,7 +123,7 @@ def test_a_share_of_one_keeps_what_rounding_hides() -> None:
 
 
 def test_a_threshold_between_two_floats() -> None:
-    """0.1 in float32 is above 0.1 in float64: compared as the numbers they are."""
+    """0.1 in float32 is above 0.1 in float64, and the numbers are compared exactly."""
     graph = made([(1, 0, 0, 0, -1, 0, 0.1)], 2, 1)
     assert by(graph, threshold=0.1)[0].tolist() == [True]
     assert by(graph, threshold=0.100000001)[0].tolist() == [True]
@@ -188,7 +188,7 @@ def test_the_account_by_hand() -> None:
 
 
 def test_of_nothing_all_is_kept() -> None:
-    """A transition without edges, in the table as in the sum."""
+    """A transition without edges, in the table and in the sum."""
     (empty,) = made([], 2, 2, transitions=[(0, 1)]).prune().history
     assert empty.transitions == (TransitionKept(0, 1, 0, 0, 0.0, 0.0),)
     assert empty.share_kept == 1.0
@@ -252,7 +252,7 @@ def test_what_is_not_there() -> None:
 
 
 def test_subgraphs_by_id_and_by_a_part_of_a_character() -> None:
-    """What a table or a path shows can be given back: ids, and the parts of one character."""
+    """What tables and paths show can be passed as ``tokens``: ids and parts of a character."""
     edges = [(1, 0, i, i, -1, 0, 1.0 + i) for i in range(4)]
     graph = made(
         edges, 2, 4, str_tokens=(" a", "é", "", ""), token_ids=torch.tensor([7, 200, 201, 202])

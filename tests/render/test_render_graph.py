@@ -1,4 +1,4 @@
-"""Pictures of graphs: the numbers they show, what they leave out, and say so."""
+"""Pictures of graphs: the numbers they show, and what they say they leave out."""
 
 from __future__ import annotations
 

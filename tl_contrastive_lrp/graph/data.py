@@ -1,4 +1,7 @@
-"""The frozen attribution graph: its nodes, its columns of edges, and look-ups in them."""
+"""The frozen attribution graph: its nodes, its columns of edges, and look-ups in them.
+
+The file is long because it documents every field, property and check of one class.
+"""
 
 from __future__ import annotations
 

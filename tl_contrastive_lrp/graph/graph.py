@@ -2,7 +2,7 @@
 
 The methods only name pure functions on ``GraphData`` (tables, pruning, paths, metrics,
 decomposition, pictures and files). Each lives in its own module, which is imported when it is first
-used.
+used. The file is long because it documents every method with an example, and a class is not split.
 """
 
 from __future__ import annotations
