@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -361,7 +362,7 @@ def within(
         settings["sites"] = _listed(indices)
     if not settings:
         raise ValueError("Give positions=, sites= or tokens= to keep.")
-    node_mask = (site_mask[:, None] & inside[None]).flatten()
+    node_mask = rearrange(site_mask[:, None] & inside[None], "site pos -> (site pos)")
     mask = node_mask[graph.source_node] & node_mask[graph.target_node]
     return mask, step_of(graph, "subgraph", settings, mask)
 

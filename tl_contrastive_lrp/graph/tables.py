@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -73,7 +74,8 @@ def transition_matrix(
     mask = _mask(graph, part, head, path)
     if mask is not None:
         index, weight = index[mask], weight[mask]
-    return weight.new_zeros(n * n).index_add_(0, index, weight).view(n, n)
+    sums = weight.new_zeros(n * n).index_add_(0, index, weight)
+    return rearrange(sums, "(target source) -> target source", target=n)
 
 
 def _mask(graph: GraphData, part: slice, head: int | None, path: str | int | None) -> Tensor | None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import NonFiniteError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -26,7 +28,8 @@ def as_array(values: Any, ndim: int, what: str) -> NDArray[np.float64]:
     """A finite float64 array of ``ndim`` dimensions from a tensor, an array or nested lists.
 
     Raises:
-        ValueError: The number of dimensions differs, or a value is NaN or infinite.
+        ValueError: The number of dimensions differs.
+        NonFiniteError: A value is NaN or infinite.
     """
     if hasattr(values, "detach"):
         values = values.detach().double().cpu().numpy()
@@ -35,7 +38,7 @@ def as_array(values: Any, ndim: int, what: str) -> NDArray[np.float64]:
         raise ValueError(f"{what} must have {ndim} dimension(s), got shape {array.shape}")
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
-        raise ValueError(
+        raise NonFiniteError(
             f"{what} has {len(bad)} value(s) that are NaN or infinite, first at index "
             f"{tuple(int(i) for i in bad[0])}; there is no colour for them"
         )

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -171,7 +172,8 @@ class _AttentionTangents(_Linearised):
         if name not in MATRIX_PRODUCTS:
             return super().__torch_function__(func, types, args, kwargs)
         if self.after_softmax:
-            self.read["v"] = self.by_head(tangent_of(args[-1]))[0].transpose(0, 1)
+            v = self.by_head(tangent_of(args[-1]))[0]
+            self.read["v"] = rearrange(v, "head source d_head -> source head d_head")
             raise _Stop
         *first, query, key = args
         return func(*first, _primal(query), key, **kwargs)

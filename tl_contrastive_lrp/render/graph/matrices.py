@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from einops import reduce
 
 from ..offline import OfflineHTML, component, source
 from ..ranking import largest_mask
@@ -119,7 +120,7 @@ def attention_matrices(
 def _scale(array: NDArray[np.float64], greyed: NDArray[np.bool_]) -> float:
     """The size of full colour, for one matrix or for several together."""
     apart = ~np.eye(array.shape[-1], dtype=bool)
-    size = np.abs(array).reshape(-1, *apart.shape).max(axis=0)
+    size = reduce(np.abs(array), "... target source -> target source", "max")
     return largest_among(size, apart & ~greyed, apart)
 
 
