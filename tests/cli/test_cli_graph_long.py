@@ -17,6 +17,7 @@ from tl_contrastive_lrp import AttributionGraph
 from tl_contrastive_lrp.cli import make_graph
 from tl_contrastive_lrp.cli.errors import CliError
 from tl_contrastive_lrp.cli.pruning import Pruning
+from tl_contrastive_lrp.graph.pruning import PruneRule
 
 MEMORY_OPTIONS = [("--memory", "plain"), ("--memory", "tiled", "--tile", 3)]
 
@@ -173,17 +174,17 @@ def test_a_page_of_a_long_prompt(run: Run, folder: Path, bridge: Any) -> None:
 
 
 def test_relative_to_nothing_is_refused(bridge: Any) -> None:
-    relative, full = Pruning(relative=0.1), built(bridge)
+    relative, full = Pruning(PruneRule(relative=0.1)), built(bridge)
     for delta in (0.0, -0.0):
         with pytest.raises(typer.BadParameter, match="use --threshold"):
-            relative.on_the_way(delta)
+            relative.while_computed(delta)
     # Δℓ was another in the forward that the threshold was taken from.
     made = full.prune(threshold=0.2 * abs(full.delta))
     with pytest.raises(CliError, match="Use --threshold instead of --relative"):
-        relative.of(made)
-    assert same(Pruning(relative=0.3).of(made), full.prune(relative=0.3).connected())
+        relative.apply(made)
+    assert same(Pruning(PruneRule(relative=0.3)).apply(made), full.prune(relative=0.3).connected())
     with pytest.raises(typer.BadParameter, match="use --threshold"):
-        relative.of(replace(full, delta=0.0))
+        relative.apply(replace(full, delta=0.0))
 
 
 def test_nothing_is_left_behind_by_a_stop(

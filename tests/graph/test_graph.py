@@ -1,4 +1,4 @@
-"""AttributionGraph: how it is made, what it refuses and what it shows."""
+"""AttributionGraph: how it is made, what it refuses and how it describes itself."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def test_edges_and_nodes_equal_a_slow_loop(case: Any) -> None:
         *(["head", "path"] if split else []),
     ]  # fmt: skip
     kinds = ("position", "value", "key")
-    wanted = []
+    expected = []
     for t, s, j, i, head, path, weight in sorted(edges):
-        wanted.append((names[s], i, names[t], j, weight, *([head, kinds[path]] if split else [])))
-    assert [tuple(row) for row in rows.itertuples(index=False)] == wanted
+        expected.append((names[s], i, names[t], j, weight, *([head, kinds[path]] if split else [])))
+    assert [tuple(row) for row in rows.itertuples(index=False)] == expected
     nodes = {(sites - 1, pos - 1)}
     for t, s, j, i, *_ in edges:
         nodes |= {(t, j), (s, i)}
@@ -64,13 +64,13 @@ def test_matrices_equal_a_slow_loop(case: Any) -> None:
     graph = made(edges, sites, pos, split=split)
     for s, t in graph.transitions:
         for head, path in [(None, None)] + ([(0, None), (None, "key"), (-1, 0)] if split else []):
-            wanted = torch.zeros(pos, pos)
+            expected = torch.zeros(pos, pos)
             for t_, s_, j, i, h, p, weight in edges:
                 code = {"key": 2}.get(path, path) if isinstance(path, str) else path
                 if (s_, t_) == (s, t) and head in (None, h) and code in (None, p):
-                    wanted[j, i] += weight
-            found = graph.matrix(graph.sites[s], t, head=head, path=path)
-            assert torch.equal(found, wanted)
+                    expected[j, i] += weight
+            actual = graph.matrix(graph.sites[s], t, head=head, path=path)
+            assert torch.equal(actual, expected)
 
 
 def test_dense_matrices_come_back() -> None:
@@ -92,15 +92,15 @@ def test_split_columns_equal_a_slow_loop() -> None:
     columns.add_diagonal(1, 2, position)
     columns.add_split(0, 1, value, key, position, live)
     graph = AttributionGraph.from_columns(**columns.columns(), **facts(3, 4))
-    wanted = [(2, 1, j, j, -1, 0, float(position[j])) for j in range(4)]
+    expected = [(2, 1, j, j, -1, 0, float(position[j])) for j in range(4)]
     for j in (0, 2, 3):
-        wanted.append((1, 0, j, j, -1, 0, float(position[j])))
+        expected.append((1, 0, j, j, -1, 0, float(position[j])))
         for i in range(j + 1):
             for h in range(3):
-                wanted.append((1, 0, j, i, h, 1, float(value[h, j, i])))
-                wanted.append((1, 0, j, i, h, 2, float(key[h, j, i])))
-    wanted = [edge for edge in wanted if edge[-1] != 0.0]
-    assert listed(graph) == sorted(wanted)
+                expected.append((1, 0, j, i, h, 1, float(value[h, j, i])))
+                expected.append((1, 0, j, i, h, 2, float(key[h, j, i])))
+    expected = [edge for edge in expected if edge[-1] != 0.0]
+    assert listed(graph) == sorted(expected)
     total = (value + key).sum(0) + torch.diag(position)
     total[1] = 0.0
     assert torch.allclose(graph.matrix(0, 1), total, atol=1e-6)
@@ -227,7 +227,7 @@ def test_texts_say_what_was_dropped() -> None:
 
 
 def test_many_edges_sort_without_overflow() -> None:
-    """Spans whose product exceeds 64 bits take the other way of sorting."""
+    """Spans whose product exceeds 64 bits are sorted with ``lexsort``."""
     rng = np.random.default_rng(0)
     keys = [torch.from_numpy(rng.integers(0, 2**20, 500)) for _ in range(4)]
     order = _sorted(keys)

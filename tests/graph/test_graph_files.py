@@ -1,4 +1,4 @@
-"""Graphs on disk and in other libraries: files give them back, whole or not at all."""
+"""Graphs on disk and in other libraries: files restore them exactly, or not at all."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def test_saved_and_loaded_is_the_same(tmp_path_factory: Any, case: Any, dtype: A
         edges, sites, pos, split=split, dtype=dtype, contrast_logit=None, node_threshold=0.1
     )
     path = tmp_path_factory.getbasetemp() / "graph.safetensors"
-    for wanted in (graph, graph.prune(mass=0.5, node_threshold=0.2).connected()):
-        assert wanted.save(path) == path
+    for expected in (graph, graph.prune(mass=0.5, node_threshold=0.2).connected()):
+        assert expected.save(path) == path
         loaded = AttributionGraph.load(path)
-        same(wanted, loaded)
-        assert str(loaded) == str(wanted)
+        same(expected, loaded)
+        assert str(loaded) == str(expected)
 
 
 def test_details_of_nodes_travel_along(tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ def test_networkx_holds_every_edge(case: Any) -> None:
     other = graph.to_networkx()
     assert other.is_multigraph() == split
     names = graph.sites
-    wanted = sorted(((names[s], i), (names[t], j), weight) for t, s, j, i, _, _, weight in edges)
-    assert sorted(other.edges(data="weight")) == wanted
+    expected = sorted(((names[s], i), (names[t], j), weight) for t, s, j, i, _, _, weight in edges)
+    assert sorted(other.edges(data="weight")) == expected
     assert set(other.nodes) == set(zip(graph.nodes["site"], graph.nodes["pos"], strict=True))
     final = other.nodes[names[-1], pos - 1]
     assert (final["token"], final["relevance"], final["pos"]) == (f" t{pos - 1}", 1.0, pos - 1)

@@ -1,4 +1,4 @@
-"""Metrics: by hand on tiny graphs, against slow loops on random ones."""
+"""Metrics, computed by hand on tiny graphs and by slow loops on random ones."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_gini_is_half_the_relative_mean_difference(values: list[float]) -> None:
     if sum(size) < 1e-6:
         return
     n = len(size)
-    wanted = sum(abs(a - b) for a in size for b in size) / (2 * n * sum(size))
-    assert gini(torch.tensor(values)) == pytest.approx(wanted, abs=1e-6)
+    expected = sum(abs(a - b) for a in size for b in size) / (2 * n * sum(size))
+    assert gini(torch.tensor(values)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_top_counts_by_hand() -> None:
@@ -175,10 +175,10 @@ def test_input_relevance_by_hand() -> None:
     every, target, contrast = (table.loc[part] for part in ("all", "target", "contrast"))
     assert every["mass"] == 10
     assert every["tokens"] == 3
-    wanted = -(2 * 0.4 * math.log(0.4) + 0.2 * math.log(0.2))
-    assert every["entropy"] == pytest.approx(wanted)
-    assert every["effective_tokens"] == pytest.approx(math.exp(wanted))
-    assert every["entropy_share"] == pytest.approx(wanted / math.log(4))
+    expected = -(2 * 0.4 * math.log(0.4) + 0.2 * math.log(0.2))
+    assert every["entropy"] == pytest.approx(expected)
+    assert every["effective_tokens"] == pytest.approx(math.exp(expected))
+    assert every["entropy_share"] == pytest.approx(expected / math.log(4))
     assert every["gini"] == pytest.approx((-3 * 0 - 1 * 2 + 1 * 4 + 3 * 4) / (4 * 10))
     assert every["top_share"] == pytest.approx(0.4)
     assert every["centre"] == pytest.approx(0.2 * 2 + 0.4 * 3)

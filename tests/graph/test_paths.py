@@ -1,4 +1,4 @@
-"""Paths: the k best of all there are, with the strength the text defines."""
+"""Paths: the k best of all paths, with the strength that the module defines."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def brute_force(graph: AttributionGraph) -> list[tuple[float, tuple[int, ...]]]:
     def descend(site: int, pos: int) -> list[tuple[float, tuple[int, ...]]]:
         if site == 0:
             return [(1.0, ())]
-        found = []
+        actual = []
         for index, (t, s, j, i, _, _, weight) in enumerate(edges):
             if (t, j) != (site, pos):
                 continue
@@ -44,8 +44,8 @@ def brute_force(graph: AttributionGraph) -> list[tuple[float, tuple[int, ...]]]:
             if net == 0 or abs(net) < CANCELLED * gross:
                 continue
             share = weight * math.copysign(1, net) / max(abs(net), gross)
-            found += [(share * rest, (*path, index)) for rest, path in descend(s, i)]
-        return found
+            actual += [(share * rest, (*path, index)) for rest, path in descend(s, i)]
+        return actual
 
     last = len(graph.sites) - 1
     start = float(graph.relevance[last, graph.final_pos])
@@ -54,14 +54,14 @@ def brute_force(graph: AttributionGraph) -> list[tuple[float, tuple[int, ...]]]:
 
 def edges_of(graph: AttributionGraph, path: Any) -> tuple[int, ...]:
     index = {edge[:6]: n for n, edge in enumerate(listed(graph))}
-    found = []
+    actual = []
     for step in range(len(path.weights)):
         head = -1 if path.heads is None else path.heads[step]
         kind = "position" if path.kinds is None else path.kinds[step]
         source, target = (graph.site_index(path.sites[step + up]) for up in (0, 1))
         key = (target, source, path.positions[step + 1], path.positions[step], head)
-        found.append(index[(*key, ("position", "value", "key").index(kind))])
-    return tuple(found)
+        actual.append(index[(*key, ("position", "value", "key").index(kind))])
+    return tuple(actual)
 
 
 @given(
@@ -77,20 +77,20 @@ def test_the_k_best_of_all_paths(case: Any, k: int, seed: int) -> None:
     relevance[-1, -1] = 2.0
     graph = made(edges, sites, pos, split=split, relevance=relevance)
     every = {path: strength for strength, path in brute_force(graph)}
-    found = graph.paths(k)
-    assert len(found) == min(k, len(every))
+    actual = graph.paths(k)
+    assert len(actual) == min(k, len(every))
     strongest = sorted((abs(v) for v in every.values()), reverse=True)[:k]
-    assert [abs(path.strength) for path in found] == pytest.approx(strongest, rel=1e-9)
-    names = [edges_of(graph, path) for path in found]
+    assert [abs(path.strength) for path in actual] == pytest.approx(strongest, rel=1e-9)
+    names = [edges_of(graph, path) for path in actual]
     assert len(set(names)) == len(names)
-    for name, path in zip(names, found, strict=True):
+    for name, path in zip(names, actual, strict=True):
         assert path.strength == pytest.approx(every[name], rel=1e-9)
         assert path.share == path.strength / 2.0
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_k_best_of_all_paths_of_a_full_graph(seed: int) -> None:
-    """Hundreds of paths or more, of very different strengths, some edges past a site."""
+    """Hundreds of paths or more, of very different strengths; some edges skip a site."""
     generator = torch.Generator().manual_seed(seed)
     sites, pos = 6, 4
     matrices = {
@@ -102,11 +102,11 @@ def test_the_k_best_of_all_paths_of_a_full_graph(seed: int) -> None:
     graph = AttributionGraph.from_matrices(matrices, **facts(sites, pos, relevance))
     every = {path: strength for strength, path in brute_force(graph)}
     assert len(every) > 500
-    found = graph.paths(40)
+    actual = graph.paths(40)
     strongest = sorted(map(abs, every.values()), reverse=True)[:40]
-    assert [abs(path.strength) for path in found] == pytest.approx(strongest, rel=1e-9)
-    assert [every[edges_of(graph, path)] for path in found] == pytest.approx(
-        [path.strength for path in found], rel=1e-9
+    assert [abs(path.strength) for path in actual] == pytest.approx(strongest, rel=1e-9)
+    assert [every[edges_of(graph, path)] for path in actual] == pytest.approx(
+        [path.strength for path in actual], rel=1e-9
     )
 
 
@@ -120,23 +120,23 @@ def test_equally_strong_paths_come_in_one_order(case: Any, random: Any, k: int) 
 
 def test_strengths_by_hand() -> None:
     graph = made(EDGES, 3, 3, split=True, relevance=RELEVANCE)
-    found = graph.paths(10)
-    assert found.closed == 0
-    assert [p.positions for p in found] == [(0, 0, 2), (1, 0, 2), (2, 2, 2), (0, 2, 2)]
-    assert [p.strength for p in found] == pytest.approx([1.0, 0.5, 0.3, 0.2])
-    assert found[0].share == pytest.approx(0.5)
-    assert found[1].weights == pytest.approx((0.5, 1.5))
-    assert found[1].heads == (0, 1)
-    assert found[1].kinds == ("key", "value")
-    assert found[1].relevance == pytest.approx((0.5, 1.5, 2.0))
-    assert found[1].tokens == (" t1", " t0", " t2")
-    assert str(found[1]) == (
+    actual = graph.paths(10)
+    assert actual.closed == 0
+    assert [p.positions for p in actual] == [(0, 0, 2), (1, 0, 2), (2, 2, 2), (0, 2, 2)]
+    assert [p.strength for p in actual] == pytest.approx([1.0, 0.5, 0.3, 0.2])
+    assert actual[0].share == pytest.approx(0.5)
+    assert actual[1].weights == pytest.approx((0.5, 1.5))
+    assert actual[1].heads == (0, 1)
+    assert actual[1].kinds == ("key", "value")
+    assert actual[1].relevance == pytest.approx((0.5, 1.5, 2.0))
+    assert actual[1].tokens == (" t1", " t0", " t2")
+    assert str(actual[1]) == (
         "+0.5000 (25.0% of Δℓ): ' t1' @1 → [block 0 head 0 key] ' t0' @0 "
         "→ [block 1 head 1 value] ' t2' @2"
     )
-    assert str(found[2]) == "+0.3000 (15.0% of Δℓ): ' t2' @2 → stays there"
-    assert str(found).endswith("4 paths from the first site reach the final node.")
-    frame = found.to_frame()
+    assert str(actual[2]) == "+0.3000 (15.0% of Δℓ): ' t2' @2 → stays there"
+    assert str(actual).endswith("4 paths from the first site reach the final node.")
+    frame = actual.to_frame()
     assert len(frame) == 12
     second = frame[frame["path"] == 1]
     assert second["pos"].tolist() == [1, 0, 2]
@@ -146,7 +146,7 @@ def test_strengths_by_hand() -> None:
 
 
 def test_strengths_add_up_to_the_input_s_relevance() -> None:
-    """Without cancelling, the paths that end in a token share out exactly its relevance."""
+    """If no edges cancel, the paths that end in a token sum to exactly its relevance."""
     torch.manual_seed(0)
     n, steps = 5, 4
     relevance = torch.zeros(steps + 1, n, dtype=torch.float64)
@@ -158,13 +158,13 @@ def test_strengths_add_up_to_the_input_s_relevance() -> None:
         matrices[target - 1, target] = relevance[target][:, None] * shares
         relevance[target - 1] = matrices[target - 1, target].sum(0)
     graph = AttributionGraph.from_matrices(matrices, **facts(steps + 1, n, relevance))
-    found = graph.paths(10_000)
+    actual = graph.paths(10_000)
     ends = torch.zeros(n, dtype=torch.float64)
-    for path in found:
+    for path in actual:
         ends[path.positions[0]] += path.strength
     assert torch.allclose(ends, relevance[0], atol=1e-12)
     # Pruning takes nothing from the paths that stay.
-    kept = {path.positions: path.strength for path in found}
+    kept = {path.positions: path.strength for path in actual}
     for path in graph.prune(mass=0.7).paths(100):
         assert path.strength == pytest.approx(kept[path.positions])
 
@@ -182,20 +182,20 @@ def test_a_node_whose_edges_cancel_is_closed_and_said_so() -> None:
     relevance = RELEVANCE.clone()
     relevance[1, 0] = 1e-4  # of Σ|w| 1.5
     graph = made(EDGES, 3, 3, split=True, relevance=relevance)
-    found = graph.paths(10)
-    assert found.closed == 1
-    assert [p.positions for p in found] == [(2, 2, 2), (0, 2, 2)]
-    assert "through 1 nodes whose edges cancel" in str(found)
+    actual = graph.paths(10)
+    assert actual.closed == 1
+    assert [p.positions for p in actual] == [(2, 2, 2), (0, 2, 2)]
+    assert "through 1 nodes whose edges cancel" in str(actual)
     relevance[1, 0] = -2e-3
     opened = dataclasses.replace(graph, relevance=relevance).paths(1)[0]
     assert opened.strength == pytest.approx(-1.0)  # 2.0 · 1.5/2 · −1.0/1.5
 
 
 def test_no_path_at_all() -> None:
-    found = made(EDGES[:2], 3, 3, split=True, relevance=RELEVANCE).paths(3)
-    assert len(found) == 0
-    assert str(found) == "0 paths from the first site reach the final node."
-    assert found.to_frame().empty
+    actual = made(EDGES[:2], 3, 3, split=True, relevance=RELEVANCE).paths(3)
+    assert len(actual) == 0
+    assert str(actual) == "0 paths from the first site reach the final node."
+    assert actual.to_frame().empty
     for k in (0, 2.5):
         with pytest.raises(ValueError, match=f"k={k}"):
             made(EDGES, 3, 3, split=True).paths(k)
@@ -218,7 +218,7 @@ def test_blocks_are_named(source: str, target: str, said: str) -> None:
 
 
 def test_parts_of_a_character_are_told_apart() -> None:
-    """They have no text of their own in the prompt; a path and a hub still say which they are."""
+    """They have no text of their own in the prompt, but paths and hubs identify them."""
     graph = made(EDGES, 3, 3, split=True, relevance=RELEVANCE, str_tokens=("你", "", ""))
     paths = graph.paths(4)
     names = ("你¹⁄₃", "你²⁄₃", "你³⁄₃")

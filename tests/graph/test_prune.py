@@ -1,4 +1,4 @@
-"""Pruning: never more than asked away, monotone, connected as networkx sees it, all accounted."""
+"""Pruning: exact, monotone, connected as networkx defines it, and accounted for completely."""
 
 from __future__ import annotations
 
@@ -13,20 +13,27 @@ import torch
 from hypothesis import strategies as st
 from support.graphs import edge_lists, given, listed, made
 
-from tl_contrastive_lrp.graph import pruning as prune
-from tl_contrastive_lrp.graph import pruning as subgraphs
+from tl_contrastive_lrp.cli.errors import message_of
+from tl_contrastive_lrp.graph import pruning
 from tl_contrastive_lrp.graph.graph import AttributionGraph
 from tl_contrastive_lrp.graph.prune_history import TransitionKept
-from tl_contrastive_lrp.graph.pruning import Pruned
+from tl_contrastive_lrp.graph.pruning import Pruned, PruneRule
+
+
+def by(graph: AttributionGraph, **criterion: float) -> Pruned:
+    """What one criterion keeps."""
+    (pruned,) = pruning.by_size(graph, PruneRule(**criterion))
+    return pruned
+
 
 SHARES = st.floats(0, 1)
 LIMITS = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0])
 RULES: dict[str, tuple[Any, Callable[..., Pruned], int]] = {
     # What its setting may be, the rule, and whether a larger setting keeps more or fewer edges.
-    "mass": (SHARES, prune.by_mass, +1),
-    "threshold": (LIMITS, prune.by_threshold, -1),
-    "node threshold": (LIMITS, prune.by_node_threshold, -1),
-    "top_k": (st.integers(0, 30), prune.by_top_k, +1),
+    "mass": (SHARES, lambda graph, share: by(graph, mass=share), +1),
+    "threshold": (LIMITS, lambda graph, limit: by(graph, threshold=limit), -1),
+    "node threshold": (LIMITS, pruning.by_node_threshold, -1),
+    "top_k": (st.integers(0, 30), lambda graph, k: by(graph, top_k=k), +1),
 }
 FOUR = [(1, 0, 0, i, -1, 0, w) for i, w in enumerate([1.0, -4.0, 2.0, 2.0])]
 
@@ -49,17 +56,17 @@ def test_monotone(rule: str, data: Any, case: Any) -> None:
 
 
 def by_transition(graph: AttributionGraph) -> dict[tuple[int, int], list[tuple[int, float]]]:
-    found: dict[tuple[int, int], list[tuple[int, float]]] = {}
+    actual: dict[tuple[int, int], list[tuple[int, float]]] = {}
     for index, (t, s, *_, weight) in enumerate(listed(graph)):
-        found.setdefault((s, t), []).append((index, abs(weight)))
-    return found
+        actual.setdefault((s, t), []).append((index, abs(weight)))
+    return actual
 
 
 @given(edge_lists(), SHARES)
 def test_mass_keeps_the_fewest_largest_edges(case: Any, share: float) -> None:
     edges, sites, pos, split = case
     graph = made(edges, sites, pos, split=split)
-    mask, _ = prune.by_mass(graph, share)
+    mask, _ = by(graph, mass=share)
     for rows in by_transition(graph).values():
         # Python's sort is stable: among equals the first in the graph's order.
         falling = sorted(rows, key=lambda row: -row[1])
@@ -77,7 +84,7 @@ def test_mass_keeps_the_fewest_largest_edges(case: Any, share: float) -> None:
 )
 def test_mass_kept_is_at_least_the_share_asked(case: Any, share: float) -> None:
     edges, sites, pos, split = case
-    _, step = prune.by_mass(made(edges, sites, pos, split=split), share)
+    _, step = by(made(edges, sites, pos, split=split), mass=share)
     for row in step.transitions:
         assert row.mass_kept >= share * row.mass_before * (1 - 1e-14)
     assert step.mass_kept >= share * step.mass_before * (1 - 1e-14)
@@ -88,14 +95,14 @@ def test_masks_equal_slow_loops(case: Any, limit: float, k: int) -> None:
     edges, sites, pos, split = case
     graph = random_relevance(made(edges, sites, pos, split=split))
     rows = listed(graph)
-    mask, step = prune.by_threshold(graph, limit)
+    mask, step = by(graph, threshold=limit)
     assert mask.tolist() == [abs(row[-1]) > limit for row in rows]
     assert dict(step.parameters) == {"threshold": limit, "relative": limit / 2}
-    mask, _ = prune.by_threshold(graph, relative=limit / 2)
+    mask, _ = by(graph, relative=limit / 2)
     assert mask.tolist() == [abs(row[-1]) > limit for row in rows]
-    mask, _ = prune.by_node_threshold(graph, limit)
+    mask, _ = pruning.by_node_threshold(graph, limit)
     assert mask.tolist() == [abs(float(graph.relevance[r[0], r[2]])) > limit for r in rows]
-    mask, _ = prune.by_top_k(graph, k)
+    mask, _ = by(graph, top_k=k)
     for part in by_transition(graph).values():
         falling = sorted(part, key=lambda row: -row[1])
         assert {i for i, _ in part if mask[i]} == {i for i, _ in falling[:k]}
@@ -103,32 +110,32 @@ def test_masks_equal_slow_loops(case: Any, limit: float, k: int) -> None:
 
 def test_ties_go_to_the_first_edge() -> None:
     graph = made(FOUR, 2, 4)
-    assert prune.by_top_k(graph, 2)[0].tolist() == [False, True, True, False]
+    assert by(graph, top_k=2)[0].tolist() == [False, True, True, False]
     # 4 + 2 of 9 is 67 %.
-    assert prune.by_mass(graph, 0.6)[0].tolist() == [False, True, True, False]
-    assert prune.by_mass(graph, 0.67)[0].tolist() == [False, True, True, True]
-    assert prune.by_mass(graph, 1.0)[0].tolist() == [True] * 4
-    assert prune.by_mass(graph, 0.0)[0].tolist() == [False] * 4
+    assert by(graph, mass=0.6)[0].tolist() == [False, True, True, False]
+    assert by(graph, mass=0.67)[0].tolist() == [False, True, True, True]
+    assert by(graph, mass=1.0)[0].tolist() == [True] * 4
+    assert by(graph, mass=0.0)[0].tolist() == [False] * 4
 
 
 def test_a_share_of_one_keeps_what_rounding_hides() -> None:
     graph = made([(1, 0, 0, 0, -1, 0, 1.0), (1, 0, 0, 1, -1, 0, 1e-30)], 2, 2)
-    assert prune.by_mass(graph, 1.0)[0].tolist() == [True, True]
+    assert by(graph, mass=1.0)[0].tolist() == [True, True]
 
 
 def test_a_threshold_between_two_floats() -> None:
-    """0.1 in float32 is above 0.1 in float64: compared as the numbers they are."""
+    """0.1 in float32 is above 0.1 in float64, and the numbers are compared exactly."""
     graph = made([(1, 0, 0, 0, -1, 0, 0.1)], 2, 1)
-    assert prune.by_threshold(graph, 0.1)[0].tolist() == [True]
-    assert prune.by_threshold(graph, 0.100000001)[0].tolist() == [True]
-    assert prune.by_threshold(graph, 0.1000001)[0].tolist() == [False]
+    assert by(graph, threshold=0.1)[0].tolist() == [True]
+    assert by(graph, threshold=0.100000001)[0].tolist() == [True]
+    assert by(graph, threshold=0.1000001)[0].tolist() == [False]
 
 
 @given(edge_lists(), SHARES)
 def test_connected_equals_reachability_in_networkx(case: Any, share: float) -> None:
     edges, sites, pos, split = case
     graph = made(edges, sites, pos, split=split).prune(mass=share)
-    mask, step = subgraphs.connected(graph)
+    mask, step = pruning.connected(graph)
     other = nx.MultiDiGraph()
     other.add_node((sites - 1, pos - 1))
     for t, s, j, i, *_ in listed(graph):
@@ -182,7 +189,7 @@ def test_the_account_by_hand() -> None:
 
 
 def test_of_nothing_all_is_kept() -> None:
-    """A transition without edges, in the table as in the sum."""
+    """A transition without edges, in the table and in the sum."""
     (empty,) = made([], 2, 2, transitions=[(0, 1)]).prune().history
     assert empty.transitions == (TransitionKept(0, 1, 0, 0, 0.0, 0.0),)
     assert empty.share_kept == 1.0
@@ -208,7 +215,7 @@ def test_subgraphs() -> None:
     assert listed(chosen) == [edges[0], edges[5]]
     assert "chosen edges: kept 2 of 6 edges" in str(chosen)
     for bad in (mask[:2], torch.tensor([0, 5]), [True]):
-        with pytest.raises(ValueError, match=r"one bool an edge, \(6,\)"):
+        with pytest.raises(ValueError, match=r"one bool per edge, \(6,\)"):
             graph.where(bad)
 
 
@@ -246,7 +253,7 @@ def test_what_is_not_there() -> None:
 
 
 def test_subgraphs_by_id_and_by_a_part_of_a_character() -> None:
-    """What a table or a path shows can be given back: ids, and the parts of one character."""
+    """What tables and paths show can be passed as ``tokens``: ids and parts of a character."""
     edges = [(1, 0, i, i, -1, 0, 1.0 + i) for i in range(4)]
     graph = made(
         edges, 2, 4, str_tokens=(" a", "é", "", ""), token_ids=torch.tensor([7, 200, 201, 202])
@@ -261,3 +268,36 @@ def test_subgraphs_by_id_and_by_a_part_of_a_character() -> None:
     # A token without a name is shown as its id: the text comes first.
     shown = made(edges, 2, 4, str_tokens=("a", "id:0", "b", "c"))
     assert listed(shown.subgraph(tokens="id:0")) == [edges[1]]
+
+
+def test_a_rule_is_checked_once_and_spelled_for_both_front_ends() -> None:
+    """The command line names its options where Python names its arguments."""
+    for settings, in_python, in_the_shell in (
+        ({"top_k": -1}, "top_k=-1 must be a whole number", "--top-k -1 must be a whole number"),
+        ({"mass": 1.1}, "mass=1.1 must be a share", "--mass 1.1 must be a share"),
+        (
+            {"threshold": 1.0, "relative": 0.5},
+            "Give either threshold (in logits) or relative (to |Δℓ|).",
+            "Give either --threshold (in logits) or --relative (to |Δℓ|).",
+        ),
+    ):
+        with pytest.raises(ValueError, match="must be|Give either") as caught:
+            PruneRule(**settings)
+        assert str(caught.value).startswith(in_python)
+        assert message_of(caught.value).startswith(in_the_shell)
+
+
+def test_criteria_of_a_rule() -> None:
+    rule = PruneRule(mass=0.5, top_k=3, relative=0.25)
+    assert rule
+    assert not PruneRule()
+    assert rule.criteria == {"mass": 0.5, "top_k": 3, "relative": 0.25}
+    assert PruneRule(**rule.criteria) == rule
+    assert list(rule.split()) == [
+        PruneRule(relative=0.25), PruneRule(mass=0.5), PruneRule(top_k=3)
+    ]  # fmt: skip
+    assert rule.in_logits(-2.0) == PruneRule(mass=0.5, top_k=3, threshold=0.5)
+    assert PruneRule(mass=0.5).single() == PruneRule(mass=0.5)
+    assert PruneRule().single() == PruneRule()
+    with pytest.raises(ValueError, match="Give one of mass=, threshold= and top_k= here"):
+        rule.single()

@@ -1,4 +1,4 @@
-"""Details of nodes and edges add up to what they refine, and equal relevance read elsewhere."""
+"""Details sum to their node or edge, and equal the relevance that is read elsewhere."""
 
 from __future__ import annotations
 
@@ -38,10 +38,12 @@ def test_heads_and_neurons_are_those_of_the_block_that_wrote(made: tuple[Any, An
     frame = graph.explain_node("blocks.1.hook_resid_pre", -1, k=10_000).set_index(["part", "name"])
     z = relevance["blocks.0.attn.hook_z"][0, -1].sum(-1)
     post = relevance["blocks.0.mlp.hook_post"][0, -1]
-    for head, wanted in enumerate(z.tolist()):
-        assert frame.loc[("head", f"0.{head}"), "relevance"] == pytest.approx(wanted, abs=1e-5)
-    for neuron, wanted in enumerate(post.tolist()):
-        assert frame.loc[("neuron", f"0.{neuron}"), "relevance"] == pytest.approx(wanted, abs=1e-5)
+    for head, expected in enumerate(z.tolist()):
+        assert frame.loc[("head", f"0.{head}"), "relevance"] == pytest.approx(expected, abs=1e-5)
+    for neuron, expected in enumerate(post.tolist()):
+        assert frame.loc[("neuron", f"0.{neuron}"), "relevance"] == pytest.approx(
+            expected, abs=1e-5
+        )
     middle = graph.explain_node("blocks.1.hook_resid_mid", 2)
     assert set(middle["part"]) == {"dimension", "head"}
     assert middle[middle["part"] == "head"]["name"].str.startswith("1.").all()
@@ -127,5 +129,5 @@ def test_the_packed_route_equals_the_closed_form_on_adjacent_sites() -> None:
     pairs = [(graph.sites[0], graph.sites[1]), (graph.sites[1], graph.sites[2])]
     packed = batched_edges(model, TOKENS, objective, RULE_SETS[graph.rules], pairs, progress=False)
     for pair in pairs:
-        wanted = graph.matrix(*pair)
-        assert (packed[pair] - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        expected = graph.matrix(*pair)
+        assert (packed[pair] - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -1,4 +1,4 @@
-"""Views and files: text cannot break out, scales leave greyed tokens out, no network is asked."""
+"""Views and files: text cannot break out, scales leave greyed tokens out, no network is used."""
 
 from __future__ import annotations
 

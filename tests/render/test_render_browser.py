@@ -1,4 +1,4 @@
-"""Pictures opened in a browser: inert, alone, in the stated colours."""
+"""Pictures opened in a browser: no injected markup, no requests, and the stated colours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of graphs: the numbers they show, what they leave out, and say so."""
+"""Pictures of graphs: the numbers they show, and what they say they leave out."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 from support.graphs import edge_lists, given, listed, made
 from support.pictures import BLUE, PLANTED, RED, Drawn, planted
 
 from tl_contrastive_lrp.graph.picture import site_labels, view_of
-from tl_contrastive_lrp.render.graph.layout import strongest
 from tl_contrastive_lrp.render.graph.picture import graph_html, graph_picture
 
 # ---- numbers ---------------------------------------------------------------------------------
@@ -92,14 +90,6 @@ def test_of_too_many_edges_the_strongest_are_drawn_and_the_rest_counted() -> Non
         f"The 3 strongest of 7 edges, which carry {share:.1f} % of Σ|weight|; "
         "4 weaker ones are not drawn" in drawn.text
     )
-
-
-@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0])), st.integers(1, 12))
-def test_strongest_equals_a_slow_sort_with_ties_to_the_first(size: list[float], most: int) -> None:
-    wanted = sorted(range(len(size)), key=lambda i: (-size[i], i))[:most]
-    found = strongest(np.array(size), most).tolist()
-    assert sorted(found) == sorted(wanted)
-    assert [size[i] for i in found] == sorted(size[i] for i in found)
 
 
 def test_edges_between_the_same_nodes_are_added_up() -> None:

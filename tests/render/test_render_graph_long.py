@@ -1,4 +1,4 @@
-"""Graphs of long prompts: folded columns lose nothing, the picture says so and can be searched."""
+"""Graphs of long prompts: folded columns lose nothing, and the picture can be searched."""
 
 from __future__ import annotations
 
@@ -112,9 +112,9 @@ def test_folding_keeps_every_sum_and_the_busiest_positions() -> None:
             data.edges.target_pos,
         ]
     )
-    found = dict(zip(map(tuple, keys.T.tolist()), data.edges.weight.tolist(), strict=True))
-    assert found.keys() == sums.keys()
-    assert all(found[key] == pytest.approx(sums[key], abs=1e-12) for key in sums)
+    actual = dict(zip(map(tuple, keys.T.tolist()), data.edges.weight.tolist(), strict=True))
+    assert actual.keys() == sums.keys()
+    assert all(actual[key] == pytest.approx(sums[key], abs=1e-12) for key in sums)
 
 
 def test_only_long_prompts_with_many_positions_are_folded() -> None:
@@ -202,11 +202,11 @@ def test_a_long_graph_is_searched_and_jumped_in(tmp_path: Path) -> None:
     answer: Any = seen.probe
     words, count, visible, scrolled = answer["needle"]
     assert count == "1 of 1"
-    found = re.match(
+    actual = re.match(
         r"« Needle» position 6100 · folded: ([\d,]+) tokens, positions (\d+) to", words
     )
-    assert found
-    assert int(found[2]) <= HIDDEN
+    assert actual
+    assert int(actual[2]) <= HIDDEN
     assert visible
     assert scrolled < answer["end"]
     assert answer["hostile"][1].startswith("1 of ")

@@ -1,4 +1,4 @@
-"""Graphs as circuitsvis' matrices: their scales, what is left out of a long prompt, no way out."""
+"""Graphs as circuitsvis' matrices: scales, what is left out of a long prompt, no injection."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tl_contrastive_lrp.render.graph.picture import attention_matrices
 
 
 def props(view: RenderedHTML) -> tuple[Any, Any]:
-    found = re.search(r"\)\((\"circuits-vis-.*)\);$", view.script, re.DOTALL)
-    assert found
-    _, given_props, extra = json.loads(f"[{found[1]}]")
+    actual = re.search(r"\)\((\"circuits-vis-.*)\);$", view.script, re.DOTALL)
+    assert actual
+    _, given_props, extra = json.loads(f"[{actual[1]}]")
     return given_props, extra
 
 

@@ -1,4 +1,4 @@
-"""Pages with a graph's picture: text of others stays text, nothing is fetched, the pointer."""
+"""Pages with a graph's picture: foreign text stays text, no requests, and what hovering does."""
 
 from __future__ import annotations
 

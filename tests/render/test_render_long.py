@@ -57,9 +57,9 @@ class Folded(HTMLParser):
 
 
 def positions(piece: dict[str, str]) -> tuple[int, int]:
-    found = re.match(r"positions (\d+) to (\d+) ", piece["title"])
-    assert found
-    return int(found[1]), int(found[2])
+    actual = re.match(r"positions (\d+) to (\d+) ", piece["title"])
+    assert actual
+    return int(actual[1]), int(actual[2])
 
 
 def check(html: str, tokens: list[str], values: Any) -> Folded:

@@ -1,4 +1,4 @@
-"""Long prompts in a browser: pieces open and close, search and jumps, inert and alone."""
+"""Long prompts in a browser: pieces, search and jumps, no injection and no requests."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_pieces_open_and_close_and_their_sums_are_true(tmp_path: Path) -> None:
     largest = np.abs(values[~long.greyed]).max()
     shades = [rgb(shade) for shade in colours(values / largest)[0]]
     grey = rgb("#e4e4e7")
-    wanted = [grey if g else s for g, s in zip(long.greyed.tolist(), shades, strict=True)]
-    assert [shade for _, _, shade in answer["open"]] == wanted
+    expected = [grey if g else s for g, s in zip(long.greyed.tolist(), shades, strict=True)]
+    assert [shade for _, _, shade in answer["open"]] == expected
     assert answer["every"] == len(counts)
     assert (answer["left"], answer["after"]) == (0, answer["before"])
     assert answer["before"] < MOST_SHOWN + 1500
@@ -90,8 +90,8 @@ def test_search_opens_what_is_folded_and_goes_round(tmp_path: Path) -> None:
       return {hidden, shown, still, needle, several, last, first, again, spaced, none, marks,
         cleared: one('.lrp-query').value + count()};
     """
-    found = probe(body, needle=long.needle[0])
-    answer: Any = visit(tmp_path, report_html(long.report()), found).probe
+    actual = probe(body, needle=long.needle[0])
+    answer: Any = visit(tmp_path, report_html(long.report()), actual).probe
     assert answer["hidden"]
     assert answer["shown"] == "1 found, 1 folded"
     assert answer["still"]  # typing alone opens nothing
@@ -240,10 +240,10 @@ def test_layers_of_a_long_prompt_are_painted_from_packed_numbers(tmp_path: Path)
     # Linear from white to the lighter ends; float16 keeps three digits of 255 shades.
     share = values / np.abs(plain).max()
     ends = np.where(share[:, None] >= 0, [245, 138, 114], [116, 179, 234])
-    wanted = 255 + np.minimum(np.abs(share), 1)[:, None] * (ends - 255)
-    wanted[long.greyed] = 228, 228, 231
-    found = np.array([[int(part) for part in c[4:-1].split(",")] for c in answer["colour"]])
-    assert np.abs(found - wanted).max() <= 0.6
+    expected = 255 + np.minimum(np.abs(share), 1)[:, None] * (ends - 255)
+    expected[long.greyed] = 228, 228, 231
+    actual = np.array([[int(part) for part in c[4:-1].split(",")] for c in answer["colour"]])
+    assert np.abs(actual - expected).max() <= 0.6
 
 
 @browser

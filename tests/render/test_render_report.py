@@ -1,4 +1,4 @@
-"""The report: its colours and words, nothing fetched, what is not there left out."""
+"""The report: its colours and words, no requests, and no section without content."""
 
 from __future__ import annotations
 

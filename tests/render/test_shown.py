@@ -1,4 +1,4 @@
-"""What results show of themselves: the numbers in each picture are the result's own."""
+"""Pictures of results: the numbers in each are those of the result."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from tl_contrastive_lrp.graph.picture import matrices_of
 
 @pytest.fixture(scope="module")
 def result() -> clrp.Attribution:
-    """One whose special token outweighs all others, as it often does."""
+    """A result whose special token outweighs all others, as it often does."""
     model = boot("gemma2", torch.float32)
-    found = clrp.attribute(model, "a b c d e f", target="a", contrast=" b")
-    resid = found.resid.clone()
+    actual = clrp.attribute(model, "a b c d e f", target="a", contrast=" b")
+    resid = actual.resid.clone()
     resid[:, 0] = 50.0
-    return dataclasses.replace(found, tokens=resid[0], resid=resid)
+    return dataclasses.replace(actual, tokens=resid[0], resid=resid)
 
 
-def near(found: Any, wanted: torch.Tensor) -> bool:
-    return bool(torch.allclose(torch.tensor(found).float(), wanted, rtol=1e-4, atol=1e-6))
+def near(actual: Any, expected: torch.Tensor) -> bool:
+    return bool(torch.allclose(torch.tensor(actual).float(), expected, rtol=1e-4, atol=1e-6))
 
 
 def test_tokens_in_colour(result: clrp.Attribution) -> None:
@@ -94,7 +94,7 @@ def test_the_words_above_a_narrow_picture_are_whole(tmp_path: Path, final: int) 
 
 def test_no_target_s_logit_is_shown_of_a_function_that_has_none(tmp_path: Path) -> None:
     model = boot("gemma2", torch.float32)
-    found = clrp.attribute(model, "a b c d", lambda logits: logits[0, 1, 5] + logits[0, 2, 6])
-    page = found.save_html(tmp_path / "r.html").read_text(encoding="utf-8")
+    actual = clrp.attribute(model, "a b c d", lambda logits: logits[0, 1, 5] + logits[0, 2, 6])
+    page = actual.save_html(tmp_path / "r.html").read_text(encoding="utf-8")
     assert "logit of the target" not in page
     assert "difference Δℓ" in page

@@ -235,10 +235,13 @@ def graph_command(options: GraphOptions) -> None:
     options.check()
     output = Output(options.top, options.json, options.out, options.save, options.quiet)
     shape = options.shape
-    pruning = Pruning(
-        options.mass, options.threshold, options.relative, options.top_k, not options.no_connected
+    pruning = Pruning.from_options(
+        mass=options.mass,
+        threshold=options.threshold,
+        relative=options.relative,
+        top_k=options.top_k,
+        connected=not options.no_connected,
     )
-    pruning.check()
     memory = MemoryOptions(options.memory.value, options.tile, options.checkpoint_dir)
     with exit_codes(options.debug):
 
@@ -264,7 +267,7 @@ def graph_command(options: GraphOptions) -> None:
             prefilled=prefilled,
         )
         with progress("Pruning, and looking for paths", output.shows_progress):
-            pruned, paths = pruning.of(full), full.paths(options.top)
+            pruned, paths = pruning.apply(full), full.paths(options.top)
             graphed = Graphed(question, full, pruned, paths, run, notes)
             write(options.out, lambda path: _write_page(graphed, path))
             write(options.save, pruned.save if options.save_pruned else full.save)

@@ -99,17 +99,17 @@ def report_graph(
     Returns:
         The graph, or None where there can be none; and a note, "" if there is nothing to say.
     """
-    from ..graph.pruning import DEFAULT_MASS
+    from ..graph.pruning import DEFAULT_MASS, PruneRule
 
     if isinstance(run, str):
         return None, f"The report has no graph: {run}"
     long = is_long(question)
-    pruning = Pruning(mass=DEFAULT_MASS, top_k=REPORT_EDGES) if long else Pruning()
+    pruning = Pruning(PruneRule(mass=DEFAULT_MASS, top_k=REPORT_EDGES)) if long else Pruning()
     try:
         graph = make_graph(
             model, question, rules, output, run, pruning if long else None, prefilled=prefilled
         )
-        pruned = pruning.of(graph)
+        pruned = pruning.apply(graph)
     except (CliError, UncoveredComponentError, ModelStateError, FileFormatError) as error:
         return None, f"The report has no graph: {message_of(error)}"
     except (RuntimeError, MemoryError) as error:
@@ -148,7 +148,7 @@ def make_graph(
         rules: Name of a rule set.
         output: Whether progress is shown.
         run: How memory is used.
-        pruning: Prune by its ``on_the_way`` while edges are computed; None keeps every edge.
+        pruning: Prune by its ``while_computed`` while edges are computed; None keeps every edge.
         shape: Which edges the graph has; None for the defaults.
         node_threshold: Hidden states of |relevance| up to this, in logits, are not expanded.
         prefilled: The prompt's forward, where it has been run already.
@@ -159,7 +159,7 @@ def make_graph(
     from ..graph.assembly.attribution_graph import attribution_graph
 
     shape = shape or GraphShape()
-    streaming = {} if pruning is None else pruning.on_the_way(question.delta)
+    streaming = {} if pruning is None else pruning.while_computed(question.delta)
     # Tiles and transitions over several blocks show a bar of their own; two would clash.
     bar = output.shows_progress and (run.is_tiled or shape.layers is not None)
     words = f"Edges between {question.n_tokens:,} tokens"

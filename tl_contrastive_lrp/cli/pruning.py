@@ -1,97 +1,118 @@
-"""Making the graph of a question: whole, or of a long prompt pruned while its edges come."""
+"""The pruning options of the command line, and how they are applied to a graph."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .errors import CliError, Code
+from .errors import CliError, Code, message_of
 
 if TYPE_CHECKING:
     from ..graph.graph import AttributionGraph
+    from ..graph.pruning import PruneRule
 
-# Of the threshold that --relative means, while Δℓ is known from another forward only.
-_CAREFUL = 0.9
+# Δℓ of the forward that precedes the graph's is rounded differently, so edges are first pruned by a
+# threshold that is lower than the one that --relative stands for.
+_SAFETY_FACTOR = 0.9
+
+
+def _default_rule() -> PruneRule:
+    from ..graph.pruning import DEFAULT_RULE  # imports torch, which the help page does without
+
+    return DEFAULT_RULE
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """Which edges stay, as ``AttributionGraph.prune`` takes it; and whether only connected ones."""
+    """How a graph is pruned: by the size of its edges, and by what they are connected to.
 
-    mass: float | None = None
-    threshold: float | None = None
-    relative: float | None = None
-    top_k: int | None = None
+    Attributes:
+        rule: Which edges to keep by their size.
+        connected: Whether to keep only edges that lead to the prediction.
+    """
+
+    rule: PruneRule = field(default_factory=_default_rule)
     connected: bool = True
 
-    def check(self) -> None:
-        """Refuse what no option alone can: infinity, and two thresholds.
+    @classmethod
+    def from_options(
+        cls,
+        *,
+        mass: float | None,
+        threshold: float | None,
+        relative: float | None,
+        top_k: int | None,
+        connected: bool,
+    ) -> Pruning:
+        """Check the options ``--mass``, ``--threshold``, ``--relative`` and ``--top-k``.
 
         Raises:
-            typer.BadParameter: either of them.
+            typer.BadParameter: A value is out of range, or both thresholds are given.
         """
-        for name in ("mass", "threshold", "relative"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise typer.BadParameter(f"--{name} must be a finite number.")
-        if self.threshold is not None and self.relative is not None:
-            raise typer.BadParameter("Give either --threshold (in logits) or --relative (to |Δℓ|).")
+        from ..graph.pruning import PruneRule
 
-    def on_the_way(self, delta: float) -> dict[str, float | int]:
-        """The rule to prune a long prompt's edges by while they come, as ``of`` continues it.
+        try:
+            rule = PruneRule(mass, threshold, top_k, relative)
+        except ValueError as error:
+            raise typer.BadParameter(message_of(error)) from None
+        return cls(rule or _default_rule(), connected)
 
-        Each rule keeps the largest edges of a transition, so of several the strictest decides, and
-        the others can be applied to what one has left; but a share of mass only to the whole.
+    def while_computed(self, delta: float) -> dict[str, Any]:
+        """The criterion to prune a long prompt's edges by while they are computed.
+
+        Every criterion keeps the largest edges of a transition, so one may be applied first and
+        the others to what it left (see ``apply``). A share of mass refers to the whole transition
+        and therefore comes first.
 
         Args:
-            delta: Δℓ, from another forward: rounded otherwise.
+            delta: Δℓ in logits, from another forward and therefore rounded differently.
+
+        Returns:
+            One keyword argument of ``attribution_graph``.
 
         Raises:
-            typer.BadParameter: ``relative``, where Δℓ is 0.
+            typer.BadParameter: There is a relative threshold and Δℓ is 0.
         """
-        from ..graph.pruning import DEFAULT_MASS
+        for name in ("mass", "top_k", "threshold"):
+            if name in self.rule.criteria:
+                return {name: self.rule.criteria[name]}
+        threshold = self._in_logits(delta).threshold
+        assert threshold is not None
+        return {"threshold": _SAFETY_FACTOR * threshold}
 
-        if self.mass is not None:
-            return {"mass": self.mass}
-        if self.top_k is not None:
-            return {"top_k": self.top_k}
-        if self.threshold is not None:
-            return {"threshold": self.threshold}
-        if self.relative is not None:
-            self._check_delta(delta)
-            return {"threshold": _CAREFUL * self.relative * abs(delta)}
-        return {"mass": DEFAULT_MASS}
-
-    def _check_delta(self, delta: float) -> None:
-        if self.relative is not None and not delta:
-            raise typer.BadParameter("Δℓ is 0, so nothing is relative to it: use --threshold.")
-
-    def of(self, graph: AttributionGraph) -> AttributionGraph:
-        """The graph that is left.
+    def apply(self, graph: AttributionGraph) -> AttributionGraph:
+        """Prune a graph.
 
         Args:
-            graph: The full one, or one that was pruned as ``on_the_way`` says.
+            graph: The full graph, or one that was pruned as ``while_computed`` says.
 
         Raises:
-            typer.BadParameter: ``relative``, where Δℓ is 0.
+            typer.BadParameter: There is a relative threshold and Δℓ is 0.
+            CliError: The graph was pruned by a higher threshold than the relative one means.
         """
-        self._check_delta(graph.delta)
-        names = ("mass", "threshold", "relative", "top_k")
-        rules = {name: value for name in names if (value := getattr(self, name)) is not None}
+        in_logits = self._in_logits(graph.delta)
+        remaining = self.rule.criteria
         for step in graph.history:
-            if rules.pop(step.name, None) is None and "relative" in rules:
-                self._check_careful(dict(step.parameters), graph.delta)
-        pruned = graph.prune(**rules) if rules or not graph.history else graph
+            if remaining.pop(step.name, None) is None and "relative" in remaining:
+                _require_lower(dict(step.parameters)["threshold"], in_logits, graph.delta)
+        pruned = graph.prune(**remaining) if remaining else graph
         return pruned.connected() if self.connected else pruned
 
-    def _check_careful(self, done: dict[str, Any], delta: float) -> None:
-        assert self.relative is not None
-        if done["threshold"] > self.relative * abs(delta):
-            raise CliError(
-                Code.UNEXPECTED,
-                f"Δℓ is {delta:.3g}, and another where the candidates are found: too small to be "
-                "the measure of a threshold here. Use --threshold instead of --relative.",
-            )
+    def _in_logits(self, delta: float) -> PruneRule:
+        try:
+            return self.rule.in_logits(delta)
+        except ValueError as error:
+            raise typer.BadParameter(message_of(error)) from None
+
+
+def _require_lower(applied: Any, rule: PruneRule, delta: float) -> None:
+    """Refuse a graph that was pruned by more than the rule's threshold while it was computed."""
+    assert rule.threshold is not None
+    if applied > rule.threshold:
+        raise CliError(
+            Code.UNEXPECTED,
+            f"Δℓ is {delta:.3g}, and another where the candidates are found: too small to be "
+            "the measure of a threshold here. Use --threshold instead of --relative.",
+        )

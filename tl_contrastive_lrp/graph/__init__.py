@@ -1,8 +1,8 @@
 """The attribution graph: how relevance flows between hidden states, from the answer to the prompt.
 
-``edges`` computes edges while a backward runs, ``assembly`` makes a graph of them, ``data`` is the
-frozen graph, and pure functions prune, measure, draw and write it; ``AttributionGraph`` has them as
-methods.
+``edges`` computes edges while a backward runs and ``assembly`` makes a graph of them. ``data`` has
+the frozen graph, and pure functions prune, measure, draw and write it; ``AttributionGraph`` offers
+them as methods.
 """
 
 from __future__ import annotations

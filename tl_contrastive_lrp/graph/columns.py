@@ -1,4 +1,4 @@
-"""Edges as columns: how they are made and put in order."""
+"""Edges as columns: how a graph's transitions are collected, split into paths and put in order."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# Lexicographic order of edges, most significant first.
+# Lexicographic order of edges, most significant column first.
 ORDER = ("target_site", "source_site", "target_pos", "source_pos", "head", "path")
 
 DTYPES = {
@@ -24,13 +25,17 @@ DTYPES = {
     "path": torch.int8,
 }
 
+# What the column "path" holds, and its names.
+POSITION, VALUE, KEY = 0, 1, 2
+EDGE_KINDS = ("position", "value", "key")
+
 
 @dataclass
 class EdgeColumns:
-    """Collects the transitions of a graph, in any order, as dense matrices or diagonals.
+    """Collects the transitions of a graph, in any order, as dense matrices, diagonals or columns.
 
-    An entry that is exactly 0 is no edge. Where ``live`` is given, rows of targets that are not
-    live are left out (targets that were not expanded). Entries of one transition are given once.
+    An entry that is exactly 0 is not an edge. Rows of targets that are not ``live`` (targets that
+    were not expanded) are left out. Every transition is added once.
 
     Attributes:
         with_heads: Whether every edge carries a head and a path.
@@ -46,17 +51,17 @@ class EdgeColumns:
         matrix: Float[Tensor, "target_pos source_pos"],
         live: Bool[Tensor, " target_pos"] | None = None,
     ) -> None:
-        """A transition that is not split by heads.
+        """Add a transition that is not split by heads.
 
         Raises:
-            ValueError: the graph's edges are split by heads, the transition is there already, or
-                no matrix.
+            ValueError: The graph's edges are split by heads, the transition was added before, or
+                ``matrix`` does not have two axes.
         """
         if self.with_heads:
             raise ValueError("Edges are split by heads here: give this transition by add_split.")
         if matrix.ndim != 2:
             raise ValueError(f"A transition of shape {tuple(matrix.shape)} is no matrix.")
-        matrix = _rows(matrix.detach(), live)
+        matrix = _live_rows(matrix.detach(), live)
         target_pos, source_pos = torch.nonzero(matrix, as_tuple=True)
         self._add(source, target, target_pos, source_pos, matrix[target_pos, source_pos])
 
@@ -67,12 +72,12 @@ class EdgeColumns:
         values: Float[Tensor, " pos"],
         live: Bool[Tensor, " pos"] | None = None,
     ) -> None:
-        """A transition in which every position keeps to itself.
+        """Add a transition in which every position passes relevance to itself only.
 
         Raises:
-            ValueError: the transition is there already.
+            ValueError: The transition was added before.
         """
-        values = _rows(values.detach(), live)
+        values = _live_rows(values.detach(), live)
         (pos,) = torch.nonzero(values, as_tuple=True)
         head = torch.full_like(pos, -1)
         self._add(source, target, pos, pos, values[pos], head, torch.zeros_like(pos))
@@ -86,16 +91,16 @@ class EdgeColumns:
         weight: Float[Tensor, " edge"],
         slot: Int[Tensor, " edge"] | None = None,
     ) -> None:
-        """A transition as columns in order, without zeros; ``slot`` where it is split by heads.
+        """Add a transition as columns in order, without zeros; with slots if it is split by heads.
 
         Raises:
-            ValueError: slots where edges are not split by heads, or none where they are; or the
-                transition is there already.
+            ValueError: There are slots although edges are not split by heads, or none although
+                they are; or the transition was added before.
         """
         if self.with_heads != (slot is not None):
             raise ValueError("Give slots where edges are split by heads, and only there.")
-        by_head = (None, None) if slot is None else heads_and_paths(slot)
-        self._add(source, target, target_pos, source_pos, weight, *by_head)
+        head, path = (None, None) if slot is None else heads_and_paths(slot)
+        self._add(source, target, target_pos, source_pos, weight, head, path)
 
     def add_split(
         self,
@@ -106,14 +111,23 @@ class EdgeColumns:
         position: Float[Tensor, " pos"],
         live: Bool[Tensor, " target_pos"] | None = None,
     ) -> None:
-        """A transition split by heads: what goes by value, by key, and past attention's mixing.
+        """Add a transition split by heads.
+
+        Args:
+            source: Index of the source site.
+            target: Index of the target site.
+            value: What passes by attention's values.
+            key: What passes by attention's keys.
+            position: What stays at its position without passing through attention.
+            live: Targets that were expanded; all of them if None.
 
         Raises:
-            ValueError: the graph's edges are not split by heads, or the transition is there.
+            ValueError: The graph's edges are not split by heads, or the transition was added
+                before.
         """
         if not self.with_heads:
             raise ValueError("Edges are not split by heads here: give the sum by add_dense.")
-        by_slot = _rows(slots(value, key, position.detach()), live)
+        by_slot = _live_rows(slots(value, key, position.detach()), live)
         target_pos, source_pos, slot = at = torch.nonzero(by_slot, as_tuple=True)
         head, path = heads_and_paths(slot)
         self._add(source, target, target_pos, source_pos, by_slot[at], head, path)
@@ -144,34 +158,38 @@ class EdgeColumns:
         self._parts[target, source] = part | {"weight": weight.cpu()}
 
     def columns(self) -> dict[str, Any]:
-        """What ``AttributionGraph.from_columns`` takes: the columns of all edges in order, and
-        ``transitions``, also those without an edge.
+        """The edges as arguments of ``AttributionGraph.from_columns``.
+
+        Returns:
+            The columns of all edges, in order, and ``transitions``, which also names those without
+            an edge.
 
         Raises:
-            ValueError: no transition was given.
+            ValueError: No transition was added.
         """
         if not self._parts:
             raise ValueError("A graph needs at least one transition.")
         order = sorted(self._parts)
         names = list(self._parts[order[0]])
-        found: dict[str, Any] = {
+        columns: dict[str, Any] = {
             name: torch.cat([self._parts[pair][name] for pair in order]) for name in names
         }
-        return found | {"transitions": tuple((source, target) for target, source in order)}
+        return columns | {"transitions": tuple((source, target) for target, source in order)}
 
 
-def _rows(matrix: Tensor, live: Tensor | None) -> Tensor:
+def _live_rows(matrix: Tensor, live: Tensor | None) -> Tensor:
+    """The matrix with the rows of targets that are not live set to 0."""
     if live is None:
         return matrix
-    shape = (-1, *[1] * (matrix.ndim - 1))
-    return torch.where(live.to(matrix.device).view(shape), matrix, torch.zeros_like(matrix))
+    mask = live.to(matrix.device).view(-1, *[1] * (matrix.ndim - 1))
+    return torch.where(mask, matrix, torch.zeros_like(matrix))
 
 
 def in_order(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same edges sorted as a graph wants them; integers of any width become the graph's.
+    """The same edges sorted as a graph stores them, in the graph's integer types.
 
     Raises:
-        ValueError: columns of different lengths, or an integer that its column cannot hold.
+        ValueError: The columns differ in length, or an integer does not fit into its column.
     """
     lengths = {name: tuple(column.shape) for name, column in columns.items()}
     if len(set(lengths.values())) != 1 or columns["weight"].ndim != 1:
@@ -188,6 +206,7 @@ def in_order(columns: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _narrowed(name: str, column: Tensor) -> Tensor:
+    """An integer column in the graph's type."""
     dtype = DTYPES[name]
     if column.dtype == dtype:
         return column
@@ -206,13 +225,13 @@ def _sorted(keys: Sequence[Tensor]) -> np.ndarray[Any, np.dtype[np.int64]]:
     spans = [(int(key.min()), int(key.max()) - int(key.min()) + 1) for key in keys]
     if reduce(lambda size, span: size * span[1], spans, 1) >= 2**62:
         return np.lexsort([key.numpy() for key in reversed(keys)])
-    packed = np.zeros(len(keys[0]), dtype=np.int64)
+    combined = np.zeros(len(keys[0]), dtype=np.int64)
     for key, (low, span) in zip(keys, spans, strict=True):
-        packed *= span
-        packed += key.numpy()
-        packed -= low
+        combined *= span
+        combined += key.numpy()
+        combined -= low
     # Edges that are equal in every key are refused later, so stability does not matter.
-    return np.argsort(packed)
+    return np.argsort(combined)
 
 
 def first_disorder(keys: Sequence[Int[Tensor, " edge"]]) -> int | None:
@@ -225,39 +244,40 @@ def first_disorder(keys: Sequence[Int[Tensor, " edge"]]) -> int | None:
     return None if later.all() else int(torch.nonzero(~later)[0]) + 1
 
 
-POSITION, VALUE, KEY = 0, 1, 2
-
-EDGE_KINDS = ("position", "value", "key")
-
-
 def slots(
     value: Float[Tensor, "head target_pos source_pos"] | None,
     key: Float[Tensor, "head target_pos source_pos"] | None,
     position: Float[Tensor, " target_pos"],
     offset: int = 0,
 ) -> Float[Tensor, "target_pos source_pos slot"]:
-    """What goes by value, by key, and past attention's mixing, side by side.
+    """The parts of a transition side by side, in the order in which a graph stores them.
+
+    Slot 0 is the position-wise part, slots 1 + 2·h and 2 + 2·h are head h's value and key path.
 
     Args:
-        value, key: By head; None is none.
-        position: The position-wise part; the first target's own source is ``offset``.
+        value: The value path by head; None if there is none.
+        key: The key path by head; None if there is none.
+        position: The position-wise part.
+        offset: Source position of the first target, among the sources given.
     """
-    some = value if value is not None else key
-    if some is None:
-        made = position.new_zeros(len(position), offset + len(position), 1)
+    by_head = value if value is not None else key
+    if by_head is None:
+        parts = position.new_zeros(len(position), offset + len(position), 1)
     else:
-        made = some.new_zeros(*some.shape[1:], 1 + 2 * len(some))
-    made[..., 0].diagonal(offset).copy_(position)
+        parts = by_head.new_zeros(*by_head.shape[1:], 1 + 2 * len(by_head))
+    parts[..., 0].diagonal(offset).copy_(position)
     for start, path in ((1, value), (2, key)):
         if path is not None:
-            made[..., start::2] = path.detach().permute(1, 2, 0)
-    return made
+            parts[..., start::2] = rearrange(
+                path.detach(), "head target source -> target source head"
+            )
+    return parts
 
 
 def heads_and_paths(
     slot: Int[Tensor, " edge"],
 ) -> tuple[Int[Tensor, " edge"], Int[Tensor, " edge"]]:
-    """Head (-1: none) and path of edges in slots."""
+    """Head (-1 for the position-wise part) and path of edges given by their slots."""
     head = torch.div(slot - 1, 2, rounding_mode="floor")
     path = torch.where(slot == 0, POSITION, torch.where(slot % 2 == 1, VALUE, KEY))
     return head, path

@@ -1,4 +1,7 @@
-"""The frozen attribution graph: nodes, columns of edges, and ways to look at them."""
+"""The frozen attribution graph: its nodes, its columns of edges, and look-ups in them.
+
+The file is long because it documents every field, property and check of one class.
+"""
 
 from __future__ import annotations
 
@@ -23,49 +26,69 @@ from .prune_history import PruneStep
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GraphData:
-    """How relevance flows from one prediction down to its input tokens.
+    """The nodes and edges of an attribution graph, frozen and checked.
 
     A node is a hidden state: a site of the residual stream at a position. An edge's weight is the
-    relevance that the target node passes to the source node: logits, with the sign of the
+    relevance that the target node passes to the source node, in logits, with the sign of the
     objective (positive supports the target token). Information flows from source to target, the
-    explanation from target to source. Over all heads, paths and targets of one transition the
-    edges of a full graph that share a source node add up to that node's relevance.
+    explanation from target to source. The edges of one transition that share a source node sum to
+    that node's relevance, over all heads, paths and targets of a full graph.
 
-    Edges are sorted by target site, source site, target position, source position, head, path;
-    no two are the same. Tensors are on the CPU.
+    Edges are sorted by target site, source site, target position, source position, head and path,
+    and no two are the same. Tensors are on the CPU.
 
     Attributes:
         sites: HookPoint names, input first, the final residual stream last.
-        relevance: Relevance of every node, also of those without an edge.
-        token_ids: The prompt.
-        special: Tokenizer's special tokens.
-        str_tokens: What each token contributes to the prompt's text: joined, they are that text.
+        relevance: Relevance of every node in logits, [site, pos], also of those without an edge.
+        token_ids: The prompt's token ids, int64, [pos].
+        special: Which tokens are special tokens of the tokenizer, bool, [pos].
+        str_tokens: What each token contributes to the prompt's text; joined, they are that text.
             A character of several tokens is at the first; the others are empty.
-        source_site, target_site: Indices into ``sites``, int16.
-        source_pos, target_pos: Positions, int32.
-        weight: A[target_pos, source_pos] of the transition, logits.
-        head: int16, -1 for what does not go through attention between positions; None on a graph
-            that is not split by heads.
-        path: int8: 0 position-wise, 1 by value, 2 by key; None as ``head``.
+        source_site: Index into ``sites``, int16, [edge].
+        target_site: Index into ``sites``, int16, [edge].
+        source_pos: Position in the prompt, int32, [edge].
+        target_pos: Position in the prompt, int32, [edge].
+        weight: A[target_pos, source_pos] of the transition in logits, [edge].
+        head: int16, [edge]; -1 for what does not pass through attention between positions. None
+            on a graph that is not split by heads.
+        path: int8, [edge]: 0 position-wise, 1 by value, 2 by key. None as ``head``.
         transitions: Pairs (source, target) of sites that were computed, sorted by (target,
             source); a pruned graph keeps those that lost all edges.
-        final_pos: Position whose next token is explained; with the last site, the final node. Of
-            several the last, so that by causality nothing behind it has relevance.
-        delta: Δℓ, the objective's value.
-        target_logit, contrast_logit, objective, target, contrast, rules, coverage, model_name: As
-            in ``Attribution``.
+        final_pos: Position whose next token is explained; with the last site, the final node. If
+            there are several, the last: by causality nothing behind it has relevance.
+        delta: Δℓ, the objective's value in logits.
+        target_logit: As in ``Attribution``.
+        contrast_logit: As in ``Attribution``.
+        objective: As in ``Attribution``.
+        target: As in ``Attribution``.
+        contrast: As in ``Attribution``.
+        rules: As in ``Attribution``.
+        coverage: As in ``Attribution``.
+        model_name: As in ``Attribution``.
         granularity: "block", "sublayer" or "custom".
         node_threshold: Targets with |relevance| at or below it (logits) were not expanded when
-            the graph was made; 0: all were.
+            the graph was made; 0 if all were.
         history: What each pruning step did; () for a full graph.
-        dimensions, neurons, head_relevance: Details of the nodes, if asked for: relevance of every
-            hidden dimension [site, pos, d_model], MLP neuron [layer, pos, d_mlp] and head output
-            [layer, head, pos].
-        memory: "plain", or "tiled (tile N)" where the backward was done N positions at a time.
-        prepended_bos: Whether a BOS token that the text does not hold was put before it; None where
-            ids were given (or by a version that did not say).
-        earlier_final_pos: The other positions explained, rising, where the objective is a function
-            of several; ``final_positions`` is all of them, each a final node.
+        dimensions: Relevance of every hidden dimension, [site, pos, d_model], if details were
+            requested.
+        neurons: Relevance of every MLP neuron, [layer, pos, d_mlp], if details were requested.
+        head_relevance: Relevance of every head's output, [layer, head, pos], if details were
+            requested.
+        memory: "plain", or "tiled (tile N)" if the backward ran on N positions at a time.
+        prepended_bos: Whether a BOS token that is not in the text was put before it; None if ids
+            were given (or the graph was saved by a version that did not record it).
+        earlier_final_pos: The other explained positions, rising, if the objective is a function
+            of several; ``final_positions`` has all of them, each a final node.
+
+    Raises:
+        ValueError: A field breaks one of these promises.
+        NonFiniteError: Relevance or a weight is NaN or infinite.
+
+    Example:
+        >>> len(graph.sites), tuple(graph.relevance.shape)
+        (5, (5, 44))
+        >>> round(float(graph.relevance[-1, graph.final_pos]) / graph.delta, 3)
+        1.0
     """
 
     sites: tuple[str, ...]
@@ -119,29 +142,45 @@ class GraphData:
         final_pos: int | None = None,
         **facts: Any,
     ) -> Self:
-        """A graph of edges in any order, with integers of any width.
+        """Make a graph of edges in any order, with integers of any width.
 
         Args:
-            weight, source_site, target_site, source_pos, target_pos, head, path: The edges.
-            transitions: Pairs (source, target) that were computed; those with an edge if None.
-            final_pos: Position explained (of several the last, with ``earlier_final_pos=`` the
-                others); if None, the only one with relevance at the last site.
+            weight: Weights in logits, [edge].
+            source_site: Index of each edge's source site, [edge].
+            target_site: Index of each edge's target site, [edge].
+            source_pos: Position of each edge's source, [edge].
+            target_pos: Position of each edge's target, [edge].
+            head: Head of each edge, [edge], if edges are split by heads.
+            path: Path of each edge, [edge], if edges are split by heads.
+            transitions: Pairs (source, target) that were computed; by default those with an edge.
+            final_pos: The explained position (the last of several, with the others in
+                ``earlier_final_pos=``); by default the only one with relevance at the last site.
             facts: All other fields.
 
         Raises:
-            ValueError: what is given breaks what a graph promises; edges that are the same.
-            TypeError: a field is missing.
+            ValueError: The fields break a promise of ``GraphData``, or two edges are the same.
+            TypeError: A field is missing.
+
+        Example:
+            >>> facts = {
+            ...     field: value for field, value in vars(graph).items() if field != "slices"
+            ... }
+            >>> again = clrp.AttributionGraph.from_columns(**facts)
+            >>> torch.equal(again.weight, graph.weight)
+            True
         """
-        given = {
+        edges = {
             "weight": weight, "source_site": source_site, "target_site": target_site,
             "source_pos": source_pos, "target_pos": target_pos, "head": head, "path": path,
         }  # fmt: skip
         columns: dict[str, Any] = {"head": None, "path": None}
-        columns |= in_order({name: c for name, c in given.items() if c is not None})
+        columns |= in_order({name: c for name, c in edges.items() if c is not None})
         if transitions is None:
             pairs = torch.stack([columns["target_site"], columns["source_site"]], dim=1)
-            found = torch.unique_consecutive(pairs, dim=0).tolist()
-            transitions = [(source, target) for target, source in found]
+            transitions = [
+                (source, target)
+                for target, source in torch.unique_consecutive(pairs, dim=0).tolist()
+            ]
         missing = {"relevance", "token_ids", "special"} - set(facts)
         if missing:
             raise TypeError(f"A graph needs {' and '.join(sorted(missing))}.")
@@ -169,9 +208,26 @@ class GraphData:
         matrices: Mapping[tuple[int, int], Float[Tensor, "target_pos source_pos"]],
         **facts: Any,
     ) -> Self:
-        """A graph of dense transitions by (source, target) site index; entries of 0 are no edges.
+        """Make a graph of dense transitions.
 
-        For transitions split by heads collect them in an ``EdgeColumns``.
+        Transitions that are split by heads are collected in an ``EdgeColumns`` instead.
+
+        Args:
+            matrices: Weights in logits, [target_pos, source_pos], by (source, target) site index;
+                an entry of 0 is not an edge.
+            facts: All fields but the edges.
+
+        Raises:
+            ValueError: The fields break a promise of ``GraphData``.
+            TypeError: A field is missing.
+
+        Example:
+            >>> edges = ("weight", "source_site", "target_site", "source_pos", "target_pos")
+            >>> unset = (*edges, "head", "path", "transitions", "slices")
+            >>> facts = {field: x for field, x in vars(graph).items() if field not in unset}
+            >>> diagonal = {(3, 4): torch.diag(graph.relevance[3])}
+            >>> len(clrp.AttributionGraph.from_matrices(diagonal, **facts).weight)
+            44
         """
         columns = EdgeColumns()
         for (source, target), matrix in matrices.items():
@@ -182,33 +238,59 @@ class GraphData:
 
     @property
     def final_positions(self) -> tuple[int, ...]:
-        """Every position explained, rising: one, but for objectives that are functions of more."""
+        """The explained positions, rising; one, unless the objective is a function of several.
+
+        Example:
+            >>> graph.final_positions
+            (43,)
+        """
         return (*self.earlier_final_pos, self.final_pos)
 
     @cached_property
     def slices(self) -> dict[tuple[int, int], slice]:
-        """Where each transition's edges are in the columns, in the columns' order."""
+        """Where each transition's edges are in the columns, by (source, target) site index.
+
+        Example:
+            >>> part = graph.slices[0, 1]
+            >>> bool((graph.target_site[part] == 1).all())
+            True
+        """
         starts = _starts(self.target_site, range(len(self.sites) + 1))
-        found = {}
+        slices = {}
         for source, target in self.transitions:
             first, end = starts[target], starts[target + 1]
             low, high = _starts(self.source_site[first:end], (source, source + 1))
-            found[source, target] = slice(first + low, first + high)
-        return found
+            slices[source, target] = slice(first + low, first + high)
+        return slices
 
     @property
     def source_node(self) -> Int[Tensor, " edge"]:
-        """site · n_pos + position of each edge's source."""
+        """Index of each edge's source node, site · n_pos + position, [edge].
+
+        Example:
+            >>> int(graph.source_node.max()) < graph.relevance.numel()
+            True
+        """
         return self.source_site.long() * len(self.str_tokens) + self.source_pos
 
     @property
     def target_node(self) -> Int[Tensor, " edge"]:
-        """site · n_pos + position of each edge's target."""
+        """Index of each edge's target node, site · n_pos + position, [edge].
+
+        Example:
+            >>> bool((graph.target_node > graph.source_node).all())
+            True
+        """
         return self.target_site.long() * len(self.str_tokens) + self.target_pos
 
     @property
     def node_mask(self) -> Bool[Tensor, "site pos"]:
-        """Which nodes are in the graph: those with an edge, and the final node (or nodes)."""
+        """Which nodes are in the graph, [site, pos]: those with an edge, and the final nodes.
+
+        Example:
+            >>> bool(graph.prune(top_k=1).node_mask[-1, graph.final_pos])
+            True
+        """
         mask = torch.zeros(self.relevance.shape, dtype=torch.bool)
         mask.view(-1)[self.source_node] = True
         mask.view(-1)[self.target_node] = True
@@ -217,14 +299,26 @@ class GraphData:
 
     @property
     def mass(self) -> float:
-        """Σ|weight| in logits."""
+        """Σ|weight| in logits.
+
+        Example:
+            >>> graph.prune(mass=0.5).mass < graph.mass
+            True
+        """
         return float(self.weight.abs().sum(dtype=torch.float64))
 
     def site_index(self, site: int | str) -> int:
-        """Index of a site given by name or index; negative indices count from the end.
+        """Index of a site given by name or index.
+
+        Args:
+            site: A HookPoint name, or an index; negative ones count from the end.
 
         Raises:
-            ValueError: there is no such site.
+            ValueError: There is no such site.
+
+        Example:
+            >>> graph.site_index("blocks.1.hook_resid_pre"), graph.site_index(-1)
+            (1, 4)
         """
         if isinstance(site, str):
             if site in self.sites:
@@ -239,8 +333,16 @@ class GraphData:
     def transition(self, source: int | str, target: int | str) -> tuple[int, int]:
         """One of ``transitions``, its sites given by name or index.
 
+        Args:
+            source: The source site.
+            target: The target site.
+
         Raises:
-            ValueError: there is no such site or transition.
+            ValueError: There is no such site or transition.
+
+        Example:
+            >>> graph.transition("blocks.3.hook_resid_pre", -1)
+            (3, 4)
         """
         pair = (self.site_index(source), self.site_index(target))
         if pair not in self.slices:
@@ -252,7 +354,14 @@ class GraphData:
         return pair
 
     def merge_heads(self) -> Self:
-        """The graph with each edge's heads and paths added up."""
+        """Add up the heads and paths of each pair of nodes; a graph without heads stays as it is.
+
+        Example:
+            >>> split = clrp.attribution_graph(model, case.prompt, objective, heads=True)
+            >>> merged = split.merge_heads()
+            >>> torch.allclose(merged.matrix(0, 1), graph.matrix(0, 1), atol=1e-4)
+            True
+        """
         if self.head is None:
             return self
         return replace(self, **merged(self), head=None, path=None)
@@ -279,20 +388,21 @@ class GraphData:
 
 def _starts(column: Tensor, values: Iterable[int]) -> list[int]:
     """Where each value would start in a sorted column."""
-    found: list[int] = torch.searchsorted(
+    starts: list[int] = torch.searchsorted(
         column.contiguous(), torch.tensor(list(values), dtype=column.dtype)
     ).tolist()
-    return found
+    return starts
 
 
 GRANULARITIES = ("block", "sublayer", "custom")
 
 
 def check_graph(graph: GraphData) -> None:
-    """Look at every field.
+    """Check every field of a graph.
 
     Raises:
-        ValueError: the first broken promise: which field, and what it holds.
+        ValueError: A promise of ``GraphData`` is broken; names the field and what it holds.
+        NonFiniteError: Relevance or a weight is NaN or infinite.
     """
     _check_facts(graph)
     _check_columns(graph)
@@ -302,17 +412,17 @@ def check_graph(graph: GraphData) -> None:
 
 
 def _check_facts(graph: GraphData) -> None:
-    """Fields that are no columns of edges."""
+    """Check the fields that are not columns of edges."""
     sites, pos = len(graph.sites), len(graph.str_tokens)
     if sites < 2 or len(set(graph.sites)) != sites:
         raise ValueError(f"A graph needs two or more sites of different names: {graph.sites}.")
     if not all(isinstance(text, str) for text in (*graph.sites, *graph.str_tokens)):
         raise ValueError("Sites and tokens must be texts.")
-    wanted = {"relevance": (sites, pos), "token_ids": (pos,), "special": (pos,)}
-    for name, shape in wanted.items():
-        found = tuple(getattr(graph, name).shape)
-        if found != shape:
-            raise ValueError(f"AttributionGraph.{name} has shape {found}, not {shape}.")
+    shapes = {"relevance": (sites, pos), "token_ids": (pos,), "special": (pos,)}
+    for name, shape in shapes.items():
+        actual = tuple(getattr(graph, name).shape)
+        if actual != shape:
+            raise ValueError(f"AttributionGraph.{name} has shape {actual}, not {shape}.")
     for name in ("relevance", "weight"):
         if getattr(graph, name).dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name} is {getattr(graph, name).dtype}, not float32 or float64.")
@@ -334,7 +444,7 @@ def _check_facts(graph: GraphData) -> None:
 
 
 def _check_columns(graph: GraphData) -> None:
-    """Columns of edges: their types, limits, meaning and order."""
+    """Check the columns of edges: types, limits, meaning and order."""
     names = [name for name in ORDER if getattr(graph, name) is not None]
     if ("head" in names) != ("path" in names):
         raise ValueError("Give both head and path of the edges, or neither.")
@@ -373,7 +483,7 @@ def _check_columns(graph: GraphData) -> None:
 
 
 def _check_details(graph: GraphData) -> None:
-    """Details of the nodes come together, and fit sites and prompt."""
+    """Check that the nodes' details are given together and fit sites and prompt."""
     dimensions, neurons, heads = graph.dimensions, graph.neurons, graph.head_relevance
     if dimensions is None and neurons is None and heads is None:
         return
@@ -389,7 +499,10 @@ def _check_details(graph: GraphData) -> None:
 
 
 def pair_starts(graph: GraphData, part: slice = slice(None)) -> Bool[Tensor, " edge"]:
-    """Which edges of ``part`` are their pair of nodes' first: its heads and paths lie together."""
+    """Which edges of ``part`` are the first of their pair of nodes.
+
+    A pair's heads and paths follow each other in the graph's order.
+    """
     new = torch.zeros(len(graph.weight[part]), dtype=torch.bool)
     new[:1] = True
     for name in ORDER[:4]:
@@ -399,9 +512,9 @@ def pair_starts(graph: GraphData, part: slice = slice(None)) -> Bool[Tensor, " e
 
 
 def merged(graph: GraphData) -> dict[str, Any]:
-    """Columns of the graph's edges with heads and paths added up (in float64)."""
+    """The columns of a graph's edges with heads and paths added up, in float64."""
     new = pair_starts(graph)
     total = torch.zeros(int(new.sum()), dtype=torch.float64)
     total.index_add_(0, new.cumsum(0) - 1, graph.weight.double())
-    kept = {name: getattr(graph, name)[new] for name in ORDER[:4]}
-    return kept | {"weight": total.to(graph.weight.dtype)}
+    ends = {name: getattr(graph, name)[new] for name in ORDER[:4]}
+    return ends | {"weight": total.to(graph.weight.dtype)}

@@ -1,8 +1,8 @@
-"""What carries a node or an edge: heads, neurons and hidden dimensions, from the one backward pass.
+"""What carries a node or an edge: heads, neurons and hidden dimensions, from the same backward.
 
 The relevance of a node is a sum over its hidden dimensions, and what the block below wrote there is
-a sum over its heads and neurons; an edge within a block is a sum over heads and paths. All of these
-are kept on request when the graph is made (``attribution_graph(..., details=True, heads=True)``).
+a sum over its heads and neurons. An edge within a block is a sum over heads and paths. All of them
+are kept if the graph is made with ``attribution_graph(..., details=True, heads=True)``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..inputs.objective import for_one_prompt, one_position
 from ..inputs.tokens import model_device
+from ..render.ranking import largest_first
 from ..rules.rule_sets import RuleSet, get_rule_set
 from ..rules.threads import turn
 
@@ -36,21 +37,21 @@ def _frame(rows: list[tuple[str, str, float]], whole: float, k: int) -> pd.DataF
 
     frame = pd.DataFrame(rows, columns=["part", "name", "relevance"])
     frame["share"] = frame["relevance"] / (whole or float("nan"))
-    order = frame["relevance"].abs().sort_values(ascending=False, kind="stable").index
-    return frame.loc[order[:k]].reset_index(drop=True)
+    order = largest_first(frame["relevance"].abs().to_numpy(dtype=float), k)
+    return frame.iloc[order].reset_index(drop=True)
 
 
 def _largest(part: str, names: str, values: Tensor, k: int) -> list[tuple[str, str, float]]:
-    top = values.abs().topk(min(k, values.numel())).indices.tolist()
-    return [(part, names.format(i), float(values[i])) for i in top]
+    order = largest_first(values.abs().numpy(), k).tolist()
+    return [(part, names.format(i), float(values[i])) for i in order]
 
 
 def writer_block(site: str) -> tuple[int | None, bool]:
-    """Block that wrote last into a site, and whether its MLP had written by then."""
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|mid|post)", site)
-    if found is None:
+    """The block that wrote last into a site, and whether its MLP had written by then."""
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|mid|post)", site)
+    if match is None:
         return None, False
-    block, place = int(found[1]), found[2]
+    block, place = int(match[1]), match[2]
     if place == "pre":
         return (block - 1 if block else None), True
     return block, place == "post"
@@ -60,19 +61,20 @@ def explain_node(graph: GraphData, site: int | str, pos: int, k: int = 10) -> pd
     """What carries the relevance of one node.
 
     Args:
-        graph: Made with ``details=True``.
+        graph: A graph made with ``details=True``.
         site: Name or index of the node's site.
         pos: The node's position.
-        k: Rows of each part to return; all rows come by |relevance|, largest first.
+        k: Rows for each kind of part.
 
     Returns:
-        Columns part ("dimension" of the hidden state; "head" and "neuron" of the block that wrote
-        into it), name ("17", "2.3" for layer 2 head 3), relevance (logits), share (of the node's
-        relevance). Dimensions add up to the node; heads and neurons are their own decomposition of
-        what the block wrote, the rest came along the residual stream.
+        Rows by |relevance|, largest first, with the columns part ("dimension" of the hidden state;
+        "head" and "neuron" of the block that wrote into it), name ("17", or "2.3" for layer 2
+        head 3), relevance (logits) and share (of the node's relevance). Dimensions sum to the
+        node. Heads and neurons decompose what the block wrote; the rest came along the residual
+        stream.
 
     Raises:
-        ValueError: the graph has no details, or no such node.
+        ValueError: The graph has no details, or no such node.
     """
     if graph.dimensions is None or graph.head_relevance is None or graph.neurons is None:
         raise ValueError(
@@ -102,21 +104,24 @@ def explain_edge(
     """Which heads carry one edge, by value and by key, and which hidden dimensions.
 
     Args:
-        graph: Made with ``heads=True``, for heads.
-        source, target: (site name or index, position).
-        k: Rows of each part to return; all rows come by |relevance|, largest first.
-        model, objective: What the graph was made from. With them, the hidden dimensions of the
-            source that carry the edge are given too, from one more forward and backward.
-        rules: The graph's own, by name, unless given (needed for a ``RuleSet`` of your own).
+        graph: A graph, made with ``heads=True`` if heads are of interest.
+        source: The source node: (site name or index, position).
+        target: The target node.
+        k: Rows for each kind of part.
+        model: What the graph was made from. With it and ``objective``, one more forward and
+            backward give the hidden dimensions of the source that carry the edge.
+        objective: What the graph was made for.
+        rules: The rules of that backward; by default the graph's own, by name (a ``RuleSet`` of
+            your own has to be given).
 
     Returns:
-        Columns part ("head by value", "head by key", "position-wise": residual stream, queries
-        and MLP, on edges that stay at their position; "dimension"), name ("2.3"; "17"), relevance
-        (logits), share (of the edge). Heads and the position-wise part add up to the edge, and so
-        do the dimensions.
+        Rows by |relevance|, largest first, with the columns part ("head by value", "head by key",
+        "dimension", or "position-wise": residual stream, queries and MLP, on edges that stay at
+        their position), name ("2.3"; "17"), relevance (logits) and share (of the edge). Heads and
+        the position-wise part sum to the edge, and so do the dimensions.
 
     Raises:
-        ValueError: the graph is not split by heads and no model is given, or it has no such edge.
+        ValueError: The graph is not split by heads and no model is given, or it has no such edge.
     """
     if (model is None) != (objective is None):
         raise ValueError("Give model and objective together, or neither.")

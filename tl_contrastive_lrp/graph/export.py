@@ -26,7 +26,7 @@ GraphT = TypeVar("GraphT", bound=GraphData)
 _FILE = FileKind("tl_contrastive_lrp.graph", 1, "the attribution graph")
 _DETAILS = ("dimensions", "neurons", "head_relevance")
 _TENSORS = ("relevance", "token_ids", "special", "weight", *ORDER, *_DETAILS)
-# What XML 1.0 cannot hold, and the carriage return, which its readers change.
+# Characters that XML 1.0 cannot hold, and the carriage return, which its readers change.
 _NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -35,7 +35,7 @@ def save(graph: GraphData, path: str | os.PathLike[str]) -> Path:
     tensors: dict[str, Tensor | None] = {name: getattr(graph, name) for name in _TENSORS}
     rest = {f.name: getattr(graph, f.name) for f in fields(graph) if f.name not in _TENSORS}
     if graph.prepended_bos is None:
-        del rest["prepended_bos"]  # a field that the first files do not have
+        del rest["prepended_bos"]  # the first files did not have this field
     rest["coverage"] = asdict(graph.coverage)
     rest["history"] = [asdict(step) for step in graph.history]
     if not graph.earlier_final_pos:  # as version 0.1 writes and reads it
@@ -44,7 +44,7 @@ def save(graph: GraphData, path: str | os.PathLike[str]) -> Path:
 
 
 def load(path: str | os.PathLike[str], kind: type[GraphT]) -> GraphT:
-    """See ``AttributionGraph.load``; ``kind`` is the class to make."""
+    """See ``AttributionGraph.load``; ``kind`` is the class to instantiate."""
     tensors, data = read_result(path, _FILE)
     with rebuilding_from(path):
         data["coverage"] = coverage_from(data["coverage"])
@@ -68,17 +68,17 @@ def _step(data: dict[str, Any]) -> PruneStep:
 
 
 def facts(graph: GraphData) -> dict[str, Any]:
-    """What travels with the graph into other formats: texts and numbers; None is left out."""
+    """The graph's texts and numbers for other formats; None is left out."""
     names = (
         "model_name", "rules", "objective", "target", "contrast", "delta", "target_logit",
         "contrast_logit", "granularity", "node_threshold", "final_pos",
     )  # fmt: skip
-    found = {name: getattr(graph, name) for name in names}
-    found["final_site"] = graph.sites[-1]
+    values = {name: getattr(graph, name) for name in names}
+    values["final_site"] = graph.sites[-1]
     if graph.earlier_final_pos:
-        found["final_positions"] = ", ".join(map(str, graph.final_positions))
-    found["history"] = "\n".join(map(str, graph.history))
-    return {name: value for name, value in found.items() if value is not None}
+        values["final_positions"] = ", ".join(map(str, graph.final_positions))
+    values["history"] = "\n".join(map(str, graph.history))
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _nodes(graph: GraphData) -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ def _nodes(graph: GraphData) -> list[dict[str, Any]]:
 
 
 def _edges(graph: GraphData) -> list[tuple[Any, Any, dict[str, Any]]]:
-    """(source, target, attributes), nodes as (site name, position)."""
+    """Edges as (source, target, attributes), with nodes as (site name, position)."""
     names = graph.sites
     columns = [column.tolist() for column in (graph.source_site, graph.target_site)]
     columns += [column.tolist() for column in (graph.source_pos, graph.target_pos, graph.weight)]
@@ -104,18 +104,14 @@ def _edges(graph: GraphData) -> list[tuple[Any, Any, dict[str, Any]]]:
 
 
 def to_networkx(graph: GraphData) -> nx.DiGraph[Any]:
-    """A networkx graph whose edges point as information flows, from source to target.
-
-    Nodes are (site name, position) with attributes site, pos, token, relevance, special; edges
-    carry weight (logits). Split by heads it is a ``MultiDiGraph`` with head and path too.
-    """
+    """See ``AttributionGraph.to_networkx``."""
     import networkx as nx
 
-    made = nx.DiGraph() if graph.head is None else nx.MultiDiGraph()
-    made.graph.update(facts(graph))
-    made.add_nodes_from(((row["site"], row["pos"]), row) for row in _nodes(graph))
-    made.add_edges_from(_edges(graph))
-    return made
+    network = nx.DiGraph() if graph.head is None else nx.MultiDiGraph()
+    network.graph.update(facts(graph))
+    network.add_nodes_from(((row["site"], row["pos"]), row) for row in _nodes(graph))
+    network.add_edges_from(_edges(graph))
+    return network
 
 
 def _id(node: tuple[str, int]) -> str:
@@ -123,12 +119,12 @@ def _id(node: tuple[str, int]) -> str:
 
 
 def write_json(graph: GraphData, path: str | os.PathLike[str]) -> Path:
-    """Node-link JSON: directed, multigraph, graph (its facts), nodes, edges.
+    """Write node-link JSON: directed, multigraph, graph (its facts), nodes, edges.
 
     Node ids are ``site@position``; weights are written exactly.
 
     Raises:
-        FileNotFoundError: the folder does not exist.
+        FileNotFoundError: The folder does not exist.
     """
     content = {
         "directed": True,
@@ -146,21 +142,22 @@ def write_json(graph: GraphData, path: str | os.PathLike[str]) -> Path:
 
 
 def write_graphml(graph: GraphData, path: str | os.PathLike[str]) -> Path:
-    """GraphML with node ids ``site@position``; XML cannot hold some control characters, which
-    are written as in Python (``\\x00``).
+    """Write GraphML with node ids ``site@position``.
+
+    XML cannot hold some control characters; they are written as Python escapes them.
 
     Raises:
-        FileNotFoundError: the folder does not exist.
+        FileNotFoundError: The folder does not exist.
     """
     import networkx as nx
 
-    made = nx.relabel_nodes(to_networkx(graph), _id)
-    for attributes in (made.graph, *(data for _, data in made.nodes(data=True))):
+    network = nx.relabel_nodes(to_networkx(graph), _id)
+    for attributes in (network.graph, *(data for _, data in network.nodes(data=True))):
         attributes.update({k: _xml(v) for k, v in attributes.items() if isinstance(v, str)})
     with atomic_path(path) as temporary:
-        nx.write_graphml_xml(made, temporary)
+        nx.write_graphml_xml(network, temporary)
     return Path(path)
 
 
 def _xml(text: str) -> str:
-    return _NOT_XML.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _NOT_XML.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -1,7 +1,8 @@
-"""``AttributionGraph``: the frozen graph with everything one does with it as methods.
+"""``AttributionGraph``: the frozen graph, with everything one does with it as methods.
 
-The methods only give a name to pure functions on ``GraphData``: tables, pruning, paths, metrics,
-decomposition, pictures and files, each in its own module and imported when it is first asked for.
+The methods only name pure functions on ``GraphData`` (tables, pruning, paths, metrics,
+decomposition, pictures and files). Each lives in its own module, which is imported when it is first
+used. The file is long because it documents every method with an example, and a class is not split.
 """
 
 from __future__ import annotations
@@ -33,19 +34,39 @@ if TYPE_CHECKING:
 
 
 class AttributionGraph(GraphData):
-    """How relevance flows from one prediction down to its input tokens: ``GraphData`` with methods.
+    """How the relevance of one prediction flows through the hidden states down to the input tokens.
 
-    Pruning, ``connected`` and ``subgraph`` return smaller graphs and never change the one they are
-    called on; fields and their meaning are those of ``GraphData``.
+    A node is a hidden state: a site of the residual stream at a position. An edge's weight is the
+    relevance, in logits, that its target node passes to its source node; positive supports the
+    target token, negative the contrast. All fields are those of ``GraphData``, and all tensors are
+    on the CPU. ``attribution_graph`` makes a graph.
+
+    Graphs are frozen: ``prune``, ``connected``, ``subgraph`` and ``where`` return smaller graphs
+    and never change the one they are called on.
+
+    Source: arXiv:2604.17761.
+
+    Example:
+        >>> circuit = graph.prune(mass=0.85).connected()
+        >>> len(circuit.weight) < len(graph.weight)
+        True
+        >>> circuit.history[0].share_kept >= 0.85
+        True
     """
 
     # ------------------------------------------------------------ tables
 
     @property
     def edges(self) -> pd.DataFrame:
-        """An edge a row: source_site, source_pos, target_site, target_pos, weight [, head, path].
+        """The edges, one per row, in the graph's order.
 
-        Sites are names, paths "value", "key" or "position" (then head is -1).
+        Columns: source_site, source_pos, target_site, target_pos and weight (logits, positive
+        supports the target token); on a graph split by heads also head and path. Sites are
+        HookPoint names. A path is "value", "key" or "position", for which the head is -1.
+
+        Example:
+            >>> list(graph.edges.columns)
+            ['source_site', 'source_pos', 'target_site', 'target_pos', 'weight']
         """
         from .tables import edge_frame
 
@@ -53,7 +74,15 @@ class AttributionGraph(GraphData):
 
     @property
     def nodes(self) -> pd.DataFrame:
-        """A node a row: site, pos, token, relevance (logits), special; input first."""
+        """The nodes that have an edge or are final, one per row, input first.
+
+        Columns: site (HookPoint name), pos, token, relevance (logits, positive supports the target
+        token) and special (whether the token is one of the tokenizer's special tokens).
+
+        Example:
+            >>> graph.nodes["site"].iloc[0]
+            'blocks.0.hook_resid_pre'
+        """
         from .tables import node_frame
 
         return node_frame(self)
@@ -66,15 +95,27 @@ class AttributionGraph(GraphData):
         head: int | None = None,
         path: str | int | None = None,
     ) -> Float[Tensor, "target_pos source_pos"]:
-        """One transition as a dense matrix; what is not in the graph is 0.
+        """One transition as a dense matrix of weights, in logits; a missing edge is 0.
+
+        Over all targets, the column of a source position sums to its relevance (in a full graph).
 
         Args:
-            source, target: Sites, by HookPoint name or index.
-            head: Only this head (-1: the position-wise part); None adds all up.
-            path: Only "value", "key" or "position"; None adds all up.
+            source: The source site, by HookPoint name or index.
+            target: The target site, by HookPoint name or index.
+            head: Only this head (-1: the position-wise part); None adds all of them up.
+            path: Only "value", "key" or "position"; None adds all of them up.
+
+        Returns:
+            The weights, [target_pos, source_pos]; positive supports the target token.
 
         Raises:
-            ValueError: no such site, transition or path; a head or path where edges are not split.
+            ValueError: There is no such site, transition or path, or a head or path is given for a
+                graph that is not split by heads.
+
+        Example:
+            >>> matrix = graph.matrix("blocks.2.hook_resid_pre", "blocks.3.hook_resid_pre")
+            >>> torch.allclose(matrix.sum(0), graph.relevance[2], atol=1e-4)
+            True
         """
         from .tables import transition_matrix
 
@@ -91,36 +132,47 @@ class AttributionGraph(GraphData):
         top_k: int | None = None,
         node_threshold: float | None = None,
     ) -> Self:
-        """A graph of the edges that satisfy every rule given; see ``pruning.py``.
+        """Keep the edges that satisfy every given criterion; without any, ``mass=0.85``.
 
-        Each rule is judged on this graph, so their order does not matter. Without any rule:
-        ``mass=0.85``.
+        Each criterion is judged on this graph, so their order does not matter. Among edges of
+        equal |weight|, the first in the graph's order is kept. ``history`` of the new graph
+        accounts for the edges and the mass that each criterion kept.
 
         Args:
-            mass: Per transition, the fewest largest edges with this share of Σ|weight|.
-            threshold: |weight| above this many logits.
-            relative: |weight| above this times |Δℓ|.
-            top_k: Per transition, so many largest edges.
-            node_threshold: |relevance| of the target node above this many logits.
+            mass: Keep, per transition, the fewest largest edges that hold this share of Σ|weight|.
+            threshold: Keep the edges with |weight| above this many logits.
+            relative: Keep the edges with |weight| above this times |Δℓ|.
+            top_k: Keep, per transition, the k edges of largest |weight|.
+            node_threshold: Keep the edges whose target node has |relevance| above this many
+                logits.
 
         Raises:
-            ValueError: a value out of range, or both threshold and relative.
+            ValueError: A value is out of range, both ``threshold`` and ``relative`` are given, or
+                ``relative`` is given and Δℓ is 0.
+
+        Source: arXiv:2604.17761, Appendix B.
+
+        Example:
+            >>> pruned = graph.prune(top_k=10)
+            >>> [len(pruned.weight[part]) for part in pruned.slices.values()]
+            [10, 10, 10, 10]
         """
-        if (threshold, relative, top_k, node_threshold) == (None,) * 4 and mass is None:
-            mass = pruning.DEFAULT_MASS
-        steps = []
+        rule = pruning.PruneRule(mass, threshold, top_k, relative)
+        if not rule and node_threshold is None:
+            rule = pruning.DEFAULT_RULE
+        steps = pruning.by_size(self, rule)
         if node_threshold is not None:
-            steps.append(pruning.by_node_threshold(self, node_threshold))
-        if threshold is not None or relative is not None:
-            steps.append(pruning.by_threshold(self, threshold, relative=relative))
-        if mass is not None:
-            steps.append(pruning.by_mass(self, mass))
-        if top_k is not None:
-            steps.append(pruning.by_top_k(self, top_k))
+            steps.insert(0, pruning.by_node_threshold(self, node_threshold))
         return self.where(*pruning.combined(self, steps))
 
     def connected(self) -> Self:
-        """Only edges on a path down from a final node (last site, a position explained)."""
+        """Keep the edges on a path down from a final node (last site, an explained position).
+
+        Example:
+            >>> circuit = graph.prune(top_k=5).connected()
+            >>> circuit.history[-1].name
+            'connected'
+        """
         mask, step = pruning.connected(self)
         return self.where(mask, [step])
 
@@ -131,33 +183,73 @@ class AttributionGraph(GraphData):
         sites: int | str | Iterable[int | str] | None = None,
         tokens: str | Iterable[str] | None = None,
     ) -> Self:
-        """Only edges both of whose ends are at these positions, sites, or texts of tokens.
+        """Keep the edges both of whose ends are at given positions, sites or tokens.
+
+        Args:
+            positions: One or more positions in the prompt; negative ones count from the end.
+            sites: One or more HookPoint names or indices.
+            tokens: One or more texts of tokens, exactly as in ``str_tokens`` or as paths show
+                them, or token ids written ``id:123``: every position that holds one of them.
 
         Raises:
-            ValueError: a position, site or token that the graph does not have, or nothing given.
+            ValueError: A position, site or token is not in the graph, or nothing is given.
+            TypeError: A position is not a whole number.
+
+        Example:
+            >>> part = graph.subgraph(positions=[-2, -1])
+            >>> sorted(set(part.source_pos.tolist()))
+            [42, 43]
         """
         mask, step = pruning.within(self, positions=positions, sites=sites, tokens=tokens)
         return self.where(mask, [step])
 
     def where(self, mask: Bool[Tensor, " edge"], steps: Iterable[PruneStep] = ()) -> Self:
-        """A graph of the edges in ``mask``; without ``steps`` its history says "chosen edges".
+        """Keep the edges that a mask marks.
+
+        Args:
+            mask: Whether to keep each edge, [edge].
+            steps: What to add to ``history``; by default one step named "chosen edges".
 
         Raises:
-            ValueError: the mask does not say of every edge whether to keep it.
+            ValueError: The mask does not have one bool for each edge.
+
+        Example:
+            >>> positive = graph.where(graph.weight > 0)
+            >>> bool((positive.weight > 0).all())
+            True
         """
         mask = torch.as_tensor(mask)
         if mask.dtype != torch.bool or mask.shape != self.weight.shape:
             raise ValueError(
-                f"The mask is {mask.dtype} of shape {tuple(mask.shape)}; give one bool an edge, "
+                f"The mask is {mask.dtype} of shape {tuple(mask.shape)}; give one bool per edge, "
                 f"({len(self.weight)},), such as graph.weight > 0."
             )
         steps = tuple(steps) or (pruning.step_of(self, "chosen edges", {}, mask),)
         names = [name for name in (*ORDER, "weight") if getattr(self, name) is not None]
-        kept: dict[str, Any] = {name: getattr(self, name)[mask] for name in names}
-        return replace(self, **kept, history=(*self.history, *steps))
+        columns: dict[str, Any] = {name: getattr(self, name)[mask] for name in names}
+        return replace(self, **columns, history=(*self.history, *steps))
 
     def paths(self, k: int = 10) -> Paths:
-        """The ``k`` strongest paths from the input to a final node; see ``paths.py``."""
+        """The strongest paths from the first site to a final node.
+
+        A path's strength, in logits and signed as the objective, is the relevance that arrives at
+        its input token when every node divides what it gets among its sources in proportion to
+        the edges' weights; ``graph/paths.py`` has the formula.
+
+        Args:
+            k: How many paths; fewer come back if there are fewer.
+
+        Returns:
+            The paths by |strength|, largest first.
+
+        Raises:
+            ValueError: ``k`` is not a whole number, or below 1.
+
+        Example:
+            >>> paths = graph.paths(3)
+            >>> [path.positions[-1] == graph.final_pos for path in paths]
+            [True, True, True]
+        """
         from .paths import strongest_paths
 
         return strongest_paths(self, k)
@@ -165,32 +257,68 @@ class AttributionGraph(GraphData):
     # ------------------------------------------------------------ numbers
 
     def metrics(self) -> pd.DataFrame:
-        """A site a row: counts, fan, sparsity, Gini, verticality, lookback; see ``metrics.py``."""
+        """Numbers that describe each site, one site per row, input first.
+
+        Counts of nodes and edges, fan-in and fan-out, sparsity, Gini coefficients, mass,
+        verticality, lookback and the largest hub; ``graph/metrics.py`` defines the columns.
+
+        Example:
+            >>> bool((graph.metrics()["verticality"].dropna() <= 1).all())
+            True
+        """
         from .metrics import site_metrics
 
         return site_metrics(self)
 
     def hubs(self, k: int = 10) -> pd.DataFrame:
-        """Positions that exchange most relevance with others; see ``metrics.py``.
+        """The positions that exchange the most relevance with other positions, over all sites.
+
+        Args:
+            k: How many positions.
+
+        Returns:
+            Columns pos, token, in_mass, out_mass and mass (Σ|weight| in logits), share.
 
         Raises:
-            ValueError: k below 1.
+            ValueError: ``k`` is not a whole number, or below 1.
+
+        Example:
+            >>> graph.hubs(3)["mass"].is_monotonic_decreasing
+            True
         """
         from .metrics import hubs
 
         return hubs(self, k)
 
     def summary(self) -> pd.DataFrame:
-        """The whole graph in one row; see ``metrics.py``."""
+        """The whole graph in one row, to be stacked with those of other graphs.
+
+        ``graph/metrics.py`` defines the columns.
+
+        Example:
+            >>> graph.summary()["edges"].item() == len(graph.weight)
+            True
+        """
         from .metrics import graph_summary
 
         return graph_summary(self)
 
     def input_metrics(self, top: int = 5) -> pd.DataFrame:
-        """How the input tokens' relevance is spread: entropy, Gini, centre; see ``metrics.py``.
+        """How the input tokens' relevance is distributed: entropy, Gini, centre of mass.
+
+        Args:
+            top: How many tokens ``top_share`` counts.
+
+        Returns:
+            A row for all tokens, for those that support the target and for those that support the
+            contrast; ``graph/metrics.py`` defines the columns.
 
         Raises:
-            ValueError: top below 1.
+            ValueError: ``top`` is below 1.
+
+        Example:
+            >>> graph.input_metrics()["part"].tolist()
+            ['all', 'target', 'contrast']
         """
         from .metrics import input_metrics
 
@@ -199,7 +327,25 @@ class AttributionGraph(GraphData):
     # ------------------------------------------------------------ what carries a node or an edge
 
     def explain_node(self, site: int | str, pos: int, k: int = 10) -> pd.DataFrame:
-        """Dimensions, heads and neurons that carry a node's relevance; see ``decompose.py``."""
+        """Hidden dimensions, heads and neurons that carry a node's relevance.
+
+        Args:
+            site: The node's site, by HookPoint name or index.
+            pos: The node's position.
+            k: Rows for each kind of part.
+
+        Returns:
+            Columns part ("dimension", "head", "neuron"), name, relevance (logits, positive
+            supports the target token) and share of the node's relevance, by |relevance|.
+
+        Raises:
+            ValueError: The graph was made without ``details=True``, or has no such node.
+
+        Example:
+            >>> detailed = clrp.attribution_graph(model, case.prompt, objective, details=True)
+            >>> detailed.explain_node(-1, -1, k=2)["part"].value_counts().sort_index().to_dict()
+            {'dimension': 2, 'head': 2, 'neuron': 2}
+        """
         from .decompose import explain_node
 
         return explain_node(self, site, pos, k)
@@ -214,7 +360,32 @@ class AttributionGraph(GraphData):
         objective: Callable[[Tensor], Tensor] | None = None,
         rules: str | RuleSet | None = None,
     ) -> pd.DataFrame:
-        """Heads, by value and by key, and dimensions that carry an edge; see ``decompose.py``."""
+        """Heads, by value and by key, and hidden dimensions that carry an edge.
+
+        Args:
+            source: The source node: (site name or index, position).
+            target: The target node.
+            k: Rows for each kind of part.
+            model: What the graph was made from. With it and ``objective``, one more forward and
+                backward give the hidden dimensions of the source too.
+            objective: What the graph was made for.
+            rules: The rules of that backward; by default the graph's own, by name.
+
+        Returns:
+            Columns part ("head by value", "head by key", "position-wise", "dimension"), name,
+            relevance (logits, positive supports the target token) and share of the edge, by
+            |relevance|.
+
+        Raises:
+            ValueError: The graph was made without ``heads=True`` and no model is given, or it has
+                no such edge.
+
+        Example:
+            >>> ends = ("blocks.3.hook_resid_pre", 43), ("blocks.3.hook_resid_post", 43)
+            >>> parts = graph.explain_edge(*ends, k=128, model=model, objective=objective)
+            >>> round(float(parts["share"].sum()), 3)
+            1.0
+        """
         from .decompose import explain_edge
 
         return explain_edge(self, source, target, k, model=model, objective=objective, rules=rules)
@@ -222,9 +393,14 @@ class AttributionGraph(GraphData):
     # ------------------------------------------------------------ pictures
 
     def show(self) -> OfflineHTML:
-        """The graph as a layered picture: tokens across, sites up. Prune it first.
+        """The graph as a layered picture: tokens across, sites up. Prune the graph first.
 
-        Displays in a notebook as circuitsvis' own views do, without network.
+        Red is positive relevance and supports the target token, blue supports the contrast. The
+        picture displays in a notebook as circuitsvis' own views do, without network.
+
+        Example:
+            >>> "<svg" in graph.prune(mass=0.5).show()._repr_html_()
+            True
         """
         from ..render.graph.picture import graph_picture
         from .picture import view_of
@@ -232,13 +408,39 @@ class AttributionGraph(GraphData):
         return graph_picture(view_of(self))
 
     def show_matrices(self, transition: tuple[int | str, int | str] | None = None) -> OfflineHTML:
-        """Transitions, or one's heads, as circuitsvis' ``attention_heads`` in signed colours."""
+        """Transitions as matrices in signed colours, drawn by circuitsvis' ``attention_heads``.
+
+        Args:
+            transition: The (source, target) sites, by name or index, of the one transition whose
+                heads to show; None shows every transition.
+
+        Raises:
+            ValueError: There is no such site or transition, or no edge between two positions.
+
+        Example:
+            >>> "AttentionHeads" in graph.show_matrices(transition=(0, 1))._repr_html_()
+            True
+        """
         from .picture import matrices_of
 
         return matrices_of(self, transition)
 
     def save_html(self, path: str | os.PathLike[str]) -> Path:
-        """The picture as a page that opens from disk without network."""
+        """Write the picture as a page that opens from disk without network.
+
+        Args:
+            path: Where to write it.
+
+        Returns:
+            The path of the page.
+
+        Raises:
+            FileNotFoundError: The folder does not exist.
+
+        Example:
+            >>> graph.prune(mass=0.5).save_html("graph.html").name
+            'graph.html'
+        """
         from ..render import save_html
         from ..render.graph.picture import graph_html
         from .picture import view_of
@@ -248,28 +450,75 @@ class AttributionGraph(GraphData):
     # ------------------------------------------------------------ files and other libraries
 
     def to_networkx(self) -> nx.DiGraph[Any]:
-        """A ``DiGraph`` from source to target; a ``MultiDiGraph`` where split by heads."""
+        """The graph for networkx, with edges from source to target.
+
+        Nodes are (site name, position) with the attributes site, pos, token, relevance and
+        special; edges carry weight (both in logits). A graph split by heads becomes a
+        ``MultiDiGraph`` whose edges also carry head and path.
+
+        Example:
+            >>> graph.to_networkx().number_of_edges() == len(graph.weight)
+            True
+        """
         from .export import to_networkx
 
         return to_networkx(self)
 
     def to_json(self, path: str | os.PathLike[str]) -> Path:
-        """Write node-link JSON, as ``networkx.node_link_graph(data, edges="edges")`` reads."""
+        """Write node-link JSON, as ``networkx.node_link_graph(data, edges="edges")`` reads it.
+
+        Args:
+            path: Where to write it.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            FileNotFoundError: The folder does not exist.
+
+        Example:
+            >>> graph.prune().to_json("graph.json").exists()
+            True
+        """
         from .export import write_json
 
         return write_json(self, path)
 
     def to_graphml(self, path: str | os.PathLike[str]) -> Path:
-        """Write GraphML."""
+        """Write GraphML, with node ids ``site@position``.
+
+        Args:
+            path: Where to write it.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            FileNotFoundError: The folder does not exist.
+
+        Example:
+            >>> graph.prune().to_graphml("graph.graphml").exists()
+            True
+        """
         from .export import write_graphml
 
         return write_graphml(self, path)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the graph to a safetensors file; ``load`` reads it back exactly.
+        """Write the graph to a safetensors file, from which ``load`` restores it exactly.
+
+        Args:
+            path: Where to write it.
+
+        Returns:
+            The path of the file.
 
         Raises:
-            FileNotFoundError: the folder does not exist.
+            FileNotFoundError: The folder does not exist.
+
+        Example:
+            >>> graph.prune().save("circuit.safetensors").name
+            'circuit.safetensors'
         """
         from .export import save
 
@@ -277,11 +526,19 @@ class AttributionGraph(GraphData):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a file written by ``save``.
+        """Read a graph that ``save`` wrote.
+
+        Args:
+            path: The file.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            FileFormatError: it is damaged, foreign, or of another version.
+            FileNotFoundError: There is no such file.
+            FileFormatError: The file is damaged, foreign, or of another version.
+
+        Example:
+            >>> path = graph.save("graph.safetensors")
+            >>> torch.equal(clrp.AttributionGraph.load(path).weight, graph.weight)
+            True
         """
         from .export import load
 

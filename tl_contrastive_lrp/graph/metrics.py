@@ -1,8 +1,8 @@
-"""Numbers that describe a graph: what each site, each position and the whole look like.
+"""Numbers that describe a graph: each site, each position, and the graph as a whole.
 
 In all formulas w is an edge's weight and R a node's relevance, both in logits and signed; mass is
 Σ|w|. Edges are counted as the graph stores them: on a graph split by heads, every head and path
-by itself (``graph.merge_heads()`` first counts pairs of nodes).
+counts separately (``graph.merge_heads()`` merges them into pairs of nodes first).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..render.ranking import largest_first
 from ..render.text import with_parts
 from .data import pair_starts
 from .pruning import fewest
@@ -31,15 +32,17 @@ def _mean(sum_of_weighted: float, weight: float) -> float:
 
 
 def site_metrics(graph: GraphData) -> pd.DataFrame:
-    """A row a site, input first. Edge columns are about edges whose target is at the site; they
-    are 0 or NaN at the first site, which is no target.
+    """One row per site, input first.
+
+    Columns of edges describe the edges whose target is at the site; they are 0 or NaN at the first
+    site, which is not a target.
 
     Columns:
         site: HookPoint name.
         nodes: Nodes of the graph at the site.
         edges: Edges into it.
         fan_in_mean, fan_in_max: Edges into a node, over the site's nodes of the graph.
-        fan_out_mean, fan_out_max: Edges out of a node (as source), the same.
+        fan_out_mean, fan_out_max: Edges out of a node (as source), likewise.
         sparsity: 1 − (pairs of nodes with an edge) / n² per transition into the site, n the
             number of tokens; a causal model's full transition has (n − 1) / 2n.
         node_mean_abs, node_gini: Mean and Gini of |R| over the site's nodes of the graph.
@@ -47,19 +50,19 @@ def site_metrics(graph: GraphData) -> pd.DataFrame:
         mass: Σ|w|.
         verticality: Share of the mass on edges that stay at their position.
         node_top90_pos, node_top90_neg: How few nodes hold 90 % of the positive (negative) R.
-        edge_top90_pos, edge_top90_neg: The same of edges and w.
+        edge_top90_pos, edge_top90_neg: The same for edges and w.
         centre: Centre of mass, Σ|R| pos / Σ|R| over the site's nodes of the graph.
         lookback: Σ|w| (target_pos − source_pos) / Σ|w|, in tokens.
         hub, hub_mass: The position with the largest Σ|w| over edges into and out of it that lead
-            to another position, and that sum; -1 and 0 where there is none.
+            to another position, and that sum; -1 and 0 if there is none.
     """
     import pandas as pd
 
     n = len(graph.str_tokens)
     present = graph.node_mask
     fan_in, fan_out = _fans(graph)
-    taken, given = _exchanged(graph)
-    exchanged = taken + given
+    received, sent = _exchanged(graph)
+    exchanged = received + sent
     into: list[list[slice]] = [[] for _ in graph.sites]
     for (_, target), part in graph.slices.items():
         into[target].append(part)
@@ -93,7 +96,7 @@ def site_metrics(graph: GraphData) -> pd.DataFrame:
 
 
 def _fans(graph: GraphData) -> tuple[Tensor, Tensor]:
-    """[site, pos]: how many edges lead into each node, and how many out of it."""
+    """How many edges lead into each node, and how many out of it, both [site, pos]."""
     n = len(graph.str_tokens)
     fan_in, fan_out = torch.zeros(2, *graph.relevance.shape, dtype=torch.int64)
     for (source, target), part in graph.slices.items():
@@ -103,14 +106,14 @@ def _fans(graph: GraphData) -> tuple[Tensor, Tensor]:
 
 
 def _exchanged(graph: GraphData) -> tuple[Tensor, Tensor]:
-    """[site, pos]: Σ|w| that each node takes in from other positions; that others take from it."""
-    taken, given = torch.zeros(2, *graph.relevance.shape, dtype=torch.float64)
+    """What each node receives from other positions and sends to them, Σ|w|, both [site, pos]."""
+    received, sent = torch.zeros(2, *graph.relevance.shape, dtype=torch.float64)
     for (source, target), part in graph.slices.items():
         below, above = graph.source_pos[part].long(), graph.target_pos[part].long()
         size = graph.weight[part].abs().double().masked_fill_(below == above, 0.0)
-        taken[target].index_add_(0, above, size)
-        given[source].index_add_(0, below, size)
-    return taken, given
+        received[target].index_add_(0, above, size)
+        sent[source].index_add_(0, below, size)
+    return received, sent
 
 
 def _fan(name: str, counts: Tensor) -> dict[str, Any]:
@@ -149,7 +152,7 @@ def _sums(graph: GraphData, part: slice) -> tuple[float, float, float]:
 
 
 def _pairs(graph: GraphData, part: slice) -> int:
-    """How many pairs of nodes these edges join."""
+    """How many pairs of nodes these edges connect."""
     if graph.head is None:
         return len(graph.weight[part])
     return int(pair_starts(graph, part).sum())
@@ -162,30 +165,30 @@ def hubs(graph: GraphData, k: int = 10) -> pd.DataFrame:
     position a hub. Ties: earlier position first.
 
     Columns:
-        pos, token: Which.
-        in_mass: Σ|w| over edges whose target is at the position (what it takes in from others).
-        out_mass: Σ|w| over edges whose source is there (what others take from it).
-        mass: Both together.
-        share: mass / Σ over all positions of mass.
+        pos, token: The position and its token.
+        in_mass: Σ|w| over the edges whose target is at the position.
+        out_mass: Σ|w| over the edges whose source is there.
+        mass: The sum of both.
+        share: mass, relative to its sum over all positions.
 
     Raises:
-        ValueError: k is no whole number, or below 1.
+        ValueError: ``k`` is not a whole number, or below 1.
     """
     import pandas as pd
 
     if not isinstance(k, Integral) or k < 1:
         raise ValueError(f"k={k} must be a whole number, 1 or more.")
-    taken, given = (of_site.sum(0) for of_site in _exchanged(graph))
-    both = taken + given
-    order = torch.sort(both, descending=True, stable=True).indices[:k]
+    received, sent = (by_site.sum(0) for by_site in _exchanged(graph))
+    both = received + sent
+    order = torch.from_numpy(largest_first(both.numpy(), k))
     order = order[both[order] > 0]
     texts = with_parts(graph.str_tokens)
     return pd.DataFrame(
         {
             "pos": order.numpy(),
             "token": [texts[p] for p in order.tolist()],
-            "in_mass": taken[order].numpy(),
-            "out_mass": given[order].numpy(),
+            "in_mass": received[order].numpy(),
+            "out_mass": sent[order].numpy(),
             "mass": both[order].numpy(),
             "share": (both[order] / both.sum()).numpy(),
         }
@@ -204,7 +207,7 @@ def graph_summary(graph: GraphData) -> pd.DataFrame:
             full graph.
         sparsity: 1 − (pairs of nodes with an edge) / (n² · transitions).
         verticality, lookback, edge_gini: As in ``site_metrics``, over all edges.
-        arrives: Σ R at the first site / Δℓ, of all nodes whether in the graph or not.
+        arrives: Σ R / Δℓ over all nodes of the first site, whether in the graph or not.
     """
     import pandas as pd
 
@@ -213,7 +216,7 @@ def graph_summary(graph: GraphData) -> pd.DataFrame:
     mass, stays, back = map(math.fsum, zip(*parts, strict=True))
     positive = float(weight.clamp_min(0).sum(dtype=torch.float64))
     possible = n * n * len(graph.transitions)
-    kept = math.prod(step.share_kept for step in graph.history)
+    share_kept = math.prod(step.share_kept for step in graph.history)
     row = {
         "model": graph.model_name,
         "rules": graph.rules,
@@ -228,7 +231,7 @@ def graph_summary(graph: GraphData) -> pd.DataFrame:
         "edges": len(weight),
         "mass": mass,
         "positive_mass": _mean(positive, mass),
-        "mass_kept": kept,
+        "mass_kept": share_kept,
         "sparsity": 1 - _pairs(graph, slice(0, len(weight))) / possible if possible else NAN,
         "verticality": _mean(stays, mass),
         "lookback": _mean(back, mass),
@@ -244,8 +247,8 @@ NAN = float("nan")
 def gini(values: Float[Tensor, " item"]) -> float:
     """Inequality of |values|: 0 where all are equal, near 1 where one holds everything.
 
-    With |x| sorted upwards and i from 1: G = Σ_i (2i − n − 1) |x|_(i) / (n Σ|x|). NaN where there
-    are no values or all are 0.
+    With |x| sorted in increasing order and i from 1, G = Σ_i (2i − n − 1) |x|_(i) / (n Σ|x|). NaN
+    if there are no values or all are 0.
     """
     size = np.sort(values.abs().numpy()).astype(np.float64)
     n, total = len(size), size.sum()
@@ -257,30 +260,34 @@ def gini(values: Float[Tensor, " item"]) -> float:
 def top_count(values: Float[Tensor, " item"], share: float = 0.9) -> int:
     """How few of the largest positive values hold ``share`` of the sum of all positive ones.
 
-    0 where no value is positive. For negative ones give the values with their sign changed.
+    It is 0 if no value is positive. For negative values, pass them with their sign changed.
     """
     return fewest(values[values > 0], share)
 
 
 def input_metrics(relevance: Float[Tensor, " pos"], top: int = 5) -> pd.DataFrame:
-    """How the relevance of input tokens is spread: ``graph.relevance[0]``, ``result.tokens``.
+    """How the relevance of the input tokens is distributed.
 
-    Rows: all tokens by |R|; those with R > 0 (they support the target); those with R < 0.
-    With q_i = |R_i| / Σ|R| over the row's tokens:
+    There are three rows: all tokens, by |R|; those with R > 0, which support the target; and those
+    with R < 0. With q_i = |R_i| / Σ|R| over the row's tokens:
 
     Columns:
         part: "all", "target" or "contrast".
         tokens: How many of the row's tokens have R ≠ 0.
         mass: Σ|R|, logits.
         entropy: H = −Σ q ln q, nats.
-        effective_tokens: e^H: so many tokens with equal shares would have the same entropy.
-        entropy_share: H / ln n, n all tokens of the prompt; NaN for a prompt of one token.
-        gini: Gini of |R| over all n tokens (those outside the row count as 0).
+        effective_tokens: e^H, the number of tokens with equal shares that have this entropy.
+        entropy_share: H / ln n with n all tokens of the prompt; NaN for a prompt of one token.
+        gini: Gini of |R| over all n tokens (those not in the row count as 0).
         top_share: Σ of the ``top`` largest q.
         centre: Σ q · pos, a position.
 
+    Args:
+        relevance: Relevance by position in logits: ``graph.relevance[0]`` or ``result.tokens``.
+        top: How many tokens ``top_share`` counts.
+
     Raises:
-        ValueError: relevance of another shape than [pos], or top below 1.
+        ValueError: The relevance does not have shape [pos], or ``top`` is below 1.
     """
     import pandas as pd
 
@@ -294,10 +301,12 @@ def input_metrics(relevance: Float[Tensor, " pos"], top: int = 5) -> pd.DataFram
         "target": values.clamp_min(0),
         "contrast": (-values).clamp_min(0),
     }
-    return pd.DataFrame([{"part": name, **_spread(size, top)} for name, size in parts.items()])
+    return pd.DataFrame(
+        [{"part": name, **_distribution(size, top)} for name, size in parts.items()]
+    )
 
 
-def _spread(size: Float[Tensor, " pos"], top: int) -> dict[str, Any]:
+def _distribution(size: Float[Tensor, " pos"], top: int) -> dict[str, Any]:
     n, mass = len(size), float(size.sum())
     if not mass:
         names = ("entropy", "effective_tokens", "entropy_share", "gini", "top_share", "centre")

@@ -1,29 +1,28 @@
-"""Paths of a graph from its input to the final node, and what their strength is.
+"""Paths of a graph from its input to the final node, and their strength.
 
-**Strength.** Let relevance go down from the final node, and let every node divide what it gets
-among its sources in proportion to the weights of its edges. What arrives in this way along one
-path n_L → n_{L-1} → ... → n_0 (n_L the final node, n_0 at the first site) is its strength, in
-logits:
+**Strength.** Let relevance go down from the final node, and let every node divide what it receives
+among its sources in proportion to the weights of its edges. What arrives along one path
+n_L → n_{L-1} → ... → n_0 (n_L the final node, n_0 at the first site) is its strength, in logits:
 
-    strength = R(n_L) · Π_l  sign R(n_l) · w_l / D(n_l),      D(n) = max(|R(n)|, Σ |w| of n's row),
+    strength = R(n_L) · Π_l  sign R(n_l) · w_l / D(n_l),      D(n) = max(|R(n)|, Σ |w| of n's row)
 
-w_l being the weight of the edge from target n_l to source n_{l-1} and the row the edges of n as
-target within that transition. Where a node's edges do not cancel, D(n) = |R(n)| and a factor is
-plainly w / R(n): the share of its relevance that the node hands on by this edge. If that holds
-everywhere, the strengths of all paths of a full graph of adjacent sites that end in an input node
-add up to this node's relevance, and those of all paths together to what reaches the input.
+Here w_l is the weight of the edge from target n_l to source n_{l-1}, and n's row is the edges of n
+as target within that transition. If a node's edges do not cancel, D(n) = |R(n)| and a factor is
+w / R(n): the share of its relevance that the node passes on by this edge. If that holds everywhere,
+the strengths of all paths of a full graph of adjacent sites that end in an input node sum to this
+node's relevance, and those of all paths to what reaches the input.
 
-Where edges of both signs cancel, w / R(n) would exceed 1 and grow without bound as R(n) nears 0:
-a few such nodes would make any path as strong as one likes. D(n) bounds every factor by 1 and,
-with adjacent sites, the sum of |strength| over all paths from n_L by |R(n_L)|. A node whose
-relevance is less than ``CANCELLED`` of its edges' Σ|w| has no sign to speak of: no path goes
-through it, and ``Paths.closed`` counts such nodes.
+If edges of both signs cancel, w / R(n) exceeds 1 and grows without bound as R(n) approaches 0: a
+few such nodes would make any path arbitrarily strong. D(n) bounds every factor by 1 and, with
+adjacent sites, the sum of |strength| over all paths from n_L by |R(n_L)|. A node whose relevance is
+less than ``CANCELLED`` of its edges' Σ|w| has no reliable sign: no path goes through it, and
+``Paths.closed`` counts such nodes.
 
-Where an objective is a function of several positions, each is a final node of its own and paths go
-down from all of them.
+If an objective is a function of several positions, each of them is a final node and paths go down
+from all of them.
 
-Pruning takes edges out of Σ|w|, never out of R(n): a path of a pruned graph has at least the
-|strength| that it has in the full graph, and at most that of the plain product of w / R(n).
+Pruning removes edges from Σ|w| but never from R(n): a path of a pruned graph has at least the
+|strength| that it has in the full graph, and at most that of the product of the factors w / R(n).
 """
 
 from __future__ import annotations
@@ -47,24 +46,30 @@ if TYPE_CHECKING:
 
     from .data import GraphData
 
-# Of float32 relevance about 1e-6 is rounding; a thousand times that still has a sure sign.
+# About 1e-6 of float32 relevance is rounding; a thousand times that still has a reliable sign.
 CANCELLED = 1e-3
 
 
 @dataclass(frozen=True)
 class Path:
-    """One path, in the direction in which information flows: input first, final node last.
+    """One path in the direction in which information flows: input first, final node last.
 
     Attributes:
         sites: Site of every node.
         positions: Position of every node.
         tokens: Text of every node's token; a part of a character is shown with it ("你²⁄₃").
-        relevance: Relevance of every node, logits.
-        weights: Weight of every edge, logits: one fewer than nodes.
-        heads: Head of every edge (-1: position-wise), where the graph is split by heads.
-        kinds: "value", "key" or "position" of every edge, where it is.
-        strength: See the module's text; logits, signed as the objective.
-        share: strength / Δℓ; NaN where Δℓ is 0.
+        relevance: Relevance of every node, in logits; positive supports the target token.
+        weights: Weight of every edge, in logits: one fewer than nodes.
+        heads: Head of every edge (-1: position-wise) if the graph is split by heads, else None.
+        kinds: "value", "key" or "position" for every edge if the graph is split by heads, else
+            None.
+        strength: As the module defines it, in logits, signed as the objective.
+        share: strength / Δℓ; NaN if Δℓ is 0.
+
+    Example:
+        >>> path = graph.paths(1)[0]
+        >>> len(path.positions) - len(path.weights)
+        1
     """
 
     sites: tuple[str, ...]
@@ -79,21 +84,27 @@ class Path:
 
     @property
     def moves(self) -> tuple[int, ...]:
-        """Indices of the edges that lead from one position to another."""
+        """Indices of the edges that lead from one position to another.
+
+        Example:
+            >>> path = graph.paths(1)[0]
+            >>> all(path.positions[i] != path.positions[i + 1] for i in path.moves)
+            True
+        """
         pairs = zip(self.positions, self.positions[1:], strict=False)
         return tuple(i for i, (source, target) in enumerate(pairs) if source != target)
 
     def __str__(self) -> str:
-        """Read out loud: the tokens on the way and between which sites each move happens."""
-        said = [f"{self.strength:+.4f} ({self.share:.1%} of Δℓ): {self._token(0)}"]
+        """The path in words: its tokens, and between which sites each move happens."""
+        words = [f"{self.strength:+.4f} ({self.share:.1%} of Δℓ): {self._token(0)}"]
         for edge in self.moves:
             where = _between(self.sites[edge], self.sites[edge + 1])
             if self.heads is not None and self.kinds is not None and self.heads[edge] >= 0:
                 where = f"{where} head {self.heads[edge]} {self.kinds[edge]}"
-            said.append(f"→ [{where}] {self._token(edge + 1)}")
+            words.append(f"→ [{where}] {self._token(edge + 1)}")
         if not self.moves:
-            said.append("→ stays there")
-        return " ".join(said)
+            words.append("→ stays there")
+        return " ".join(words)
 
     def _token(self, node: int) -> str:
         return f"{self.tokens[node]!r} @{self.positions[node]}"
@@ -118,15 +129,20 @@ class Paths:
     """The strongest paths of a graph, strongest first.
 
     Attributes:
-        paths: See ``Path``.
+        paths: The paths.
         delta: Δℓ in logits.
-        asked: How many were asked for; there may be fewer.
-        closed: Nodes that no path was let through because their edges cancel.
+        requested: How many paths were requested; there may be fewer.
+        closed: Number of nodes that no path goes through, because their edges cancel.
+
+    Example:
+        >>> paths = graph.paths(5)
+        >>> abs(paths[0].strength) >= abs(paths[4].strength)
+        True
     """
 
     paths: tuple[Path, ...]
     delta: float
-    asked: int
+    requested: int
     closed: int
 
     def __len__(self) -> int:
@@ -139,9 +155,18 @@ class Paths:
         return self.paths[index]
 
     def to_frame(self) -> pd.DataFrame:
-        """A node of a path a row: path (from 0, strongest first), step (from 0, input first),
-        site, pos, token, relevance, weight (of the edge to the next step; NaN at the last)
-        [, head, kind], strength and share of the path."""
+        """The paths as a table, one node of a path per row.
+
+        Returns:
+            Columns path (from 0, strongest first), step (from 0, input first), site, pos, token,
+            relevance (logits), weight (logits, of the edge to the next step; NaN at the last
+            step), strength (logits) and share of the path; on a graph split by heads also head
+            and kind.
+
+        Example:
+            >>> graph.paths(2).to_frame()["path"].unique().tolist()
+            [0, 1]
+        """
         import pandas as pd
 
         rows = []
@@ -166,7 +191,7 @@ class Paths:
 
     def __str__(self) -> str:
         lines = [f"{i + 1}. {path}" for i, path in enumerate(self.paths)]
-        if len(self.paths) < self.asked:
+        if len(self.paths) < self.requested:
             lines.append(f"{len(self.paths)} paths from the first site reach the final node.")
         if self.closed:
             lines.append(
@@ -179,31 +204,31 @@ class Paths:
 def strongest_paths(graph: GraphData, k: int = 10) -> Paths:
     """The ``k`` paths of largest |strength| from the first site to a final node.
 
-    Exact: the largest product from the input up to each node comes from dynamic programming, a
-    site at a time; then partial paths grow down from each final node, the one that can still
-    become the strongest first. Equally strong paths come in an order that depends on nothing but
-    the graph.
+    The result is exact. Dynamic programming gives the largest product from the input up to each
+    node, one site after the other; then partial paths grow down from each final node, always the
+    one that can still become the strongest. The order of equally strong paths depends on nothing
+    but the graph.
 
     Args:
         graph: Any graph; on one split by heads, edges of different heads make different paths.
-        k: How many; fewer come back where there are fewer.
+        k: How many paths; fewer come back if there are fewer.
 
     Raises:
-        ValueError: k is no whole number, or below 1.
+        ValueError: ``k`` is not a whole number, or below 1.
     """
     if not isinstance(k, Integral) or k < 1:
         raise ValueError(f"k={k} must be a whole number, 1 or more.")
     shares, closed = _edge_shares(graph)
     size = shares.abs().log_()
     best = _best(graph, size)
-    found = _descend(graph, size, best, _starts(graph), k)
     texts = with_parts(graph.str_tokens)
-    made = [_path(graph, edges, shares, texts) for edges in found]
-    return Paths(tuple(made), graph.delta, k, closed)
+    edges_by_path = _descend(graph, size, best, _starts(graph), k)
+    paths = tuple(_path(graph, edges, shares, texts) for edges in edges_by_path)
+    return Paths(paths, graph.delta, k, closed)
 
 
 def _starts(graph: GraphData) -> list[tuple[int, float]]:
-    """The final nodes with relevance, and log |R| of each, less that of the largest."""
+    """The final nodes with relevance, each with log(|R| / the largest |R| among them)."""
     relevance = graph.relevance[-1, list(graph.final_positions)].double().abs()
     largest = relevance.max()
     first = (len(graph.sites) - 1) * len(graph.str_tokens)
@@ -215,10 +240,10 @@ def _starts(graph: GraphData) -> list[tuple[int, float]]:
 
 
 def _edge_shares(graph: GraphData) -> tuple[Float[Tensor, " edge"], int]:
-    """w · sign R(target) / D(target) of every edge, 0 at targets whose edges cancel (float64).
+    """The factors w · sign R(target) / D(target) of every edge, 0 at targets whose edges cancel.
 
     Returns:
-        The shares, each in -1 to 1, and the number of nodes that are closed.
+        The factors in float64, each in -1 to 1, and the number of nodes that are closed.
     """
     shares = torch.zeros(len(graph.weight), dtype=torch.float64)
     closed = torch.zeros(graph.relevance.shape, dtype=torch.bool)
@@ -252,12 +277,12 @@ def _descend(
     finals: list[tuple[int, float]],
     k: int,
 ) -> list[tuple[int, ...]]:
-    """Edges of the k best paths, final node first: best-first search with an exact bound."""
+    """Edges of the k best paths, final node first: a best-first search with an exact bound."""
     n = len(graph.str_tokens)
     rows: dict[int, tuple[list[int], list[float]]] = {}
 
     def row(node: int) -> tuple[list[int], list[float]]:
-        """A node's edges, the one with the best path below it first, and those paths' bounds."""
+        """A node's edges by the best path below each, best first, and those paths' bounds."""
         if node not in rows:
             edges = _row(graph, *divmod(node, n))
             below = graph.source_site[edges].long() * n + graph.source_pos[edges]
@@ -267,17 +292,17 @@ def _descend(
             rows[node] = edges[order].tolist(), bound[order].tolist()
         return rows[node]
 
-    # Of a partial path: -(log of the best path it can become), a number that decides between
-    # equals, its log without the last edge's bound, its edges above the last, the last edge's
-    # node and rank in that node's row.
+    # Each entry is a partial path: minus the log of the best path it can become, a number that
+    # decides between equals, its log without the last edge's bound, its edges above the last one,
+    # and that edge's target node and rank in the node's row.
     queue: list[tuple[float, int, float, tuple[int, ...], int, int]] = []
     pushed = 0
     for final, start in finals:
         if best[final] > -torch.inf and row(final)[0]:
             heapq.heappush(queue, (-(start + row(final)[1][0]), pushed, start, (), final, 0))
             pushed += 1
-    found: list[tuple[int, ...]] = []
-    while queue and len(found) < k:
+    complete: list[tuple[int, ...]] = []
+    while queue and len(complete) < k:
         _, _, above, edges, node, rank = heapq.heappop(queue)
         order, bounds = row(node)
         if rank + 1 < len(order):
@@ -287,25 +312,25 @@ def _descend(
         edge = order[rank]
         below = int(graph.source_site[edge]) * n + int(graph.source_pos[edge])
         if below < n:  # at the first site
-            found.append((*edges, edge))
+            complete.append((*edges, edge))
             continue
         sum_above = above + float(size[edge])
         pushed += 1
         entry = (-(sum_above + row(below)[1][0]), pushed, sum_above, (*edges, edge), below, 0)
         heapq.heappush(queue, entry)
-    return found
+    return complete
 
 
 def _row(graph: GraphData, site: int, pos: int) -> Tensor:
     """Indices of the edges whose target is one node."""
-    found = []
+    indices = []
     for (_, target), part in graph.slices.items():
         if target == site:
             column = graph.target_pos[part]
-            wanted = torch.tensor([pos, pos + 1], dtype=column.dtype)
-            first, end = torch.searchsorted(column, wanted).tolist()
-            found.append(torch.arange(part.start + first, part.start + end))
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+            ends = torch.tensor([pos, pos + 1], dtype=column.dtype)
+            first, end = torch.searchsorted(column, ends).tolist()
+            indices.append(torch.arange(part.start + first, part.start + end))
+    return torch.cat(indices) if indices else torch.zeros(0, dtype=torch.int64)
 
 
 def _path(graph: GraphData, edges: tuple[int, ...], shares: Tensor, texts: list[str]) -> Path:

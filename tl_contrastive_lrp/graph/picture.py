@@ -1,4 +1,4 @@
-"""From an ``AttributionGraph`` to its pictures: what is shown, in which words."""
+"""From an ``AttributionGraph`` to its pictures: what they show, and in which words."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..render.graph.data import GraphView
-from ..render.graph.layout import strongest
+from ..render.graph.data import GraphView, exchanged
 from ..render.graph.matrices import MAX_CELLS, attention_matrices, room
+from ..render.ranking import largest_mask
 from ..render.text import visible, with_parts
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from ..render.offline import OfflineHTML
     from .data import GraphData
 
@@ -23,10 +21,10 @@ _PLACE = {"pre": "in", "mid": "mid", "post": "out"}
 
 
 def view_of(graph: GraphData) -> GraphView:
-    """What a picture shows of a graph; heads and paths of an edge are added up.
+    """The data for a graph's picture, with heads and paths of an edge added up.
 
-    Special tokens and the first token are greyed. The notes say what building the graph left out
-    and what each pruning step did.
+    Special tokens and the first token are greyed. The notes say what was left out when the graph
+    was made and what each pruning step did.
     """
     greyed = graph.special.clone()
     greyed[0] = True
@@ -69,21 +67,21 @@ def view_of(graph: GraphData) -> GraphView:
 def site_labels(sites: tuple[str, ...]) -> list[str]:
     """Short names for HookPoints of the residual stream: "input", "block 3 · mid", "output"."""
     labels = []
-    for at, site in enumerate(sites):
-        found = _BLOCK.fullmatch(site)
-        if found is None:
+    for index, site in enumerate(sites):
+        match = _BLOCK.fullmatch(site)
+        if match is None:
             labels.append(site)
-        elif at == 0 and site == "blocks.0.hook_resid_pre":
+        elif index == 0 and site == "blocks.0.hook_resid_pre":
             labels.append("input")
-        elif at == len(sites) - 1 and site.endswith("hook_resid_post"):
+        elif index == len(sites) - 1 and site.endswith("hook_resid_post"):
             labels.append("output")
         else:
-            labels.append(f"block {found[1]} \u00b7 {_PLACE.get(found[2], found[2])}")
+            labels.append(f"block {match[1]} \u00b7 {_PLACE.get(match[2], match[2])}")
     return labels
 
 
 def _between(sites: tuple[str, ...], names: list[str], source: int, target: int) -> str:
-    """What a transition passes through: a block, its attention, or from where to where."""
+    """A transition in words: the block or attention it passes through, or its two sites."""
     start, end = (_BLOCK.fullmatch(sites[site]) for site in (source, target))
     if start and end and start[2] == "pre":
         block, last = int(start[1]), int(end[1])
@@ -102,39 +100,40 @@ def matrices_of(
 ) -> OfflineHTML:
     """A graph's transitions, or the heads of one of them, as circuitsvis' ``attention_heads``.
 
-    Transitions that hold nothing between two positions are left out. In a long prompt only the
-    positions that exchange most relevance are shown; the view says so.
+    Transitions without an edge between two positions are left out. In a long prompt only the
+    positions that exchange most relevance are shown, and the view says so.
 
     Args:
-        graph: What to show.
-        transition: (source, target) sites by name or index: shows this one's heads, or the whole
-            of it where the graph is not split by heads. ``None``: every transition.
-        max_cells: Most cells drawn, in all matrices together.
+        graph: The graph to show.
+        transition: The (source, target) sites, by name or index, of the one transition whose heads
+            to show, or whose matrix if the graph is not split by heads. None shows every
+            transition.
+        max_cells: How many cells to draw at most, in all matrices together.
 
     Raises:
-        ValueError: no such site or transition, or no edge between two positions to show.
+        ValueError: There is no such site or transition, or no edge between two positions.
     """
-    weight = graph.weight.double().numpy()
+    weight, n = graph.weight.double().numpy(), len(graph.str_tokens)
     pair = np.stack([graph.source_site.numpy(), graph.target_site.numpy()]).astype(np.int64)
     source, target = (c.numpy().astype(np.int64) for c in (graph.source_pos, graph.target_pos))
     names, notes = site_labels(graph.sites), []
     if transition is None:
         kind = pair[0] * len(graph.sites) + pair[1]
-        chosen = np.ones(len(weight), dtype=bool)
+        selected = np.ones(len(weight), dtype=bool)
     else:
         ends = graph.transition(*transition)
-        chosen = (pair[0] == ends[0]) & (pair[1] == ends[1])
+        selected = (pair[0] == ends[0]) & (pair[1] == ends[1])
         kind = np.zeros(len(weight), dtype=np.int64)
         if graph.head is not None:
             kind = graph.head.numpy().astype(np.int64)
-            chosen &= kind >= 0
+            selected &= kind >= 0
             notes.append("What passes by no head (residual stream, queries, MLP) is left out.")
         notes.append(f"{names[ends[0]]} to {names[ends[1]]}.")
-    apart = chosen & (source != target)
+    apart = selected & (source != target)
     kinds = np.unique(kind[apart])
     if not len(kinds):
         raise ValueError("There is no edge between two positions to show; prune less.")
-    chosen &= np.isin(kind, kinds)
+    selected &= np.isin(kind, kinds)
     if transition is None:
         labels = [_between(graph.sites, names, *divmod(k, len(names))) for k in kinds.tolist()]
         missing = len(graph.transitions) - len(kinds)
@@ -145,43 +144,33 @@ def matrices_of(
     else:
         labels = ["all heads"]
 
-    kept = _busiest(source[apart], target[apart], np.abs(weight[apart]), len(graph.str_tokens))
-    kept = np.sort(kept[-room(len(kinds), max_cells) :])
-    place = np.full(len(graph.str_tokens), -1)
-    place[kept] = np.arange(len(kept))
-    shown = chosen & (place[source] >= 0) & (place[target] >= 0)
-    dense = np.zeros((len(kinds), len(kept), len(kept)))
+    by_position = exchanged(source[apart], target[apart], np.abs(weight[apart]), n)
+    # Reversed: of positions that exchange equally much, those nearest to the prediction are shown.
+    positions = np.flatnonzero(largest_mask(by_position[::-1], room(len(kinds), max_cells))[::-1])
+    place = np.full(n, -1)
+    place[positions] = np.arange(len(positions))
+    shown = selected & (place[source] >= 0) & (place[target] >= 0)
+    dense = np.zeros((len(kinds), len(positions), len(positions)))
     index = (np.searchsorted(kinds, kind[shown]), place[target[shown]], place[source[shown]])
     np.add.at(dense, index, weight[shown])
     total = float(np.abs(weight[apart]).sum())
-    if len(kept) < len(graph.str_tokens):
+    if len(positions) < n:
         share = float(np.abs(weight[shown & apart]).sum()) / total
         notes.append(
-            f"The {len(kept)} of {len(graph.str_tokens):,} positions that exchange most relevance: "
+            f"The {len(positions)} of {n:,} positions that exchange most relevance: "
             f"{100 * share:.1f} % of \u03a3|weight| between positions."
         )
     greyed = graph.special.numpy().copy()
     greyed[0] = True
     texts = [visible(text) for text in with_parts(graph.str_tokens)]  # of the whole prompt
     return attention_matrices(
-        [texts[p] for p in kept.tolist()],
+        [texts[p] for p in positions.tolist()],
         dense,
         labels,
-        greyed=greyed[kept],
+        greyed=greyed[positions],
         target=graph.target or "the target",
         contrast=graph.contrast or "its alternatives",
-        positions=kept.tolist() if len(kept) < len(graph.str_tokens) else None,
+        positions=positions.tolist() if len(positions) < n else None,
         notes=notes,
         max_cells=max_cells,
     )
-
-
-def _busiest(
-    source: NDArray[np.int64],
-    target: NDArray[np.int64],
-    size: NDArray[np.float64],
-    positions: int,
-) -> NDArray[np.int64]:
-    """All positions by the relevance that they exchange with others, least first."""
-    exchanged = np.bincount(source, size, positions) + np.bincount(target, size, positions)
-    return strongest(exchanged.astype(np.float64), positions)

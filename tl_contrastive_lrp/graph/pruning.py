@@ -1,30 +1,36 @@
-"""Which edges of a graph to keep by their size: pure functions that return a mask and its account.
+"""Pruning: which edges of a graph to keep, as pure functions that return a mask and its account.
 
-Each takes a graph, leaves it as it is, and returns a boolean mask over its edges with a
-``PruneStep`` that says how many edges and how much mass the mask keeps. Mass is Σ|weight|, in
-logits; on a graph split by heads each head's and path's part counts by itself. Where edges are
-equal in |weight|, the one first in the graph's order (target site, source site, target position,
-source position, head, path) stays.
+``PruneRule`` declares the criteria by size once: for ``AttributionGraph.prune``, for the edges that
+are pruned while they are computed (``streaming_prune.py``), and for the command line. Every
+function here takes a graph, leaves it as it is, and returns a boolean mask over its edges with a
+``PruneStep`` that says how many edges and how much mass the mask keeps.
 
-The rules are those of arXiv 2604.17761, Appendix B, with exact bookkeeping.
+Mass is Σ|weight| in logits; on a graph split by heads, the edges of different heads and paths count
+separately. Among edges of equal |weight|, the first in the graph's order (target site, source site,
+target position, source position, head, path) is kept.
+
+The criteria are those of arXiv:2604.17761, Appendix B, with exact bookkeeping.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..errors import Argument, Message
 from ..inputs.objective import in_words
 from ..inputs.token_text import written_id
+from ..render.ranking import largest_mask
 from ..render.text import with_parts
 from .prune_history import PruneStep, TransitionKept
 
@@ -33,119 +39,211 @@ if TYPE_CHECKING:
 
 DEFAULT_MASS = 0.85
 
-
-def _relative(graph: GraphData, threshold: float) -> float | None:
-    return threshold / abs(graph.delta) if graph.delta else None
+Pruned = tuple[Bool[Tensor, " edge"], PruneStep]
 
 
-def _non_negative(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}={value} must be a finite number, 0 or more.")
-    return float(value)
+@dataclass(frozen=True)
+class PruneRule:
+    """Which edges to keep by their size. An edge must satisfy every criterion that is not None.
 
-
-def by_threshold(
-    graph: GraphData, threshold: float | None = None, *, relative: float | None = None
-) -> Pruned:
-    """Keep edges with |weight| > τ, one τ for the whole graph.
-
-    Args:
-        graph: Any graph.
-        threshold: τ in logits; or
-        relative: τ / |Δℓ|.
+    Attributes:
+        mass: Keep, per transition, the fewest largest edges that hold this share of Σ|weight|: the
+            smallest m with Σ_{e ≤ m} |w_e| ≥ mass · Σ_e |w_e|, sorted by |weight|. 1 keeps all.
+        threshold: Keep the edges with |weight| above this many logits.
+        top_k: Keep, per transition, the k edges of largest |weight|.
+        relative: Keep the edges with |weight| above this times |Δℓ|; excludes ``threshold``.
 
     Raises:
-        ValueError: none or both thresholds are given, one that is negative or not finite, or Δℓ
-            is 0 with ``relative``.
+        ValueError: A value is out of range, or both thresholds are given.
     """
-    if (threshold is None) == (relative is None):
-        raise ValueError("Give either threshold= (in logits) or relative= (to |Δℓ|).")
-    if threshold is not None:
-        tau = _non_negative("threshold", threshold)
-    else:
-        assert relative is not None
-        if not graph.delta:
-            raise ValueError("Δℓ is 0, so nothing is relative to it: give threshold= in logits.")
-        tau = _non_negative("relative", relative) * abs(graph.delta)
-    # Compared in float64: rounded to the weights' type, τ could let an edge at τ pass.
-    mask = graph.weight.abs().double() > tau
-    parameters = {"threshold": tau, "relative": _relative(graph, tau)}
-    return mask, step_of(graph, "threshold", parameters, mask)
+
+    mass: float | None = None
+    threshold: float | None = None
+    top_k: int | None = None
+    relative: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.mass is not None and not 0 <= self.mass <= 1:
+            raise ValueError(
+                Message(
+                    Argument("mass", self.mass),
+                    f" must be a share from 0 to 1, such as {DEFAULT_MASS}.",
+                )
+            )
+        if self.threshold is not None and self.relative is not None:
+            raise ValueError(
+                Message(
+                    "Give either ",
+                    Argument("threshold"),
+                    " (in logits) or ",
+                    Argument("relative"),
+                    " (to |Δℓ|).",
+                )
+            )
+        for name in ("threshold", "relative"):
+            value = getattr(self, name)
+            if value is not None:
+                _require_non_negative(name, value)
+        if self.top_k is not None and (not isinstance(self.top_k, Integral) or self.top_k < 0):
+            raise ValueError(
+                Message(Argument("top_k", self.top_k), " must be a whole number, 0 or more.")
+            )
+
+    def __bool__(self) -> bool:
+        return bool(self.criteria)
+
+    @property
+    def criteria(self) -> dict[str, Any]:
+        """The criteria that are given, by name: arguments for ``AttributionGraph.prune``."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def single(self) -> PruneRule:
+        """This rule, if it has at most one criterion: what pruning during a backward can apply.
+
+        Raises:
+            ValueError: There are several criteria.
+        """
+        if len(self.criteria) > 1:
+            raise ValueError(
+                "Give one of mass=, threshold= and top_k= here; graph.prune(...) applies more."
+            )
+        return self
+
+    def in_logits(self, delta: float) -> PruneRule:
+        """The same rule with ``relative`` turned into a threshold in logits.
+
+        Args:
+            delta: Δℓ of the graph, in logits.
+
+        Raises:
+            ValueError: There is a relative threshold and Δℓ is 0.
+        """
+        if self.relative is None:
+            return self
+        if not delta:
+            raise ValueError(
+                Message(
+                    "Δℓ is 0, so nothing is relative to it: use ",
+                    Argument("threshold"),
+                    " (in logits).",
+                )
+            )
+        return replace(self, threshold=float(self.relative) * abs(delta), relative=None)
+
+    def split(self) -> Iterator[PruneRule]:
+        """One rule for each criterion, in the order in which their accounts are given."""
+        for name in ("threshold", "relative", "mass", "top_k"):
+            if name in self.criteria:
+                yield PruneRule(**{name: self.criteria[name]})
+
+    def mask(self, weight: Float[Tensor, " edge"]) -> Bool[Tensor, " edge"]:
+        """Which edges of one transition a rule of one criterion, in logits, keeps."""
+        size = weight.abs()
+        if self.threshold is not None:
+            # Compared in float64: rounded to the type of the weights, an edge at τ could pass.
+            return size.double() > self.threshold
+        return largest(size, self.count(size))
+
+    def count(self, size: Float[Tensor, " edge"], total: float | None = None) -> int:
+        """How many of a transition's largest edges to keep; all, but for ``mass`` and ``top_k``.
+
+        Args:
+            size: |weight| of the edges.
+            total: Σ|weight| of the transition, if ``size`` holds only its largest edges.
+        """
+        if self.top_k is not None:
+            return self.top_k
+        if self.mass is None or self.mass == 1:
+            return len(size)
+        return fewest(size, self.mass, total)
+
+    def step(self, transitions: Iterable[TransitionKept], delta: float) -> PruneStep:
+        """The account of what a rule of one criterion kept.
+
+        Args:
+            transitions: What it kept of each transition.
+            delta: Δℓ in logits.
+        """
+        rows = tuple(transitions)
+        if self.mass is not None:
+            return PruneStep("mass", (("share", float(self.mass)),), rows)
+        if self.threshold is not None:
+            return PruneStep("threshold", _threshold_settings(self.threshold, delta), rows)
+        return PruneStep("top_k", (("k", int(self.top_k or 0)),), rows)
+
+
+DEFAULT_RULE = PruneRule(mass=DEFAULT_MASS)
+
+
+def by_size(graph: GraphData, rule: PruneRule) -> list[Pruned]:
+    """What each criterion of a rule keeps, judged on the whole graph.
+
+    Raises:
+        ValueError: The rule has a relative threshold and Δℓ is 0.
+    """
+    results = []
+    for criterion in rule.in_logits(graph.delta).split():
+        mask = torch.zeros(len(graph.weight), dtype=torch.bool)
+        for part in graph.slices.values():
+            mask[part] = criterion.mask(graph.weight[part])
+        results.append((mask, criterion.step(_kept(graph, mask), graph.delta)))
+    return results
 
 
 def by_node_threshold(graph: GraphData, threshold: float) -> Pruned:
-    """Keep edges whose target node has |relevance| > τ: the other targets are not expanded.
+    """Keep the edges whose target node has |relevance| above a threshold.
 
     Args:
         graph: Any graph.
-        threshold: τ in logits.
+        threshold: The threshold τ in logits.
 
     Raises:
-        ValueError: a τ that is negative or not finite.
+        ValueError: τ is negative or not finite.
     """
-    tau = _non_negative("node_threshold", threshold)
-    expanded = (graph.relevance.abs().double() > tau).flatten()
-    mask = expanded[graph.target_node]
-    parameters = {"threshold": tau, "relative": _relative(graph, tau)}
-    return mask, step_of(graph, "node threshold", parameters, mask)
-
-
-def by_mass(graph: GraphData, share: float = DEFAULT_MASS) -> Pruned:
-    """Keep, per transition, the fewest largest edges that hold ``share`` of its mass.
-
-    Sorted by |weight|, the smallest m with Σ_{e ≤ m} |w_e| ≥ share · Σ_e |w_e|. A share of 1
-    keeps every edge.
-
-    Raises:
-        ValueError: a share outside 0 to 1.
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"mass={share} must be a share from 0 to 1, such as {DEFAULT_MASS}.")
-    mask = torch.zeros(len(graph.weight), dtype=torch.bool)
-    for part in graph.slices.values():
-        size = graph.weight[part].abs()
-        mask[part] = largest(size, fewest(size, share) if share < 1 else len(size))
-    return mask, step_of(graph, "mass", {"share": float(share)}, mask)
-
-
-def by_top_k(graph: GraphData, k: int) -> Pruned:
-    """Keep, per transition, the ``k`` edges of largest |weight|.
-
-    Raises:
-        ValueError: k is no whole number, or negative.
-    """
-    if not isinstance(k, Integral) or k < 0:
-        raise ValueError(f"top_k={k} must be a whole number, 0 or more.")
-    mask = torch.zeros(len(graph.weight), dtype=torch.bool)
-    for part in graph.slices.values():
-        mask[part] = largest(graph.weight[part].abs(), k)
-    return mask, step_of(graph, "top_k", {"k": int(k)}, mask)
+    _require_non_negative("node_threshold", threshold)
+    mask = (graph.relevance.abs().double() > threshold).flatten()[graph.target_node]
+    settings = _threshold_settings(threshold, graph.delta)
+    return mask, PruneStep("node threshold", settings, _kept(graph, mask))
 
 
 def combined(
     graph: GraphData, steps: Iterable[Pruned]
 ) -> tuple[Bool[Tensor, " edge"], list[PruneStep]]:
-    """Edges that all of several rules keep, each judged on the graph given, so that their order
-    is of no importance to the result; each step's account is what it took from those before."""
+    """The edges that every one of several steps keeps, and what each took from those before it.
+
+    Each step was judged on the same graph, so that their order does not matter to the result.
+    """
     mask = torch.ones(len(graph.weight), dtype=torch.bool)
-    told = []
-    for kept, step in steps:
-        told.append(step_of(graph, step.name, dict(step.parameters), kept, among=mask))
-        mask = mask & kept
-    return mask, told
-
-
-Pruned = tuple[Bool[Tensor, " edge"], PruneStep]
+    accounts = []
+    for keeps, step in steps:
+        accounts.append(replace(step, transitions=_kept(graph, keeps, among=mask)))
+        mask = mask & keeps
+    return mask, accounts
 
 
 def step_of(
-    graph: GraphData,
-    name: str,
-    parameters: dict[str, Any],
-    mask: Bool[Tensor, " edge"],
-    among: Bool[Tensor, " edge"] | None = None,
+    graph: GraphData, name: str, parameters: dict[str, Any], mask: Bool[Tensor, " edge"]
 ) -> PruneStep:
-    """The account of a mask, counted among all edges or only among those of ``among``."""
+    """The account of a mask over all edges of a graph."""
+    return PruneStep(name, tuple(parameters.items()), _kept(graph, mask))
+
+
+def _require_non_negative(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(Message(Argument(name, value), " must be a finite number, 0 or more."))
+
+
+def _threshold_settings(threshold: float, delta: float) -> tuple[tuple[str, float | None], ...]:
+    """A threshold in logits and relative to |Δℓ| (None where Δℓ is 0), for a ``PruneStep``."""
+    tau = float(threshold)
+    return ("threshold", tau), ("relative", tau / abs(delta) if delta else None)
+
+
+def _kept(
+    graph: GraphData, mask: Bool[Tensor, " edge"], among: Bool[Tensor, " edge"] | None = None
+) -> tuple[TransitionKept, ...]:
+    """What a mask keeps of each transition, of all its edges or only of those in ``among``."""
     rows = []
     for (source, target), part in graph.slices.items():
         size = graph.weight[part].abs()
@@ -161,35 +259,23 @@ def step_of(
                 float(size[after].sum(dtype=torch.float64)),
             )
         )
-    return PruneStep(name, tuple(parameters.items()), tuple(rows))
+    return tuple(rows)
 
 
 def largest(size: Float[Tensor, " item"], count: int) -> Bool[Tensor, " item"]:
-    """Which are the ``count`` largest values; among equal ones the first.
-
-    Linear in time but for one partition, so millions of entries take a fraction of a second.
-    """
-    if count >= len(size):
-        return torch.ones(len(size), dtype=torch.bool)
-    if count <= 0:
-        return torch.zeros(len(size), dtype=torch.bool)
-    at = len(size) - count
-    smallest = float(np.partition(size.numpy(), at)[at])
-    mask = size > smallest
-    equal = torch.nonzero(size == smallest)[:, 0]
-    mask[equal[: count - int(mask.sum())]] = True
-    return mask
+    """Mark the ``count`` largest values; among equal ones the first."""
+    return torch.from_numpy(largest_mask(size.numpy(), count))
 
 
 def fewest(size: Float[Tensor, " item"], share: float, total: float | None = None) -> int:
-    """How few of the largest values, none negative, hold ``share`` (0 to 1) of their sum.
+    """How few of the largest values hold a share of their sum.
 
     The smallest m with Σ_{i ≤ m} x_(i) ≥ share · Σ x, sorted downwards, added up in float64.
 
     Args:
-        size: The values.
-        share: Of the sum.
-        total: The sum, where ``size`` holds only the largest of all values.
+        size: The values, none of them negative.
+        share: The share of the sum, 0 to 1.
+        total: The sum, if ``size`` holds only the largest of all values.
     """
     falling = np.sort(size.numpy())[::-1].cumsum(dtype=np.float64)
     if not len(falling) or share == 0:
@@ -199,7 +285,7 @@ def fewest(size: Float[Tensor, " item"], share: float, total: float | None = Non
 
 
 def connected(graph: GraphData) -> Pruned:
-    """Keep edges on a path of edges down from a final node (last site, a position explained)."""
+    """Keep the edges on a path down from a final node (last site, a position explained)."""
     pos = len(graph.str_tokens)
     reached = torch.zeros(len(graph.sites), pos, dtype=torch.bool)
     reached[-1, list(graph.final_positions)] = True
@@ -209,10 +295,10 @@ def connected(graph: GraphData) -> Pruned:
         part = graph.slices[source, target]
         mask[part] = reached[target][graph.target_pos[part].long()]
         reached[source][graph.source_pos[part][mask[part]].long()] = True
-    said: dict[str, int | str] = {"final_pos": graph.final_pos}
+    settings: dict[str, int | str] = {"final_pos": graph.final_pos}
     if graph.earlier_final_pos:
-        said = {"final_positions": in_words(graph.final_positions)}
-    return mask, step_of(graph, "connected", said, mask)
+        settings = {"final_positions": in_words(graph.final_positions)}
+    return mask, step_of(graph, "connected", settings, mask)
 
 
 def within(
@@ -222,65 +308,67 @@ def within(
     sites: int | str | Iterable[int | str] | None = None,
     tokens: str | Iterable[str] | None = None,
 ) -> Pruned:
-    """Keep edges both of whose ends are at given sites and positions.
+    """Keep the edges both of whose ends are at given sites and positions.
 
     Args:
         graph: Any graph.
-        positions: Positions in the prompt, or one; negative ones count from the end.
-        sites: HookPoint names or indices, or one.
-        tokens: Texts of tokens, or one, exactly as in ``str_tokens`` or as paths show them
-            ("你²⁄₃"), or ids as text, ``id:123`` (what may stand behind the number is not read):
-            every position that holds one. With ``positions`` too, a position must satisfy both.
+        positions: One or more positions in the prompt; negative ones count from the end.
+        sites: One or more HookPoint names or indices.
+        tokens: One or more texts of tokens, exactly as in ``str_tokens`` or as paths show them
+            ("你²⁄₃"), or token ids written ``id:123`` (anything after the number is ignored).
+            Every position that holds one of them counts. If ``positions`` are given too, a
+            position must satisfy both.
 
     Raises:
-        ValueError: a position, site or token that the graph does not have, or nothing given.
-        TypeError: a position that is no whole number.
+        ValueError: A position, site or token is not in the graph, or nothing is given.
+        TypeError: A position is not a whole number.
     """
     n = len(graph.str_tokens)
-    at = torch.ones(n, dtype=torch.bool)
-    said: dict[str, str] = {}
+    inside = torch.ones(n, dtype=torch.bool)
+    settings: dict[str, str] = {}
     if positions is not None:
-        wanted = [operator.index(p) for p in _each(positions)]
-        outside = [p for p in wanted if not -n <= p < n]
+        requested = [operator.index(p) for p in _as_iterable(positions)]
+        outside = [p for p in requested if not -n <= p < n]
         if outside:
             raise ValueError(f"Position {outside[0]} is outside the prompt's {n} tokens.")
-        at &= torch.zeros(n, dtype=torch.bool).index_fill(0, torch.tensor(wanted).long() % n, True)
-        said["positions"] = _listed(sorted({p % n for p in wanted}))
+        index = torch.tensor(requested).long() % n
+        inside &= torch.zeros(n, dtype=torch.bool).index_fill(0, index, True)
+        settings["positions"] = _listed(sorted({p % n for p in requested}))
     if tokens is not None:
-        texts = set(_each(tokens))
-        found = {text: _positions_of(graph, text) for text in texts}
-        missing = sorted(text for text, where in found.items() if not where)
+        texts = set(_as_iterable(tokens))
+        positions_by_text = {text: _positions_of(graph, text) for text in texts}
+        missing = sorted(text for text, where in positions_by_text.items() if not where)
         if missing:
             raise ValueError(
                 f"No token of the prompt is {missing[0]!r}; spaces count, as in {_few(graph)}. "
                 "An id is written id:123."
             )
-        there = set().union(*found.values())
-        at &= torch.tensor([pos in there for pos in range(n)])
-        said["tokens"] = _listed(sorted(map(repr, texts)))
-    kept_sites = torch.ones(len(graph.sites), dtype=torch.bool)
+        holding = set().union(*positions_by_text.values())
+        inside &= torch.tensor([pos in holding for pos in range(n)])
+        settings["tokens"] = _listed(sorted(map(repr, texts)))
+    site_mask = torch.ones(len(graph.sites), dtype=torch.bool)
     if sites is not None:
-        indices = sorted({graph.site_index(site) for site in _each(sites)})
-        kept_sites = torch.zeros_like(kept_sites).index_fill(0, torch.tensor(indices).long(), True)
-        said["sites"] = _listed(indices)
-    if not said:
+        indices = sorted({graph.site_index(site) for site in _as_iterable(sites)})
+        site_mask = torch.zeros_like(site_mask).index_fill(0, torch.tensor(indices).long(), True)
+        settings["sites"] = _listed(indices)
+    if not settings:
         raise ValueError("Give positions=, sites= or tokens= to keep.")
-    node = (kept_sites[:, None] & at[None]).flatten()
-    mask = node[graph.source_node] & node[graph.target_node]
-    return mask, step_of(graph, "subgraph", said, mask)
+    node_mask = rearrange(site_mask[:, None] & inside[None], "site pos -> (site pos)")
+    mask = node_mask[graph.source_node] & node_mask[graph.target_node]
+    return mask, step_of(graph, "subgraph", settings, mask)
 
 
 def _positions_of(graph: GraphData, text: str) -> set[int]:
-    """The positions whose token is shown as ``text``; if there are none, has the id it names."""
+    """The positions whose token is shown as ``text``, or else those with the id that it names."""
     pairs = zip(graph.str_tokens, with_parts(graph.str_tokens), strict=True)
-    found = {pos for pos, shown in enumerate(pairs) if text in shown}
+    positions = {pos for pos, shown in enumerate(pairs) if text in shown}
     written = written_id(text)
-    if not found and written is not None:
-        found = set(torch.nonzero(graph.token_ids == written[0])[:, 0].tolist())
-    return found
+    if not positions and written is not None:
+        positions = set(torch.nonzero(graph.token_ids == written[0])[:, 0].tolist())
+    return positions
 
 
-def _each(given: Any) -> Iterable[Any]:
+def _as_iterable(given: Any) -> Iterable[Any]:
     return [given] if isinstance(given, str | Integral) else given
 
 
@@ -291,42 +379,3 @@ def _few(graph: GraphData) -> str:
 def _listed(values: list[Any], most: int = 12) -> str:
     shown = ", ".join(map(str, values[:most]))
     return shown if len(values) <= most else f"{shown}, ... ({len(values)} in all)"
-
-
-@dataclass(frozen=True)
-class PruneRule:
-    """At most one of: cumulative share of mass, |weight| above a threshold, so many largest.
-
-    Raises:
-        ValueError: several, or a value out of range.
-    """
-
-    mass: float | None = None
-    threshold: float | None = None
-    top_k: int | None = None
-
-    def __post_init__(self) -> None:
-        if sum(x is not None for x in (self.mass, self.threshold, self.top_k)) > 1:
-            raise ValueError(
-                "Give one of mass=, threshold= and top_k= here; graph.prune(...) applies more."
-            )
-        if self.mass is not None and not 0 <= self.mass <= 1:
-            raise ValueError(f"mass={self.mass} must be a share from 0 to 1, such as 0.85.")
-        if self.threshold is not None and not 0 <= self.threshold < float("inf"):
-            raise ValueError(f"threshold={self.threshold} must be a finite number, 0 or more.")
-        if self.top_k is not None and (not isinstance(self.top_k, Integral) or self.top_k < 0):
-            raise ValueError(f"top_k={self.top_k} must be a whole number, 0 or more.")
-
-    def __bool__(self) -> bool:
-        return any(x is not None for x in (self.mass, self.threshold, self.top_k))
-
-    def step(self, kept: list[TransitionKept], delta: float) -> PruneStep:
-        """The account of what the rule did, as ``prune.py`` gives it."""
-        rows = tuple(kept)
-        if self.mass is not None:
-            return PruneStep("mass", (("share", float(self.mass)),), rows)
-        if self.threshold is not None:
-            tau = float(self.threshold)
-            relative = tau / abs(delta) if delta else None
-            return PruneStep("threshold", (("threshold", tau), ("relative", relative)), rows)
-        return PruneStep("top_k", (("k", int(self.top_k or 0)),), rows)

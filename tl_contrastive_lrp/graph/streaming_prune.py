@@ -1,12 +1,13 @@
-"""Exact choice of a transition's edges while they stream by, without holding them all.
+"""Exact selection of a transition's edges while they stream by, without holding them all.
 
-The choice is that of ``prune.py`` on the whole transition, ties included. Entries come row block
-by row block, the last rows first; what is certain to be left out is dropped at once. For a
-cumulative share p: entries below τ that are seen weigh B(τ), and the N entries to come can add at
-most N·τ. If B(τ) + N·τ < (1 − p)·M, with M the mass seen so far, which only grows, then all
-entries of at least τ hold more than p of the final mass, so that none below τ is ever kept. B is
-known from a histogram whose bins are leading bits of floating-point numbers. For the k largest, τ
-is what k entries seen already reach.
+The selection is that of ``pruning.py`` on the whole transition, ties included. Entries come in
+blocks of rows, the last rows first, and what is certain to be left out is dropped at once.
+
+For a cumulative share p: entries below τ that have been seen weigh B(τ), and the N entries to come
+can add at most N·τ. If B(τ) + N·τ < (1 − p)·M, with M the mass seen so far, which only grows, then
+all entries of at least τ hold more than p of the final mass, so none below τ is ever kept. B is
+known from a histogram whose bins are the leading bits of floating-point numbers. For the k largest,
+τ is a size that k of the entries seen already reach.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from ..inputs.devices import with_float64
 from .prune_history import TransitionKept
-from .pruning import PruneRule, fewest, largest
+from .pruning import PruneRule, largest
 
-# Slack for adding up in another order than the final choice does.
-_CAREFUL = 1 - 1e-9
+# Slack, because the final selection adds up in another order.
+_SLACK = 1 - 1e-9
+
+# Parts are compacted when they hold this many entries, or half as many again as after the last
+# compaction.
+_COMPACT_ABOVE = 1 << 20
 
 
 def _bins(size: Tensor) -> tuple[Tensor, int]:
@@ -34,7 +39,7 @@ def _bins(size: Tensor) -> tuple[Tensor, int]:
     return size.view(torch.int32) >> 18, 1 << 13
 
 
-def _edge(index: int, dtype: torch.dtype) -> float:
+def _lower_end(index: int, dtype: torch.dtype) -> float:
     """The smallest number of a bin."""
     if dtype == torch.float64:
         return float(np.int64(index << 47).view(np.float64))
@@ -43,36 +48,39 @@ def _edge(index: int, dtype: torch.dtype) -> float:
 
 @dataclass(eq=False)
 class StreamingSelection:
-    """One transition's edges.
+    """The edges of one transition that a rule keeps.
 
     Attributes:
-        rule: What to keep; without any, every entry that is not 0.
-        edges, mass: Number of entries seen, and Σ|weight| in logits.
+        rule: At most one criterion, in logits; without any, every entry that is not 0 is kept.
+        edges: Number of entries seen that are not 0.
+        mass: Σ|weight| of the entries seen, in logits.
     """
 
     rule: PruneRule
     edges: int = 0
     mass: float = 0.0
-    _tau: float = 0.0
-    _below: float = 0.0
+    _tau: float = 0.0  # entries below it cannot be kept
+    _mass_below: float = 0.0  # of the entries that were dropped before they were counted in bins
     _held: int = 0
-    _tidy: int = 0
+    _held_when_compacted: int = 0
     _parts: list[tuple[Tensor, ...]] = field(default_factory=list)  # rows, columns, ..., weights
-    _masses: Tensor | None = None
-    _counts: Tensor | None = None
+    _bin_masses: Tensor | None = None
+    _bin_counts: Tensor | None = None
 
     def add(
         self, matrix: Float[Tensor, "row column *slot"], row: int, column: int, unseen: int
     ) -> None:
-        """A block of rows, before (above) all rows given so far.
+        """Add a block of rows that lies above all rows added so far.
 
         Args:
-            matrix: Weights; 0 is no edge. By heads, with a last axis of slots.
-            row, column: Where its corner lies.
+            matrix: Weights in logits; an entry of 0 is not an edge. Edges split by heads have a
+                last axis of slots.
+            row: Target position of its first row.
+            column: Source position of its first column.
             unseen: How many entries are still to come, at most.
 
         Raises:
-            NonFiniteError: a weight that is NaN or infinite.
+            NonFiniteError: A weight is NaN or infinite.
         """
         matrix = with_float64(matrix)
         size = matrix.abs()
@@ -81,91 +89,97 @@ class StreamingSelection:
             raise NonFiniteError("The weight of an edge is NaN or infinite.")
         self.edges += int(torch.count_nonzero(size))
         self.mass += total
-        threshold = self.rule.threshold  # compared in float64: rounded, it could let itself pass
-        at_least = size > 0 if threshold is None else size.double() > threshold
+        # Compared in float64: rounded to the type of the weights, an edge at τ could pass.
+        threshold = self.rule.threshold
+        mask = size > 0 if threshold is None else size.double() > threshold
         if self._tau:
-            at_least &= size >= self._tau
-        rows, columns, *slots = at = torch.nonzero(at_least, as_tuple=True)
-        weights = matrix[at]
+            mask &= size >= self._tau
+        rows, columns, *slots = index = torch.nonzero(mask, as_tuple=True)
+        weights = matrix[index]
         self._count(weights.abs(), total)
         self._tau = max(self._tau, self._bound(unseen, matrix.dtype))
         part = tuple(x.to(torch.int32) for x in (rows + row, columns + column, *slots))
-        self._parts.append(tuple(x.cpu() for x in self._above((*part, weights))))
+        self._parts.append(tuple(x.cpu() for x in self._candidates((*part, weights))))
         self._held += len(self._parts[-1][-1])
-        if self._held > max(1.5 * self._tidy, 1 << 20):
-            self._parts = [self._above(part) for part in self._parts]
-            self._held = self._tidy = sum(len(part[-1]) for part in self._parts)
+        if self._held > max(1.5 * self._held_when_compacted, _COMPACT_ABOVE):
+            self._parts = [self._candidates(part) for part in self._parts]
+            self._held = self._held_when_compacted = sum(len(part[-1]) for part in self._parts)
 
-    def _above(self, part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        keep = part[-1].abs() >= self._tau
-        return part if bool(keep.all()) else tuple(x[keep] for x in part)
+    def _candidates(self, part: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The entries of a part that can still be kept."""
+        mask = part[-1].abs() >= self._tau
+        return part if bool(mask.all()) else tuple(x[mask] for x in part)
 
     def _count(self, size: Tensor, total: float) -> None:
+        """Add entries to the histogram, and the rest of their block's mass to what lies below."""
         if self.rule.mass is None and self.rule.top_k is None:
             return
         index, length = _bins(size)
-        heavy = size.double()
-        masses = torch.bincount(index, heavy, minlength=length).cpu()
+        size = size.double()
+        masses = torch.bincount(index, size, minlength=length).cpu()
         counts = torch.bincount(index, minlength=length).cpu()
-        self._masses = masses if self._masses is None else self._masses + masses
-        self._counts = counts if self._counts is None else self._counts + counts
-        self._below += max(total - float(heavy.sum()), 0.0)
+        self._bin_masses = masses if self._bin_masses is None else self._bin_masses + masses
+        self._bin_counts = counts if self._bin_counts is None else self._bin_counts + counts
+        self._mass_below += max(total - float(size.sum()), 0.0)
 
     def _bound(self, unseen: int, dtype: torch.dtype) -> float:
-        """τ: no entry below it can be kept."""
-        if self._masses is None or self._counts is None:
+        """A size τ so that no entry below it can be kept."""
+        if self._bin_masses is None or self._bin_counts is None:
             return 0.0
         if self.rule.top_k is not None:
-            above = self._counts.flip(0).cumsum(0).flip(0)
-            enough = torch.nonzero(above >= max(self.rule.top_k, 1))
-            return _edge(int(enough[-1]), dtype) if len(enough) else 0.0
+            reached = self._bin_counts.flip(0).cumsum(0).flip(0)
+            enough = torch.nonzero(reached >= max(self.rule.top_k, 1))
+            return _lower_end(int(enough[-1]), dtype) if len(enough) else 0.0
         assert self.rule.mass is not None
-        spare = (1 - self.rule.mass) * self.mass * _CAREFUL - 1e-12 * self.mass
-        below = self._masses.cumsum(0) - self._masses + self._below
-        filled = torch.nonzero(self._counts)[:, 0]  # candidates for τ: lower ends of filled bins
-        ends = torch.tensor([_edge(int(i), dtype) for i in filled], dtype=torch.float64)
+        spare = (1 - self.rule.mass) * self.mass * _SLACK - 1e-12 * self.mass
+        below = self._bin_masses.cumsum(0) - self._bin_masses + self._mass_below
+        filled = torch.nonzero(self._bin_counts)[:, 0]  # candidates for τ: lower ends of these
+        ends = torch.tensor([_lower_end(int(i), dtype) for i in filled], dtype=torch.float64)
         fits = torch.nonzero(below[filled] + unseen * ends < spare)
         return float(ends[int(fits[-1])]) if len(fits) else 0.0
 
-    def chosen(self) -> tuple[Tensor, ...]:
-        """Target positions, source positions, by heads slots, and weights of the edges to keep.
+    def kept(self) -> tuple[Tensor, ...]:
+        """The edges to keep, in order; all others are released.
 
-        In order. Nothing is to be added afterwards; all else is let go.
+        Call it when all blocks were added.
+
+        Returns:
+            Target positions, source positions, slots (if edges are split by heads) and weights.
         """
         if not self._parts:
             none = torch.zeros(0, dtype=torch.int32)
             return none, none, torch.zeros(0)
         self._tau = max(self._tau, self._bound(0, self._parts[0][-1].dtype))
-        above = [self._above(part) for part in reversed(self._parts)]
-        self._parts = []  # before the copy
-        part = tuple(torch.cat(x) for x in zip(*above, strict=True))
-        keep = largest(part[-1].abs(), self._wanted(part[-1].abs()))
-        self._parts = [tuple(x[keep] for x in part)]
-        self._masses = self._counts = None
+        candidates = [self._candidates(part) for part in reversed(self._parts)]
+        self._parts = []  # released before the copy
+        part = tuple(torch.cat(x) for x in zip(*candidates, strict=True))
+        size = part[-1].abs()
+        mask = largest(size, self.rule.count(size, self.mass))
+        self._parts = [tuple(x[mask] for x in part)]
+        self._bin_masses = self._bin_counts = None
         return self._parts[0]
 
-    def _wanted(self, size: Tensor) -> int:
-        if self.rule.top_k is not None:
-            return self.rule.top_k
-        if self.rule.mass is None or self.rule.mass == 1:
-            return len(size)
-        return fewest(size, self.rule.mass, self.mass)
-
     def saved(self) -> dict[str, Tensor]:
-        """What was chosen and counted, as tensors."""
-        counted = torch.tensor([self.edges], dtype=torch.int64)
+        """The edges to keep and the account of all, as tensors for a checkpoint."""
+        edges = torch.tensor([self.edges], dtype=torch.int64)
         mass = torch.tensor([self.mass], dtype=torch.float64)
-        columns = {f"column{i}": x for i, x in enumerate(self.chosen())}
-        return columns | {"edges": counted, "mass": mass}
+        columns = {f"column{i}": x for i, x in enumerate(self.kept())}
+        return columns | {"edges": edges, "mass": mass}
 
     @classmethod
     def restored(cls, rule: PruneRule, tensors: dict[str, Tensor]) -> StreamingSelection:
-        """From ``saved``; choosing again among what was chosen changes nothing."""
-        made = cls(rule, int(tensors["edges"]), float(tensors["mass"]))
-        made._parts = [tuple(tensors[f"column{i}"] for i in range(len(tensors) - 2))]
-        return made
+        """The inverse of ``saved``; selecting again among what was kept changes nothing."""
+        selection = cls(rule, int(tensors["edges"]), float(tensors["mass"]))
+        selection._parts = [tuple(tensors[f"column{i}"] for i in range(len(tensors) - 2))]
+        return selection
 
     def account(self, source: int, target: int, weights: Tensor) -> TransitionKept:
-        """What was kept, between these sites."""
-        kept = float(weights.abs().sum(dtype=torch.float64))
-        return TransitionKept(source, target, self.edges, len(weights), self.mass, kept)
+        """What was kept of the transition.
+
+        Args:
+            source: Index of the source site.
+            target: Index of the target site.
+            weights: Weights of the edges kept.
+        """
+        mass_kept = float(weights.abs().sum(dtype=torch.float64))
+        return TransitionKept(source, target, self.edges, len(weights), self.mass, mass_kept)

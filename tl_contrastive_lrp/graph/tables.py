@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def _named(codes: Tensor, names: Iterable[str]) -> Any:
+    """A categorical column of names, from their indices."""
     import pandas as pd
 
     from_codes: Any = pd.Categorical.from_codes  # its stubs refuse a numpy array of any integer
@@ -37,7 +39,7 @@ def edge_frame(graph: GraphData) -> pd.DataFrame:
     }
     if graph.head is not None and graph.path is not None:
         columns |= {"head": graph.head.numpy(), "path": _named(graph.path, EDGE_KINDS)}
-    # A copy, so that what is written into the table does not reach the frozen graph.
+    # A copy, so that writing into the table does not change the frozen graph.
     return pd.DataFrame(columns, copy=True)
 
 
@@ -69,24 +71,24 @@ def transition_matrix(
     n = len(graph.str_tokens)
     index = graph.target_pos[part].long() * n + graph.source_pos[part]
     weight = graph.weight[part]
-    chosen = _chosen(graph, part, head, path)
-    if chosen is not None:
-        index, weight = index[chosen], weight[chosen]
-    return weight.new_zeros(n * n).index_add_(0, index, weight).view(n, n)
+    mask = _mask(graph, part, head, path)
+    if mask is not None:
+        index, weight = index[mask], weight[mask]
+    sums = weight.new_zeros(n * n).index_add_(0, index, weight)
+    return rearrange(sums, "(target source) -> target source", target=n)
 
 
-def _chosen(
-    graph: GraphData, part: slice, head: int | None, path: str | int | None
-) -> Tensor | None:
+def _mask(graph: GraphData, part: slice, head: int | None, path: str | int | None) -> Tensor | None:
+    """Which of a transition's edges are of a head and path; None for all of them."""
     if head is None and path is None:
         return None
     if graph.head is None or graph.path is None:
         raise ValueError("Edges are not split by heads; build the graph with heads=True.")
-    chosen = torch.ones(part.stop - part.start, dtype=torch.bool)
+    mask = torch.ones(part.stop - part.start, dtype=torch.bool)
     if head is not None:
-        chosen &= graph.head[part] == head
+        mask &= graph.head[part] == head
     if path is not None:
         if path not in (*EDGE_KINDS, *range(len(EDGE_KINDS))):
             raise ValueError(f"path={path!r} is none of {EDGE_KINDS}.")
-        chosen &= graph.path[part] == (EDGE_KINDS.index(path) if isinstance(path, str) else path)
-    return chosen
+        mask &= graph.path[part] == (EDGE_KINDS.index(path) if isinstance(path, str) else path)
+    return mask

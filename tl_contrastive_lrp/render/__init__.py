@@ -1,7 +1,7 @@
 """Pictures of one attribution: circuitsvis views and a self-contained HTML report.
 
-Plain data in (strings, arrays, tensors), HTML out. Nothing here asks the network, neither when
-the HTML is made nor when it is displayed.
+Plain data in (strings, arrays, tensors), HTML out. Nothing uses the network, neither when the HTML
+is made nor when it is displayed.
 """
 
 from __future__ import annotations

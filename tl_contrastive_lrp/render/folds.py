@@ -1,9 +1,9 @@
-"""Which tokens of a long prompt are shown, and which are folded away: numbers only, no markup.
+"""Which tokens of a long prompt are shown and which are folded away: numbers only, no markup.
 
-Prompts of up to ``LONG`` tokens are shown whole. In longer ones the tokens of largest relevance
-are shown with what stands around them, and the beginning and the end of the prompt; each run of
-other tokens is folded into a piece that states its count and its sum. Nothing is left out: tokens
-shown and tokens folded are the prompt.
+Prompts of up to ``LONG`` tokens are shown whole. In longer ones the tokens of largest relevance are
+shown with their context, and so are the beginning and the end of the prompt. Each run of other
+tokens is folded into a piece that states how many they are and what they sum to. Nothing is left
+out: the tokens shown and the tokens folded make up the prompt.
 """
 
 from __future__ import annotations
@@ -13,26 +13,44 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .ranking import largest_first
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
 LONG = 1000
-MOST_SHOWN = 3000  # tokens: what a browser lays out at once without a pause
+MOST_SHOWN = 3000  # tokens that a browser lays out at once without a pause
 
-_SHARE = 0.9  # of the sum of sizes: tokens beyond it are not worth a place of their own,
-_FAINTEST = 0.01  # nor are those below this share of the largest: their colour is all but white
-_MOST, _MOST_GREYED = 150, 15  # greyed ones are large for no reason that the prompt gives
-_CONTEXT, _LINE = 8, 12  # tokens around each, and so many more where a line begins or ends there
-_FIRST, _LAST = 40, 60  # what the prompt begins with, and what the prediction follows
-_SHORTEST, _LONGEST = 24, 2000  # tokens of a piece
+# Tokens are chosen until they hold this share of the sum of sizes; those below this fraction of the
+# largest are never chosen, because their colour is almost white.
+_SHARE, _FAINTEST = 0.9, 0.01
+
+# How many tokens are chosen at most. Greyed ones are large for no reason that the prompt gives.
+_MOST, _MOST_GREYED = 150, 15
+
+# How many tokens are shown around each, and how many more if a line begins or ends there.
+_CONTEXT, _LINE = 8, 12
+
+# How many tokens are shown at the beginning and at the end of the prompt.
+_FIRST, _LAST = 40, 60
+
+# How many tokens a folded piece holds.
+_SHORTEST, _LONGEST = 24, 2000
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Tokens ``first`` to ``last``, folded: the sum of their relevance, in logits, the sum of
-    its sizes, and the one of largest size."""
+    """A run of tokens that is folded.
+
+    Attributes:
+        first: Position of the first token.
+        last: Position of the last token.
+        total: Sum of their relevance, in logits.
+        size: Sum of |relevance|, in logits.
+        largest: The relevance of largest magnitude among them, in logits.
+    """
 
     first: int
     last: int
@@ -42,29 +60,30 @@ class Fold:
 
     @property
     def count(self) -> int:
+        """Number of tokens."""
         return self.last - self.first + 1
 
 
 def folds_of(
     relevance: NDArray[np.float64], greyed: NDArray[np.bool_], tokens: Sequence[str]
 ) -> list[Fold]:
-    """The pieces of a long prompt that are folded, in order; none of a short one.
+    """The folded pieces of a long prompt, in order; a short prompt has none.
 
     Args:
-        relevance: in logits, ``[pos]``.
-        greyed: bool per token, ``[pos]``.
-        tokens: as text, ``[pos]``; pieces begin and end at line ends where one is near.
+        relevance: Relevance in logits, ``[pos]``.
+        greyed: One bool per token, ``[pos]``.
+        tokens: The tokens as text, ``[pos]``; pieces begin and end at a line end if one is near.
     """
     ranges = ranges_of(np.abs(relevance), greyed, tokens)
     total, size = sums(relevance, ranges), sums(np.abs(relevance), ranges)
-    found = []
-    for (first, last), one, all_ in zip(
+    folds = []
+    for (first, last), piece_total, piece_size in zip(
         ranges.tolist(), total.tolist(), size.tolist(), strict=True
     ):
         inside = relevance[first : last + 1]
         largest = float(inside[np.abs(inside).argmax()])
-        found.append(Fold(first, last, one, all_, largest))
-    return found
+        folds.append(Fold(first, last, piece_total, piece_size, largest))
+    return folds
 
 
 def ranges_of(
@@ -73,10 +92,10 @@ def ranges_of(
     """First and last position of every piece to fold, ``[fold, 2]``.
 
     Args:
-        size: how much each token matters, never negative: ``[pos]``, or ``[site, pos]`` where a
-            token is to be shown that matters at any site, by that site's own scale.
-        greyed: bool per token, ``[pos]``.
-        tokens: as text, ``[pos]``.
+        size: How much each token matters, never negative, ``[pos]`` or ``[site, pos]``. A token
+            that matters at any site, by that site's own scale, is shown.
+        greyed: One bool per token, ``[pos]``.
+        tokens: The tokens as text, ``[pos]``.
     """
     size = np.atleast_2d(size)
     n = size.shape[1]
@@ -84,15 +103,15 @@ def ranges_of(
         return np.empty((0, 2), dtype=np.int64)
     ends = np.fromiter((("\n" in token) for token in tokens), bool, n)
     starts = np.concatenate([[0], np.flatnonzero(ends[:-1]) + 1])
-    plain = [_largest(row, _MOST) for row in np.where(greyed, 0.0, size)]
-    grey = _largest(np.where(greyed, size.max(axis=0), 0.0), _MOST_GREYED)
+    by_site = [_largest(row, _MOST) for row in np.where(greyed, 0.0, size)]
+    largest_greyed = _largest(np.where(greyed, size.max(axis=0), 0.0), _MOST_GREYED)
 
     def shown(most: int) -> NDArray[np.bool_]:
-        chosen = np.unique(np.concatenate([grey, *(row[:most] for row in plain)]))
+        chosen = np.unique(np.concatenate([largest_greyed, *(row[:most] for row in by_site)]))
         return _shown(chosen, n, starts)
 
-    # The more tokens are chosen the more are shown, so the most that fit are found by halving.
-    fits, over = 0, max(map(len, plain)) + 1
+    # The more tokens are chosen, the more are shown: bisection gives the most that fit.
+    fits, over = 0, max(map(len, by_site)) + 1
     while over - fits > 1:
         middle = (fits + over) // 2
         fits, over = (middle, over) if shown(middle).sum() <= MOST_SHOWN else (fits, middle)
@@ -103,25 +122,27 @@ def sums(values: NDArray[np.float64], ranges: NDArray[np.int64]) -> NDArray[np.f
     """Sums of ``[..., pos]`` over ranges ``[fold, 2]``: ``[..., fold]``."""
     if not len(ranges):
         return np.zeros((*values.shape[:-1], 0))
-    # reduceat sums up to the next index, so every second sum is one of a piece.
+    # reduceat sums up to the next index, so every second sum is that of a piece.
     edges = np.stack([ranges[:, 0], ranges[:, 1] + 1], axis=1).ravel()
     padded = np.concatenate([values, np.zeros((*values.shape[:-1], 1))], axis=-1)
-    found: NDArray[np.float64] = np.add.reduceat(padded, edges, axis=-1)[..., ::2]
-    return found
+    totals: NDArray[np.float64] = np.add.reduceat(padded, edges, axis=-1)[..., ::2]
+    return totals
 
 
 def _largest(size: NDArray[np.float64], most: int) -> NDArray[np.int64]:
-    """The fewest positions that hold ``_SHARE`` of the sum, largest first; no more than ``most``,
-    and none below ``_FAINTEST``."""
-    order = np.argsort(-size, kind="stable")[:most]
+    """The fewest positions that hold ``_SHARE`` of the sum, largest first.
+
+    There are no more than ``most``, and none below ``_FAINTEST`` of the largest.
+    """
+    order = largest_first(size, most)
     order = order[size[order] > _FAINTEST * size.max()]
     before = np.cumsum(size[order]) - size[order]
-    kept: NDArray[np.int64] = order[before < _SHARE * size.sum()]
-    return kept
+    fewest: NDArray[np.int64] = order[before < _SHARE * size.sum()]
+    return fewest
 
 
 def _shown(chosen: NDArray[np.int64], n: int, starts: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether each token is shown: those chosen, what is around them, both ends, short rests."""
+    """Whether each token is shown: the chosen ones with context, both ends, and short gaps."""
     first = np.concatenate([np.maximum(chosen - _CONTEXT, 0), [0, n - _LAST]])
     after = np.concatenate([np.minimum(chosen + _CONTEXT + 1, n), [_FIRST, n]])
     line = starts[np.searchsorted(starts, first, side="right") - 1]
@@ -138,18 +159,18 @@ def _shown(chosen: NDArray[np.int64], n: int, starts: NDArray[np.int64]) -> NDAr
 
 
 def _pieces(shown: NDArray[np.bool_], starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The runs that are not shown, cut into pieces of about equal length where they are long."""
-    found: list[tuple[int, int]] = []
+    """The runs that are not shown; long ones are cut into pieces of about equal length."""
+    pieces: list[tuple[int, int]] = []
     for begin, end in zip(*(ends.tolist() for ends in _runs(~shown)), strict=True):
         count = -(-(end - begin) // _LONGEST)
         cuts = np.linspace(begin, end, count + 1).astype(np.int64)[1:-1]
         line = starts[np.searchsorted(starts, cuts, side="right") - 1]
         cuts = np.where(cuts - line <= _LINE, line, cuts).tolist()
-        found += [(a, b - 1) for a, b in zip([begin, *cuts], [*cuts, end], strict=True)]
-    return np.array(found, dtype=np.int64).reshape(-1, 2)
+        pieces += [(a, b - 1) for a, b in zip([begin, *cuts], [*cuts, end], strict=True)]
+    return np.array(pieces, dtype=np.int64).reshape(-1, 2)
 
 
 def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where each run of true values begins, and one after where it ends."""
+    """The first index of each run of true values, and the index after its last."""
     steps = np.diff(np.concatenate([[0], mask.astype(np.int8), [0]]))
     return np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)

@@ -1,10 +1,10 @@
-"""Tokens of a long prompt coloured by relevance, folded: a view of our own.
+"""Tokens of a long prompt coloured by relevance and folded: a view of our own.
 
-circuitsvis makes a React element a token, whether the token matters or not: at twelve thousand
-tokens a page takes seconds to open, and nothing in it can be found. Beyond ``folds.LONG`` tokens
-the same colours, legend and numbers are shown here by plain markup and a small script. Where
-there are several sites, their relevance is sent once, as float16 times a unit a site (three
-digits), and the site chosen is painted onto the one prompt.
+circuitsvis makes a React element for every token, whether the token matters or not: with twelve
+thousand tokens a page takes seconds to open, and nothing in it can be found. Beyond ``folds.LONG``
+tokens, plain markup and a small script show the same colours, legend and numbers. If there are
+several sites, their relevance is sent once, as float16 times one unit per site (three digits), and
+the selected site colours the one prompt.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from .folds import ranges_of, sums
 from .offline import LegendLine, PlainHTML, source, templates
+from .ranking import extremes
 from .scale import GREY, LIGHT_NEGATIVE, LIGHT_POSITIVE, colours
 from .text import (
     inline_script,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _SCRIPTS = ("look", "folded", "find")
-_TOP = 8  # tokens listed on either side
+_TOP = 8  # tokens listed for the target, and for the contrast
 _RAMPS = (("#ffffff", LIGHT_POSITIVE), ("#ffffff", LIGHT_NEGATIVE))
 
 
@@ -53,13 +54,14 @@ def long_tokens(
     """A long prompt, folded, with a search box and lists of its most relevant tokens.
 
     Args:
-        tokens: as text, ``[pos]``.
-        values: relevance in logits, ``[site, pos]``.
-        labels: a name per site; one site has no chooser.
-        scales: relevance of full colour, ``[site]``.
-        greyed: bool per token, ``[pos]``.
-        legend: lines above the view.
-        target, contrast: words for what positive and negative relevance support.
+        tokens: The tokens as text, ``[pos]``.
+        values: Relevance in logits, ``[site, pos]``.
+        labels: One name per site; with several sites, the reader can select one.
+        scales: The relevance of full colour in logits, ``[site]``.
+        greyed: One bool per token, ``[pos]``.
+        legend: Lines above the view.
+        target: Words for what positive relevance supports.
+        contrast: Words for what negative relevance supports.
     """
     ranges = ranges_of(np.abs(values), greyed, tokens)  # one folding for all sites
     shown = visible_tokens(tokens)
@@ -118,7 +120,7 @@ def _count(ranges: NDArray[np.int64]) -> int:
 def _facts(
     values: NDArray[np.float64], ranges: NDArray[np.int64], greyed: NDArray[np.bool_]
 ) -> dict[str, Any]:
-    """What the view says of every site, in words: of each piece, of all folded, of the largest."""
+    """Each site in words: its folded pieces, what is folded in all, and its largest tokens."""
     total, size = sums(values, ranges), sums(np.abs(values), ranges)
     all_sizes = np.abs(values).sum(axis=1)
     share = size.sum(axis=1) / np.where(all_sizes > 0, all_sizes, 1.0)
@@ -140,13 +142,8 @@ def _facts(
 
 def _tops(row: NDArray[np.float64], greyed: NDArray[np.bool_]) -> list[list[tuple[int, str]]]:
     """The positions of largest positive and of largest negative relevance, with their numbers."""
-    order = np.argsort(-np.where(greyed, 0.0, row), kind="stable")
-    ends = [order[:_TOP], order[::-1][:_TOP]]
-    kept = [[i for i in end.tolist() if not greyed[i]] for end in ends]
-    return [
-        [(i, signed(float(row[i]))) for i in side if row[i] * sign > 0]
-        for side, sign in zip(kept, (1, -1), strict=True)
-    ]
+    sides = extremes(np.where(greyed, 0.0, row), _TOP)
+    return [[(i, signed(float(row[i]))) for i in side] for side in sides]
 
 
 def _parts(
@@ -159,7 +156,7 @@ def _parts(
 ) -> list[dict[str, Any]]:
     """The prompt in order: tokens to show, then the piece after them, and so on."""
     lines = [min(token.count("\n"), 3) for token in tokens]
-    found: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
     at = 0
     for index, (first, last) in enumerate([*ranges.tolist(), [len(tokens), len(tokens)]]):
         rows = [(i, shown[i], backs[i], bool(greyed[i]), lines[i]) for i in range(at, first)]
@@ -174,6 +171,6 @@ def _parts(
                 "largest": data["largest"][0][index],
                 "text": "".join(shown[i] + "\n" * lines[i] for i in range(first, last + 1)),
             }
-        found.append({"rows": rows, "fold": fold})
+        parts.append({"rows": rows, "fold": fold})
         at = last + 1
-    return found
+    return parts

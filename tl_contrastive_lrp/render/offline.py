@@ -1,8 +1,8 @@
-"""circuitsvis components that carry their JavaScript and never ask the network.
+"""HTML that carries its JavaScript and never uses the network, for circuitsvis and our own views.
 
 circuitsvis' own ``RenderedHTML`` probes for a connection at every display and then imports its
 bundle from a content delivery network. The wheel ships the same bundle, so the HTML made here
-holds it inline (about 1.3 MB a view; :func:`page` holds it once for many views).
+holds it inline (about 1.3 MB per view; :func:`page` holds it once for many views).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from circuitsvis.utils.render import RenderedHTML
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from .scale import GREY
 from .text import inline_script, script_json
 
 # A swatch colour (or "" for none) and its words.
@@ -29,11 +30,11 @@ LegendLine = Sequence[tuple[str, str]]
 
 
 class OfflineHTML(RenderedHTML):  # type: ignore[misc, unused-ignore]  # circuitsvis is untyped
-    """circuitsvis' rendered object, whose one source is complete and local.
+    """A rendered object of circuitsvis whose only source is complete and local.
 
     Attributes:
-        body: the markup of the view: legend, styles and the element it is drawn into.
-        script: the JavaScript call that draws it, for a page that already holds the bundle.
+        body: The markup of the view: legend, styles and the element it is drawn into.
+        script: The JavaScript call that draws it, for a page that already holds the bundle.
     """
 
     def __init__(self, body: str, script: str) -> None:
@@ -48,11 +49,11 @@ class OfflineHTML(RenderedHTML):  # type: ignore[misc, unused-ignore]  # circuit
 
 
 class PlainHTML(OfflineHTML):
-    """A view of our own, which displays as circuitsvis' do but does not carry their bundle.
+    """A view of our own, which displays as circuitsvis' views do but does not carry their bundle.
 
     Attributes:
-        body: the markup, which shows what it can without its script.
-        script: JavaScript that makes it answer to the reader.
+        body: The markup, which is readable without its script.
+        script: JavaScript that makes it interactive.
     """
 
     def __init__(self, body: str, script: str) -> None:
@@ -64,10 +65,10 @@ class PlainHTML(OfflineHTML):
 
 @lru_cache(maxsize=1)
 def bundle() -> str:
-    """circuitsvis' JavaScript (it defines ``CircuitsVis``), ready to stand in ``<script>``.
+    """The JavaScript of circuitsvis, which defines ``CircuitsVis``, ready for ``<script>``.
 
     Raises:
-        RuntimeError: the installed circuitsvis does not ship it.
+        RuntimeError: The installed circuitsvis does not ship it.
     """
     path = Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js"
     if not path.is_file():
@@ -76,14 +77,14 @@ def bundle() -> str:
             f"({path}); reinstall it: pip install --force-reinstall circuitsvis"
         )
     source = path.read_text(encoding="utf-8")
-    # Developer tools would look for the map next to the page.
+    # Otherwise developer tools would look for the map next to the page.
     source = re.sub(r"^//# sourceMappingURL=.*$", "", source, flags=re.MULTILINE).strip()
     return inline_script(source)
 
 
 @lru_cache(maxsize=1)
 def templates() -> Environment:
-    """The package's templates; everything put into them is escaped."""
+    """The package's templates; every value inserted into them is escaped."""
     loader = PackageLoader("tl_contrastive_lrp.render", "templates")
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 
@@ -100,7 +101,7 @@ def component(
     *,
     legend: Sequence[LegendLine] = (),
     greyed: Sequence[int] = (),
-    grey: str = "#e4e4e7",
+    grey: str = GREY,
     draw: str | None = None,
     extra: Any = None,
     **props: Any,
@@ -108,19 +109,19 @@ def component(
     """A circuitsvis React component as HTML that displays without network.
 
     Args:
-        name: a component of circuitsvis' bundle, such as ``"ColoredTokens"``.
-        legend: lines above the view, each of (swatch colour or ``""``, words).
-        greyed: token positions drawn grey whatever their value.
-        grey: their colour.
+        name: A component of circuitsvis' bundle, such as ``"ColoredTokens"``.
+        legend: Lines above the view, each of (swatch colour or ``""``, words).
+        greyed: Positions of tokens to draw grey whatever their value.
+        grey: The colour of greyed tokens.
         draw: JavaScript for a function ``(element id, props, extra)`` that draws the view instead
             of the plain component; part of this package, never user text.
-        extra: data for ``draw``.
-        **props: the component's properties (lists, numbers, strings, arrays, tensors); ``None``
+        extra: Data for ``draw``.
+        **props: The component's properties (lists, numbers, strings, arrays, tensors); ``None``
             leaves one out. circuitsvis puts token text into ``innerHTML`` unescaped: pass tokens
             through :func:`tl_contrastive_lrp.render.text.inert` first.
 
     Raises:
-        ValueError: a number is NaN or infinite.
+        ValueError: A number is NaN or infinite.
     """
     uid = f"circuits-vis-{uuid4().hex[:13]}"
     body = (
@@ -140,9 +141,9 @@ def component(
 
 
 def page(views: Sequence[OfflineHTML], title: str) -> str:
-    """One HTML page of several views that holds the circuitsvis bundle once, if any needs it.
+    """One HTML page of several views, with the circuitsvis bundle once if any view needs it.
 
-    Its content security policy lets a browser run exactly these scripts and fetch nothing.
+    Its content security policy lets a browser run exactly these scripts and request nothing.
     """
     drawn = any(not isinstance(view, PlainHTML) for view in views)
     scripts = [*([bundle()] if drawn else []), *(view.script for view in views)]

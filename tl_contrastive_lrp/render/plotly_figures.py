@@ -1,6 +1,6 @@
 """A comparison as a plotly figure, and plotly figures that display without network.
 
-plotly is asked for only when a figure is.
+The module plotly is imported only when a figure is made.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _COLUMNS = ("pos", "src_pos", "dest_pos")
 
 
 def _plotly(module: str) -> Any:
+    """A module of plotly, which is an optional dependency."""
     try:
         return import_module(f"plotly.{module}")
     except ImportError as error:
@@ -30,10 +31,10 @@ def _plotly(module: str) -> Any:
 
 
 def _pivot(cells: pd.DataFrame, axes: tuple[str, ...]) -> tuple[list[str], pd.DataFrame, str]:
-    """Row label of each cell, the cells, and the axis that runs to the right."""
+    """The row label of each cell, the cells, and the axis that runs to the right."""
     right = next((axis for axis in _COLUMNS if axis in axes), axes[-1])
     down = [axis for axis in axes if axis != right] or [right]
-    named = "node" in axes or "reader" in axes  # their names say the layer already
+    named = "node" in axes or "reader" in axes  # their names include the layer
     parts = [axis for axis in down if not (named and axis == "layer")]
     if named:
         labels = [" ← ".join(map(str, row)) for row in cells[parts].itertuples(index=False)]
@@ -49,12 +50,12 @@ def agreement_figure(cells: pd.DataFrame, axes: tuple[str, ...], title: str) -> 
     """Scatter of estimated over measured effects, and both as heatmaps on one colour scale.
 
     Args:
-        cells: A row a cell, with its axes, "measured" and "estimated".
-        axes: The columns that name a cell, "layer" among them.
-        title: Heading.
+        cells: One cell per row: its axes, "measured" and "estimated".
+        axes: The columns that identify a cell, "layer" among them.
+        title: The heading.
 
     Raises:
-        ImportError: plotly is not installed.
+        ImportError: Plotly is not installed.
     """
     go, make = _plotly("graph_objects"), _plotly("subplots").make_subplots
     labels, cells, right = _pivot(cells, axes)
@@ -114,7 +115,7 @@ def agreement_figure(cells: pd.DataFrame, axes: tuple[str, ...], title: str) -> 
 
 
 class OfflineFigure:
-    """A plotly figure whose HTML holds plotly's JavaScript and asks no network.
+    """A plotly figure whose HTML holds plotly's JavaScript and uses no network.
 
     Attributes:
         figure: The plotly ``Figure``.
@@ -136,7 +137,7 @@ class OfflineFigure:
         return self._html(False)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write it as one HTML page; see ``files.save_html`` for errors."""
+        """Write the figure as one HTML page; errors are those of ``files.save_html``."""
         return save_html(path, self._html(True))
 
 
@@ -146,16 +147,17 @@ Line = tuple[str, Sequence[float], Sequence[float]]
 def line_figure(
     lines: Sequence[Line], *, x: str, y: str, log_x: bool = False, pairs: bool = False
 ) -> Any:
-    """A plotly ``Figure`` of (name, x, y) lines.
+    """A plotly ``Figure`` of lines.
 
     Args:
-        lines: What to draw.
-        x, y: Titles of the axes.
-        log_x: Logarithmic x axis.
-        pairs: Lines come in twos of one colour, the second dashed.
+        lines: The name, x and y of each line.
+        x: Title of the x axis.
+        y: Title of the y axis.
+        log_x: Whether the x axis is logarithmic.
+        pairs: Whether lines come in pairs of one colour, the second dashed.
 
     Raises:
-        ImportError: plotly is not installed; says how to install it.
+        ImportError: Plotly is not installed; says how to install it.
     """
     try:
         go, colors = import_module("plotly.graph_objects"), import_module("plotly.colors")

@@ -1,4 +1,4 @@
-"""The prompt as rows of a report: a token's texts, numbers and look; folded pieces; rankings."""
+"""The prompt of a report as rows: texts, numbers and look of each token; folds; rankings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .folds import Fold
+from .ranking import extremes
 from .scale import colours, span
 from .text import magnitude, percent, signed, visible, visible_tokens, with_parts
 
@@ -25,7 +26,7 @@ def token_rows(
     greyed: NDArray[np.bool_],
     delta: float,
 ) -> list[dict[str, Any]]:
-    """A row per token: texts, numbers, and its look without and with greyed tokens in the scale."""
+    """One row per token: texts, numbers, and its look on scales without and with greyed ones."""
     backs, whites = colours(relevance / span(relevance, greyed))
     backs_all, whites_all = colours(relevance / span(relevance, greyed & False))
     rows = []
@@ -50,49 +51,45 @@ def token_rows(
     return rows
 
 
-def extremes(
+def rankings(
     rows: list[dict[str, Any]],
     relevance: NDArray[np.float64],
-    kept: NDArray[np.bool_],
+    eligible: NDArray[np.bool_],
     *,
     in_context: bool = False,
 ) -> list[list[dict[str, Any]]]:
-    """The ten most positive and the ten most negative tokens among those kept, with bar widths.
+    """The ten most positive and the ten most negative of some tokens, with bar widths.
 
     Args:
-        rows: of :func:`token_rows`.
-        relevance: in logits, ``[pos]``.
-        kept: bool per token, ``[pos]``.
-        in_context: add the text before and after each, as ``before`` and ``after``.
+        rows: The rows of :func:`token_rows`.
+        relevance: Relevance in logits, ``[pos]``.
+        eligible: Which tokens to rank, ``[pos]``.
+        in_context: Whether to add the text before and after each, as ``before`` and ``after``.
     """
-    order = [int(i) for i in np.argsort(-relevance, kind="stable") if kept[i]]
-    sides = [
-        [i for i in order if relevance[i] > 0][:10],
-        [i for i in reversed(order) if relevance[i] < 0][:10],
-    ]
+    sides = extremes(np.where(eligible, relevance, 0.0), 10)
     largest = max((abs(float(relevance[i])) for side in sides for i in side), default=1.0)
-    found = [
+    ranked = [
         [{**rows[i], "bar": round(100 * abs(float(relevance[i])) / largest, 1)} for i in side]
         for side in sides
     ]
     if in_context:
         shown = [row["show"] for row in rows]
-        for row in (row for side in found for row in side):
+        for row in (row for side in ranked for row in side):
             at = row["pos"]
             before = "".join(shown[max(0, at - _AROUND) : at])
             after = "".join(shown[at + 1 : at + 1 + _AROUND])
             row["before"] = before[-_AROUND:]
             row["after"] = after[:_AROUND]
-    return found
+    return ranked
 
 
 def parts(rows: Sequence[dict[str, Any]], folds: Sequence[Fold]) -> list[dict[str, Any]]:
     """The prompt in order: ``rows`` of tokens to show, then the ``fold`` after them, and so on."""
-    found: list[dict[str, Any]] = []
+    alternating: list[dict[str, Any]] = []
     at = 0
     for index, fold in enumerate(folds):
         inside = rows[fold.first : fold.last + 1]
-        found.append(
+        alternating.append(
             {
                 "rows": rows[at : fold.first],
                 "fold": {
@@ -110,11 +107,11 @@ def parts(rows: Sequence[dict[str, Any]], folds: Sequence[Fold]) -> list[dict[st
             }
         )
         at = fold.last + 1
-    return [*found, {"rows": rows[at:], "fold": None}]
+    return [*alternating, {"rows": rows[at:], "fold": None}]
 
 
 def account(folds: Sequence[Fold], relevance: NDArray[np.float64]) -> dict[str, str]:
-    """What is folded, in words: how many tokens, in how many pieces, and what they hold."""
+    """What is folded, in words: how many tokens in how many pieces, and what they hold."""
     folded = sum(fold.count for fold in folds)
     all_sizes = float(np.abs(relevance).sum())
     share = sum(fold.size for fold in folds) / all_sizes if all_sizes else 0.0

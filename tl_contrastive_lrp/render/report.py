@@ -1,4 +1,4 @@
-"""One attribution as one HTML page that opens from disk and fetches nothing."""
+"""One attribution as one HTML page that opens from disk and requests nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import tables
 from .folds import LONG, folds_of
 from .graph.picture import GraphView, graph_section, section_script
 from .offline import script_hash, source, templates
-from .prompt import account, extremes, parts, token_rows
+from .prompt import account, parts, rankings, token_rows
 from .scale import GREY, NEGATIVE, POSITIVE, as_array, as_mask, check_tokens, span
 from .text import (
     PARTS,
@@ -35,35 +35,36 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Report:
-    """What the page shows. Arrays may be numpy arrays, tensors or nested lists.
+    """The data of a page. Arrays may be numpy arrays, tensors or nested lists.
 
     Attributes:
-        title: heading of the page.
-        model_name: the model, as the user named it.
-        rules: name of the rule set.
-        objective: the objective in words, with its sign convention.
-        str_tokens: the prompt's tokens as text, ``[pos]``.
-        token_ids: their ids, ``[pos]``.
-        tokens: relevance in logits, ``[pos]``; positive supports the target.
+        title: Heading of the page.
+        model_name: The model, as the user named it.
+        rules: Name of the rule set.
+        objective: The objective in words, with its sign convention.
+        str_tokens: The prompt's tokens as text, ``[pos]``.
+        token_ids: Their ids, ``[pos]``.
+        tokens: Relevance in logits, ``[pos]``; positive supports the target.
         delta: Δℓ, the objective's value in logits.
-        target: the token the model preferred; several for a set; none for other objectives.
-        contrast: the token it should have preferred, likewise.
-        target_logit, contrast_logit: their logits (a set's mean), or ``None``.
-        target_is_top: whether the target is what the model writes greedily; decides between
+        target: The token that the model preferred; several for a set, none for other objectives.
+        contrast: The token that it should have preferred; likewise.
+        target_logit: The target's logit (a set's mean), or ``None``.
+        contrast_logit: The contrast's logit, or ``None``.
+        target_is_top: Whether the target is what the model writes greedily; decides between
             "the model wrote" and "why this rather than that".
-        greyed: bool per token, ``[pos]``: special tokens and the first token.
-        position: position whose prediction is explained, several in words ("3, 5-8"); ``None`` for
-            the last.
-        resid: relevance in logits, ``[site, pos]``, or ``None``.
-        site_labels: a HookPoint name per site.
-        heads: relevance in logits, ``[layer, head, pos]``, or ``None``.
-        candidates: rows of the next-token table, or ``None``. Keys become column names; a column
+        greyed: One bool per token, ``[pos]``: special tokens and the first token.
+        position: The position whose prediction is explained, or several in words ("3, 5-8");
+            ``None`` for the last.
+        resid: Relevance in logits, ``[site, pos]``, or ``None``.
+        site_labels: One HookPoint name per site.
+        heads: Relevance in logits, ``[layer, head, pos]``, or ``None``.
+        candidates: Rows of the next-token table, or ``None``. Keys become column names; a column
             ``token`` is shown as a token, ``probability`` as a percentage.
-        ledger: a row per site: ``site``, ``total``, ``share`` (of Δℓ), ``biases``, ``position``,
+        ledger: One row per site: ``site``, ``total``, ``share`` (of Δℓ), ``biases``, ``position``,
             ``other``.
-        coverage: rows saying which component got which rule.
-        graph: the attribution graph, pruned, or ``None``.
-        notes: sentences for the end of the page.
+        coverage: Rows that say which component has which rule.
+        graph: The attribution graph, pruned, or ``None``.
+        notes: Sentences for the end of the page.
     """
 
     title: str
@@ -92,24 +93,24 @@ class Report:
 
 
 def report_html(report: Report) -> str:
-    """The page for ``report``: one string of HTML, complete in itself.
+    """The page for a report: one self-contained string of HTML.
 
     The prompt's colours are linear in relevance; full colour is the largest magnitude among the
     tokens that are not greyed, or among all when the reader ticks the box.
 
     A prompt of more than ``folds.LONG`` tokens is folded: runs of tokens of low relevance are
-    closed pieces (``<details>``, so they open by click, by keyboard, by the browser's own search
-    and without JavaScript) that state how many tokens they hold, what their relevance sums to and
-    how large the largest is. Closed, a piece is one text; its tokens become elements when it is
-    opened, and so do the rows of the table of all tokens. A search box finds text across tokens,
-    in closed pieces too, and opens them; rankings lead to their tokens. Hidden states are sent as
-    float16 times a unit a site, which keeps three digits.
+    closed pieces (``<details>``, which open by click, by keyboard, by the browser's own search and
+    without JavaScript) that state how many tokens they hold, what their relevance sums to and how
+    large the largest is. A closed piece is one text; its tokens become elements when it is opened,
+    and so do the rows of the table of all tokens. A search box finds text across tokens, also in
+    closed pieces, and opens them; rankings lead to their tokens. Hidden states are sent as float16
+    times one unit per site, which keeps three digits.
 
-    All text is escaped, and a content security policy in the page forbids every request and
-    every script but the page's own.
+    All text is escaped, and the page's content security policy forbids every request and every
+    script but its own.
 
     Raises:
-        ValueError: shapes and lengths disagree, or a value is NaN or infinite.
+        ValueError: Shapes and lengths disagree, or a value is NaN or infinite.
         TypeError: ``str_tokens`` is not a list of strings.
     """
     relevance = as_array(report.tokens, 1, "tokens")
@@ -166,8 +167,8 @@ def report_html(report: Report) -> str:
             parts=parts(rows, folds),
             words=account(folds, relevance),
             rankings=[
-                {"greyed": every, "sides": extremes(rows, relevance, kept, in_context=long)}
-                for every, kept in ((False, ~greyed), (True, greyed | True))
+                {"greyed": every, "sides": rankings(rows, relevance, eligible, in_context=long)}
+                for every, eligible in ((False, ~greyed), (True, greyed | True))
             ],
             gradient=",".join([*reversed(NEGATIVE), *POSITIVE[1:]]),
             grey=GREY,
@@ -197,7 +198,7 @@ def _resid(report: Report, length: int) -> NDArray[np.float64] | None:
 
 
 def _script(long: bool) -> str:
-    """The page's script; what only a long prompt needs goes into a long prompt's page alone."""
+    """The page's script; only the page of a long prompt has what a long prompt needs."""
     files = {"look": "look.js"}
     if long:
         files |= {"folded": "folded.js", "find": "find.js", "table": "tokens_table.js"}

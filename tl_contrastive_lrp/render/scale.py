@@ -12,14 +12,14 @@ from ..errors import NonFiniteError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# White to full colour. Red and blue differ in hue for every common colour vision, and both grow
-# darker with size, so the size also survives in grey print.
+# From white to full colour. Red and blue differ in hue for every common colour vision, and both
+# become darker with magnitude, so the magnitude also survives in grey print.
 POSITIVE = ("#ffffff", "#fbd9c6", "#f39d7c", "#d8513f", "#a81529")
 NEGATIVE = ("#ffffff", "#d3e5f4", "#8fc1e6", "#3f86c5", "#1c4f96")
 GREY = "#e4e4e7"
 
-# circuitsvis turns text white at a brightness where neither black nor white reads well; these
-# ends stay light enough for black text throughout.
+# circuitsvis switches to white text at a brightness where neither black nor white reads well; these
+# full colours stay light enough for black text.
 LIGHT_POSITIVE = "#f58a72"
 LIGHT_NEGATIVE = "#74b3ea"
 
@@ -28,8 +28,8 @@ def as_array(values: Any, ndim: int, what: str) -> NDArray[np.float64]:
     """A finite float64 array of ``ndim`` dimensions from a tensor, an array or nested lists.
 
     Raises:
-        ValueError: the number of dimensions is another.
-        NonFiniteError: a value is NaN or infinite.
+        ValueError: The number of dimensions differs.
+        NonFiniteError: A value is NaN or infinite.
     """
     if hasattr(values, "detach"):
         values = values.detach().double().cpu().numpy()
@@ -46,11 +46,11 @@ def as_array(values: Any, ndim: int, what: str) -> NDArray[np.float64]:
 
 
 def as_mask(greyed: Any, length: int) -> NDArray[np.bool_]:
-    """A bool per token; ``None`` means no token is greyed.
+    """One bool per token; ``None`` means that no token is greyed.
 
     Raises:
-        ValueError: there is not exactly one flag per token, or a flag is not a bool (token
-            positions or ids given by mistake would otherwise count as flags).
+        ValueError: There is not exactly one flag per token, or a flag is not a bool (positions or
+            ids given by mistake would otherwise count as flags).
     """
     if greyed is None:
         return np.zeros(length, dtype=bool)
@@ -68,8 +68,8 @@ def check_tokens(str_tokens: Sequence[str], length: int) -> list[str]:
     """The tokens as a list, one for each of ``length`` positions.
 
     Raises:
-        ValueError: there are none, or their number is another.
-        TypeError: one string was given, or an entry is not a string.
+        ValueError: There are no tokens, or not ``length`` of them.
+        TypeError: They are one string, or an entry is not a string.
     """
     if isinstance(str_tokens, str):
         raise TypeError("str_tokens must be a list of strings, one per token, not one string")
@@ -85,19 +85,31 @@ def check_tokens(str_tokens: Sequence[str], length: int) -> list[str]:
 
 
 def span(values: NDArray[np.float64], greyed: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Largest magnitude over the last axis without greyed tokens; 1 where that is 0.
+    """The largest magnitude among the tokens that are not greyed; 1 if that is 0.
 
     Args:
-        values: relevance, ``[..., pos]``.
-        greyed: bool, ``[pos]``.
+        values: Relevance, ``[..., pos]``.
+        greyed: One bool per token, ``[pos]``.
 
     Returns:
-        ``[...]``, always positive, so that a value divided by it is at most 1 in magnitude for
-        every token that counts.
+        The magnitude of full colour, ``[...]``, always positive.
     """
-    kept = np.where(greyed, 0.0, np.abs(values))
-    largest: NDArray[np.float64] = kept.max(axis=-1)
+    largest: NDArray[np.float64] = np.where(greyed, 0.0, np.abs(values)).max(axis=-1)
     return np.where(largest > 0, largest, 1.0)
+
+
+def largest_among(size: NDArray[np.float64], *masks: NDArray[np.bool_]) -> float:
+    """The largest value under the first mask that has one above 0, else among all values, else 1.
+
+    Args:
+        size: Values, none of them negative.
+        masks: Which values count, of the same shape, by preference.
+    """
+    for mask in (*masks, np.ones(size.shape, dtype=bool)):
+        largest = float(size[mask].max(initial=0.0))
+        if largest > 0:
+            return largest
+    return 1.0
 
 
 def colours(
@@ -105,14 +117,16 @@ def colours(
     positive: Sequence[str] = POSITIVE,
     negative: Sequence[str] = NEGATIVE,
 ) -> tuple[list[str], list[bool]]:
-    """Background colours for fractions of the scale, and whether white text reads better.
+    """Background colours for fractions of the scale, and whether white text reads better on them.
 
     Args:
-        fractions: ``[pos]``, clipped to -1 … 1.
-        positive, negative: colour stops from zero to full.
+        fractions: Fractions of full colour, ``[pos]``, clipped to -1 … 1.
+        positive: Colour stops for positive fractions, from zero to full.
+        negative: Colour stops for negative fractions, from zero to full.
 
     Returns:
-        ``#rrggbb`` strings, and a bool each: white has more contrast (WCAG 2) than black.
+        A colour ``#rrggbb`` for each fraction, and whether white has more contrast with it (WCAG 2)
+        than black.
     """
     x = np.clip(fractions, -1.0, 1.0)
     up, down = (_mix(np.abs(x), stops) for stops in (positive, negative))
@@ -124,7 +138,7 @@ def colours(
 
 
 def _mix(x: NDArray[np.float64], stops: Sequence[str]) -> NDArray[np.float64]:
-    """Linear interpolation between equally spaced colour stops: ``[n]`` to ``[n, rgb]``."""
+    """Linear interpolation between equally spaced colour stops, from ``[n]`` to ``[n, rgb]``."""
     points = np.linspace(0.0, 1.0, len(stops))
     rgb = np.array([[int(stop[i : i + 2], 16) for i in (1, 3, 5)] for stop in stops], dtype=float)
     return np.stack([np.interp(x, points, rgb[:, c]) for c in range(3)], axis=-1)

@@ -1,4 +1,4 @@
-"""Tables of a report as rows of ready cells."""
+"""Tables of a report, as rows of cells that are ready for the template."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from .text import percent, printable, signed, visible, with_parts
 
 @dataclass(frozen=True)
 class Cell:
-    """A table cell: its text, whether it is a number, a token, and a bar's width in percent."""
+    """A table cell.
+
+    Attributes:
+        text: What it shows.
+        number: Whether it is a number.
+        token: Whether it is a token.
+        bar: Width of its bar in percent, or ``None`` for no bar.
+        positive: Whether the bar is that of a positive number.
+    """
 
     text: str
     number: bool = False
@@ -26,7 +34,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Column names, whether each holds numbers, and the rows."""
+    """A table.
+
+    Attributes:
+        columns: Names of the columns.
+        numeric: Whether each column holds numbers.
+        rows: The cells, row by row.
+    """
 
     columns: list[str]
     numeric: list[bool]
@@ -34,10 +48,10 @@ class Table:
 
 
 def general(rows: Sequence[Mapping[str, Any]]) -> Table | None:
-    """A table whose columns are the rows' keys in order of first appearance.
+    """A table whose columns are the keys of the rows, in order of first appearance.
 
-    Integers and floats become right-aligned numbers (``probability`` and ``share`` percentages,
-    ``share`` with a bar), ``token`` a visible token, ``None`` a dash, all else its text.
+    Integers and floats become right-aligned numbers, ``probability`` and ``share`` percentages
+    (``share`` with a bar), ``token`` a visible token, ``None`` a dash, and all else its text.
     """
     if not rows:
         return None
@@ -69,7 +83,14 @@ def _cell(column: str, value: Any) -> Cell:
 
 @dataclass(frozen=True)
 class Heads:
-    """Layer × head sums over positions, coloured, with the numbers that go with them."""
+    """Relevance of heads, summed over positions.
+
+    Attributes:
+        rows: One row of cells per layer.
+        count: Number of heads per layer.
+        largest: The largest magnitude, in words.
+        numbers: Whether there is room for a number in each cell.
+    """
 
     rows: list[list[dict[str, Any]]]
     count: int
@@ -78,11 +99,11 @@ class Heads:
 
 
 def heads(values: Any, tokens: Sequence[str]) -> Heads | None:
-    """Cells for relevance of heads, summed over positions.
+    """Cells for the relevance of heads, summed over positions.
 
     Args:
-        values: relevance in logits, ``[layer, head, pos]``, or ``None``.
-        tokens: the tokens, ``[pos]``; a cell's title names its head's strongest one.
+        values: Relevance in logits, ``[layer, head, pos]``, or ``None``.
+        tokens: The tokens, ``[pos]``; a cell's title names its head's strongest one.
 
     Raises:
         ValueError: ``values`` has another number of positions, or is not finite.

@@ -1,4 +1,4 @@
-"""Text that is safe to put into HTML and scripts, and readable once it is there."""
+"""Text that is safe inside HTML and scripts, and readable there."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _SPACE_RUN = re.compile(" {2,}")
 
 
 def script_json(value: Any) -> str:
-    """JSON that may stand inside ``<script>``: no character in it can end or open markup.
+    """JSON that is safe inside ``<script>``: no character in it can end or open markup.
 
-    Non-ASCII characters (U+2028 and lone surrogates among them) and ``< > & '`` become
-    ``\\uXXXX`` escapes, which mean the same to a JSON or JavaScript parser.
+    Non-ASCII characters (including U+2028 and lone surrogates) and ``< > & '`` become Unicode
+    escapes, which mean the same to a JSON or JavaScript parser.
 
     Raises:
-        ValueError: a number is NaN or infinite.
+        ValueError: A number is NaN or infinite.
     """
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for char in "<>&'":
@@ -38,22 +38,22 @@ def script_json(value: Any) -> str:
 
 
 def inline_script(source: str) -> str:
-    """JavaScript source that may stand inside ``<script>``; string literals keep their value."""
+    """JavaScript source that is safe inside ``<script>``; string literals keep their value."""
     return source.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def printable(text: str) -> str:
-    """``text`` with characters that no browser shows (controls, half surrogates) made visible."""
+    """A text with the characters that no browser shows (controls, lone surrogates) made visible."""
     text = _SURROGATE.sub("\ufffd", text)
     return _CONTROL.sub(
-        lambda found: "\u2421" if found[0] == "\x7f" else chr(0x2400 + ord(found[0])), text
+        lambda match: "\u2421" if match[0] == "\x7f" else chr(0x2400 + ord(match[0])), text
     )
 
 
 def visible(token: str) -> str:
-    """One token on one line: newline ``↵``, tab ``⇥``, telling spaces ``·``, empty ``∅``.
+    """A token on one line: newline ``↵``, tab ``⇥``, some spaces ``·``, the empty token ``∅``.
 
-    A single space before a word stays a space; spaces that are the whole token, or come in runs
+    A single space before a word stays a space. Spaces that are the whole token, or come in runs
     (indentation), are shown as dots.
     """
     if not token:
@@ -65,13 +65,12 @@ def visible(token: str) -> str:
 
 
 def part_marks(tokens: Sequence[str]) -> list[str]:
-    """A mark for every token that holds a part of a character: ``¹⁄₃``, ``²⁄₃``, ``³⁄₃``.
+    """A mark for every token that holds part of a character: ``¹⁄₃``, ``²⁄₃``, ``³⁄₃``.
 
-    A character of several tokens stands whole in the text of the first, and the texts of the
-    others are empty (``tl_contrastive_lrp.token_text``). So empty texts after a character that
-    UTF-8 writes with several bytes are its parts, as many as it has bytes at most. All other
-    tokens have the mark "": also one that ends a character and goes on with text of its own,
-    which shows that text.
+    A character of several tokens is whole in the text of the first, and the texts of the others are
+    empty (``inputs/token_text.py``). So empty texts after a character that takes several bytes in
+    UTF-8 are its parts, at most as many as it has bytes. All other tokens have the mark "", and so
+    has one that ends a character and goes on with text of its own, which shows that text.
     """
     marks = [""] * len(tokens)
     for at in [i for i, token in enumerate(tokens) if not token and i and tokens[i - 1]]:
@@ -86,9 +85,10 @@ def part_marks(tokens: Sequence[str]) -> list[str]:
 
 
 def visible_tokens(tokens: Sequence[str]) -> list[str]:
-    """The tokens of a prompt, each on one line, as they read one after another.
+    """The tokens of a prompt, each on one line, as they read one after the other.
 
-    As ``visible``, and the parts of a character are marked: "你¹⁄₃", "²⁄₃", "³⁄₃".
+    They are shown as ``visible`` shows them, with parts of a character marked: "你¹⁄₃", "²⁄₃",
+    "³⁄₃".
     """
     return [
         (visible(token) if token or not mark else "") + mark
@@ -97,23 +97,23 @@ def visible_tokens(tokens: Sequence[str]) -> list[str]:
 
 
 def with_parts(tokens: Sequence[str]) -> list[str]:
-    """The tokens' texts as they read by themselves: part of a character with it, "你²⁄₃"."""
-    found: list[str] = []
+    """Each token's text as it reads by itself; a part of a character is shown as "你²⁄₃"."""
+    texts: list[str] = []
     character = ""
     for token, mark in zip(tokens, part_marks(tokens), strict=True):
         if token:
             character = token[-1]
-        found.append((token or character if mark else token) + mark)
-    return found
+        texts.append((token or character if mark else token) + mark)
+    return texts
 
 
 def inert(token: str) -> str:
-    """A token that circuitsvis shows as it is, though it puts token text into ``innerHTML``.
+    """A token that circuitsvis shows literally, although it puts token text into ``innerHTML``.
 
-    An invisible word joiner (U+2060) after every ``<`` and ``&`` keeps an HTML parser from
-    reading a tag or an entity there: both need a letter, ``/``, ``!``, ``?`` or ``#`` next. Plain
-    entities would be shown literally in the tooltip, which circuitsvis does escape.
-    Newlines keep their line break and get a visible sign.
+    An invisible word joiner (U+2060) after every ``<`` and ``&`` keeps an HTML parser from reading
+    a tag or an entity there: both need a letter, ``/``, ``!``, ``?`` or ``#`` next. Entities would
+    be shown literally in the tooltip, which circuitsvis does escape. Newlines keep their line break
+    and get a visible sign.
     """
     text = printable(token) if token else "\u2205"
     text = text.replace("\n", "\u21b5\n").replace("\t", "\u21e5\t").replace("\r", "\u240d")
@@ -121,7 +121,7 @@ def inert(token: str) -> str:
 
 
 def signed(value: float) -> str:
-    """A number with its sign in front, three decimals (or an exponent when it is tiny)."""
+    """A number with its sign and three decimals, or an exponent if it is tiny."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     text = f"{value:+.3f}" if abs(value) >= 0.0005 else f"{value:+.1e}"
@@ -129,15 +129,21 @@ def signed(value: float) -> str:
 
 
 def magnitude(value: float) -> str:
-    """A number that is never negative, as :func:`signed` but without the sign."""
+    """The magnitude of a number, formatted as by :func:`signed` but without a sign."""
     return signed(abs(value)).removeprefix("+")
 
 
 def percent(share: float | None) -> str:
-    """A share as a signed percentage; a dash where there is none."""
+    """A share as a signed percentage; a dash if there is none."""
     if share is None or not math.isfinite(share):
         return "\u2013"
     return f"{100 * share:+.1f} %".replace("-", "\u2212")
+
+
+def rounded(array: NDArray[np.float64], digits: int) -> Any:
+    """Nested lists with ``digits`` significant digits, in a third of the bytes, for tooltips."""
+    values = np.vectorize(lambda value: float(f"{value:.{digits}g}"), otypes=[float])
+    return values(array).tolist()
 
 
 def packed(array: NDArray[np.float64]) -> str:
@@ -146,10 +152,10 @@ def packed(array: NDArray[np.float64]) -> str:
 
 
 def packed_half(array: NDArray[np.float64]) -> tuple[str, list[float]]:
-    """``[row, column]`` as float16 in base64 and a unit a row, by which it is to be multiplied.
+    """A matrix ``[row, column]`` as float16 in base64, and the unit of each row.
 
-    Half the bytes, three digits; a row's largest size becomes 2**15, so that numbers keep their
-    digits down to 2**-29 of it.
+    Multiplied by their row's unit, the numbers have three digits in half the bytes. A row's largest
+    magnitude becomes 2**15, so that numbers keep their digits down to 2**-29 of it.
     """
     units = np.abs(array).max(axis=1) / 2.0**15
     units = np.where(units > 0, units, 1.0)

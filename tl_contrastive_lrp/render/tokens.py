@@ -11,7 +11,7 @@ from .folds import LONG
 from .long_tokens import long_tokens
 from .offline import OfflineHTML, component, source
 from .scale import GREY, LIGHT_NEGATIVE, LIGHT_POSITIVE, as_array, as_mask, check_tokens, span
-from .text import PARTS, inert, part_marks, signed
+from .text import PARTS, inert, part_marks, rounded, signed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,26 +25,26 @@ def colored_tokens(
     target: str = "the target",
     contrast: str = "the contrast",
 ) -> OfflineHTML:
-    """circuitsvis' ``colored_tokens`` for relevance: red pushes to the target, blue away from it.
+    """Tokens by relevance, as circuitsvis' ``colored_tokens``: red supports the target.
 
-    Zero is white and the scale is symmetric: full colour is the largest magnitude among the
-    tokens that are not greyed. A prompt of more than ``folds.LONG`` tokens is shown by
-    :func:`long_tokens`, folded, in the same colours.
+    Blue supports the contrast, zero is white and the scale is symmetric: full colour is the largest
+    magnitude among the tokens that are not greyed. A prompt of more than ``folds.LONG`` tokens is
+    folded and shown by :func:`long_tokens`, in the same colours.
 
     Args:
-        str_tokens: the tokens as text, ``[pos]``; shown literally, whatever they contain.
-        values: relevance in logits, ``[pos]`` (list, array or tensor).
-        greyed: a bool per token, ``[pos]``: drawn grey and left out of the scale (the tooltip
+        str_tokens: The tokens as text, ``[pos]``; shown literally, whatever they contain.
+        values: Relevance in logits, ``[pos]`` (list, array or tensor).
+        greyed: One bool per token, ``[pos]``: drawn grey and left out of the scale (the tooltip
             still shows the value). Meant for special tokens and the first token, whose relevance
             would otherwise drown the rest. ``None`` greys nothing.
-        target: words for what positive relevance supports, for the legend.
-        contrast: words for what negative relevance supports.
+        target: Words for what positive relevance supports, for the legend.
+        contrast: Words for what negative relevance supports.
 
     Returns:
-        An object that a notebook displays; its HTML carries its script and fetches nothing.
+        An object that a notebook displays; its HTML carries its script and requests nothing.
 
     Raises:
-        ValueError: lengths differ, there are no tokens, or a value is NaN or infinite.
+        ValueError: Lengths differ, there are no tokens, or a value is NaN or infinite.
         TypeError: ``str_tokens`` is not a list of strings.
     """
     array = as_array(values, 1, "values")
@@ -71,7 +71,7 @@ def colored_tokens(
         greyed=np.flatnonzero(mask).tolist(),
         grey=GREY,
         tokens=_inert_tokens(tokens),
-        values=_short(array),
+        values=rounded(array, 6),
         minValue=-scale,
         maxValue=scale,
         negativeColor=LIGHT_NEGATIVE,
@@ -89,25 +89,26 @@ def colored_tokens_by_site(
     target: str = "the target",
     contrast: str = "the contrast",
 ) -> OfflineHTML:
-    """circuitsvis' ``colored_tokens_multi`` over sites: choose one by pointing at its label.
+    """Tokens by relevance at several sites, as circuitsvis' ``colored_tokens_multi``.
 
-    Relevance gathers on the last position as it nears the output, so one scale for all sites
-    leaves the early ones blank. By default each site has its own scale: the largest magnitude
-    among its tokens that are not greyed. The numbers in the tooltips are logits either way.
+    The reader selects a site by pointing at its label. Relevance gathers at the last position
+    towards the output, so one scale for all sites leaves the early ones blank. By default each site
+    has its own scale: the largest magnitude among its tokens that are not greyed. The numbers in
+    the tooltips are logits either way.
     A prompt of more than ``folds.LONG`` tokens is shown by :func:`long_tokens`, folded, with a
     list to choose the site from.
 
     Args:
-        str_tokens: the tokens as text, ``[pos]``.
-        values: relevance in logits, ``[site, pos]``.
-        labels: a name per site.
-        greyed: a bool per token, as in :func:`colored_tokens`.
+        str_tokens: The tokens as text, ``[pos]``.
+        values: Relevance in logits, ``[site, pos]``.
+        labels: One name per site.
+        greyed: One bool per token, as in :func:`colored_tokens`.
         scale: ``"site"``, or ``"shared"`` for one scale over all sites.
-        target: words for what positive relevance supports.
-        contrast: words for what negative relevance supports.
+        target: Words for what positive relevance supports.
+        contrast: Words for what negative relevance supports.
 
     Raises:
-        ValueError: shapes and lengths disagree, nothing to show, NaN or infinite values, or an
+        ValueError: Shapes and lengths disagree, nothing to show, NaN or infinite values, or an
             unknown ``scale``.
         TypeError: ``str_tokens`` is not a list of strings.
     """
@@ -146,7 +147,7 @@ def colored_tokens_by_site(
             "negative": LIGHT_NEGATIVE,
         },
         tokens=_inert_tokens(tokens),
-        values=_short(array.T),
+        values=rounded(array.T, 6),
         labels=names,
         positiveBounds=[1.0] * len(names),
         negativeBounds=[-1.0] * len(names),
@@ -172,9 +173,3 @@ def _legend(
     if any(part_marks(tokens)):
         line.append(("", PARTS))
     return [*line, ("", full)]
-
-
-def _short(array: NDArray[np.float64]) -> Any:
-    """Nested lists with six significant digits: what a tooltip shows, a third of the bytes."""
-    digits = np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[float])
-    return digits(array).tolist()

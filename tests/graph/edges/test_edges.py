@@ -1,4 +1,4 @@
-"""The attribution graph's edges against the published slow way (``oracle_edges.py``).
+"""The attribution graph's edges against the published slow method (``oracle_edges.py``).
 
 Every family and variant, every rule set; by head and path; and what an edge says about
 interventions on the model.
@@ -52,10 +52,10 @@ def test_float64(name: str, rules: str, granularity: str) -> None:
     assert g.relevance.dtype == torch.float64
     errors = {}
     for row, (s, t) in enumerate(pairs(sites)):
-        found, wanted = g.matrix(s, t), matrix(name, rules, s, t)
-        errors[s, t] = error(found, wanted)
-        assert off(found.sum(0), g.relevance[row]) <= 1e-10, (s, t)
-        assert not found[~true.window(s, t)].any(), "an edge that no mask allows"
+        actual, expected = g.matrix(s, t), matrix(name, rules, s, t)
+        errors[s, t] = error(actual, expected)
+        assert off(actual.sum(0), g.relevance[row]) <= 1e-10, (s, t)
+        assert not actual[~true.window(s, t)].any(), "an edge that no mask allows"
     assert_all_below(errors, 1e-9)
     nodes = torch.stack([true.node(site) for site in sites])
     assert off(g.relevance, nodes) <= 1e-10
@@ -76,10 +76,10 @@ def test_float32(name: str, rules: str) -> None:
     for granularity in ("block", "sublayer"):
         g = graph_of(model, rules, granularity=granularity)
         for s, t in pairs(g.sites):
-            found, wanted = g.matrix(s, t), matrix(name, rules, s, t)
-            assert found.dtype == torch.float32
-            errors[s, t] = float((found.double() - wanted).abs().max())
-            largest = max(largest, float(wanted.abs().max()))
+            actual, expected = g.matrix(s, t), matrix(name, rules, s, t)
+            assert actual.dtype == torch.float32
+            errors[s, t] = float((actual.double() - expected).abs().max())
+            largest = max(largest, float(expected.abs().max()))
             terms = (true.state(s) * true.gradient(s)).abs().sum(-1).max()
             of_terms[s, t] = errors[s, t] / float(terms)
     assert_all_below({key: e / largest for key, e in errors.items()}, 1e-5)
@@ -98,7 +98,7 @@ def test_windows_hide_what_a_global_layer_shows(name: str) -> None:
 @pytest.mark.parametrize("rules", RULE_SETS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_objective_in_the_middle(name: str, rules: str) -> None:
-    """What comes after the position that is explained has no edges."""
+    """Positions after the explained one have no edges."""
     pos, model = 5, boot(name)
     g = graph_of(model, rules, clrp.logit_diff(model, TARGET, CONTRAST, pos=pos))
     true = truth(name, rules, pos)
@@ -122,7 +122,7 @@ def test_shortest_prompts(name: str, rules: str, length: int) -> None:
 @pytest.mark.parametrize("rules", RULE_SETS)
 @pytest.mark.parametrize("name", ["qwen3-bias", "gpt2", "gemma3"])
 def test_objective_at_every_position(name: str, rules: str) -> None:
-    """Any function of the logits; here every row of every transition is alive."""
+    """Any function of the logits; here no row of any transition is empty."""
     seed = draw(1, N, VOCAB, seed=11)
     true = EdgeTruth(hf_model(name), TOKENS, seed, rules)
     g = graph_of(boot(name), rules, lambda logits: (logits * seed).sum(), granularity="sublayer")
@@ -180,10 +180,10 @@ def test_heads_and_paths(name: str, rules: str, granularity: str) -> None:
     plain = graph(name, rules, granularity)
     errors = {}
     for s, t in pairs(true.sites(granularity)):
-        whole, found = matrix(name, rules, s, t), g.matrix(s, t)
-        assert off(found, plain.matrix(s, t)) <= 1e-12, "without a choice, the sum of all parts"
+        whole, actual = matrix(name, rules, s, t), g.matrix(s, t)
+        assert off(actual, plain.matrix(s, t)) <= 1e-12, "without a choice, the sum of all parts"
         if true.step(s) % 2:
-            assert torch.equal(g.matrix(s, t, path="position"), found), "no attention here"
+            assert torch.equal(g.matrix(s, t, path="position"), actual), "no attention here"
             assert not g.matrix(s, t, path="value").any()
             continue
         total = g.matrix(s, t, path="position")
@@ -196,9 +196,9 @@ def test_heads_and_paths(name: str, rules: str, granularity: str) -> None:
                 errors[s, t, path, head] = error(part, cut, whole)
                 total = total + part
         small = 1e-12 * float(whole.abs().max())
-        assert (total - found).abs().max() <= small, "the parts add up to the edge"
+        assert (total - actual).abs().max() <= small, "the parts add up to the edge"
         both = g.matrix(s, t, path="value") + g.matrix(s, t, path="key")
-        assert between(both - found).abs().max() <= small
+        assert between(both - actual).abs().max() <= small
         one = sum(g.matrix(s, t, head=1, path=path) for path in PATHS[1:])
         assert (g.matrix(s, t, head=1) - one).abs().max() <= small
     assert_all_below(errors, 1e-9)
@@ -212,10 +212,10 @@ def test_heads_and_paths(name: str, rules: str, granularity: str) -> None:
 @pytest.mark.parametrize("name", [*FAMILIES, "qwen3-bias", "llama-bias"])
 def test_compatibility_mode_has_the_same_edges(name: str, rules: str, how: str) -> None:
     model, exact = _compatible(name, how), how == "no processing"
-    g, wanted = graph_of(model, rules, granularity="sublayer"), graph(name, rules, "sublayer")
-    for pair in pairs(wanted.sites):
+    g, expected = graph_of(model, rules, granularity="sublayer"), graph(name, rules, "sublayer")
+    for pair in pairs(expected.sites):
         limit = rounding.PROMISED[torch.float64] if exact else rounding.FOLDING
-        assert off(g.matrix(*pair), wanted.matrix(*pair)) <= limit, pair
+        assert off(g.matrix(*pair), expected.matrix(*pair)) <= limit, pair
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Edges of transitions over several blocks, against the slow way (``oracle_edges.py``)."""
+"""Edges of transitions over several blocks, against the slow method (``oracle_edges.py``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In tiles, edges by head and what explains a node are those of the plain way."""
+"""In tiles, edges by head and the details of nodes equal those of the plain engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def both(model: Any, **more: Any) -> tuple[clrp.AttributionGraph, clrp.Attributi
 
 
 def by_key(graph: clrp.AttributionGraph) -> torch.Tensor:
-    """Every possible edge's weight, 0 where there is none."""
+    """The weight of every possible edge, 0 if there is none."""
     heads = max(int(graph.head.max()) + 2, 6)  # type: ignore[union-attr]
     n = len(graph.str_tokens)
     dense = torch.zeros(len(graph.sites), n, n, heads, 3)
@@ -35,9 +35,9 @@ def by_key(graph: clrp.AttributionGraph) -> torch.Tensor:
     return dense
 
 
-def assert_close(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    assert got.shape == wanted.shape
-    assert float((got - wanted).abs().max()) <= LIMIT * float(wanted.abs().max())
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert got.shape == expected.shape
+    assert float((got - expected).abs().max()) <= LIMIT * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "zoo:gpt_neo", "zoo:gpt_bigcode", "zoo:mpt"])
@@ -59,16 +59,16 @@ def test_pruned_edges_by_head_are_the_same(name: str, pruning: dict[str, Any]) -
     for column in COLUMNS:
         assert torch.equal(getattr(plain, column), getattr(tiled, column)), column
     assert_close(tiled.weight, plain.weight)
-    (wanted,), (got,) = plain.history, tiled.history
-    for one, other in zip(wanted.transitions, got.transitions, strict=True):
+    (expected,), (got,) = plain.history, tiled.history
+    for one, other in zip(expected.transitions, got.transitions, strict=True):
         assert (one.edges_before, one.edges_kept) == (other.edges_before, other.edges_kept)
 
 
 @pytest.mark.parametrize(("threshold", "kept"), [(0.0, [0, 2, 3]), (0.5, [3])])
 def test_what_arrives_in_parts_that_cancel_is_passed_on(threshold: float, kept: list[int]) -> None:
-    """Between attention and MLP a state may hold 0 in sum; its position's share still goes on."""
+    """Between attention and MLP a state's relevance may sum to 0 and still be passed on."""
     source, target = torch.tensor([1.0, 0.0, -2.0, 3.0]), torch.tensor([0.0, 1.0, 0.0, 3.0])
-    rows, columns, weights = _diagonal(PruneRule(), source, target, threshold).chosen()
+    rows, columns, weights = _diagonal(PruneRule(), source, target, threshold).kept()
     assert rows.tolist() == columns.tolist() == kept
     assert weights.tolist() == source[kept].tolist()
 
@@ -79,13 +79,13 @@ def test_details(name: str) -> None:
     model = zoo.boot(name[4:], torch.float32) if at_zoo else boot(name, torch.float32)
     plain, tiled = both(model, details=True)
     for part in ("dimensions", "head_relevance", "neurons"):
-        wanted = getattr(plain, part)
-        if wanted.numel():
-            assert float(wanted.abs().max()) > 0
-            assert_close(getattr(tiled, part), wanted)
+        expected = getattr(plain, part)
+        if expected.numel():
+            assert float(expected.abs().max()) > 0
+            assert_close(getattr(tiled, part), expected)
         else:
-            assert getattr(tiled, part).shape == wanted.shape
+            assert getattr(tiled, part).shape == expected.shape
     site = plain.sites[1]
-    wanted, got = (graph.explain_node(site, 20) for graph in (plain, tiled))
-    assert list(wanted.columns) == list(got.columns)
-    assert wanted.iloc[:5, 0].tolist() == got.iloc[:5, 0].tolist()
+    expected, got = (graph.explain_node(site, 20) for graph in (plain, tiled))
+    assert list(expected.columns) == list(got.columns)
+    assert expected.iloc[:5, 0].tolist() == got.iloc[:5, 0].tolist()

@@ -31,9 +31,9 @@ def assert_same_matrices(plain: clrp.AttributionGraph, tiled: clrp.AttributionGr
         plain.relevance.abs().max()
     )
     for source, target in plain.transitions:
-        wanted, got = (g.matrix(g.sites[source], g.sites[target]) for g in (plain, tiled))
-        assert float(wanted.abs().max()) > 0
-        assert float((wanted - got).abs().max()) <= 1e-5 * float(wanted.abs().max())
+        expected, got = (g.matrix(g.sites[source], g.sites[target]) for g in (plain, tiled))
+        assert float(expected.abs().max()) > 0
+        assert float((expected - got).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
 def both(model: Any, ids: Tensor, **more: Any) -> tuple[Any, Any]:
@@ -79,11 +79,13 @@ def test_pruned_edges_are_the_same(name: str, pruning: dict[str, Any]) -> None:
     for column in COLUMNS:
         assert getattr(plain, column).tolist() == getattr(tiled, column).tolist()
     assert str(plain.history[0]) == str(tiled.history[0])
-    for wanted, got in zip(plain.history[0].transitions, tiled.history[0].transitions, strict=True):
-        assert (wanted.source, wanted.target) == (got.source, got.target)
-        assert (wanted.edges_before, wanted.edges_kept) == (got.edges_before, got.edges_kept)
-        assert abs(wanted.mass_before - got.mass_before) <= 1e-5 * wanted.mass_before
-        assert abs(wanted.mass_kept - got.mass_kept) <= 1e-5 * wanted.mass_before
+    for expected, got in zip(
+        plain.history[0].transitions, tiled.history[0].transitions, strict=True
+    ):
+        assert (expected.source, expected.target) == (got.source, got.target)
+        assert (expected.edges_before, expected.edges_kept) == (got.edges_before, got.edges_kept)
+        assert abs(expected.mass_before - got.mass_before) <= 1e-5 * expected.mass_before
+        assert abs(expected.mass_kept - got.mass_kept) <= 1e-5 * expected.mass_before
     assert plain.prune(top_k=9).connected().sites == tiled.prune(top_k=9).connected().sites
 
 
@@ -114,15 +116,15 @@ def test_what_tiles_cannot_do_is_refused() -> None:
 
 
 def streamed(matrix: Tensor, rule: PruneRule, bounds: list[int]) -> StreamingSelection:
-    """Rows in tiles, the last ones first, each as wide as causality lets it be."""
-    found = StreamingSelection(rule)
+    """Rows in tiles, the last ones first, each as wide as causality allows."""
+    actual = StreamingSelection(rule)
     for start, stop in reversed(list(pairwise(bounds))):
-        found.add(matrix[start:stop, :stop], start, 0, start * (start + 1) // 2)
-    return found
+        actual.add(matrix[start:stop, :stop], start, 0, start * (start + 1) // 2)
+    return actual
 
 
 def dense(matrix: Tensor, rule: PruneRule) -> clrp.AttributionGraph:
-    """The same by the pruning rules of whole graphs."""
+    """The same with the pruning of whole graphs."""
     n = len(matrix)
     columns = EdgeColumns()
     columns.add_dense(0, 1, matrix)
@@ -156,13 +158,13 @@ def test_streaming_chooses_what_the_whole_matrix_would(
 ) -> None:
     for seed, bounds in enumerate(([0, 60], [0, 1, 9, 10, 33, 60], list(range(61)))):
         matrix = draw(kind, 60, seed, dtype)
-        found = streamed(matrix, rule, bounds)
-        rows, columns, weights = found.chosen()
-        wanted = dense(matrix, rule)
-        assert rows.tolist() == wanted.target_pos.tolist()
-        assert columns.tolist() == wanted.source_pos.tolist()
-        assert torch.equal(weights, wanted.weight)
-        account, step = found.account(0, 1, weights), wanted.history[0].transitions[0]
+        actual = streamed(matrix, rule, bounds)
+        rows, columns, weights = actual.kept()
+        expected = dense(matrix, rule)
+        assert rows.tolist() == expected.target_pos.tolist()
+        assert columns.tolist() == expected.source_pos.tolist()
+        assert torch.equal(weights, expected.weight)
+        account, step = actual.account(0, 1, weights), expected.history[0].transitions[0]
         assert (account.edges_before, account.edges_kept) == (step.edges_before, step.edges_kept)
         assert account.mass_before == pytest.approx(step.mass_before, rel=1e-12)
         assert account.mass_kept == pytest.approx(step.mass_kept, rel=1e-12)
@@ -171,11 +173,11 @@ def test_streaming_chooses_what_the_whole_matrix_would(
 @pytest.mark.parametrize("rule", [PruneRule(mass=0.85), PruneRule(top_k=50)], ids=str)
 def test_what_cannot_be_kept_is_dropped_on_the_way(rule: PruneRule) -> None:
     matrix = draw("heavy", 400, 0, torch.float32)
-    found, most = StreamingSelection(rule), 0
+    actual, most = StreamingSelection(rule), 0
     for start in range(380, -1, -20):
-        found.add(matrix[start : start + 20, : start + 20], start, 0, start * (start + 1) // 2)
-        most = max(most, sum(len(part[2]) for part in found._parts))
-    assert most < 0.1 * found.edges
+        actual.add(matrix[start : start + 20, : start + 20], start, 0, start * (start + 1) // 2)
+        most = max(most, sum(len(part[2]) for part in actual._parts))
+    assert most < 0.1 * actual.edges
 
 
 def test_a_weight_that_is_no_number_is_refused() -> None:

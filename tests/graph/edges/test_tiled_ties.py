@@ -57,20 +57,20 @@ def whole(model: Any, ids: Tensor) -> clrp.AttributionGraph:
 
 
 def graph(model: Any, ids: Tensor, **how: Any) -> clrp.AttributionGraph:
-    found: clrp.AttributionGraph = clrp.attribution_graph(
+    actual: clrp.AttributionGraph = clrp.attribution_graph(
         model, ids, target=7, contrast=11, rules="attnlrp", progress=False, **how
     )
-    return found
+    return actual
 
 
-def sizes(found: clrp.AttributionGraph, step: tuple[int, int]) -> Tensor:
+def sizes(actual: clrp.AttributionGraph, step: tuple[int, int]) -> Tensor:
     """|weight| of a transition's edges, the largest first."""
-    mine = (found.source_site == step[0]) & (found.target_site == step[1])
-    return found.weight[mine].abs().sort(descending=True).values
+    mine = (actual.source_site == step[0]) & (actual.target_site == step[1])
+    return actual.weight[mine].abs().sort(descending=True).values
 
 
 def ends_among_equals(whole: clrp.AttributionGraph, pruned: clrp.AttributionGraph) -> bool:
-    """Whether what is kept last somewhere weighs what is dropped first."""
+    """Whether, in some transition, the last edge kept weighs as much as the first one dropped."""
     for step in whole.transitions:
         every, kept = sizes(whole, step), len(sizes(pruned, step))
         if 0 < kept < len(every) and every[kept - 1] == every[kept]:
@@ -79,18 +79,18 @@ def ends_among_equals(whole: clrp.AttributionGraph, pruned: clrp.AttributionGrap
 
 
 def prunings(whole: clrp.AttributionGraph) -> list[dict[str, Any]]:
-    """Those among many that end among equal edges of the transition that has most of them."""
+    """The prunings that end among equal edges, in the transition that has most of them."""
     counts: list[dict[str, Any]] = [{"top_k": k} for k in range(1, 400, 13)]
     shares: list[dict[str, Any]] = [{"mass": p / 200} for p in range(4, 200, 7)]
-    found = [p for p in (*counts, *shares) if ends_among_equals(whole, whole.prune(**p))]
-    return found[:: max(1, len(found) // 8)]
+    actual = [p for p in (*counts, *shares) if ends_among_equals(whole, whole.prune(**p))]
+    return actual[:: max(1, len(actual) // 8)]
 
 
 def test_equal_edges_are_equal_bit_for_bit(model: Any, ids: Tensor) -> None:
     """Else the rest shows nothing; in tiles too."""
     for how in ({"memory": "plain"}, {"memory": "tiled", "tile": 7}):
-        found = graph(model, ids, **how)
-        matrix = found.matrix(found.sites[0], found.sites[1])
+        actual = graph(model, ids, **how)
+        matrix = actual.matrix(actual.sites[0], actual.sites[1])
         target = 39
         tokens, weights = ids[0, :target].tolist(), matrix[target, :target].tolist()
         assert len(set(zip(tokens, weights, strict=True))) == len(set(tokens)) == len(set(weights))
@@ -103,24 +103,24 @@ def test_among_equal_edges_the_same_are_kept(
     chosen = prunings(whole)
     assert {key for pruning in chosen for key in pruning} == {"top_k", "mass"}
     for pruning in chosen:
-        wanted = whole.prune(**pruning)
-        found = graph(model, ids, memory="tiled", tile=tile, **pruning)
+        expected = whole.prune(**pruning)
+        actual = graph(model, ids, memory="tiled", tile=tile, **pruning)
         for column in COLUMNS:
-            assert getattr(found, column).tolist() == getattr(wanted, column).tolist(), pruning
-        assert float((found.weight - wanted.weight).abs().max()) <= 1e-12
+            assert getattr(actual, column).tolist() == getattr(expected, column).tolist(), pruning
+        assert float((actual.weight - expected.weight).abs().max()) <= 1e-12
 
 
 @pytest.mark.parametrize("tile", SIZES)
 def test_a_threshold_never_parts_equal_edges(
     tile: int, model: Any, ids: Tensor, whole: clrp.AttributionGraph
 ) -> None:
-    """Just below and just above what many weigh."""
+    """Thresholds just below and just above a weight that many edges share."""
     counts = Counter(sizes(whole, whole.transitions[0]).tolist())
     equal = [value for value, count in counts.items() if count > 2]
     assert len(equal) > 3
     for value in equal[:: len(equal) // 3]:
         for threshold in (value * (1 - 1e-9), value * (1 + 1e-9)):
-            wanted = whole.prune(threshold=threshold)
-            found = graph(model, ids, memory="tiled", tile=tile, threshold=threshold)
+            expected = whole.prune(threshold=threshold)
+            actual = graph(model, ids, memory="tiled", tile=tile, threshold=threshold)
             for column in COLUMNS:
-                assert getattr(found, column).tolist() == getattr(wanted, column).tolist()
+                assert getattr(actual, column).tolist() == getattr(expected, column).tolist()

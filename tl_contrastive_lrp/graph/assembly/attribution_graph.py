@@ -126,7 +126,7 @@ def attribution_graph(
     plan = GraphPlan.of(
         model, rules, granularity=granularity, layers=layers, heads=heads, details=details
     )
-    asked = GraphQuestion(objectives, PruneRule(mass, threshold, top_k), node_threshold)
+    asked = GraphQuestion(objectives, PruneRule(mass, threshold, top_k).single(), node_threshold)
     options = RunOptions(memory, tile, progress, checkpoint_dir)
     return _graphs(plan, facts, asked, options, prefilled)[0]
 
@@ -191,7 +191,7 @@ def attribution_graphs(
     plan = GraphPlan.of(
         model, rules, granularity=granularity, layers=layers, heads=heads, details=details
     )
-    asked = GraphQuestion(each, PruneRule(mass, threshold, top_k), node_threshold)
+    asked = GraphQuestion(each, PruneRule(mass, threshold, top_k).single(), node_threshold)
     options = RunOptions(memory, tile, progress, checkpoint_dir)
     return _graphs(plan, facts, asked, options, prefilled)
 

@@ -60,7 +60,7 @@ def tiled_graphs(
     sums.warn_of_underflow()
     return [
         _graph(plan, prompt, question, result, selections, heads)
-        for result, selections in zip(results, edges.found, strict=True)
+        for result, selections in zip(results, edges.selections, strict=True)
     ]
 
 
@@ -80,7 +80,7 @@ def _graph(
         else:
             ends = nodes.relevance[step.source], nodes.relevance[step.target]
             selection = _diagonal(rule, *ends, question.node_threshold)
-        rows, sources, *slots, weights = selection.chosen()
+        rows, sources, *slots, weights = selection.kept()
         slot = (slots[0] if slots else torch.zeros_like(rows)) if plan.heads else None
         columns.add_edges(step.source, step.target, rows, sources, weights, slot)
         accounts.append(selection.account(step.source, step.target, weights))

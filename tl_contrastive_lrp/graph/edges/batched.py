@@ -1,11 +1,11 @@
 """Edges between any two sites of the residual stream: one shared forward, many backward signals.
 
 Across several blocks there is no closed form. As in arXiv:2604.17761, Appendix A, the gradient at
-the target site is split by position and each piece is sent back alone,
+the target site is split by position and each piece is sent back alone:
 
-    A[j, i] = Σ_d h_s[i, d] · ∂⟨g_t[j], h_t[j]⟩ / ∂h_s[i, d],
+    A[j, i] = Σ_d h_s[i, d] · ∂⟨g_t[j], h_t[j]⟩ / ∂h_s[i, d]
 
-but over one recorded forward, and many pieces in one vectorised backward.
+Here all pieces go back over one recorded forward, many of them in one vectorised backward.
 """
 
 from __future__ import annotations
@@ -36,13 +36,18 @@ _MOST_SIGNALS = 16
 
 
 def chunk_size(model: Any, pos: int, device: torch.device) -> int:
-    """How many backward signals fit at once: each needs about what one backward allocates."""
+    """How many backward signals fit into memory at once.
+
+    Each needs about as much as one backward allocates.
+    """
     if is_low(model):
-        return 1  # a vectorised backward rounds where it slices (RoPE): torch fills plain zeros
+        return 1  # a vectorised backward rounds where it slices (RoPE)
     cfg = model.cfg
     width = max(int(cfg.d_mlp or 4 * cfg.d_model), int(cfg.d_model)) * 4
-    a_signal = 4 * pos * (width + 3 * int(cfg.n_heads) * pos)
-    return max(1, min(_MOST_SIGNALS, int(_SHARE_OF_FREE_MEMORY * free_bytes(device)) // a_signal))
+    bytes_per_signal = 4 * pos * (width + 3 * int(cfg.n_heads) * pos)
+    return max(
+        1, min(_MOST_SIGNALS, int(_SHARE_OF_FREE_MEMORY * free_bytes(device)) // bytes_per_signal)
+    )
 
 
 @contextmanager
@@ -53,7 +58,10 @@ def _recorded(
     rule_set: RuleSet,
     names: Sequence[str],
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """One forward under the rules whose graph is kept: tensors and gradients at the named sites."""
+    """One forward under the rules whose autograd graph is kept.
+
+    Yields the tensors at the named sites, and their gradients, both [1, pos, d_model].
+    """
     check_ready(model, "attribution_graph")
     check_single(model)
     attachments, _ = plan(model, rule_set)
@@ -93,13 +101,22 @@ def edge_by_dimension(
     source: tuple[str, int],
     target: tuple[str, int],
 ) -> Float[Tensor, " d_model"]:
-    """One edge as a sum over the hidden dimensions of its source: one backward signal.
+    """One edge as a sum over the hidden dimensions of its source, from one backward signal.
 
     Args:
-        source, target: (residual-stream HookPoint, position).
+        model: The bridge.
+        tokens: The prompt's token ids.
+        objective: The objective, a function of the logits.
+        rule_set: The rules.
+        source: The source node: (residual-stream HookPoint, position).
+        target: The target node.
+
+    Returns:
+        What each dimension contributes to the edge's weight, in logits, on the CPU.
 
     Raises:
-        ModelStateError, UncoveredComponentError: as ``lrp``.
+        ModelStateError: As for ``lrp``.
+        UncoveredComponentError: As for ``lrp``.
     """
     names = [source[0], target[0]]
     with _recorded(model, tokens, objective, rule_set, names) as (seen, at):
@@ -122,15 +139,24 @@ def batched_edges(
     node_threshold: float = 0.0,
     progress: bool = True,
 ) -> dict[tuple[str, str], Float[Tensor, "target source"]]:
-    """A of every transition (source site, target site), by packed backward signals.
+    """The edges of every transition, by batches of backward signals.
 
     Args:
-        transitions: Pairs of residual-stream HookPoint names, source upstream of target.
-        node_threshold: Targets with |relevance| at or below it are not expanded (rows of zeros).
-        progress: Show a bar over the signals on stderr.
+        model: The bridge.
+        tokens: The prompt's token ids.
+        objective: The objective, a function of the logits.
+        rule_set: The rules.
+        transitions: Pairs (source, target) of residual-stream HookPoint names, source upstream.
+        node_threshold: Targets with |relevance| at or below it (logits) are not expanded; their
+            rows are 0.
+        progress: Whether to show a progress bar over the signals on stderr.
+
+    Returns:
+        The weights of each transition in logits, on the CPU.
 
     Raises:
-        ModelStateError, UncoveredComponentError: as ``lrp``.
+        ModelStateError: As for ``lrp``.
+        UncoveredComponentError: As for ``lrp``.
     """
     if not transitions:
         return {}
@@ -162,10 +188,20 @@ def edges_by_position(
     rule_set: RuleSet,
     transitions: Sequence[tuple[str, str]],
 ) -> list[Float[Tensor, "target source"]]:
-    """As ``batched_edges``, one plain backward a target: for a few tokens, whatever the model does.
+    """As ``batched_edges``, but with one ordinary backward per target.
+
+    It works whatever the model computes, and is meant for a few tokens.
+
+    Args:
+        model: The bridge.
+        tokens: The prompt's token ids.
+        objective: The objective, a function of the logits.
+        rule_set: The rules.
+        transitions: Pairs (source, target) of residual-stream HookPoint names.
 
     Raises:
-        ModelStateError, UncoveredComponentError: as ``lrp``.
+        ModelStateError: As for ``lrp``.
+        UncoveredComponentError: As for ``lrp``.
     """
     names = list(dict.fromkeys(name for pair in transitions for name in pair))
     rows = torch.arange(tokens.shape[1])
@@ -174,6 +210,7 @@ def edges_by_position(
 
 
 def _expanded(h: Tensor, g: Tensor, threshold: float) -> Int[Tensor, " row"]:
+    """The target positions whose |relevance| is above a threshold; all of them if it is 0."""
     relevance = (at_least_float32(h.detach()) * at_least_float32(plain(g))).sum(-1)[0]
     return (relevance.abs() > threshold).nonzero()[:, 0] if threshold else torch.arange(
         relevance.shape[0], device=h.device
@@ -183,6 +220,16 @@ def _expanded(h: Tensor, g: Tensor, threshold: float) -> Int[Tensor, " row"]:
 def _transition(
     source: Tensor, target: Tensor, g: Tensor, rows: Tensor, chunk: int, bar: Any
 ) -> Float[Tensor, "target source"]:
+    """The edges of one transition, ``chunk`` target positions at a time.
+
+    Args:
+        source: The recorded source site, [1, pos, d_model].
+        target: The recorded target site, [1, pos, d_model].
+        g: The gradient at the target site.
+        rows: The target positions to expand.
+        chunk: How many signals to send back at once; halved where memory does not suffice.
+        bar: A progress bar, or None.
+    """
     pos = target.shape[1]
     h = at_least_float32(source.detach())[0]
     edges = h.new_zeros(pos, pos)

@@ -1,10 +1,11 @@
 """Whether the closed form of a graph's edges holds on a model: measured once, on four tokens.
 
-The closed form (``edges.py``) knows one way from one position to another: keys and values of the
-block's attention. A block that mixes tokens elsewhere too (a convolution, a recurrence, a shift of
-its keys) may have a rule for every operation, and so relevance, and still break it. Here every
-block's edges are compared with those of autograd, one target position at a time, under the same
-rules; what differs is refused.
+The closed form (``closed_form.py``) knows one way from one position to another: the keys and values
+of the block's attention. A block that also mixes tokens elsewhere (a convolution, a recurrence, a
+shift of its keys) may have a rule for every operation, and therefore relevance, and still break it.
+Here every block's edges are compared with those of autograd, one target position at a time, under
+the same rules, and a model on which they differ is refused. ``HookedEdges`` checks the edges of a
+run in which the user's hooks change values.
 """
 
 from __future__ import annotations
@@ -36,12 +37,16 @@ from ...rules.rule_sets import RuleSet
 from .batched import edges_by_position
 from .closed_form import BlockEdges, biased_blocks, edge_readings
 
-# Of the largest edge of the transition; rounding is far below, a missing path far above.
+# Largest error, relative to the largest edge of the transition. Rounding is far below it, a missing
+# path far above.
 _LIMIT = 1e-3
-_LAYERS_OF_SUMS = 64
 _LIMIT_LOW = 3e-2  # bfloat16 and float16 forwards
 
-_known: WeakKeyDictionary[Any, tuple[Audit, set[RuleSet]]] = WeakKeyDictionary()
+# How many sums may follow each other where ``HookedEdges`` bounds rounding.
+_LAYERS_OF_SUMS = 64
+
+# By model: the audit at the time, and the rule sets under which the closed form was found to hold.
+_checked: WeakKeyDictionary[Any, tuple[Audit, set[RuleSet]]] = WeakKeyDictionary()
 
 
 def _objective(logits: Float[Tensor, "1 pos vocab"]) -> Float[Tensor, ""]:
@@ -52,38 +57,43 @@ def _objective(logits: Float[Tensor, "1 pos vocab"]) -> Float[Tensor, ""]:
 
 
 def closed_form_errors(model: Any, rule_set: RuleSet) -> list[float]:
-    """By block, how far the closed form is from autograd, over the block's largest edge."""
+    """The closed form's largest error in each block, relative to the block's largest edge."""
     tokens, sites = some_tokens(model), find_sites(model)
-    found = [BlockEdges(i, by_head=False) for i in range(int(model.cfg.n_layers))]
-    calls, biased = [BlockCall() for _ in found], biased_blocks(model)
+    edges_by_block = [BlockEdges(i, by_head=False) for i in range(int(model.cfg.n_layers))]
+    calls, biased = [BlockCall() for _ in edges_by_block], biased_blocks(model)
     readings = [
         reading
-        for edges, call in zip(found, calls, strict=True)
+        for edges, call in zip(edges_by_block, calls, strict=True)
         for reading in edge_readings(model, edges, sites, rule_set, call, biased)
     ]
-    scopes = [call.recorded(model.blocks[e.layer]) for e, call in zip(found, calls, strict=True)]
+    scopes = [
+        call.recorded(model.blocks[edges.layer])
+        for edges, call in zip(edges_by_block, calls, strict=True)
+    ]
     with hooks_aside(model), same_random_numbers(model):
         run(model, tokens, _objective, rule_set, readings, scopes)
         steps = list(pairwise(residual_sites(model)))
-        exact = edges_by_position(model, tokens, _objective, rule_set, steps)
+        exact_by_block = edges_by_position(model, tokens, _objective, rule_set, steps)
     errors = []
-    for edges, wanted in zip(found, exact, strict=True):
-        total = torch.zeros_like(wanted) if edges.total is None else edges.total.cpu()
-        off = (total - wanted).fill_diagonal_(0.0).abs().max()
-        errors.append(float(off / wanted.abs().max().clamp_min(1e-30)))
+    for edges, exact in zip(edges_by_block, exact_by_block, strict=True):
+        total = torch.zeros_like(exact) if edges.total is None else edges.total.cpu()
+        error = (total - exact).fill_diagonal_(0.0).abs().max()
+        errors.append(float(error / exact.abs().max().clamp_min(1e-30)))
     return errors
 
 
 def require_closed_form(model: Any, rule_set: RuleSet) -> None:
     """Refuse a model in which tokens mix where the closed form does not look.
 
+    The result is remembered until the model's audit changes.
+
     Raises:
-        UncoveredComponentError: names the blocks.
+        UncoveredComponentError: The closed form does not hold; names the blocks.
     """
     report = audit_of(model)
-    known = _known.get(model)
-    good = known[1] if known is not None and known[0] is report else set[RuleSet]()
-    if rule_set in good:
+    checked = _checked.get(model)
+    valid = checked[1] if checked is not None and checked[0] is report else set[RuleSet]()
+    if rule_set in valid:
         return
     without = [i for i, block in enumerate(model.blocks) if not hasattr(block, "attn")]
     if without:
@@ -98,30 +108,30 @@ def require_closed_form(model: Any, rule_set: RuleSet) -> None:
             f"autograd finds edges up to {max(errors):.1e} of the largest one that attention's "
             "keys and values do not account for",
         )
-    good.add(rule_set)
-    _known[model] = (report, good)
+    valid.add(rule_set)
+    _checked[model] = (report, valid)
 
 
 @dataclass(eq=False)
 class HookedEdges:
-    """Holds the edges of one run against its own autograd graph, where the user's hooks edit.
+    """Checks the edges of one run, in which the user's hooks edit, against its autograd graph.
 
     A hook may move values between positions where the closed form does not look. With random
-    weights w_j for the target positions, Σ_j w_j A[j, i] must be
+    weights w_j for the target positions, Σ_j w_j A[j, i] must equal
 
         Σ_d x_s[i, d] · ∂⟨w ⊙ g_t, x_t⟩/∂x_s[i, d],
 
-    one backward through the transition (Freivalds' check of a matrix product). The weights are
-    Gaussian, not signs: since the diagonal of A is what is left of its column, an edge that is
-    wrong by e shows as e·(w_j − w_i). Two independent draws.
+    which takes one backward through the transition (Freivalds' check of a matrix product). The
+    weights are Gaussian rather than signs: since the diagonal of A is what is left of its column,
+    an edge that is wrong by e shows as e·(w_j − w_i). There are two independent draws.
 
-    Both sides are float32 sums of up to ``n`` terms, a dozen one after the other. Rounding of one
-    stays below √n · eps of its sum of absolute terms, save with negligible probability, and
-    ``_LAYERS_OF_SUMS`` bounds how many there are.
+    Both sides are float32 sums of up to n terms, about a dozen of them one after the other. The
+    rounding of one sum stays below √n · eps of its sum of absolute terms, except with negligible
+    probability, and ``_LAYERS_OF_SUMS`` bounds how many follow each other.
 
     Attributes:
         sites: HookPoints between which the transitions are.
-        quiet: True while a backward runs that nothing may be read from.
+        quiet: True while a backward of this check runs, from which nothing may be read.
     """
 
     sites: tuple[str, ...]
@@ -131,7 +141,7 @@ class HookedEdges:
 
     @contextmanager
     def recorded(self, model: Any) -> Iterator[None]:
-        """Keep each site's tensor and, in the backward, its gradient; to be put on last."""
+        """Keep each site's tensor and, in the backward, its gradient; enter it last."""
 
         def keep(name: str) -> HookFn:
             def note(g: Tensor) -> None:
@@ -149,7 +159,7 @@ class HookedEdges:
             yield
 
     def listening(self, reading: Reading) -> Reading:
-        """The reading, deaf to the backwards of this check."""
+        """The same reading, which ignores the backwards of this check."""
 
         def sink(x: Tensor, g: Tensor) -> None:
             if not self.quiet:
@@ -160,7 +170,16 @@ class HookedEdges:
     def error(
         self, source: str, target: str, edges: Float[Tensor, "target source"]
     ) -> tuple[float, int]:
-        """Largest error, over the largest sum of absolute terms; and how many terms a sum has."""
+        """The largest error, relative to the largest sum of absolute terms.
+
+        Args:
+            source: The source site.
+            target: The target site.
+            edges: The weights to check.
+
+        Returns:
+            The error, and how many terms a sum has.
+        """
         pos = len(edges)
         if source not in self._at or target not in self._gradients:
             wrong = bool((edges != 0).any())
@@ -180,9 +199,9 @@ class HookedEdges:
                 back = torch.zeros_like(h) if back is None else at_least_float32(plain(back))[0]
                 terms = (h * back).cpu().double()
                 passed = w[:, None] * edges.double()
-                off = (terms.sum(-1) - passed.sum(0)).abs().max()
+                difference = (terms.sum(-1) - passed.sum(0)).abs().max()
                 size = (terms.abs().sum(-1) + passed.abs().sum(0)).max()
-                error = float(off / size.clamp_min(1e-30))
+                error = float(difference / size.clamp_min(1e-30))
                 worst = max(worst, error if math.isfinite(error) else math.inf)
         finally:
             self.quiet = False
@@ -196,10 +215,17 @@ class HookedEdges:
         edges: Float[Tensor, "target source"],
         watch: HookWatch,
     ) -> None:
-        """Refuse edges that are not those of autograd.
+        """Refuse edges that differ from those of autograd.
+
+        Args:
+            model: The bridge.
+            source: The source site.
+            target: The target site.
+            edges: The weights to check.
+            watch: What the user's hooks changed.
 
         Raises:
-            UncoveredComponentError: names the transition and the hooks.
+            UncoveredComponentError: They differ; names the transition and the hooks.
         """
         error, terms = self.error(source, target, edges)
         terms = max(terms, int(getattr(model.cfg, "d_mlp", None) or 0))

@@ -1,15 +1,15 @@
-"""Edges of the attribution graph in closed form, read inside one backward pass.
+"""Edges of the attribution graph in closed form, read during one backward pass.
 
 Tokens mix only in attention, so the relevance that target position j passes to source position
-i ≠ j within a block went through attention's values or keys. With g_z, g_S the gradients that the
-one backward pass brings to attention's output and scores, and per head h:
+i ≠ j within a block went through attention's values or keys. With g_z and g_S, the gradients that
+the one backward pass brings to attention's output and scores, and per head h:
 
     value path   A[j, i] = α_v · P[j, i] · ⟨g_z[j], ṽ[i]⟩
     key path     A[j, i] = α_k · g_S[j, i] · S̃[j, i],      S̃ = scale · ⟨q[j], k̃[i]⟩
 
-α is what the rules give the factor (½ for halved products). ṽ and k̃ are the derivatives of v and k
-along the residual vector: v and k without what biases contributed. A position's own share needs no
-formula, since Σ_j A[j, i] is the source's relevance R_s[i]: it is what remains,
+α is the factor that the rules apply (½ for halved products). ṽ and k̃ are the derivatives of v and
+k along the residual vector: v and k without what biases contributed. A position's own share needs
+no formula. Since Σ_j A[j, i] is the source's relevance R_s[i], it is what remains:
 
     A[i, i] = R_s[i] − Σ_{j≠i} A[j, i]        (residual, queries, MLP, and attention to itself).
 
@@ -17,8 +17,8 @@ arXiv:2604.17761, Appendix A, computes the same matrices with batches of backwar
 
 Where no bias reaches keys and values and norms and soft-caps are linearised, ṽ = v and S̃ = S, and
 both paths are gradient × value at ``hook_pattern`` and ``hook_attn_scores``. Otherwise
-``tangents.py`` gives ṽ and S̃, inside the backward too: nothing of size head × pos² outlives its
-layer but what autograd itself keeps.
+``tangents.py`` gives ṽ and S̃, also during the backward: nothing of size head × pos² outlives its
+layer except what autograd itself keeps.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
+from einops import einsum, repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -39,19 +40,22 @@ from ...rules.functions import at_least_float32
 from ...rules.precision import plain
 from ...rules.rule_sets import RuleSet
 from ...rules.threads import mine
-from .tangents import block_tangents
+from .tangents import Tangents, block_tangents
 
 
 @dataclass(eq=False)
 class BlockEdges:
-    """What one block's attention passes between positions, filled while the backward runs.
+    """What one block's attention passes between positions, filled while a backward runs.
 
     Attributes:
         layer: Index of the block.
         by_head: Whether ``value`` and ``key`` are kept.
-        again: Whether another backward of the same forward follows, so that what it saw is kept.
-        total: Σ over heads and paths, diagonal (attention to itself) included.
-        value, key: The paths by head, on the CPU.
+        again: Whether another backward of the same forward follows, so that what was captured in
+            the forward has to stay.
+        total: Sum over heads and paths, with the diagonal (attention to itself) included.
+        value: The value path by head, on the CPU.
+        key: The key path by head, on the CPU.
+        scores_tangent: S̃, from the time that the value path needed ṽ until the key path uses it.
     """
 
     layer: int
@@ -60,32 +64,52 @@ class BlockEdges:
     total: Float[Tensor, "target source"] | None = None
     value: Float[Tensor, "head target source"] | None = None
     key: Float[Tensor, "head target source"] | None = None
-    _kept: dict[str, Tensor] = field(default_factory=dict)
+    scores_tangent: Float[Tensor, "head target source"] | None = None
+    _captured: dict[str, Tensor] = field(default_factory=dict)
 
-    def seen(self, name: str) -> Tensor:
-        """What the forward had there; let go if no backward needs it again."""
-        return self._kept[name] if self.again else self._kept.pop(name)
+    def capture(self, name: str) -> Callable[[Tensor], None]:
+        """A callback that keeps an activation of the forward, [batch, ...], under ``name``."""
+
+        def keep(x: Tensor) -> None:
+            self._captured[name] = x[0]
+
+        return keep
+
+    def captured(self, name: str) -> Tensor:
+        """A captured activation; it is released unless another backward needs it."""
+        return self._captured[name] if self.again else self._captured.pop(name)
 
     def clear(self) -> None:
-        """Forget what the last backward brought."""
-        self.total = self.value = self.key = None
+        """Forget the edges of the last backward."""
+        self.total = self.value = self.key = self.scores_tangent = None
 
-    def add(self, path: str, a: Tensor, b: Tensor, share: float = 1.0) -> None:
-        """Add one path's edges, ``share`` · a ⊙ b, both [head, target, source]."""
+    def restart(self) -> None:
+        """Forget the edges and what was captured, before the block runs on another tile."""
+        self.clear()
+        self._captured.clear()
+
+    def add(
+        self,
+        path: Literal["value", "key"],
+        a: Float[Tensor, "head target source"],
+        b: Float[Tensor, "head target source"],
+        factor: float = 1.0,
+    ) -> None:
+        """Add the edges of one path, factor · a ⊙ b."""
         a, b = at_least_float32(a), at_least_float32(b)
         if self.by_head:
-            setattr(self, path, _product(a, b, share).cpu())
+            setattr(self, path, _product(a, b, factor).cpu())
         total = a.new_zeros(a.shape[1:]) if self.total is None else self.total.clone()
         for head in range(len(a)):  # in place: no temporary of all heads
-            total.addcmul_(a[head], b[head], value=share)
+            total.addcmul_(a[head], b[head], value=factor)
         if not bool(torch.isfinite(total.sum())):
-            total = _product(a, b, share).sum(0) + (0.0 if self.total is None else self.total)
+            total = _product(a, b, factor).sum(0) + (0.0 if self.total is None else self.total)
         self.total = total
 
 
-def _product(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """share · a ⊙ b, 0 where b is 0: a hidden score of -inf takes no part."""
-    return (share * a * b).masked_fill(b == 0, 0.0)
+def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """The product factor · a ⊙ b, with 0 where b is 0: a masked score (-inf) adds nothing."""
+    return (factor * a * b).masked_fill(b == 0, 0.0)
 
 
 def biased_blocks(model: Any) -> frozenset[int]:
@@ -114,16 +138,23 @@ def needs_tangents(
     return rule_set.norm == "gradient" or layer in biased
 
 
+def attention_by_operation(layer: int, sites: tuple[Site, ...]) -> bool:
+    """Whether the rules of this block's attention act on its operations, inside the module."""
+    return any(
+        site.operation == "attention" and site.path == f"blocks.{layer}.attn" for site in sites
+    )
+
+
 @dataclass(eq=False)
 class HookedBlock:
     """A block on which the user has hooks.
 
     Attributes:
         layer: Index of the block.
-        edited: Whether one of them did more than look, once the forward has run.
-        quiet: Whether gradients are to be ignored now.
-        at_z: Called with (pattern·v, its gradient), [1, pos, head, d_head], in the backward: as
-            attention made it, before any hook.
+        edited: Tells, once the forward has run, whether one of the hooks changed a value.
+        quiet: Tells whether gradients are to be ignored now.
+        at_z: Called during the backward with attention's output pattern·v before any hook and its
+            gradient, both [1, pos, head, d_head].
     """
 
     layer: int
@@ -133,7 +164,7 @@ class HookedBlock:
 
     @contextmanager
     def before_hooks(self, model: Any) -> Iterator[None]:
-        """Reads there while the model runs inside."""
+        """Call ``at_z`` in the backwards of what the model runs inside the block."""
 
         def pre_hook(point: Any, args: tuple[Any, ...]) -> Any:
             z, at_z = args[0], self.at_z
@@ -155,6 +186,152 @@ class HookedBlock:
             handle.remove()
 
 
+class AttentionInputs(Protocol):
+    """Where the closed form gets a block's values, and the derivatives of values and scores.
+
+    In one pass they are those of the whole prompt (``PromptInputs``); in tiles, those of the tile
+    that is being replayed (``tiled.py``).
+    """
+
+    def readings(self) -> list[Reading]:
+        """What has to be read in the forward so that ``values`` can be called."""
+        ...
+
+    def values(self) -> Float[Tensor, "source kv_head d_head"]:
+        """The values v of all sources."""
+        ...
+
+    def tangents(self) -> Tangents:
+        """The derivatives ṽ and S̃, as ``block_tangents`` gives them."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class PromptInputs:
+    """Values and derivatives of the whole prompt, for a backward in one pass.
+
+    Attributes:
+        edges: The block's edges, which also keep its values from the forward to the backward.
+        model: The bridge.
+        sites: ``find_sites(model)``.
+        rule_set: The rules of the backward.
+        call: What the block was called with, recorded in the forward.
+    """
+
+    edges: BlockEdges
+    model: Any
+    sites: tuple[Site, ...]
+    rule_set: RuleSet
+    call: BlockCall
+
+    def readings(self) -> list[Reading]:
+        """The values, captured in the forward."""
+        name = f"blocks.{self.edges.layer}.attn.v.hook_out"
+        return [Reading(name, ignore_gradient, fired=self.edges.capture("v"))]
+
+    def values(self) -> Float[Tensor, "source kv_head d_head"]:
+        """The values v of all positions."""
+        return self.edges.captured("v")
+
+    def tangents(self) -> Tangents:
+        """The derivatives ṽ and S̃, from running the block once more."""
+        return block_tangents(self.model, self.edges.layer, self.call, self.sites, self.rule_set)
+
+
+def ignore_gradient(x: Tensor, g: Tensor) -> None:
+    """The sink of a reading that only captures the activation."""
+
+
+@dataclass(eq=False)
+class AttentionReader:
+    """Fills one block's edges from what a backward brings to its attention.
+
+    Attributes:
+        edges: The edges to fill.
+        inputs: Where values and their derivatives come from.
+        rule_set: The rules of the backward.
+        tangents: Whether the closed form needs derivatives here whatever the hooks do.
+        by_operation: Whether the rules act on the attention's operations, inside the module; then
+            its output is [head, target, d_head], else [target, head, d_head].
+        hooked: The block, if the user has hooks on it. What a hook adds to keys, values or scores
+            takes no relevance, as biases do not, so derivatives are needed where one edits; and
+            the gradient at pattern·v is read before a hook changes it.
+    """
+
+    edges: BlockEdges
+    inputs: AttentionInputs
+    rule_set: RuleSet
+    tangents: bool
+    by_operation: bool
+    hooked: HookedBlock | None = None
+
+    def readings(self) -> list[Reading]:
+        """What to read, and where."""
+        prefix = f"blocks.{self.edges.layer}.attn."
+        readings = []
+        if self.tangents or self.rule_set.softmax == "constant" or self.hooked is not None:
+            readings.append(
+                Reading(
+                    f"{prefix}hook_pattern", ignore_gradient, fired=self.edges.capture("pattern")
+                )
+            )
+            if self._before_hooks:
+                assert self.hooked is not None
+                self.hooked.at_z = self._at_z
+            else:
+                name = f"{prefix}z" if self.by_operation else f"{prefix}o.hook_in"
+                readings.append(Reading(name, self._at_z))
+            if not self.tangents:
+                readings += self.inputs.readings()
+        else:
+            readings.append(Reading(f"{prefix}hook_pattern", self._at_pattern))
+        if self.rule_set.softmax != "constant":
+            readings.append(Reading(f"{prefix}hook_attn_scores", self._at_scores))
+        return readings
+
+    @property
+    def _before_hooks(self) -> bool:
+        """Whether the gradient at pattern·v is read before the user's hooks change it."""
+        return self.hooked is not None and not self.by_operation
+
+    def _uses_tangents(self) -> bool:
+        return self.tangents or (self.hooked is not None and self.hooked.edited())
+
+    def _at_z(self, _: Tensor, g: Tensor) -> None:
+        """The value path, from the gradient at attention's output."""
+        if self._uses_tangents():
+            v, scores = self.inputs.tangents()
+            if self.rule_set.softmax != "constant":
+                self.edges.scores_tangent = scores
+        else:
+            v = self.inputs.values()
+        pattern = self.edges.captured("pattern")
+        g_z = at_least_float32(g[0])
+        axes = "head target d_head" if self.by_operation else "target head d_head"
+        v = repeat(
+            at_least_float32(v),
+            "source kv_head d_head -> source (kv_head group) d_head",
+            group=pattern.shape[0] // v.shape[1],
+        )
+        passed = einsum(g_z, v, f"{axes}, source head d_head -> head target source")
+        # Before the user's hooks, the rule has halved the gradient already.
+        halved = self.rule_set.pattern_v == "half" and not self._before_hooks
+        self.edges.add("value", pattern, passed, 0.5 if halved else 1.0)
+
+    def _at_pattern(self, x: Tensor, g: Tensor) -> None:
+        """The value path where ṽ = v: gradient × value at the pattern."""
+        self.edges.add("value", x[0], g[0])
+
+    def _at_scores(self, x: Tensor, g: Tensor) -> None:
+        """The key path, from the gradient at the scores."""
+        scores = x[0]
+        if self._uses_tangents():
+            tangent, self.edges.scores_tangent = self.edges.scores_tangent, None
+            # None if no gradient came through z
+            scores = self.inputs.tangents().scores if tangent is None else tangent
+        self.edges.add("key", scores, g[0], 0.5 if self.rule_set.qk == "half" else 1.0)
+
+
 def edge_readings(
     model: Any,
     edges: BlockEdges,
@@ -162,87 +339,29 @@ def edge_readings(
     rule_set: RuleSet,
     call: BlockCall,
     biased: frozenset[int],
-    seen: Callable[[], Tensor] | None = None,
-    moved: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    *,
+    inputs: AttentionInputs | None = None,
     hooked: HookedBlock | None = None,
 ) -> list[Reading]:
-    """What to read in the backward so that ``edges`` is filled.
+    """What to read in a backward so that a block's edges are filled.
 
     Args:
         model: The bridge.
-        edges: Of one block; filled by the backward.
+        edges: The edges of one block; the backward fills them.
         sites: ``find_sites(model)``.
         rule_set: The rules of that backward.
-        call: Recorded in the forward; used where tangents are needed.
+        call: What the block was called with, recorded in the forward; used where derivatives are
+            needed.
         biased: ``biased_blocks(model)``.
-        seen: Gives v of all sources, [source, kv_head, d_head], where a run computes only some.
-        moved: Gives what ``block_tangents`` gives, likewise.
-        hooked: Where the user has hooks in the block. What they add to keys, values or scores
-            takes no relevance, as biases do not, so tangents are needed where they edit; and the
-            gradient at pattern·v is read before they change it.
+        inputs: Where values and their derivatives come from; by default, from the whole prompt.
+        hooked: The block, if the user has hooks on it.
     """
-    prefix = f"blocks.{edges.layer}.attn."
-    constant_pattern = rule_set.softmax == "constant"
-    tangents = needs_tangents(edges.layer, sites, rule_set, biased)
-    key_share = 0.5 if rule_set.qk == "half" else 1.0
-    value_share = 0.5 if rule_set.pattern_v == "half" else 1.0
-    kept = edges._kept
-
-    def keep(name: str) -> Callable[[Tensor], None]:
-        def fired(x: Tensor) -> None:
-            kept[name] = x[0]
-
-        return fired
-
-    def ignore(x: Tensor, g: Tensor) -> None:
-        """The activation was all that was wanted."""
-
-    by_operation = any(
-        site.operation == "attention" and f"{site.path}." == prefix for site in sites
+    reader = AttentionReader(
+        edges,
+        PromptInputs(edges, model, sites, rule_set, call) if inputs is None else inputs,
+        rule_set,
+        tangents=needs_tangents(edges.layer, sites, rule_set, biased),
+        by_operation=attention_by_operation(edges.layer, sites),
+        hooked=hooked,
     )
-
-    early = hooked is not None and not by_operation
-
-    def by_tangents() -> bool:
-        return tangents or (hooked is not None and hooked.edited())
-
-    def at_z(_: Tensor, g: Tensor) -> None:
-        if by_tangents():
-            v, kept["scores"] = (
-                block_tangents(model, edges.layer, call, sites, rule_set)
-                if moved is None
-                else moved()
-            )
-        else:
-            v = edges.seen("v") if seen is None else seen()
-        pattern = edges.seen("pattern")
-        g_z = at_least_float32(g[0])
-        g_z = g_z if by_operation else g_z.transpose(0, 1)
-        v = at_least_float32(v).transpose(0, 1).repeat_interleave(len(g_z) // v.shape[1], dim=0)
-        # upstream of the user's hooks the rule has halved the gradient already
-        share = 1.0 if early else value_share
-        edges.add("value", pattern, g_z @ v.transpose(-1, -2), share)
-
-    def at_pattern(x: Tensor, g: Tensor) -> None:
-        edges.add("value", x[0], g[0])
-
-    def at_scores(x: Tensor, g: Tensor) -> None:
-        if by_tangents() and "scores" not in kept and moved is None:  # nothing came through z
-            _, kept["scores"] = block_tangents(model, edges.layer, call, sites, rule_set)
-        edges.add("key", kept.pop("scores") if by_tangents() else x[0], g[0], key_share)
-
-    readings = []
-    if tangents or constant_pattern or hooked is not None:
-        readings.append(Reading(f"{prefix}hook_pattern", ignore, fired=keep("pattern")))
-        if early:
-            assert hooked is not None
-            hooked.at_z = at_z
-        else:
-            readings.append(Reading(f"{prefix}z" if by_operation else f"{prefix}o.hook_in", at_z))
-        if not tangents and seen is None:
-            readings.append(Reading(f"{prefix}v.hook_out", ignore, fired=keep("v")))
-    else:
-        readings.append(Reading(f"{prefix}hook_pattern", at_pattern))
-    if not constant_pattern:
-        readings.append(Reading(f"{prefix}hook_attn_scores", at_scores))
-    return readings
+    return reader.readings()

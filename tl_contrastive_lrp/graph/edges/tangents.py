@@ -1,19 +1,20 @@
-"""How keys, values and scores move with the residual stream: forward-mode derivatives of one block.
+"""Derivatives of a block's values and scores along the residual stream, in forward mode.
 
-For edges one needs v and S without what biases contributed, i.e. their derivative along the
-residual vector itself under the rules: ṽ = J_v(h)·h and S̃ = scale · ⟨q, J_k(h)·h⟩. The block is run
-once more on its own input with that direction as a tangent, queries held fixed, norms and soft-caps
-linearised as the rules say, and stopped as soon as the scores are there. RoPE, grouped queries, key
-norms, scale and masks are the model's own code, so nothing here depends on the family.
+Edges need v and S without what biases contributed, that is, their derivatives along the residual
+vector itself under the rules: ṽ = J_v(h)·h and S̃ = scale · ⟨q, J_k(h)·h⟩. The block runs once more
+on its own input with that direction as a tangent, with queries held fixed and norms and soft-caps
+linearised as the rules say, and stops as soon as it has the scores. RoPE, grouped queries, key
+norms, scale and masks are the model's own code, so nothing here depends on the model's family.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -30,12 +31,24 @@ from ...rules.rule_sets import RuleSet
 from ...rules.softcap import softcap_ratio, softcap_replaced
 
 
+class Tangents(NamedTuple):
+    """Derivatives of one block along the residual vector.
+
+    Attributes:
+        v: The values' derivative ṽ, before they are repeated for grouped queries.
+        scores: The scores' derivative S̃, with the queries held fixed.
+    """
+
+    v: Float[Tensor, "source kv_head d_head"]
+    scores: Float[Tensor, "head target source"]
+
+
 class _Stop(Exception):
-    """The scores have been read; the rest of the block is not needed."""
+    """Raised when the scores have been read: the rest of the block is not needed."""
 
 
 def tangent_of(x: Tensor) -> Tensor:
-    """The derivative that a dual number carries, 0 where it carries none."""
+    """The derivative that a dual tensor carries; 0 if it carries none."""
     tangent: Tensor | None = forward_ad.unpack_dual(x).tangent
     return torch.zeros_like(x) if tangent is None else tangent
 
@@ -46,9 +59,9 @@ def _primal(x: Tensor) -> Tensor:
 
 
 def dual(primal: Tensor, tangent: Tensor) -> Tensor:
-    """A value with its derivative."""
-    made: Tensor = forward_ad.make_dual(primal, tangent)
-    return made
+    """A value that carries its derivative."""
+    pair: Tensor = forward_ad.make_dual(primal, tangent)
+    return pair
 
 
 def _only_value(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
@@ -56,7 +69,7 @@ def _only_value(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
 
 
 def _norm_hooks(site: Site) -> list[tuple[str, HookFn]]:
-    """The norm's denominator held fixed, in forward mode."""
+    """Hooks that hold a norm's denominator fixed, in forward mode."""
     if not uses_native_norm(site.component):
         return [(f"{site.path}.hook_scale", _only_value)]
     seen: dict[str, Tensor] = {}
@@ -85,8 +98,8 @@ def _linear_softcap(y: Tensor, x: Tensor, cap: float) -> Tensor:
     return dual(_primal(y), tangent_of(x) * softcap_ratio(_primal(x) / cap))
 
 
-class _Linear(OperationRules):
-    """Norms and functions inside a wrapped module, linear as the rules say, in forward mode."""
+class _Linearised(OperationRules):
+    """Linearises norms and functions inside a wrapped module as the rules say, in forward mode."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -108,8 +121,8 @@ class _Linear(OperationRules):
         return _primal(out) if is_root(name, args, out) else out
 
 
-class _Seam(_Linear):
-    """Reads S̃ and ṽ where a module computes attention itself, queries held fixed."""
+class _AttentionTangents(_Linearised):
+    """Reads S̃ and ṽ inside a module that computes attention itself, with queries held fixed."""
 
     def __init__(self, rule_set: RuleSet, read: dict[str, Tensor], heads: int) -> None:
         super().__init__(rule_set, attention=True, heads=heads)
@@ -128,7 +141,8 @@ class _Seam(_Linear):
         if name not in MATRIX_PRODUCTS:
             return super().__torch_function__(func, types, args, kwargs)
         if self.after_softmax:
-            self.read["v"] = self.by_head(tangent_of(args[-1]))[0].transpose(0, 1)
+            v = self.by_head(tangent_of(args[-1]))[0]
+            self.read["v"] = rearrange(v, "head source d_head -> source head d_head")
             raise _Stop
         *first, query, key = args
         return func(*first, _primal(query), key, **kwargs)
@@ -136,23 +150,23 @@ class _Seam(_Linear):
 
 def block_tangents(
     model: Any, layer: int, call: BlockCall, sites: tuple[Site, ...], rule_set: RuleSet
-) -> tuple[Float[Tensor, "pos kv_head d_head"], Float[Tensor, "head query key"]]:
-    """ṽ and S̃ of one block, for the first row of its batch.
+) -> Tangents:
+    """The derivatives ṽ and S̃ of one block, for the first row of its batch.
 
     Args:
         model: The bridge, without rules attached.
         layer: Index of the block.
         call: What it was called with.
         sites: ``find_sites(model)``.
-        rule_set: Which of the block's norms and soft-caps are linearised.
+        rule_set: Says which of the block's norms and soft-caps are linearised.
 
     Returns:
-        ṽ [pos, kv_head, d_head] before any repetition for grouped queries, and S̃ as it stands at
-        ``hook_attn_scores``. Where attention's rules are put on by operation, ṽ is as it enters
-        pattern·v, [pos, head, d_head].
+        ṽ before it is repeated for grouped queries, [pos, kv_head, d_head], and S̃ as at
+        ``hook_attn_scores``, [head, query, key]. If the rules act on the attention's operations,
+        ṽ is as it enters pattern·v, [pos, head, d_head].
 
     Raises:
-        UncoveredComponentError: a user's hook there has no derivative in forward mode.
+        UncoveredComponentError: A user's hook in the block has no derivative in forward mode.
     """
     prefix = f"blocks.{layer}."
     read: dict[str, Tensor] = {}
@@ -172,8 +186,8 @@ def block_tangents(
         inside = [site for site in sites if site.path.startswith(prefix)]
         if any(site.operation == "attention" for site in inside):
             component = model.blocks[layer].attn
-            seam = _Seam(rule_set, read, int(model.cfg.n_heads))
-            stack.enter_context(seam.around(where_computed(component)))
+            reader = _AttentionTangents(rule_set, read, int(model.cfg.n_heads))
+            stack.enter_context(reader.around(where_computed(component)))
         else:
             hooks += [
                 (f"{prefix}attn.q.hook_out", _only_value),
@@ -184,7 +198,7 @@ def block_tangents(
             if site.operation == "norm" and rule_set.norm == "ln":
                 hooks += _norm_hooks(site)
             if site.operation == "wrapped":
-                linear = _Linear(rule_set, attention=False)
+                linear = _Linearised(rule_set, attention=False)
                 stack.enter_context(linear.around(site.component.original_component))
             if site.operation == "softcap" and rule_set.softcap == "identity":
                 cap = softcap_replaced(site.module, "attn_logit_softcapping", _linear_softcap)
@@ -198,7 +212,7 @@ def block_tangents(
             args, kwargs = call.again()
             model.blocks[layer](*args, **kwargs)
         except _Stop:
-            return read["v"], read["scores"]
+            return Tangents(read["v"], read["scores"])
         except NotImplementedError as error:
             raise UncoveredComponentError(
                 f"No graph of blocks.{layer} with your hooks on it: one of those before its "

@@ -1,16 +1,22 @@
 """Edges from a backward in tiles: rows of each transition's matrix as they come, pruned at once.
 
 A tile's hooks see [head, tile, keys], its rows of the matrix. The diagonal is what remains of the
-source's relevance after the column's other entries; by causality those all lie in later rows,
-and the backward goes from the last tile to the first, so that a tile's diagonal is known when its
-turn has come. No matrix of pos² numbers ever exists.
+source's relevance after the column's other entries. By causality those all lie in later rows, and
+the backward goes from the last tile to the first, so a tile's diagonal is known when its turn
+comes. No matrix of pos² numbers ever exists.
+
+``TiledEdges`` is what the engine calls, ``_Block`` is one block while its tiles are replayed,
+``_Tile`` one of them, and ``_BlockTangents`` has the derivatives of a block that needs them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor
 
 from ...engine.reading import BlockCall, Reading
@@ -26,87 +32,204 @@ from ...rules.rule_sets import RuleSet
 from ..columns import slots
 from ..pruning import PruneRule
 from ..streaming_prune import StreamingSelection
-from .closed_form import BlockEdges, biased_blocks, edge_readings, needs_tangents
-from .tangents import block_tangents, dual, tangent_of
+from .closed_form import (
+    BlockEdges,
+    attention_by_operation,
+    biased_blocks,
+    edge_readings,
+    needs_tangents,
+)
+from .tangents import Tangents, block_tangents, dual, tangent_of
 
 
-class _Moving:
-    """ṽ and k̃ of one block at all positions, and S̃ of one tile: ``tangents.py``, in tiles."""
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What is the same for all blocks of one backward: the bridge, its sites and the rules."""
 
-    def __init__(self, edges: TiledEdges, layer: int, forward: Prefill) -> None:
-        self.edges, self.layer, self.forward = edges, layer, forward
+    model: Any
+    sites: tuple[Site, ...]
+    rule_set: RuleSet
+
+
+class _BlockTangents:
+    """The derivatives ṽ and k̃ of one block at all positions, and S̃ of one tile at a time.
+
+    ``tangents.py`` in tiles: one run of the block over all tiles collects ṽ and k̃, and ``of_tile``
+    runs it on one tile again.
+
+    Attributes:
+        keys: The derivatives k̃, [1, kv_head, pos, d_head].
+        values: The derivatives ṽ, [1, kv_head, pos, d_head].
+    """
+
+    def __init__(self, run: _Run, layer: int, forward: Prefill) -> None:
+        self.run, self.layer, self.forward = run, layer, forward
         self.keys, self.values = (
             torch.zeros_like(at_least_float32(x[layer])) for x in (forward.keys, forward.values)
         )
         for tile in range(forward.last + 1):
             try:
-                self._run(tile, stop=True)
+                self._replay(tile, collect=True)
             except Enough:
                 continue
 
-    def _past(self, tile: int) -> tuple[slice, slice]:
+    def ranges(self, tile: int) -> tuple[slice, slice]:
+        """The positions before a tile that it sees, and its own."""
         start, stop = self.forward.bounds[tile]
         return slice(stop - self.forward.widths[self.layer][tile], start), slice(start, stop)
 
-    def _run(self, tile: int, *, stop: bool) -> tuple[Tensor, Tensor]:
-        cache = _DualCache(self, tile, stop=stop)
+    def of_tile(self, tile: int) -> Tangents:
+        """The derivatives ṽ of the positions that a tile sees, and its S̃."""
+        tangents = self._replay(tile, collect=False)
+        if attention_by_operation(self.layer, self.run.sites):
+            return tangents  # as it enters pattern·v
+        past, own = self.ranges(tile)
+        v = self.values[0, :, past.start : own.stop]
+        return Tangents(
+            rearrange(v, "kv_head source d_head -> source kv_head d_head"), tangents.scores
+        )
+
+    def _replay(self, tile: int, *, collect: bool) -> Tangents:
+        cache = _DualCache(self, tile, collect=collect)
         hidden = self.forward.inputs[self.layer][tile]
         args, kwargs = self.forward.call(self.layer, tile, hidden, cache)
-        v, scores = block_tangents(
-            self.edges.model, self.layer, BlockCall(args, kwargs), self.edges.sites,
-            self.edges.rule_set,
-        )  # fmt: skip
-        past, own = self._past(tile)
-        if not self.edges.by_operation(self.layer):  # else v is as it enters pattern·v
-            v = self.values[0, :, past.start : own.stop].transpose(0, 1)
-        return v, scores
-
-    def at(self, tile: int) -> tuple[Tensor, Tensor]:
-        return self._run(tile, stop=False)
+        return block_tangents(
+            self.run.model, self.layer, BlockCall(args, kwargs), self.run.sites, self.run.rule_set
+        )
 
 
 class _DualCache(ReplayCache):
-    def __init__(self, moving: _Moving, tile: int, *, stop: bool) -> None:
-        self.moving, self.tile = moving, tile
-        past, self.at = moving._past(tile)
-        forward, layer = moving.forward, moving.layer
-        self.found = [
-            (forward.keys[layer][..., past, :], moving.keys[..., past, :]),
-            (forward.values[layer][..., past, :], moving.values[..., past, :]),
-        ]
-        super().__init__(self.at.start, (self.found[0][0], self.found[1][0]), stop=stop)
+    """A replay's cache whose keys and values carry derivatives.
+
+    Args:
+        tangents: The block's derivatives; those before the tile are known.
+        tile: Index of the tile.
+        collect: Write the tile's own derivatives into ``tangents``, and stop there.
+    """
+
+    def __init__(self, tangents: _BlockTangents, tile: int, *, collect: bool) -> None:
+        self.tangents = tangents
+        past, self.own_range = tangents.ranges(tile)
+        forward, layer = tangents.forward, tangents.layer
+        keys, values = (x[layer][..., past, :] for x in (forward.keys, forward.values))
+        self.past_tangents = (tangents.keys[..., past, :], tangents.values[..., past, :])
+        super().__init__(self.own_range.start, (keys, values), stop=collect)
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        """Give the tile the keys and values that it sees, with their derivatives.
+
+        Raises:
+            Enough: The tile's own derivatives have been collected.
+        """
         if self.stop:
-            self.moving.keys[..., self.at, :] = plain(tangent_of(k))
-            self.moving.values[..., self.at, :] = plain(tangent_of(v))
+            self.tangents.keys[..., self.own_range, :] = plain(tangent_of(k))
+            self.tangents.values[..., self.own_range, :] = plain(tangent_of(v))
             raise Enough
         if not self.past[0].shape[-2]:
             return k, v
-        before = [dual(x, as_gradient(t, x)) for x, t in self.found]
+        before = [
+            dual(x, as_gradient(t, x)) for x, t in zip(self.past, self.past_tangents, strict=True)
+        ]
         return tuple(torch.cat([p, x], dim=-2) for p, x in zip(before, (k, v), strict=True))
 
 
+class _Tile:
+    """One tile of a block while it is replayed.
+
+    Args:
+        index: Which tile.
+        cache: The replay's cache.
+        tangents: The block's derivatives, where the closed form needs them.
+        again: Whether the backwards of several objectives go through the replay.
+    """
+
+    def __init__(
+        self, index: int, cache: ReplayCache, tangents: _BlockTangents | None, again: bool
+    ) -> None:
+        self.index, self.cache, self.again = index, cache, again
+        self._of_block = tangents
+        self._tangents: Tangents | None = None
+
+    def values(self) -> Float[Tensor, "source kv_head d_head"]:
+        """The values v that the tile sees."""
+        assert self.cache.values is not None
+        return rearrange(self.cache.values[0], "kv_head source d_head -> source kv_head d_head")
+
+    def tangents(self) -> Tangents:
+        """The derivatives ṽ and S̃; computed once if several objectives need them."""
+        if self._tangents is not None:
+            return self._tangents
+        assert self._of_block is not None
+        tangents = self._of_block.of_tile(self.index)
+        if self.again:
+            self._tangents = tangents
+        return tangents
+
+
+class _Block:
+    """One block while its tiles are replayed, last tile first: the inputs of its closed form.
+
+    Attributes:
+        edges: What the backward through the current tile brings.
+        tile: The current tile.
+        passed: By objective, what each source has passed on to other positions so far: the sums of
+            the matrix's columns, without the diagonal, [pos].
+    """
+
+    tile: _Tile
+
+    def __init__(self, run: _Run, layer: int, *, heads: bool, objectives: int) -> None:
+        self.run, self.layer, self.objectives = run, layer, objectives
+        self.edges = BlockEdges(layer, by_head=heads, again=objectives > 1)
+        self.passed: list[Tensor] = []
+        self._tangents: _BlockTangents | None = None
+
+    def begin(self, forward: Prefill, biased: frozenset[int]) -> None:
+        """Get ready for the tiles of a forward."""
+        self.forward = forward
+        length = forward.bounds[-1][1]
+        self.passed = [torch.zeros(length, dtype=torch.float64) for _ in range(self.objectives)]
+        if needs_tangents(self.layer, self.run.sites, self.run.rule_set, biased):
+            self._tangents = _BlockTangents(self.run, self.layer, forward)
+
+    def begin_tile(self, tile: int, cache: ReplayCache) -> None:
+        """Get ready for one tile."""
+        self.tile = _Tile(tile, cache, self._tangents, self.edges.again)
+        self.edges.restart()
+
+    def readings(self) -> list[Reading]:
+        """Nothing: a replay's cache has the values."""
+        return []
+
+    def values(self) -> Float[Tensor, "source kv_head d_head"]:
+        """The values v that the current tile sees."""
+        return self.tile.values()
+
+    def tangents(self) -> Tangents:
+        """The derivatives ṽ and S̃ of the current tile."""
+        return self.tile.tangents()
+
+
 def _by_position(relevance: Tensor | None) -> Tensor | None:
-    """Summed over hidden dimensions, where these are kept."""
+    """Relevance by position, summed over hidden dimensions where these are kept."""
     return relevance.sum(-1) if relevance is not None and relevance.ndim > 1 else relevance
 
 
 class TiledEdges:
-    """Collects the edges of the given blocks' transitions, pruned by ``rule``.
+    """Collects the edges of the given blocks' transitions, pruned by ``rule``; a ``TileReader``.
 
     Args:
         model: The bridge.
         sites: ``find_sites(model)``.
         rule_set: The rules of the backward.
         rule: Which edges to keep.
-        targets: By block, the site its attention's transition leads to.
-        node_threshold: Targets with |relevance| at or below it are not expanded.
-        heads: Split edges by head and by value and key path.
-        objectives: How many backwards there are.
+        targets: By block, the site to which its attention's transition leads.
+        node_threshold: Targets with |relevance| at or below it (logits) are not expanded.
+        heads: Whether to split edges by head and by value and key path.
+        objectives: The number of backwards.
 
     Attributes:
-        found: By objective and block.
+        selections: By objective and block, the edges to keep.
     """
 
     def __init__(
@@ -121,73 +244,57 @@ class TiledEdges:
         heads: bool = False,
         objectives: int = 1,
     ) -> None:
-        self.model, self.sites, self.rule_set, self.rule = model, sites, rule_set, rule
+        self.run, self.rule = _Run(model, sites, rule_set), rule
         self.targets, self.node_threshold, self.heads = targets, node_threshold, heads
         self.biased = biased_blocks(model)
-        self.found: list[dict[int, StreamingSelection]] = [{} for _ in range(objectives)]
-        self._columns: list[Tensor] = []
-        self._edges: BlockEdges | None = None
-        self._moving: _Moving | None = None
-        self._moved: tuple[Tensor, Tensor] | None = None
-        self._forward: Prefill | None = None
-        self._cache: Any = None
-        self._tile = 0
+        self.selections: list[dict[int, StreamingSelection]] = [{} for _ in range(objectives)]
+        self._block: _Block | None = None
 
-    def by_operation(self, layer: int) -> bool:
-        return any(
-            site.operation == "attention" and site.path == f"blocks.{layer}.attn"
-            for site in self.sites
-        )
+    @property
+    def block(self) -> _Block:
+        """The block whose tiles are being replayed."""
+        assert self._block is not None
+        return self._block
 
     def readings(self, layer: int) -> list[Reading]:
-        self._edges = BlockEdges(layer, by_head=self.heads, again=len(self.found) > 1)
+        """What to read in the backwards through a block."""
+        run = self.run
+        block = _Block(run, layer, heads=self.heads, objectives=len(self.selections))
+        self._block = block
         return edge_readings(
-            self.model, self._edges, self.sites, self.rule_set, BlockCall(), self.biased,
-            self._values, self._tangents,
-        )  # fmt: skip
-
-    def _values(self) -> Tensor:
-        values: Tensor = self._cache.values[0]
-        return values.transpose(0, 1)
-
-    def _tangents(self) -> tuple[Tensor, Tensor]:
-        assert self._moving is not None
-        moved = self._moving.at(self._tile) if self._moved is None else self._moved
-        if len(self.found) > 1:  # the next objective's backward needs them too
-            self._moved = moved
-        return moved
+            run.model,
+            block.edges,
+            run.sites,
+            run.rule_set,
+            BlockCall(),
+            self.biased,
+            inputs=block,
+        )
 
     def begin_layer(self, layer: int, forward: Prefill) -> None:
-        self._forward = forward
-        length = forward.bounds[-1][1]
-        for found in self.found:
-            found[layer] = StreamingSelection(self.rule)
-        self._columns = [torch.zeros(length, dtype=torch.float64) for _ in self.found]
-        self._moving = None
-        if needs_tangents(layer, self.sites, self.rule_set, self.biased):
-            self._moving = _Moving(self, layer, forward)
+        """Get ready for the block's tiles."""
+        for selections in self.selections:
+            selections[layer] = StreamingSelection(self.rule)
+        self.block.begin(forward, self.biased)
 
     def begin_tile(self, layer: int, tile: int, cache: Any) -> None:  # noqa: ARG002
-        assert self._edges is not None
-        self._cache, self._tile, self._moved = cache, tile, None
-        self._edges.clear()
-        self._edges._kept.clear()
+        """Get ready for one replay."""
+        self.block.begin_tile(tile, cache)
 
     def end_tile(self, layer: int, tile: int, joined: TileAccumulator, which: int) -> None:
-        """The tile's rows, its diagonal included."""
-        assert self._edges is not None
-        assert self._forward is not None
-        start, stop = own = self._forward.bounds[tile]
-        first = stop - self._forward.widths[layer][tile]
+        """Add the tile's rows of one objective's matrix, diagonal included."""
+        block = self.block
+        edges, passed = block.edges, block.passed[which]
+        start, stop = own = block.forward.bounds[tile]
+        first = stop - block.forward.widths[layer][tile]
         source = _by_position(joined.at(f"blocks.{layer}.hook_resid_pre", own))
         target = _by_position(joined.at(self.targets[layer], own))
-        edges, columns = self._edges, self._columns[which]
-        total, split = edges.total, (edges.value, edges.key)
+        total, by_path = edges.total, (edges.value, edges.key)
         edges.clear()
         if total is not None:
             if not self.heads:  # by heads, attention to itself is an edge of its own
                 total.diagonal(start - first).zero_()
-            columns[first:stop] += with_float64(total).sum(0, dtype=torch.float64).cpu()
+            passed[first:stop] += with_float64(total).sum(0, dtype=torch.float64).cpu()
         if source is None or target is None:
             return
         live = target.abs() > self.node_threshold
@@ -195,28 +302,30 @@ class TiledEdges:
             live = live | (total != 0).any(-1).to(live.device)
         if not bool(live.any()):
             return
-        position = source - columns[start:stop].to(source)
+        position = source - passed[start:stop].to(source)
         unseen = start * (start + 1) // 2
         if total is None:  # no relevance reaches this block's attention
             first, total = start, source.new_zeros(stop - start, stop - start)
         if self.heads:
-            rows = slots(*split, position.cpu(), start - first)
+            rows = slots(*by_path, position.cpu(), start - first)
             unseen *= rows.shape[-1]
         else:
             total.diagonal(start - first).copy_(position)
             rows = total
         if not bool(live.all()):
             rows[~live.to(rows.device)] = 0
-        self.found[which][layer].add(rows, start, first, unseen)
+        self.selections[which][layer].add(rows, start, first, unseen)
 
     def end_layer(self, layer: int) -> None:
-        """Choose, so that only what is kept stays in memory."""
-        for found in self.found:
-            found[layer].chosen()
-        self._moving = self._cache = None
+        """Choose the edges to keep, so that only they stay in memory."""
+        for selections in self.selections:
+            selections[layer].kept()
+        self._block = None
 
     def saved(self, layer: int, which: int) -> dict[str, Tensor]:
-        return self.found[which][layer].saved()
+        """A finished block's edges as tensors, for a checkpoint."""
+        return self.selections[which][layer].saved()
 
     def restore(self, layer: int, which: int, tensors: dict[str, Tensor]) -> None:
-        self.found[which][layer] = StreamingSelection.restored(self.rule, tensors)
+        """Take a block's edges from a checkpoint."""
+        self.selections[which][layer] = StreamingSelection.restored(self.rule, tensors)

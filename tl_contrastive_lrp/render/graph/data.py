@@ -1,9 +1,9 @@
-"""What a picture of an attribution graph shows: plain data, checked once."""
+"""The data of a graph's picture: plain arrays, checked once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,31 +17,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class GraphView:
-    """A graph to be drawn. Arrays may be numpy arrays, tensors or nested lists.
+    """A graph to draw. Arrays may be numpy arrays, tensors or nested lists.
 
     A node is a hidden state: (site, position). An edge's weight is the relevance that its target
     node (later site) passes to its source node (earlier site). Relevance and weights are in
     logits; positive supports the target token, negative the contrast.
 
     Attributes:
-        sites: HookPoint name per site, input first; the last one holds the final node.
-        site_labels: what to call each site in the picture.
-        relevance: relevance of every node, ``[site, pos]``.
-        str_tokens: the prompt's tokens as text, ``[pos]``.
-        greyed: bool per token, ``[pos]``: special tokens and the first token; left out of the
-            scales of widths and areas. ``None`` greys nothing.
-        source_site, source_pos, target_site, target_pos: the edges, ``[edge]``, integers. Edges
-            between the same two nodes (one a head) are added up.
-        weight: their weights, ``[edge]``.
-        final_pos: position whose prediction is explained; of several the last.
-        target: the token the model preferred, "" for other objectives.
-        contrast: the token it should have preferred, "" for none.
+        sites: One HookPoint name per site, input first; the last site holds the final node.
+        site_labels: What to call each site in the picture.
+        relevance: Relevance of every node in logits, ``[site, pos]``.
+        str_tokens: The prompt's tokens as text, ``[pos]``.
+        greyed: One bool per token, ``[pos]``: special tokens and the first token, left out of the
+            scales of widths and areas. ``None`` greys none.
+        source_site: Site index of each edge's source, ``[edge]``.
+        source_pos: Position of each edge's source, ``[edge]``.
+        target_site: Site index of each edge's target, ``[edge]``.
+        target_pos: Position of each edge's target, ``[edge]``.
+        weight: Weight of each edge in logits, ``[edge]``. Edges between the same two nodes (of
+            several heads) are added up.
+        final_pos: The position whose prediction is explained; the last of several.
+        target: The token that the model preferred; "" for other objectives.
+        contrast: The token that it should have preferred; "" if there is none.
         delta: Δℓ, the objective's value in logits.
-        objective: the objective in words, with its sign convention.
-        rules: name of the rule set.
-        model_name: the model.
-        notes: sentences below the picture: what was pruned, and what that cost.
-        earlier_final_pos: the other positions explained, where there are several.
+        objective: The objective in words, with its sign convention.
+        rules: Name of the rule set.
+        model_name: The model.
+        notes: Sentences below the picture: what was pruned, and how much mass that left.
+        earlier_final_pos: The other explained positions, if there are several.
     """
 
     sites: Sequence[str]
@@ -84,14 +87,20 @@ class Edges:
 
 
 @dataclass(frozen=True, eq=False)
-class GraphData:
-    """The arrays of a :class:`GraphView`, of one type and found to fit each other.
+class CheckedGraph:
+    """The arrays of a :class:`GraphView`, converted and checked to fit each other.
 
-    ``tokens`` are as each reads by itself, parts of a character marked.
-
-    ``first`` and ``last`` are the positions of the prompt that a position here stands for,
-    ``[pos]``: the same one, unless several are folded into it. ``finals`` are all positions
-    explained, rising; ``final_pos`` is the last of them.
+    Attributes:
+        tokens: Each token as it reads by itself, with parts of a character marked.
+        relevance: Relevance of every node in logits, ``[site, pos]``.
+        greyed: Which tokens are greyed, ``[pos]``.
+        edges: The edges, those between the same two nodes added up.
+        final_pos: The explained position; the last of several.
+        finals: All explained positions, rising.
+        delta: Δℓ in logits.
+        first: First position of the prompt that a position here stands for, ``[pos]``.
+        last: Last position of the prompt that it stands for: the same as ``first``, unless several
+            are folded into it.
     """
 
     tokens: list[str]
@@ -105,11 +114,11 @@ class GraphData:
     last: NDArray[np.int64]
 
 
-def checked(view: GraphView) -> GraphData:
-    """The view's arrays.
+def checked(view: GraphView) -> CheckedGraph:
+    """Convert and check a view's arrays.
 
     Raises:
-        ValueError: shapes and lengths disagree, an index is out of range, an edge does not lead
+        ValueError: Shapes and lengths disagree, an index is out of range, an edge does not lead
             from an earlier to a later site, or a number is NaN or infinite.
         TypeError: ``str_tokens`` is not a list of strings.
     """
@@ -143,7 +152,7 @@ def checked(view: GraphView) -> GraphData:
             f"edge {backward[0]} goes from site {columns['source_site'][backward[0]]} to site "
             f"{columns['target_site'][backward[0]]}; a source site comes before its target site"
         )
-    return GraphData(
+    return CheckedGraph(
         tokens=tokens,
         relevance=relevance,
         greyed=as_mask(view.greyed, positions),
@@ -170,7 +179,7 @@ def _index(values: Any, length: int, limit: int, what: str) -> NDArray[np.int64]
 
 
 def merged(edges: Edges, sites: int, positions: int) -> Edges:
-    """The same edges with those between the same two nodes added up."""
+    """Add up edges between the same two nodes."""
     nodes = sites * positions
     source = edges.source_site * positions + edges.source_pos
     keys = (edges.target_site * positions + edges.target_pos) * nodes + source
@@ -178,5 +187,19 @@ def merged(edges: Edges, sites: int, positions: int) -> Edges:
         return edges
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     weight = np.bincount(inverse.ravel(), weights=edges.weight).astype(np.float64)
-    kept = edges.take(first)
-    return Edges(kept.source_site, kept.source_pos, kept.target_site, kept.target_pos, weight)
+    return replace(edges.take(first), weight=weight)
+
+
+def exchanged(
+    source_pos: NDArray[np.int64], target_pos: NDArray[np.int64], size: NDArray[Any], n: int
+) -> NDArray[np.float64]:
+    """The relevance that each of ``n`` positions exchanges with others, ``[pos]``.
+
+    Args:
+        source_pos: Source positions of edges that lead from one position to another, ``[edge]``.
+        target_pos: Their target positions, ``[edge]``.
+        size: Their |weight| in logits, ``[edge]``.
+        n: Number of positions.
+    """
+    totals = np.bincount(source_pos, size, n) + np.bincount(target_pos, size, n)
+    return totals.astype(np.float64)

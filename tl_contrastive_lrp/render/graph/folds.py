@@ -1,9 +1,9 @@
-"""Positions of a long prompt's graph that have no column of their own, drawn together.
+"""Folding a long prompt's graph: positions without a column of their own share one.
 
-A picture of thousands of columns shows nothing. In a prompt of more than ``folds.LONG`` tokens
-the positions that exchange most relevance keep a column each; every run of positions between them
-becomes one column, whose nodes and edges are the sums of theirs. So nothing is lost from the
-picture, and what the folded ones hold can be read from it.
+A picture of thousands of columns shows nothing. In a prompt of more than ``folds.LONG`` tokens the
+positions that exchange most relevance keep a column each, and every run of positions between them
+becomes one column whose nodes and edges are the sums of theirs. Nothing is lost: the picture also
+shows what the folded positions hold.
 """
 
 from __future__ import annotations
@@ -13,19 +13,24 @@ from dataclasses import replace
 import numpy as np
 
 from ..folds import LONG
-from .data import Edges, GraphData, merged
-from .layout import strongest
+from ..ranking import extremes, largest_mask
+from .data import CheckedGraph, exchanged, merged
 
 MAX_POSITIONS = 60
 _MOST_GREYED = 6  # first and special tokens are large whatever the prompt says
-_TOP = 6  # positions listed on either side
+_TOP = 6  # positions listed for the target, and for the contrast
 
 
-def fold_positions(data: GraphData, most: int) -> GraphData:
-    """The graph with at most ``most`` positions, and the final one, apart; the rest in columns
-    of several. The same graph where the prompt is short or no more positions have an edge.
+def fold_positions(data: CheckedGraph, most: int) -> CheckedGraph:
+    """Give at most ``most`` positions and the final one a column each, and fold the others.
 
-    Of several final ones so many have a column to themselves as are a tenth of ``most``."""
+    A graph stays as it is if the prompt is short or no more positions have an edge. If there are
+    several final positions, those of largest relevance get a column each, up to a tenth of
+    ``most``.
+
+    Raises:
+        ValueError: ``most`` is below 1.
+    """
     edges, n = data.edges, len(data.tokens)
     if most < 1:
         raise ValueError(f"max_positions must be 1 or more, not {most}")
@@ -34,33 +39,30 @@ def fold_positions(data: GraphData, most: int) -> GraphData:
         return data
     moves = edges.source_pos != edges.target_pos
     size = np.abs(edges.weight[moves])
-    exchanged = np.bincount(edges.source_pos[moves], size, n)
-    exchanged += np.bincount(edges.target_pos[moves], size, n)
-    grey = strongest(np.where(data.greyed, exchanged, 0.0), min(_MOST_GREYED, -(-most // 10)))
-    plain = strongest(np.where(data.greyed, 0.0, exchanged), most - len(grey) or 1)
-    chosen = np.concatenate([grey, plain])
+    by_position = exchanged(edges.source_pos[moves], edges.target_pos[moves], size, n)
+    tenth = -(-most // 10)
+    n_greyed = min(_MOST_GREYED, tenth)
+    greyed = largest_mask(np.where(data.greyed, by_position, 0.0), n_greyed)
+    others = largest_mask(np.where(data.greyed, 0.0, by_position), most - n_greyed or 1)
+    busy = np.flatnonzero((greyed | others) & (by_position > 0))
     own = np.abs(data.relevance[-1, data.finals])
-    finals = np.append(data.finals[strongest(own, -(-most // 10))], data.final_pos)
-    chosen = np.union1d(chosen[exchanged[chosen] > 0], finals).astype(np.int64)
+    finals = np.append(data.finals[largest_mask(own, tenth)], data.final_pos)
+    columns = np.union1d(busy, finals).astype(np.int64)
 
-    first = np.unique(np.concatenate([[0], chosen, chosen + 1]))
+    first = np.unique(np.concatenate([[0], columns, columns + 1]))
     first = first[first < n]
     last = np.append(first[1:], n) - 1
     column = np.searchsorted(first, np.arange(n), side="right") - 1
     relevance = np.add.reduceat(data.relevance, first, axis=1)
-    together = Edges(
-        edges.source_site,
-        column[edges.source_pos],
-        edges.target_site,
-        column[edges.target_pos],
-        edges.weight,
+    folded = replace(
+        edges, source_pos=column[edges.source_pos], target_pos=column[edges.target_pos]
     )
     return replace(
         data,
         tokens=[data.tokens[at] for at in first.tolist()],
         relevance=relevance,
         greyed=data.greyed[first] & (first == last),
-        edges=merged(together, *relevance.shape),
+        edges=merged(folded, *relevance.shape),
         final_pos=int(column[data.final_pos]),
         finals=np.unique(column[data.finals]).astype(np.int64),
         first=first,
@@ -68,8 +70,8 @@ def fold_positions(data: GraphData, most: int) -> GraphData:
     )
 
 
-def account(data: GraphData, folded: GraphData) -> str:
-    """What is folded, in a sentence; "" where nothing is."""
+def account(data: CheckedGraph, folded: CheckedGraph) -> str:
+    """What is folded, in words; "" if nothing is."""
     apart = folded.first == folded.last
     if apart.all():
         return ""
@@ -88,11 +90,6 @@ def account(data: GraphData, folded: GraphData) -> str:
     )
 
 
-def tops(data: GraphData) -> list[list[int]]:
-    """Positions of largest positive, and of largest negative relevance at the input."""
-    row = np.where(data.greyed, 0.0, data.relevance[0])
-    order = np.argsort(-row, kind="stable")
-    return [
-        [at for at in order[:_TOP].tolist() if row[at] > 0],
-        [at for at in order[::-1][:_TOP].tolist() if row[at] < 0],
-    ]
+def tops(data: CheckedGraph) -> list[list[int]]:
+    """The positions of largest positive and of largest negative relevance at the input."""
+    return list(extremes(np.where(data.greyed, 0.0, data.relevance[0]), _TOP))

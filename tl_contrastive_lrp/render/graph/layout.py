@@ -7,23 +7,33 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .data import Edges, GraphData
+from ..ranking import largest_ascending
+from ..scale import largest_among
+from .data import CheckedGraph, Edges
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Pixels. A page's width of columns, and the room from which column and row sizes are worked out.
+# All sizes are in pixels. The width that columns share, and the limits of a column's width.
 _WIDE, _NARROWEST, _WIDEST = 1040, 15, 56
-_GAP = 0.7  # width of a gap, in columns, but wide enough for its words
-_WORDS = 12.5
+# A gap's width as a fraction of a column's, and the least width that its words need.
+_GAP, _WORDS = 0.7, 12.5
+# The height that rows share, and the limits of a row's height.
 _TALL, _LOWEST, _HIGHEST = 620, 15, 64
-TOP = 46  # for the final node's words
+TOP = 46  # above the first row, for the words at the final node
 THICKEST, THINNEST = 6.5, 0.6
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Positions ``first`` to ``last`` that have no edge in the picture, and where they would be."""
+    """A run of positions that have no edge in the picture.
+
+    Attributes:
+        x: Where its middle is drawn.
+        width: How wide it is drawn.
+        first: The first position.
+        last: The last position.
+    """
 
     x: float
     width: float
@@ -32,6 +42,7 @@ class Gap:
 
     @property
     def count(self) -> int:
+        """Number of positions."""
         return self.last - self.first + 1
 
 
@@ -40,21 +51,21 @@ class Layout:
     """The picture in numbers.
 
     Attributes:
-        edges: the edges to draw, weakest first.
-        thickness: their widths in pixels, ``[edge]``, linear in |weight| up to ``widest``.
+        edges: The edges to draw, weakest first.
+        thickness: Their widths in pixels, ``[edge]``, linear in |weight| up to ``widest``.
         strength: |weight| / ``widest``, at most 1, ``[edge]``.
-        stays: whether an edge stays at its position, ``[edge]``.
-        node_site, node_pos: the nodes with an edge to draw, and the final nodes (last; one, unless
+        stays: Whether an edge stays at its position, ``[edge]``.
+        node_site, node_pos: The nodes with an edge to draw, and the final nodes (last; one, unless
             several positions are explained), ``[node]``.
-        radius: in pixels, ``[node]``; the area is linear in |relevance| up to ``largest``.
-        source, target: index of an edge's nodes, ``[edge]``.
+        radius: In pixels, ``[node]``; the area is linear in |relevance| up to ``largest``.
+        source, target: Index of an edge's nodes, ``[edge]``.
         column: x of every position, ``[pos]``; NaN where it has no column.
         row: y of every site, ``[site]``.
-        gaps: runs of positions without a column.
-        width, below: right end of the columns, and y below the lowest row.
+        gaps: Runs of positions without a column.
+        width, below: Right end of the columns, and y below the lowest row.
         widest, largest: |weight| of full width and |relevance| of full area, in logits.
-        left_out: number of edges too weak to be drawn.
-        mass: share of Σ|weight| that is drawn.
+        left_out: Number of edges too weak to be drawn.
+        mass: Share of Σ|weight| that is drawn.
     """
 
     edges: Edges
@@ -77,22 +88,26 @@ class Layout:
     mass: float
 
 
-def layout(data: GraphData, max_edges: int) -> Layout:
+def layout(data: CheckedGraph, max_edges: int) -> Layout:
     """Place the strongest ``max_edges`` edges of a graph.
 
     Widths and areas have one scale each for the whole picture. Full width is the largest |weight|
-    among edges between two positions that are neither greyed nor folded: what stays at its
-    position is most of the relevance and would leave nothing to see of the rest.
+    among edges between two positions that are neither greyed nor folded: most of the relevance
+    stays at its position and would make all other edges invisible.
+
+    Raises:
+        ValueError: ``max_edges`` is below 1.
     """
-    every = data.edges
-    size = np.abs(every.weight)
-    kept = strongest(size, max_edges)
-    edges, size = every.take(kept), size[kept]
-    total = float(np.abs(every.weight).sum())
+    if max_edges < 1:
+        raise ValueError(f"max_edges must be 1 or more, not {max_edges}")
+    size = np.abs(data.edges.weight)
+    total = float(size.sum())
+    drawn = largest_ascending(size, max_edges)
+    edges, size = data.edges.take(drawn), size[drawn]
     stays = edges.source_pos == edges.target_pos
-    outside = data.greyed | (data.first != data.last)  # of the scales
+    outside = data.greyed | (data.first != data.last)  # left out of the scales
     grey = outside[edges.source_pos] | outside[edges.target_pos]
-    widest = _scale(size, ~stays & ~grey, ~stays, ~grey)
+    widest = largest_among(size, ~stays & ~grey, ~stays, ~grey)
 
     sites, positions = data.relevance.shape
     finals = (sites - 1) * positions + data.finals
@@ -109,7 +124,7 @@ def layout(data: GraphData, max_edges: int) -> Layout:
     index = order[np.searchsorted(nodes, ends, sorter=order)]
     node_site, node_pos = np.divmod(nodes, positions)
     relevance = np.abs(data.relevance[node_site, node_pos])
-    largest = _scale(relevance, ~outside[node_pos])
+    largest = largest_among(relevance, ~outside[node_pos])
 
     used = np.unique(node_pos)
     column, gaps, step, width = _columns(used, positions)
@@ -135,37 +150,15 @@ def layout(data: GraphData, max_edges: int) -> Layout:
         below=float(row[0]) + max(biggest, 4.0) + 7,
         widest=widest,
         largest=largest,
-        left_out=len(every) - len(edges),
+        left_out=len(data.edges) - len(edges),
         mass=float(size.sum()) / total if total else 1.0,
     )
-
-
-def strongest(size: NDArray[np.float64], limit: int) -> NDArray[np.int64]:
-    """Indices of the ``limit`` largest values, weakest first; of equal ones the earliest."""
-    if limit < 1:
-        raise ValueError(f"max_edges must be 1 or more, not {limit}")
-    kept = np.arange(len(size))
-    if len(size) > limit:
-        least = np.partition(size, len(size) - limit)[len(size) - limit]
-        above = np.flatnonzero(size > least)
-        equal = np.flatnonzero(size == least)[: limit - len(above)]
-        kept = np.sort(np.concatenate([above, equal]))
-    return kept[np.argsort(size[kept], kind="stable")]
-
-
-def _scale(size: NDArray[np.float64], *choices: NDArray[np.bool_]) -> float:
-    """The largest size among the first choice that has one above 0, else among all, else 1."""
-    for chosen in (*choices, np.ones(len(size), dtype=bool)):
-        largest = float(size[chosen].max(initial=0.0))
-        if largest > 0:
-            return largest
-    return 1.0
 
 
 def _columns(
     used: NDArray[np.int64], positions: int
 ) -> tuple[NDArray[np.float64], list[Gap], float, float]:
-    """x of every position, the gaps, the width of a column and the right end of all."""
+    """The x of every position, the gaps, the width of a column and the right end of all."""
     ends = np.concatenate([[-1], used, [positions]])
     missing = np.diff(ends) > 1  # a gap in front of each column, and after the last
     columns = len(used) + _GAP * missing.sum()

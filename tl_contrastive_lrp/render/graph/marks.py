@@ -1,4 +1,4 @@
-"""The marks of a graph's picture, ready for its template: paths, circles, labels, words."""
+"""The marks of a graph's picture, ready for its template: paths, circles, labels and words."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ import numpy as np
 
 from ..scale import NEGATIVE, POSITIVE
 from ..text import percent, printable, signed, visible
-from .data import GraphData
+from .data import CheckedGraph
 from .layout import Layout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-UP, DOWN, _PLAIN = POSITIVE[3], NEGATIVE[3], "#8a8d96"
-_CHARACTERS = 16  # of a token below its column
-_SQUARE = math.sqrt(math.pi) / 2  # half a side over a radius, for the same area
+UP, DOWN, _ZERO = POSITIVE[3], NEGATIVE[3], "#8a8d96"
+_CHARACTERS = 16  # how many characters of a token are shown below its column
+_SQUARE = math.sqrt(math.pi) / 2  # half the side of a square over the radius of an equal circle
 
 
-def places(data: GraphData) -> list[str]:
-    """What each position stands for, in words: its token and where it is, or how many."""
-    found = []
+def places(data: CheckedGraph) -> list[str]:
+    """Each position in words: its token and position, or how many tokens are folded there."""
+    words = []
     for token, first, last in zip(
         data.tokens, data.first.tolist(), data.last.tolist(), strict=True
     ):
         if first == last:
-            found.append(f"\u00ab{visible(token)}\u00bb position {first}")
+            words.append(f"\u00ab{visible(token)}\u00bb position {first}")
         else:
-            found.append(f"{last - first + 1:,} tokens, positions {first} to {last}")
-    return found
+            words.append(f"{last - first + 1:,} tokens, positions {first} to {last}")
+    return words
 
 
 def edges(
-    data: GraphData, plan: Layout, where: list[str], names: list[str]
+    data: CheckedGraph, plan: Layout, where: list[str], names: list[str]
 ) -> list[list[dict[str, Any]]]:
-    """What stays at its position, then the rest: each a path, its look and its words."""
+    """Edges that stay at their position, then all others: path, look and words of each."""
     edges = plan.edges
     x1, y1 = plan.column[edges.source_pos], plan.row[edges.source_site]
     x2, y2 = plan.column[edges.target_pos], plan.row[edges.target_site]
     bend = 0.5 * (y1 - y2)
     points = np.stack([x1, y1, x1, y1 - bend, x2, y2 + bend, x2, y2], axis=-1).round(1)
-    # Weak edges fade where there are many, or they would add up to a fog over the strong ones.
+    # Weak edges are paler if there are many, so that together they do not hide the strong ones.
     faintest = float(np.clip(60 / max(len(edges), 1), 0.05, 0.3))
     strong = faintest + (0.85 - faintest) * np.sqrt(plan.strength)
     opacity = np.where(plan.stays, 0.25, strong).round(2)
@@ -80,16 +80,17 @@ def edges(
 
 
 def nodes(
-    data: GraphData, plan: Layout, where: list[str], names: list[str], sites: Sequence[str]
+    data: CheckedGraph, plan: Layout, where: list[str], names: list[str], sites: Sequence[str]
 ) -> list[dict[str, Any]]:
-    found = []
+    """Nodes: place, size, look and words of each."""
+    marks = []
     for site, pos, radius in zip(
         plan.node_site.tolist(), plan.node_pos.tolist(), plan.radius.tolist(), strict=True
     ):
         value = float(data.relevance[site, pos])
         place = f"{names[site]} ({printable(str(sites[site]))})"
         several = bool(data.first[pos] != data.last[pos])
-        found.append(
+        marks.append(
             {
                 "x": rounded(plan.column[pos]),
                 "y": rounded(plan.row[site]),
@@ -105,11 +106,11 @@ def nodes(
                 f"\u00b7 relevance {'summed ' if several else ''}{_numbers(value, data)}",
             }
         )
-    return found
+    return marks
 
 
-def labels(data: GraphData, plan: Layout, where: list[str]) -> list[dict[str, Any]]:
-    """Tokens below their columns."""
+def labels(data: CheckedGraph, plan: Layout, where: list[str]) -> list[dict[str, Any]]:
+    """Tokens, to be written below their columns."""
     labels = []
     finals = set(data.finals.tolist())
     for pos in np.flatnonzero(~np.isnan(plan.column)).tolist():
@@ -133,13 +134,14 @@ def labels(data: GraphData, plan: Layout, where: list[str]) -> list[dict[str, An
 
 
 def gaps(plan: Layout) -> list[dict[str, Any]]:
-    found = []
+    """Runs of positions without a column: place and words of each."""
+    marks = []
     for gap in plan.gaps:
         words = "1 token" if gap.count == 1 else f"{gap.count:,} tokens"
         where = (
             f"position {gap.first}" if gap.count == 1 else f"positions {gap.first} to {gap.last}"
         )
-        found.append(
+        marks.append(
             {
                 "x": rounded(gap.x),
                 "left": rounded(gap.x - gap.width / 2),
@@ -150,11 +152,11 @@ def gaps(plan: Layout) -> list[dict[str, Any]]:
                 "last": gap.last,
             }
         )
-    return found
+    return marks
 
 
 def rows(plan: Layout, names: list[str], sites: Sequence[str]) -> list[dict[str, Any]]:
-    """Site labels; the first and the last always, of the others as many as find room."""
+    """Site labels: the first, the last, and as many of the others as there is room for."""
     height = abs(float(plan.row[0] - plan.row[-1])) / max(len(names) - 1, 1)
     every = max(1, math.ceil(13 / height)) if height else 1
     last = len(names) - 1
@@ -169,24 +171,25 @@ def rows(plan: Layout, names: list[str], sites: Sequence[str]) -> list[dict[str,
     ]
 
 
-def _numbers(value: float, data: GraphData) -> str:
+def _numbers(value: float, data: CheckedGraph) -> str:
     share = percent(value / data.delta if data.delta else None)
     return f"{signed(value)} logits \u00b7 {share} of \u0394\u2113"
 
 
 def _colour(value: float) -> str:
-    return UP if value > 0 else DOWN if value < 0 else _PLAIN
+    return UP if value > 0 else DOWN if value < 0 else _ZERO
 
 
 def short(text: str, most: int) -> str:
-    """At most so many characters, with a sign where some are missing."""
+    """At most ``most`` characters, ending in an ellipsis if some are missing."""
     return text if len(text) <= most else text[: most - 1] + "\u2026"
 
 
 def width(text: str) -> float:
-    """About how many pixels wide a text of 11 pixels is."""
+    """The approximate width in pixels of a text that is 11 pixels high."""
     return sum(11.0 if unicodedata.east_asian_width(char) in "WF" else 6.7 for char in text)
 
 
 def rounded(value: float | NDArray[np.float64]) -> str:
+    """A coordinate with at most one decimal."""
     return f"{float(value):.1f}".removesuffix(".0")

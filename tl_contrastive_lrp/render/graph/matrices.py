@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from einops import reduce
 
 from ..offline import OfflineHTML, component, source
-from ..scale import LIGHT_NEGATIVE, LIGHT_POSITIVE, as_array, as_mask, check_tokens
-from ..text import printable, signed, visible, with_parts
-from .layout import strongest
+from ..ranking import largest_mask
+from ..scale import LIGHT_NEGATIVE, LIGHT_POSITIVE, as_array, as_mask, check_tokens, largest_among
+from ..text import printable, rounded, signed, visible, with_parts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# circuitsvis draws every cell as an object of its own; more make a browser crawl.
+# circuitsvis draws every cell as an object of its own; with more cells a browser becomes slow.
 MAX_CELLS = 40_000
 
 
@@ -32,30 +33,30 @@ def attention_matrices(
     notes: Sequence[str] = (),
     max_cells: int = MAX_CELLS,
 ) -> OfflineHTML:
-    """circuitsvis' ``attention_heads`` for edges: red supports the target, blue the contrast.
+    """Edges as circuitsvis' ``attention_heads``: red supports the target, blue the contrast.
 
-    Rows are targets (later site), columns sources. Scales are symmetric: full colour is the
-    largest size among entries between two different positions whose source is not greyed; the
-    diagonal, where most relevance stays, is cut off there. Tooltips show the true values. Where
-    sources never come after targets, that half is masked.
+    Rows are targets (later site), columns sources. Scales are symmetric: full colour is the largest
+    magnitude among entries between two different positions whose source is not greyed; the
+    diagonal, where most relevance stays, is clipped to it. Tooltips show the true values. If no
+    source comes after its target, the upper triangle is masked.
 
     Args:
-        str_tokens: the tokens as text, ``[pos]``.
-        matrices: relevance that a target passes to a source, in logits,
-            ``[matrix, target_pos, source_pos]``; a matrix per transition or per head.
-        labels: a name per matrix.
-        greyed: bool per token, ``[pos]``: sources left out of the scale. ``None`` for none.
-        scale: ``"matrix"``, each on its own, or ``"shared"``, one for all: near the input
-            relevance is spread thin, and a shared scale leaves early transitions blank.
-        target: words for what positive relevance supports, for the legend.
-        contrast: words for what negative relevance supports.
-        positions: the tokens' true positions, if they are only some of the prompt's.
-        notes: more lines above the view.
-        max_cells: of more cells than this, in all matrices together, only the positions with the
-            largest share of the sum of sizes are shown, and the legend says so.
+        str_tokens: The tokens as text, ``[pos]``.
+        matrices: Relevance that a target passes to a source, in logits,
+            ``[matrix, target_pos, source_pos]``: one matrix per transition or per head.
+        labels: One name per matrix.
+        greyed: One bool per token, ``[pos]``: sources left out of the scale. ``None`` greys none.
+        scale: ``"matrix"`` for a scale per matrix, or ``"shared"`` for one scale, on which early
+            transitions look blank: near the input, relevance is spread over many positions.
+        target: Words for what positive relevance supports, for the legend.
+        contrast: Words for what negative relevance supports.
+        positions: The tokens' true positions, if they are only some of the prompt's.
+        notes: More lines above the view.
+        max_cells: If all matrices together have more cells, only the positions that exchange most
+            relevance are shown, and the legend says so.
 
     Raises:
-        ValueError: shapes and lengths disagree, nothing to show, NaN or infinite values, an
+        ValueError: Shapes and lengths disagree, nothing to show, NaN or infinite values, an
             unknown ``scale``, or more matrices than ``max_cells`` can show.
         TypeError: ``str_tokens`` is not a list of strings.
     """
@@ -77,21 +78,22 @@ def attention_matrices(
     )
     words = ["Rows: targets. Columns: the sources they pass relevance to.", *map(printable, notes)]
     after = bool(np.triu(array, 1).any())
-    kept = np.arange(length)
+    shown_positions = np.arange(length)
     if length > room(count, max_cells):
-        kept = busiest(array, room(count, max_cells))
-        shown = array[:, kept[:, None], kept]
+        shown_positions = busiest(array, room(count, max_cells))
+        shown = array[:, shown_positions[:, None], shown_positions]
         share = np.abs(shown).sum() / (np.abs(array).sum() or 1.0)
         words.append(
-            f"The {len(kept)} of {length} positions that exchange most relevance; "
+            f"The {len(shown_positions)} of {length} positions that exchange most relevance; "
             f"their entries hold {100 * share:.1f} % of \u03a3|weight|."
         )
         array = shown
-    if positions is not None or len(kept) < length:
+    if positions is not None or len(shown_positions) < length:
         # circuitsvis numbers the columns it is given, so the true position goes with the token.
-        true = kept if positions is None else np.asarray(positions)[kept]
+        true = shown_positions if positions is None else np.asarray(positions)[shown_positions]
         tokens = [
-            f"{pos}:{tokens[at]}" for pos, at in zip(true.tolist(), kept.tolist(), strict=True)
+            f"{pos}:{tokens[at]}"
+            for pos, at in zip(true.tolist(), shown_positions.tolist(), strict=True)
         ]
     legend = [
         (LIGHT_POSITIVE, f"red, positive: supports {visible(target)}"),
@@ -102,7 +104,7 @@ def attention_matrices(
         "AttentionHeads",
         legend=[legend, *([("", line)] for line in words)],
         tokens=tokens,  # drawn on a canvas: there is no markup to break out of
-        attention=_short(array),
+        attention=rounded(array, 4),
         attentionHeadNames=[printable(str(label)) for label in labels],
         draw=source("graph_matrices.js"),
         extra={
@@ -116,38 +118,29 @@ def attention_matrices(
 
 
 def _scale(array: NDArray[np.float64], greyed: NDArray[np.bool_]) -> float:
-    """Full colour of one matrix, or of several together."""
+    """The size of full colour, for one matrix or for several together."""
     apart = ~np.eye(array.shape[-1], dtype=bool)
-    size = np.abs(array).reshape(-1, *apart.shape).max(axis=0)
-    for chosen in (apart & ~greyed, apart, np.ones_like(apart)):
-        largest = float(size[chosen].max(initial=0.0))
-        if largest > 0:
-            return largest
-    return 1.0
+    size = reduce(np.abs(array), "... target source -> target source", "max")
+    return largest_among(size, apart & ~greyed, apart)
 
 
 def room(count: int, max_cells: int) -> int:
     """How many positions ``count`` matrices can show within ``max_cells``.
 
     Raises:
-        ValueError: not even two.
+        ValueError: They cannot show even two.
     """
-    found = int((max_cells / count) ** 0.5)
-    if found < 2:
+    positions = int((max_cells / count) ** 0.5)
+    if positions < 2:
         raise ValueError(
             f"{count} matrices do not fit into {max_cells} cells; choose fewer of them, such as "
             "every fourth"
         )
-    return found
+    return positions
 
 
 def busiest(array: NDArray[np.float64], limit: int) -> NDArray[np.int64]:
-    """The positions with the largest entries off the diagonal, in and out; in prompt order."""
+    """The positions that exchange most relevance with others, in the prompt's order."""
     size = np.abs(array).sum(axis=0)
     np.fill_diagonal(size, 0.0)
-    return np.sort(strongest(size.sum(axis=0) + size.sum(axis=1), limit))
-
-
-def _short(array: NDArray[np.float64]) -> Any:
-    """Nested lists with four significant digits: enough for a tooltip, a third of the bytes."""
-    return [[[float(f"{value:.4g}") for value in row] for row in plane] for plane in array.tolist()]
+    return np.flatnonzero(largest_mask(size.sum(axis=0) + size.sum(axis=1), limit))

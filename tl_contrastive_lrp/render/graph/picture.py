@@ -1,8 +1,8 @@
 """A picture of an attribution graph: tokens across, sites up.
 
-Inline SVG with a little script of its own: it needs neither circuitsvis' bundle nor the network.
-In a long prompt the positions that matter least share columns (``graph_folds``), and a search box
-finds the column of any text of the prompt.
+It is inline SVG with a small script of its own, which needs neither circuitsvis' bundle nor the
+network. In a long prompt the positions that matter least share columns (``folds.py``), and a search
+box finds the column of any text of the prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..folds import LONG
 from ..offline import PlainHTML, script_hash, source, templates
 from ..text import inline_script, printable, script_json, signed, visible, visible_tokens
 from . import marks
-from .data import GraphData, GraphView, checked
+from .data import CheckedGraph, GraphView, checked
 from .folds import MAX_POSITIONS, account, fold_positions, tops
 from .layout import TOP, Layout, layout
 from .matrices import attention_matrices
@@ -38,11 +38,11 @@ __all__ = [
 ]
 
 MAX_EDGES = 4000
-_SECTION = "graph"  # the element of the one picture in a page of ours
+_SECTION = "graph"  # the id of the element that holds the only picture of a page
 
 
 class GraphPicture(PlainHTML):
-    """A picture of a graph. Its script lights up what the pointer is on."""
+    """A picture of a graph, whose script highlights what the pointer is on."""
 
 
 def graph_picture(
@@ -51,24 +51,25 @@ def graph_picture(
     """The graph as a layered picture: tokens across, sites up, the final node at the top.
 
     Red is positive relevance and supports the target, blue negative and supports the contrast. A
-    node's area and an edge's width are linear in the size of its relevance, in logits; edges that
-    stay at their position are pale. Positions without an edge have no column; a mark says how
-    many are missing where. Every node and edge has a tooltip with its numbers.
+    node's area and an edge's width are linear in the magnitude of its relevance, in logits; edges
+    that stay at their position are pale. Positions without an edge have no column, and a mark says
+    how many are missing there. Every node and edge has a tooltip with its numbers.
 
     Args:
-        view: what to draw, pruned already: an unpruned graph is a thicket.
-        max_edges: of more edges the strongest are drawn, and the picture says so.
-        max_positions: in a prompt of more than ``folds.LONG`` tokens, so many positions (and the
-            final one) have a column each; the rest share columns, where relevance and edges are
-            added up, and the picture says so.
+        view: The graph to draw; prune it first, because a full graph has too many edges to see.
+        max_edges: How many edges to draw at most; the strongest are drawn, and the picture says
+            how many are left out.
+        max_positions: How many positions, besides the final one, have a column each in a prompt
+            of more than ``folds.LONG`` tokens. The others share columns, in which relevance and
+            edges are added up, and the picture says so.
 
     Returns:
-        An object that a notebook displays; its HTML is complete and fetches nothing.
+        An object that a notebook displays; its HTML is complete and requests nothing.
 
     Raises:
-        ValueError: the view's shapes, indices or numbers do not fit, or ``max_edges`` or
+        ValueError: The view's shapes, indices or numbers do not fit, or ``max_edges`` or
             ``max_positions`` is below 1.
-        TypeError: its ``str_tokens`` is not a list of strings.
+        TypeError: Its ``str_tokens`` is not a list of strings.
     """
     uid = f"graph-{uuid4().hex[:13]}"
     return GraphPicture(_body(view, max_edges, uid, max_positions), _script(uid))
@@ -77,10 +78,10 @@ def graph_picture(
 def graph_html(
     view: GraphView, *, max_edges: int = MAX_EDGES, max_positions: int = MAX_POSITIONS
 ) -> str:
-    """The same picture as one HTML page, complete in itself.
+    """The same picture as one self-contained HTML page.
 
-    All text is escaped, and a content security policy in the page forbids every request and
-    every script but the page's own. Arguments and errors as :func:`graph_picture`.
+    All text is escaped, and the page's content security policy forbids every request and every
+    script but its own. Arguments and errors are those of :func:`graph_picture`.
     """
     script = section_script()
     return (
@@ -105,17 +106,17 @@ def graph_html(
 def graph_section(
     view: GraphView, *, max_edges: int = MAX_EDGES, max_positions: int = MAX_POSITIONS
 ) -> Markup:
-    """The same picture as markup for a page, which runs :func:`section_script` after it, once."""
+    """The same picture as markup for a page that runs :func:`section_script` after it, once."""
     return Markup(_body(view, max_edges, _SECTION, max_positions))
 
 
 def section_script() -> str:
-    """The script for a :func:`graph_section`: always the same text, for a page's policy."""
+    """The script for a :func:`graph_section`: always the same text, so that a page can hash it."""
     return _script(_SECTION)
 
 
 def graph_title(view: GraphView) -> str:
-    """What the picture answers: Why «target» and not «contrast»?"""
+    """The question that the picture answers: Why «target» and not «contrast»?"""
     if not view.target:
         several = len(view.earlier_final_pos)
         return f"Attribution graph of {'several predictions' if several else 'one prediction'}"
@@ -138,7 +139,7 @@ def _body(view: GraphView, max_edges: int, uid: str, max_positions: int) -> str:
     gaps = marks.gaps(plan)
     final, below = plan.column[data.final_pos], plan.below + 4
     at_right = final > plan.width / 2
-    # Labels slant by 60 degrees, down and to the left: room for those that reach farthest.
+    # Labels slant by 60 degrees, down and to the left: leave room for those that reach farthest.
     reach = [(la["x"], marks.width(la["text"])) for la in labels]
     reach += [
         (gap.x, marks.width(words["words"])) for gap, words in zip(plan.gaps, gaps, strict=True)
@@ -146,7 +147,7 @@ def _body(view: GraphView, max_edges: int, uid: str, max_positions: int) -> str:
     over = max(0.0, *(0.5 * length + 10 - x for x, length in reach))
     deep = 0.87 * max(length for _, length in reach) + 14
     side = 12 + max(marks.width(name) for name in names)
-    # The words above the final node: in a narrow picture they begin at its left and make it wider.
+    # The words above the final node begin at its left in a narrow picture, and make it wider.
     final_words = _final_words(view, data)
     anchor, text_x = ("end", final + 12) if at_right else ("start", final - 12)
     right, room = plan.width + 16, 1.2 * marks.width(final_words)  # of 13 pixels, and bold
@@ -197,8 +198,8 @@ def _body(view: GraphView, max_edges: int, uid: str, max_positions: int) -> str:
     )
 
 
-def _search(data: GraphData, str_tokens: Sequence[str]) -> dict[str, Any]:
-    """What a long prompt's picture needs to be searched, and where to begin."""
+def _search(data: CheckedGraph, str_tokens: Sequence[str]) -> dict[str, Any]:
+    """The data with which a long prompt's picture is searched, and its most relevant positions."""
     sides = tops(data)
     return {
         "data": Markup(script_json({"tokens": visible_tokens(str_tokens)})),
@@ -216,7 +217,7 @@ def _search(data: GraphData, str_tokens: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _count(data: GraphData, plan: Layout) -> str:
+def _count(data: CheckedGraph, plan: Layout) -> str:
     """How many nodes and edges the picture shows, and what it leaves out."""
     drawn, nodes = len(plan.edges), len(plan.node_pos)
     words = f"{drawn:,} edge{'s' * (drawn != 1)} between {nodes:,} hidden state{'s' * (nodes != 1)}"
@@ -236,7 +237,7 @@ def _count(data: GraphData, plan: Layout) -> str:
     )
 
 
-def _final_words(view: GraphView, data: GraphData) -> str:
+def _final_words(view: GraphView, data: CheckedGraph) -> str:
     several = len(view.earlier_final_pos) + 1
     one = "the prediction" if several == 1 else f"the predictions at {several:,} positions"
     words = _quoted(view.target) if view.target else one
