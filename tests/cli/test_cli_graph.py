@@ -216,7 +216,7 @@ def test_without_contrast_a_graph_command_that_runs(run: Run, folder: Path) -> N
     ("more", "code", "message"),
     [
         (("--threshold", "1", "--relative", "1"), USAGE, "either --threshold"),
-        (("--relative", "inf"), USAGE, "--relative must be a finite"),
+        (("--relative", "inf"), USAGE, "must be a finite number, 0 or more"),
         (("--mass", "nan"), USAGE, "--mass"),
         (("--node-threshold", "inf"), USAGE, "--node-threshold must be a finite"),
         (("--mass", "1.5"), USAGE, "--mass"),

@@ -281,7 +281,7 @@ def test_a_rule_is_checked_once_and_spelled_for_both_front_ends() -> None:
             "Give either --threshold (in logits) or --relative (to |Δℓ|).",
         ),
     ):
-        with pytest.raises(ValueError, match="must be|Give either") as caught:
+        with pytest.raises(ValueError, match=r"must be|Give either") as caught:
             PruneRule(**settings)
         assert str(caught.value).startswith(in_python)
         assert message_of(caught.value).startswith(in_the_shell)
