@@ -20,8 +20,13 @@ import hypothesis
 import pytest
 import torch
 from support.model_state import snapshot_of
+from support.shapes import check_package
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# Before anything imports the package. CHECK_SHAPES=0 leaves it out, as for other kernels.
+if os.environ.get("CHECK_SHAPES", "1") != "0":
+    check_package("tl_contrastive_lrp")
 
 # The same examples on every machine and in every run, and no clock in any verdict.
 hypothesis.settings.register_profile(
