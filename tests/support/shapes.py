@@ -2,12 +2,12 @@
 
 ``check_package`` is called by ``tests/conftest.py`` before the package is imported. It decorates
 each function and method whose annotations name a shape, ``Float[Tensor, "head target source"]``,
-and each dataclass with such a field that does not validate itself. A call then raises if a tensor has another number of axes or
-another type, or if one axis name stands for two lengths.
+and each dataclass with such a field that does not validate itself. A call then raises if a tensor
+has another number of axes or another type, or if one axis name stands for two lengths.
 
-jaxtyping's own import hook decorates functions inside functions too, each time the outer one runs,
-which makes a call of this package several times slower. This one leaves them out, and functions
-without shapes.
+jaxtyping's own import hook also decorates functions inside functions, again each time the outer
+function runs, which makes a call of this package several times slower. This one leaves them out,
+together with every annotation that names no shape.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def _decorate(tree: ast.Module, shapes: frozenset[str]) -> None:
     for definition in _definitions(tree):
         if isinstance(definition, ast.ClassDef):
             annotated = [node for node in definition.body if isinstance(node, ast.AnnAssign)]
-            if _is_dataclass(definition) and any(_mentions(n.annotation, shapes) for n in annotated):
+            if _is_dataclass(definition) and any(
+                _mentions(n.annotation, shapes) for n in annotated
+            ):
                 definition.decorator_list.insert(0, _decorator(definition))  # the outermost one
         elif _keeps_shapes_alone(definition, shapes):
             definition.decorator_list.append(_decorator(definition))  # the innermost one
