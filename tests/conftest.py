@@ -41,7 +41,8 @@ hypothesis.settings.load_profile("suite")
 # Text, pictures, files and the command line; a new file is numerical unless it is named here.
 NOT_NUMERICAL = (
     "test_attribution_files", "test_audit", "test_cli", "test_demo", "test_families_page",
-    "test_docs", "test_graph_files", "test_mutations", "test_refusals", "test_render",
+    "test_docs", "test_docstrings", "test_graph_files", "test_grids", "test_mutations",
+    "test_refusals", "test_render", "test_shapes",
     "test_shown", "test_tiled_killed", "test_versions",
 )  # fmt: skip
 
