@@ -14,6 +14,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -21,6 +22,8 @@ import pytest
 import torch
 from support.model_state import snapshot_of
 from support.shapes import check_package
+from truth.families import ALL
+from truth.zoo import ROWS
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -47,16 +50,28 @@ NOT_NUMERICAL = (
 )  # fmt: skip
 
 
+HOUSE = Path(__file__).parent / "house"
+
 # Nearly a hundred families each, minutes long. TEST_EVERY=n takes every n-th test, and of these
 # files every 4n-th.
 MANY_FAMILIES = ("test_fuzz", "test_op_oracle", "test_tiled_families", "test_zoo")
 
 
+def _model_of(item: pytest.Item) -> str:
+    """The name of the tiny model that the test is about, or "" for any other test."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    name = parameters.get("name") or getattr(parameters.get("row"), "name", "")
+    return name if isinstance(name, str) and (name in ALL or name in ROWS) else ""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Each worker begins with a stretch of the list and boots the models of its tests, so tests of
+    # one model stand together.
+    items.sort(key=_model_of)
     for item in items:
         if not item.path.name.startswith(NOT_NUMERICAL):
             item.add_marker(pytest.mark.numerical)
-        if "house" in item.path.parts:
+        if item.path.is_relative_to(HOUSE):
             item.add_marker(pytest.mark.slow)
     every = int(os.environ.get("TEST_EVERY", "1"))
     many = [item for item in items if item.path.name.startswith(MANY_FAMILIES)]

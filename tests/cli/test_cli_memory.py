@@ -248,6 +248,7 @@ def test_the_plain_way_says_that_it_keeps_nothing(run: Run, folder: Path) -> Non
     assert "--memory tiled would" in note[0]
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal(folder: Path, tmp_path: Path) -> None:
     """The signal itself, in a process of its own, between two blocks or in one."""
     prompt = "a b c d e f g " * 8

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ import pytest
 _FULL = os.environ.get("TEST_GRIDS") == "full"
 
 
-def grid(*axes: Sequence[Any], turns: Sequence[Any] = ()) -> list[Any]:
+def grid(*axes: Iterable[Any], turns: Sequence[Any] = ()) -> list[Any]:
     """All combinations; those off the diagonal are marked slow.
 
     Args:
@@ -24,8 +24,7 @@ def grid(*axes: Sequence[Any], turns: Sequence[Any] = ()) -> list[Any]:
         turns: Values of one more axis, which take turns along the grid instead of doubling it.
     """
     params = []
-    for indices, on_diagonal in _places(axes):
-        values = [axis[i] for axis, i in zip(axes, indices, strict=True)]
+    for indices, values, on_diagonal in _combinations(axes):
         marks = () if on_diagonal else pytest.mark.slow
         if not turns:
             params.append(pytest.param(*values, marks=marks))
@@ -36,21 +35,21 @@ def grid(*axes: Sequence[Any], turns: Sequence[Any] = ()) -> list[Any]:
     return params
 
 
-def diagonal(*axes: Sequence[Any]) -> list[Any]:
+def diagonal(*axes: Iterable[Any]) -> list[Any]:
     """Each value of the longest axis once, with the values of the others in turns."""
-    if _FULL:
-        return list(itertools.product(*axes))
     return [
-        tuple(axis[i] for axis, i in zip(axes, indices, strict=True))
-        for indices, on_diagonal in _places(axes)
-        if on_diagonal
+        tuple(values) for _, values, on_diagonal in _combinations(axes) if on_diagonal or _FULL
     ]
 
 
-def _places(axes: Sequence[Sequence[Any]]) -> Iterator[tuple[tuple[int, ...], bool]]:
-    """Indices of every combination, and whether it lies on the diagonal."""
-    lengths = [len(axis) for axis in axes]
+def _combinations(
+    axes: Iterable[Iterable[Any]],
+) -> Iterator[tuple[tuple[int, ...], list[Any], bool]]:
+    """Of every combination its indices, its values, and whether it lies on the diagonal."""
+    lists = [list(axis) for axis in axes]
+    lengths = [len(axis) for axis in lists]
     longest = lengths.index(max(lengths))
     for indices in itertools.product(*map(range, lengths)):
+        values = [axis[i] for axis, i in zip(lists, indices, strict=True)]
         lead = indices[longest]
-        yield indices, all(i == lead % n for i, n in zip(indices, lengths, strict=True))
+        yield indices, values, all(i == lead % n for i, n in zip(indices, lengths, strict=True))
