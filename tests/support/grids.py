@@ -37,9 +37,7 @@ def grid(*axes: Iterable[Any], turns: Sequence[Any] = ()) -> list[Any]:
 
 def diagonal(*axes: Iterable[Any]) -> list[Any]:
     """Each value of the longest axis once, with the values of the others in turns."""
-    return [
-        tuple(values) for _, values, on_diagonal in _combinations(axes) if on_diagonal or _FULL
-    ]
+    return [tuple(values) for _, values, on_diagonal in _combinations(axes) if on_diagonal or _FULL]
 
 
 def _combinations(
