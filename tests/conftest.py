@@ -58,7 +58,13 @@ MANY_FAMILIES = ("test_fuzz", "test_op_oracle", "test_tiled_families", "test_zoo
 
 
 def _model_of(item: pytest.Item) -> str:
-    """The name of the tiny model that the test is about, or "" for any other test."""
+    """The name of the tiny model that the test is about, or "" for any other test.
+
+    Also "" for tests that share a fixture in their file: apart, each worker would make its own.
+    """
+    fixtures = getattr(item, "_fixtureinfo", None)
+    if fixtures and any(f[-1].scope == "module" for f in fixtures.name2fixturedefs.values()):
+        return ""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     name = parameters.get("name") or getattr(parameters.get("row"), "name", "")
     return name if isinstance(name, str) and (name in ALL or name in ROWS) else ""

@@ -116,7 +116,7 @@ def _token_relevance(model: Any, ids: Tensor, rules: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "rules", "how"), grid(COMPATIBLE, RULES, turns=["no processing", "folded"])
+    ("name", "how", "rules"), grid(COMPATIBLE, ["no processing", "folded"], turns=RULES)
 )
 def test_compatibility_mode_has_the_same_relevance(name: str, rules: str, how: str) -> None:
     ids, exact = random_tokens(2), how == "no processing"

@@ -29,7 +29,7 @@ def boot(folder: str) -> Any:
     return TransformerBridge.boot_transformers(folder, device="cpu", dtype=torch.float32)
 
 
-def run(model: Any, kind: str, length: int = 120, **more: Any) -> dict[str, torch.Tensor]:
+def run(model: Any, kind: str, length: int = 72, **more: Any) -> dict[str, torch.Tensor]:
     """All numbers of a result, by name."""
     ids = torch.randint(4, 48, (1, length), generator=torch.Generator().manual_seed(3))
     asked = [clrp.logit_diff(model, 7, 11), clrp.logit_diff(model, 9, 12, pos=length - 20)]

@@ -172,8 +172,8 @@ def test_the_model_is_left_as_found(snapshot: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "rules", "granularity"),
-    grid([*FAMILIES, "qwen3-bias", "llama-mha"], RULE_SETS, turns=GRANULARITIES),
+    ("name", "granularity", "rules"),
+    grid([*FAMILIES, "qwen3-bias", "llama-mha"], GRANULARITIES, turns=tuple(RULE_SETS)),
 )
 def test_heads_and_paths(name: str, rules: str, granularity: str) -> None:
     """Each head's values and keys, and what stays in place, against gradients cut to it."""
@@ -209,11 +209,11 @@ def test_heads_and_paths(name: str, rules: str, granularity: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "rules", "how"),
+    ("name", "how", "rules"),
     grid(
         [*FAMILIES, "qwen3-bias", "llama-bias"],
-        ["attnlrp", "gim", "gradient"],
-        turns=["no processing", "folded"],
+        ["no processing", "folded"],
+        turns=["attnlrp", "gim", "gradient"],
     ),
 )
 def test_compatibility_mode_has_the_same_edges(name: str, rules: str, how: str) -> None:
