@@ -70,14 +70,39 @@ def _model_of(item: pytest.Item) -> str:
     return name if isinstance(name, str) and (name in ALL or name in ROWS) else ""
 
 
+# How many models a test goes through when slow tests are left out.
+SOME_MODELS = 3
+
+
+def _beyond_some_models(items: list[pytest.Item]) -> set[int]:
+    """Ids of the tests of further models, where one test function goes through many.
+
+    Which models are left differs from function to function, so that all of them are met.
+    """
+    by_function: dict[str, dict[str, list[pytest.Item]]] = {}
+    for item in items:
+        if model := _model_of(item):
+            by_function.setdefault(item.nodeid.partition("[")[0], {}).setdefault(model, []).append(
+                item
+            )
+    beyond = set()
+    for number, models in enumerate(by_function.values()):
+        step = -(-len(models) // SOME_MODELS)
+        for i, tests in enumerate(models.values()):
+            if (i + number) % step:
+                beyond |= {id(test) for test in tests}
+    return beyond
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Each worker begins with a stretch of the list and boots the models of its tests, so tests of
     # one model stand together.
     items.sort(key=_model_of)
+    many_models = _beyond_some_models(items)
     for item in items:
         if not item.path.name.startswith(NOT_NUMERICAL):
             item.add_marker(pytest.mark.numerical)
-        if item.path.is_relative_to(HOUSE):
+        if item.path.is_relative_to(HOUSE) or id(item) in many_models:
             item.add_marker(pytest.mark.slow)
     every = int(os.environ.get("TEST_EVERY", "1"))
     many = [item for item in items if item.path.name.startswith(MANY_FAMILIES)]

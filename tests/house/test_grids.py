@@ -32,6 +32,6 @@ def test_turns_meet_every_value_of_both_axes() -> None:
 
 
 def test_full_grids(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grids, "_FULL", True)
+    monkeypatch.setattr(grids, "IS_FULL", True)
     assert grids.diagonal(RULES, SIZES) == list(itertools.product(RULES, SIZES))
     assert len(grids.grid(NAMES, RULES, turns=SIZES)) == len(NAMES) * len(RULES) * len(SIZES)

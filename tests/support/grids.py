@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-_FULL = os.environ.get("TEST_GRIDS") == "full"
+IS_FULL = os.environ.get("TEST_GRIDS") == "full"
 
 
 def grid(*axes: Iterable[Any], turns: Sequence[Any] = ()) -> list[Any]:
@@ -28,7 +28,7 @@ def grid(*axes: Iterable[Any], turns: Sequence[Any] = ()) -> list[Any]:
         marks = () if on_diagonal else pytest.mark.slow
         if not turns:
             params.append(pytest.param(*values, marks=marks))
-        elif _FULL:
+        elif IS_FULL:
             params += [pytest.param(*values, turn, marks=marks) for turn in turns]
         else:
             params.append(pytest.param(*values, turns[sum(indices) % len(turns)], marks=marks))
@@ -37,7 +37,7 @@ def grid(*axes: Iterable[Any], turns: Sequence[Any] = ()) -> list[Any]:
 
 def diagonal(*axes: Iterable[Any]) -> list[Any]:
     """Each value of the longest axis once, with the values of the others in turns."""
-    return [tuple(values) for _, values, on_diagonal in _combinations(axes) if on_diagonal or _FULL]
+    return [tuple(values) for _, values, is_on in _combinations(axes) if is_on or IS_FULL]
 
 
 def _combinations(
