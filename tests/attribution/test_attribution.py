@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.grids import diagonal
 from truth.families import FAMILIES, boot, random_tokens, true_float64
 from truth.rounding import PROMISED
 
@@ -28,8 +29,7 @@ def result() -> clrp.Attribution:
 # ---------------------------------------------------------------- fields
 
 
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "rules"), diagonal(FAMILIES, RULES))
 def test_fields_equal_run_with_relevance(name: str, rules: str) -> None:
     model, ids = boot(name, torch.float64), random_tokens()
     objective = clrp.logit_diff(model, 7, 11)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from support.grids import grid
 from truth.families import ALL, FAMILIES, boot, random_tokens, saved, true_float64
 
 import tl_contrastive_lrp as clrp
@@ -13,8 +14,7 @@ import tl_contrastive_lrp as clrp
 RULES = tuple(clrp.RULE_SETS)
 
 
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "rules"), grid(ALL, RULES))
 def test_the_ledger_balances(name: str, rules: str) -> None:
     model = boot(name, torch.float32)
     result = clrp.attribute(model, random_tokens(), target=7, contrast=11, rules=rules)
@@ -43,8 +43,7 @@ def test_the_ledger_balances(name: str, rules: str) -> None:
     assert "Δℓ" in str(ledger)
 
 
-@pytest.mark.parametrize("objective", ["diff", "top_k", "mean", "target"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "objective"), grid(ALL, ["diff", "top_k", "mean", "target"]))
 def test_nothing_is_lost_under_cplrp(name: str, objective: str) -> None:
     """Every rule of CP-LRP conserves: all of Δℓ is at the input, in biases or in positions."""
     model = boot(name)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.grids import diagonal, grid
 from support.hooking import Snapshot, fresh, objective_of
 from torch import Tensor
 from transformer_lens import ActivationCache
@@ -23,8 +24,7 @@ NOTHING = ("embed.hook_in", "hook_cos", "hook_sin", "hook_scale", "rotary_emb.ho
 # ---------------------------------------------------------------- what comes back
 
 
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "rules"), diagonal(FAMILIES, RULES))
 def test_the_cache_mirrors_run_with_cache(name: str, rules: str) -> None:
     model, ids = boot(name, torch.float32), random_tokens(3, 7)
     logits, relevance = clrp.run_with_relevance(model, ids, objective_of(model), rules=rules)
@@ -217,9 +217,10 @@ def test_parameters_are_untouched(name: str, state: str, snapshot: Snapshot) -> 
     assert torch.equal(got["hook_embed"], wanted["hook_embed"])
 
 
-@pytest.mark.parametrize("rules", ["attnlrp", "gim"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "dtype", "rules"),
+    grid(FAMILIES, [torch.bfloat16, torch.float16], turns=["attnlrp", "gim"]),
+)
 def test_half_precision_gives_float32_relevance_near_the_truth(
     name: str, dtype: torch.dtype, rules: str
 ) -> None:

@@ -187,6 +187,7 @@ def test_needs_contrast_as_json(run: Run, folder: Path) -> None:
     assert reply["contrast"]["ids"] == [done.json["candidates"][0]["id"]]
 
 
+@pytest.mark.slow
 def test_the_command_runs_in_a_real_shell(run: Run, folder: Path, tmp_path: Path) -> None:
     """As a newcomer does it: run, copy what it says to type, run that."""
     program = tmp_path / "bin" / retype.PROGRAM

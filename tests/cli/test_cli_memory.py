@@ -253,6 +253,7 @@ def test_an_untiled_run_says_that_it_keeps_nothing(run: Run, folder: Path) -> No
     assert "with --memory tiled it would" in note[0]
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal(folder: Path, tmp_path: Path) -> None:
     """The signal itself, in a process of its own, between two blocks or in one."""
     prompt = "a b c d e f g " * 8

@@ -87,6 +87,7 @@ def test_a_wrong_case_is_refused(change, message):
         dataclasses.replace(CASES[0], **change)
 
 
+@pytest.mark.slow
 def test_loading_is_quiet_offline_and_lazy():
     code = (
         # this room alone, without what the top package imports

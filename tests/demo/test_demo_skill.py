@@ -72,6 +72,7 @@ def _held_out(kind: str) -> list[str]:
     return [strip(task.turns[0].user)[0] for task in tasks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_far_above_a_guess(model, kind):
     users = _held_out(kind)
@@ -81,6 +82,7 @@ def test_every_kind_is_far_above_a_guess(model, kind):
     assert hits > sum(chances) + 4 * spread, f"{hits} of {TASKS}, by guessing {sum(chances):.1f}"
 
 
+@pytest.mark.slow
 def test_the_number_in_a_log_is_looked_up(model):
     """Given the right call up to the number, the number itself is right more often than not."""
     hits, chances = 0, []

@@ -66,6 +66,7 @@ def _rest_of(run: Any, block: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any
     return found, calls[began[0] :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "gemma3"])
 @pytest.mark.parametrize("kind", ["nodes", "edges", "heads of two"])
 def test_what_a_checkpoint_brings_back_lies_as_what_was_computed(

@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from support.children import command, environment
+from support.grids import grid
 from support.killed_child import KINDS, boot, run
 from support.model_state import snapshot_of
 from truth import zoo
@@ -66,6 +67,7 @@ def stopped_at(block: int, how: signal.Signals, arguments: list[str], after: flo
             child.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(len(KINDS) + 1))
 def test_killed_and_resumed_has_the_same_bits(
     seed: int, folder: str, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -120,12 +122,12 @@ POINTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("point", "way"), POINTS)
-@pytest.mark.parametrize("kind", ["nodes", "edges"])
+@pytest.mark.parametrize(("at", "kind"), grid(POINTS, ["nodes", "edges"]))
 def test_stopped_anywhere_nothing_is_left_behind(
-    kind: str, point: str, way: Any, model: Any, untouched: dict[str, Any], tmp_path: Path
+    at: tuple[str, Any], kind: str, model: Any, untouched: dict[str, Any], tmp_path: Path
 ) -> None:
     """Hooks, gradients, flags as they were; the next run gives the same numbers."""
+    point, way = at
     calls = as_own(Interrupt(0))  # a user's hook would be kept out of the tiles
     with model.hooks(**{f"{way}_hooks": [(point, calls)]}):
         wanted = run(model, kind, 40)

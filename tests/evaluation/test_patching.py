@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from support.grids import diagonal, grid
 from torch import Tensor
 from transformer_lens import patching as tl
 from transformer_lens.patching import PatchingResult
@@ -100,8 +101,7 @@ def test_equal_to_activation_patching_where_the_model_is_linear(linear: Any, nam
         assert (estimate - wanted).abs().max() < 1e-5 * max(1.0, moved), rules
 
 
-@pytest.mark.parametrize("rules", ["attnlrp", "relp", "gim"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "rules"), grid(FAMILIES, ["attnlrp", "relp", "gim"]))
 def test_equal_to_the_explicit_propagation(name: str, rules: str) -> None:
     """Δ · gradient from the oracle, for every sweep, on the families as they are."""
     model, hf = boot(name), hf_model(name)
@@ -140,8 +140,7 @@ def test_equal_to_the_explicit_propagation(name: str, rules: str) -> None:
             assert close(got - base, change, 1e-9), sweep
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
-@pytest.mark.parametrize("sweep", ALL_SWEEPS)
+@pytest.mark.parametrize(("name", "sweep"), diagonal(["qwen3", "gpt2"], ALL_SWEEPS))
 def test_results_are_laid_out_as_those_of_transformer_lens(name: str, sweep: str) -> None:
     """Grouped queries (qwen3) and plain heads (gpt2): every field but the estimates."""
     model = boot(name, torch.float32)

@@ -38,6 +38,7 @@ def asked(case: planted.Case) -> dict[str, Any]:
 # the truth is the truth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", planted.PLANS)
 def test_the_model_does_what_was_planted(name: str) -> None:
     """It answers right, and by intervention: the planted edges carry the answer (nearly: heads
@@ -208,6 +209,7 @@ def test_five_letters_decide_in_the_deep_model() -> None:
     assert sum(changed) >= 0.85 * len(changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "rule_set", "least"),
     [

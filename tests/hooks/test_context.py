@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.grids import diagonal, grid
 from support.hooking import (
     Snapshot,
     UserError,
@@ -24,11 +25,10 @@ import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import ModelStateError
 
 RULES = tuple(clrp.RULE_SETS)
+DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "rules", "dtype"), grid(FAMILIES, RULES, turns=DTYPES))
 def test_forward_is_bit_identical(name: str, dtype: torch.dtype, rules: str) -> None:
     model, ids = boot(name, dtype), random_tokens(2)
     plain = forward(model, ids)
@@ -61,8 +61,7 @@ def test_forward_is_bit_identical_without_gradients_in_play(name: str) -> None:
 # ---------------------------------------------------------------- on and off again
 
 
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "rules"), diagonal(FAMILIES, RULES))
 def test_everything_is_as_before(name: str, rules: str, snapshot: Snapshot) -> None:
     model = boot(name, torch.float32)
     before = snapshot(model)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.grids import grid
 from support.hooking import delta, leaf, off, reader
 from support.written import PLACES, Written, patch
 from torch import Tensor
@@ -68,10 +69,15 @@ def test_the_written_computation_is_the_rule_sets(name: str, rules: str) -> None
     _compare(name, "", lambda t: t, "user inside", rules)
 
 
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("order", ["user inside", "user outside"])
-@pytest.mark.parametrize("point", sorted({p for places in PLACES.values() for p in places}))
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize(
+    ("name", "point", "order", "rules"),
+    grid(
+        tuple(PLACES),
+        sorted({p for places in PLACES.values() for p in places}),
+        ("user inside", "user outside"),
+        turns=RULES,
+    ),
+)
 def test_edits_of_activations(name: str, point: str, order: str, rules: str) -> None:
     if point not in PLACES[name]:
         pytest.skip(f"{name} has no {point}")

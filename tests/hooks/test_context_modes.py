@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.grids import diagonal, grid
 from support.hooking import delta, forward, fresh, input_gradient, leaf, off, points_of
 from support.long_zoo import float64_throughout
 from torch import Tensor
@@ -114,9 +115,9 @@ def _token_relevance(model: Any, ids: Tensor, rules: str) -> dict[str, Tensor]:
     return out
 
 
-@pytest.mark.parametrize("how", ["no processing", "folded"])
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("name", COMPATIBLE)
+@pytest.mark.parametrize(
+    ("name", "how", "rules"), grid(COMPATIBLE, ["no processing", "folded"], turns=RULES)
+)
 def test_compatibility_mode_has_the_same_relevance(name: str, rules: str, how: str) -> None:
     ids, exact = random_tokens(2), how == "no processing"
     plain = boot(name, torch.float64)
@@ -134,9 +135,10 @@ def test_compatibility_mode_has_the_same_relevance(name: str, rules: str, how: s
         assert float((got[key] - value).abs().max()) <= (1e-12 if exact else FOLDING) * largest, key
 
 
-@pytest.mark.parametrize("how", ["no processing", "folded"])
-@pytest.mark.parametrize("rules", ["attnlrp", "cplrp", "gim"])
-@pytest.mark.parametrize("name", COMPATIBLE)
+@pytest.mark.parametrize(
+    ("name", "rules", "how"),
+    diagonal(COMPATIBLE, ["attnlrp", "cplrp", "gim"], ["no processing", "folded"]),
+)
 def test_compatibility_mode_forward_context_and_list(name: str, rules: str, how: str) -> None:
     """Bit-identical forward; lrp, lrp_hooks and run_with_relevance agree: no rule goes on twice."""
     kwargs = {"no_processing": True} if how == "no processing" else {}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.grids import grid
 from support.hooking import UserError, delta, fail, fresh, input_gradient, leaf, off
 from support.written import Written, patch
 from torch import Tensor
@@ -19,8 +20,9 @@ from tl_contrastive_lrp.errors import ModelStateError
 RULES = tuple(clrp.RULE_SETS)
 
 
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("name", [n for n in ALL if not n.startswith("gemma2")])
+@pytest.mark.parametrize(
+    ("name", "rules"), grid([n for n in ALL if not n.startswith("gemma2")], RULES)
+)
 def test_hook_list_equals_context(name: str, rules: str) -> None:
     model, ids = boot(name, torch.float64), random_tokens(2)
     with true_float64(model):

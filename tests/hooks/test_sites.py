@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.grids import grid
 from torch import nn
 from truth.families import ALL, boot, make_config
 
@@ -54,8 +55,7 @@ def test_activations_have_the_ratio_of_their_function(name: str) -> None:
             assert torch.allclose(site.ratio(x) * x, site.module(x), atol=1e-12)
 
 
-@pytest.mark.parametrize("rules", clrp.RULE_SETS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "rules"), grid(ALL, tuple(clrp.RULE_SETS)))
 def test_coverage_reports_every_operation_and_its_rule(name: str, rules: str) -> None:
     model = boot(name, torch.float32)
     coverage = clrp.coverage(model, rules)

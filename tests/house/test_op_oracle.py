@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.grids import diagonal
 from torch import Tensor
 from truth import op_oracle, zoo
 from truth.autograd_forms import draw, off
@@ -42,8 +43,7 @@ def test_relevance_equals_explicit_propagation(name: str, rules: str) -> None:
         assert off(found.relevance[site], wanted.relevance[site]) < 1e-9, site
 
 
-@pytest.mark.parametrize("rules", NAMES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "rules"), diagonal(FAMILIES, NAMES))
 def test_edges_equal_explicit_propagation(name: str, rules: str) -> None:
     model, tokens = hf_model(name), random_tokens()
     with true_float64(model):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.grids import diagonal
 from torch import Tensor
 from truth.autograd_forms import draw, off
 from truth.families import ALL, FAMILIES, hf_model, make_hf, random_tokens
@@ -31,10 +32,13 @@ def truth_of(name: str, rules: str, bias_free: bool = False) -> EdgeTruth:
     return EdgeTruth(model, random_tokens(), draw(1, 9, VOCAB, seed=11), rules)
 
 
-@pytest.mark.parametrize("rules", RULE_SETS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "rules"), diagonal(ALL, RULE_SETS))
 def test_columns_sum_to_the_relevance_of_the_source(name: str, rules: str) -> None:
-    """Automatic differentiation of parts against the explicit propagation of the whole."""
+    """Automatic differentiation of parts against the explicit propagation of the whole.
+
+    One rule set for each family; ``test_edges.py`` holds the package's columns and nodes of every
+    pair to this oracle and to the explicit propagation.
+    """
     truth = truth_of(name, rules)
     for source, target in pairs(truth.sites("sublayer")) + pairs(truth.sites("block")):
         edges = truth.matrix(source, target)
@@ -46,8 +50,7 @@ def test_columns_sum_to_the_relevance_of_the_source(name: str, rules: str) -> No
         assert off(truth.matrix(source, last).sum(0), truth.node(source)) < 1e-12
 
 
-@pytest.mark.parametrize("rules", RULE_SETS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "rules"), diagonal(ALL, RULE_SETS))
 def test_two_derivations_agree(name: str, rules: str) -> None:
     """Stop-gradient forms against explicit rules: one block, and all of them at once."""
     truth = truth_of(name, rules)
@@ -64,8 +67,7 @@ def test_rows_sum_to_the_relevance_of_the_target_without_biases(name: str) -> No
         assert off(truth.matrix(source, target).sum(1), truth.node(target)) < 1e-12
 
 
-@pytest.mark.parametrize("rules", RULE_SETS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "rules"), diagonal(FAMILIES, RULE_SETS))
 def test_paths_sum_to_the_edge(name: str, rules: str) -> None:
     """And are where they belong: keys and values visible, the rest on the diagonal."""
     truth = truth_of(name, rules)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.grids import diagonal
 from truth.families import ALL, FAMILIES, boot, hf_model, left_padded, random_tokens, true_float64
 from truth.oracle import RULE_SETS, contrast_seed, propagate
 from truth.rounding import PROMISED, depth, through
@@ -51,8 +52,7 @@ def test_float64(name: str, rules: str) -> None:
     assert errors[worst] <= PROMISED[torch.float64], (worst, errors[worst])
 
 
-@pytest.mark.parametrize("rules", NAMES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "rules"), diagonal(FAMILIES, NAMES))
 def test_float32(name: str, rules: str) -> None:
     model, tokens = boot(name, torch.float32), random_tokens()
     objective = clrp.logit_diff(model, TARGET, CONTRAST)

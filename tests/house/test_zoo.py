@@ -1,10 +1,11 @@
 """Every family of the zoo is either right or refused; nothing in between.
 
 Right: the logits with rules on are those without, bit for bit; relevance at the embedding, at
-every block's input and at the last block's output, for all rule sets, and the graph's edges
-between blocks are those of the operation oracle (``op_oracle.py``, float64, on Hugging Face's own
-forward), to 1e-5 of the largest of their kind. Refused: ``UncoveredComponentError`` that names
-the component. What is expected of each is written down here, so that no change passes unnoticed.
+every block's input and at the last block's output, and the graph's edges between blocks, are those
+of the operation oracle (``op_oracle.py``, float64, on Hugging Face's own forward), to 1e-5 of the
+largest of their kind, under AttnLRP and two more rule sets in turns (``rules_of``). Refused:
+``UncoveredComponentError`` that names the component. What is expected of each is
+written down here, so that no change passes unnoticed.
 """
 
 from __future__ import annotations

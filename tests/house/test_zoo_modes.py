@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.grids import diagonal
 from torch import Tensor
 from truth import zoo
 from truth.families import boot as boot_family
@@ -61,8 +62,10 @@ def test_left_padding_changes_no_prompt(name: str) -> None:
         assert float(batch[1, :3].abs().max()) == 0.0
 
 
-@pytest.mark.parametrize("flag", ["use_attn_result", "use_split_qkv_input", "use_attn_in"])
-@pytest.mark.parametrize("name", FAMILIES)
+FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in")
+
+
+@pytest.mark.parametrize(("name", "flag"), diagonal(FAMILIES, FLAGS))
 def test_flags_change_no_relevance(name: str, flag: str) -> None:
     model, ids = zoo.boot(name), zoo.random_tokens()
     wanted = relevance(model, ids)

@@ -45,6 +45,7 @@ SPREAD = [(name, "alone") for name in ALONE] + [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "how"), SPREAD)
 def test_on_another_device_it_is_what_the_cpu_gives(
     name: str, how: str, pretended: list[dict[str, Any]]
@@ -57,6 +58,7 @@ def test_on_another_device_it_is_what_the_cpu_gives(
     assert found["where"] == ["cpu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "words"),
     [

@@ -38,6 +38,7 @@ def pretended() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_the_device_refuses_as_mps_does(pretended: list[dict[str, Any]]) -> None:
     (said,) = [x["forbidden"] for x in pretended if "forbidden" in x]
     assert len(said) == 6
@@ -47,6 +48,7 @@ def test_the_device_refuses_as_mps_does(pretended: list[dict[str, Any]]) -> None
 ASKED = [("gpt2", what) for what in RUNS] + [("qwen3", what) for what in AGAIN]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "what"), ASKED)
 def test_without_float64_it_is_what_the_cpu_gives(
     name: str, what: str, pretended: list[dict[str, Any]]
@@ -57,6 +59,7 @@ def test_without_float64_it_is_what_the_cpu_gives(
     assert found["off"] <= LIMIT
 
 
+@pytest.mark.slow
 def test_nothing_else_was_run(pretended: list[dict[str, Any]]) -> None:
     assert [(x["name"], x["what"]) for x in pretended if "what" in x] == ASKED
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support.grids import grid
 from support.hooking import off
 from support.low_precision import LOW, LRP, TOKENS, extremes, rounded, truth
 from torch import Tensor
@@ -50,9 +51,7 @@ FORWARD = {
 }
 
 
-@pytest.mark.parametrize("rules", LRP)
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(("name", "rules", "dtype"), grid(FAMILIES, LRP, turns=LOW))
 def test_relevance_is_near_float64_on_the_same_weights(
     dtype: torch.dtype, name: str, rules: str
 ) -> None:

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from support.grids import grid
 from support.hooking import off
 from support.low_precision import LOW, LRP, TOKENS, extremes, shrunk
 from torch.nn import functional as F
@@ -18,9 +19,7 @@ from tl_contrastive_lrp.rules.precision import WideGradient, plain
 from tl_contrastive_lrp.rules.softmax import softmax_temperature
 
 
-@pytest.mark.parametrize("rules", LRP)
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(("name", "rules", "dtype"), grid(FAMILIES, LRP, turns=LOW))
 def test_the_backward_is_linear(dtype: torch.dtype, name: str, rules: str) -> None:
     """A billionth of an objective has a billionth of its relevance: no rounding, no underflow."""
     model = boot(name, dtype)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from truth import zoo
 
-LENGTH = 700
+LENGTH = 352
 WINDOWS = ("sliding_window", "window_size", "local_attention", "attention_chunk_size")
 _LENGTHS = ("n_positions", "max_position_embeddings", "max_seq_len")
 

@@ -241,7 +241,11 @@ def boot(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
 def _boot(name: str, dtype: torch.dtype, seed: int) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
-    return TransformerBridge.boot_transformers(str(saved(name, seed)), device="cpu", dtype=dtype)
+    path = str(saved(name, seed))
+    model = TransformerBridge.boot_transformers(path, device="cpu", dtype=dtype)
+    with torch.no_grad():
+        model(random_tokens())  # transformers puts hooks of its own on at the first forward
+    return model
 
 
 def fresh(name: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -26,8 +26,8 @@ _RULED = "temperature"  # marks a softmax's autograd node that has its rule
 
 
 def _to_scores(
-    p: Float[Tensor, "*batch query key"], g: Float[Tensor, "*batch query key"], temperature: float
-) -> tuple[Float[Tensor, "*batch query key"], Float[Tensor, "*batch query key"]]:
+    p: Float[Tensor, "*batch key"], g: Float[Tensor, "*batch key"], temperature: float
+) -> tuple[Float[Tensor, "*batch key"], Float[Tensor, "*batch key"]]:
     """pᵀ ⊙ (g − Σ pᵀ g), from the softmax ``p`` at temperature 1; and pᵀ, whose memory is free."""
     # softmax(s/T) from softmax(s): pᵀ ∝ p^(1/T). Masked keys have p = 0 and stay 0. In place: new
     # memory of a pattern's size costs more than what is computed in it.
@@ -86,8 +86,8 @@ def was_changed(pattern: Tensor) -> bool:
 
 
 def softmax_temperature(
-    pattern: Float[Tensor, "*batch query key"], temperature: float
-) -> Float[Tensor, "*batch query key"]:
+    pattern: Float[Tensor, "*batch key"], temperature: float
+) -> Float[Tensor, "*batch key"]:
     """The rule applied to the pattern: ``pattern`` unchanged, rows of a whole softmax.
 
     Args:
@@ -118,8 +118,8 @@ def _softmax_above(pattern: Tensor) -> Any:
 
 
 def sink_temperature(
-    pattern: Float[Tensor, "*batch query key"], temperature: float, where: str
-) -> Float[Tensor, "*batch query key"]:
+    pattern: Float[Tensor, "*batch key"], temperature: float, where: str
+) -> Float[Tensor, "*batch key"]:
     """The rule at the softmax itself, for a pattern that something changed after the softmax.
 
     With sinks, s are the scores and the sinks' logits together, and g is 0 at the sinks. Under a

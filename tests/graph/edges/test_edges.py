@@ -1,7 +1,8 @@
 """The attribution graph's edges against the published slow method (``oracle_edges.py``).
 
-Every family and variant, every rule set; by head and path; and what an edge says about
-interventions on the model.
+Every family and variant with every rule set, in float64, where a wrong formula shows; elsewhere
+families and rule sets take turns. By head and path; and what an edge says about interventions on
+the model.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.computed_graphs import graph, graph_of
+from support.grids import diagonal, grid
 from torch import Tensor
 from truth import families, rounding
 from truth.autograd_forms import draw, off
@@ -36,15 +38,16 @@ from truth.oracle_edges import PATHS, EdgeTruth, contributions, interventions, p
 import tl_contrastive_lrp as clrp
 
 LAST = "blocks.3"  # of the demo model
+GRANULARITIES = ("block", "sublayer")
 SLIDING = ("mistral", "gemma2", "gemma3", "qwen2-window")
 
 
 # every family, every rule set
 
 
-@pytest.mark.parametrize("granularity", ["block", "sublayer"])
-@pytest.mark.parametrize("rules", RULE_SETS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("name", "rules", "granularity"), grid(ALL, RULE_SETS, turns=GRANULARITIES)
+)
 def test_float64(name: str, rules: str, granularity: str) -> None:
     true, g = truth(name, rules), graph(name, rules, granularity)
     sites = true.sites(granularity)
@@ -63,13 +66,13 @@ def test_float64(name: str, rules: str, granularity: str) -> None:
     assert between(g.matrix(*pairs(sites)[0])).any(), "the first transition mixes positions"
 
 
-@pytest.mark.parametrize("rules", RULE_SETS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "rules"), diagonal(ALL, RULE_SETS))
 def test_float32(name: str, rules: str) -> None:
     """To 1e-5 of the graph's largest entry, and as exact as float32 can add up an edge's terms.
 
     An edge sums d_model terms that may cancel (at the last site of "gradient" to 1 / 84 of their
-    size), so within a transition the terms are the measure.
+    size), so within a transition the terms are the measure. One rule set for each family:
+    ``test_float64`` has all of them, and ``test_zoo.py`` has float32 on the other families.
     """
     model, true = boot(name, torch.float32), truth(name, rules)
     errors, largest, of_terms = {}, 0.0, {}
@@ -95,8 +98,7 @@ def test_windows_hide_what_a_global_layer_shows(name: str) -> None:
     assert spans == [block.window is None for block in true.model.blocks]
 
 
-@pytest.mark.parametrize("rules", RULE_SETS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "rules"), diagonal(FAMILIES, RULE_SETS))
 def test_objective_in_the_middle(name: str, rules: str) -> None:
     """Positions after the explained one have no edges."""
     pos, model = 5, boot(name)
@@ -119,8 +121,7 @@ def test_shortest_prompts(name: str, rules: str, length: int) -> None:
     assert_all_below(errors_of(g, true, pairs(true.sites("sublayer"))), 1e-9)
 
 
-@pytest.mark.parametrize("rules", RULE_SETS)
-@pytest.mark.parametrize("name", ["qwen3-bias", "gpt2", "gemma3"])
+@pytest.mark.parametrize(("name", "rules"), grid(["qwen3-bias", "gpt2", "gemma3"], RULE_SETS))
 def test_objective_at_every_position(name: str, rules: str) -> None:
     """Any function of the logits; here no row of any transition is empty."""
     seed = draw(1, N, VOCAB, seed=11)
@@ -129,8 +130,7 @@ def test_objective_at_every_position(name: str, rules: str) -> None:
     assert_all_below(errors_of(g, true, pairs(true.sites("sublayer"))), 1e-9)
 
 
-@pytest.mark.parametrize("rules", RULE_SETS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "rules"), diagonal(FAMILIES, RULE_SETS))
 def test_edges_are_linear_in_the_objective(name: str, rules: str) -> None:
     """Unpruned, the graph of (t, c) is the graph of t minus the graph of c."""
     model = boot(name)
@@ -171,9 +171,10 @@ def test_the_model_is_left_as_found(snapshot: Any) -> None:
 # by head, by path
 
 
-@pytest.mark.parametrize("granularity", ["block", "sublayer"])
-@pytest.mark.parametrize("rules", RULE_SETS)
-@pytest.mark.parametrize("name", [*FAMILIES, "qwen3-bias", "llama-mha"])
+@pytest.mark.parametrize(
+    ("name", "granularity", "rules"),
+    grid([*FAMILIES, "qwen3-bias", "llama-mha"], GRANULARITIES, turns=tuple(RULE_SETS)),
+)
 def test_heads_and_paths(name: str, rules: str, granularity: str) -> None:
     """Each head's values and keys, and what stays in place, against gradients cut to it."""
     true, g = truth(name, rules), graph(name, rules, granularity, heads=True)
@@ -207,9 +208,14 @@ def test_heads_and_paths(name: str, rules: str, granularity: str) -> None:
 # compatibility mode
 
 
-@pytest.mark.parametrize("how", ["no processing", "folded"])
-@pytest.mark.parametrize("rules", ["attnlrp", "gim", "gradient"])
-@pytest.mark.parametrize("name", [*FAMILIES, "qwen3-bias", "llama-bias"])
+@pytest.mark.parametrize(
+    ("name", "how", "rules"),
+    grid(
+        [*FAMILIES, "qwen3-bias", "llama-bias"],
+        ["no processing", "folded"],
+        turns=["attnlrp", "gim", "gradient"],
+    ),
+)
 def test_compatibility_mode_has_the_same_edges(name: str, rules: str, how: str) -> None:
     model, exact = _compatible(name, how), how == "no processing"
     g, expected = graph_of(model, rules, granularity="sublayer"), graph(name, rules, "sublayer")

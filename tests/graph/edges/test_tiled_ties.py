@@ -96,6 +96,7 @@ def test_equal_edges_are_equal_bit_for_bit(model: Any, ids: Tensor) -> None:
         assert len(set(zip(tokens, weights, strict=True))) == len(set(tokens)) == len(set(weights))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", SIZES)
 def test_among_equal_edges_the_same_are_kept(
     tile: int, model: Any, ids: Tensor, whole: clrp.AttributionGraph
@@ -110,6 +111,7 @@ def test_among_equal_edges_the_same_are_kept(
         assert float((actual.weight - expected.weight).abs().max()) <= 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", SIZES)
 def test_a_threshold_never_parts_equal_edges(
     tile: int, model: Any, ids: Tensor, whole: clrp.AttributionGraph
