@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..engine.memory import Memory
+from ..engine.plain import RunResult
 from ..engine.reading import BY_NEURON, BY_POSITION, RelevanceSums
-from ..engine.run import RunOptions, RunResult, run
+from ..engine.run import RunOptions, run
 from ..inputs.bridge import (
     LEAVES,
     bias_of,
@@ -155,8 +156,14 @@ def attribute_each(
         prompts: One prompt for all objectives, as for ``attribute``, or a list of prompts, one for
             each objective.
         objectives: One or more functions of the logits, as for ``attribute``.
-        rules, neurons, memory, tile, progress, prepend_bos: As for ``attribute``.
-        checkpoint_dir, prefilled: As for ``attribute``; for one prompt only.
+        rules: Name of a rule set, or a ``RuleSet``.
+        neurons: Also keep the relevance of every MLP neuron at every position.
+        memory: "auto", "plain" or "tiled", as for ``attribute``.
+        tile: Positions per tile, as for ``attribute``.
+        progress: Show a progress bar in tiles.
+        checkpoint_dir: As for ``attribute``; for one prompt only.
+        prepend_bos: Whether texts begin with the BOS token, as for ``attribute``.
+        prefilled: As for ``attribute``; for one prompt only.
 
     Returns:
         One ``Attribution`` per objective, in their order, equal to what ``attribute`` gives.

@@ -55,7 +55,8 @@ def logits_at(
         model: The bridge.
         tokens: Token ids, [1, pos].
         pos: The position; negative counts from the end.
-        memory, tile: As for ``attribute``; "auto" takes tiles where ``attribute`` would.
+        memory: As for ``attribute``; "auto" takes tiles where ``attribute`` would.
+        tile: Positions per tile.
         progress: Show a progress bar in tiles.
 
     Raises:
@@ -142,7 +143,8 @@ def next_token_table(
         prompt: Text, or token ids [pos] or [1, pos].
         k: Number of tokens to list.
         pos: The position after which they come; negative counts from the end.
-        memory, tile: As for ``attribute``. A long prompt is run in tiles, without gradients.
+        memory: As for ``attribute``. A long prompt is run in tiles, without gradients.
+        tile: Positions per tile.
         progress: Show a progress bar in tiles.
         prepend_bos: Whether a text begins with the BOS token, as for ``attribute``.
 

@@ -211,7 +211,8 @@ def plan_memory(
         memory: "plain" or "tiled", or "auto", which takes tiles where the plain engine would not
             fit into the free memory.
         tile: Positions per tile, if the user chose it.
-        graphs, by_head: As for ``plain_bytes``.
+        graphs: Number of objectives for which edges are computed too.
+        by_head: Whether edges are split by head and path.
         plain_only: Why tiles cannot serve what is asked, as a sentence; "" if they can.
 
     Raises:

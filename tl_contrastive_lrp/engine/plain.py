@@ -205,8 +205,12 @@ def run_each(
     """Run one forward, and a backward for each objective; sinks are called on the way back.
 
     Args:
-        model, tokens, rule_set, readings, scopes: As for ``forward``.
+        model: A ``TransformerBridge`` in evaluation mode.
+        tokens: Token ids, [batch, pos].
         objectives: Functions of the logits.
+        rule_set: Name of a rule set, or a ``RuleSet``.
+        readings: What to read in the backwards.
+        scopes: Context managers to enter around the forward.
         then: Called after each backward, with the number of its objective.
         hook_watch: Records what the user's hook functions do. If one edits, the autograd graph is
             kept for ``then``, also after the last backward.

@@ -54,7 +54,10 @@ def run(
     """Run one forward for all objectives, and a backward for each.
 
     Args:
-        model, tokens, objectives, rule_set: As for ``plain.run_each``; tokens [1, pos].
+        model: A ``TransformerBridge`` in evaluation mode.
+        tokens: Token ids, [1, pos].
+        objectives: Functions of the logits.
+        rule_set: Name of a rule set, or a ``RuleSet``.
         sums: What to keep of the relevance.
         plan: Which engine to use.
         options: What a run in tiles shows and keeps.

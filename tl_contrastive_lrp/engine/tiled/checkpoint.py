@@ -90,8 +90,10 @@ class Checkpoint:
         """Begin a run, or confirm that this is the run that was begun here.
 
         Args:
-            tokens, rules: The prompt and the rule set.
-            values, names: Values and descriptions of the objectives.
+            tokens: The prompt.
+            values: The value of each objective.
+            rules: Name of the rule set.
+            names: A description of each objective.
             tile: Positions per tile. Blocks finished with another tile still count.
 
         Raises:

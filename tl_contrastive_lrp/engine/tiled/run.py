@@ -111,8 +111,10 @@ def run_tiled(
     blocks are not run again.
 
     Args:
-        model, tokens, rule_set: As for ``plain.run_each``; tokens [1, pos].
+        model: A ``TransformerBridge`` in evaluation mode.
+        tokens: Token ids, [1, pos].
         objectives: One or more, which share the forward and the second run of every block.
+        rule_set: Name of a rule set, or a ``RuleSet``.
         sums: What to keep of the relevance.
         tile: Positions per tile, 1 or more.
         reader: Reads edges.
@@ -158,8 +160,10 @@ def forward_in_tiles(
     """Run the prefill of ``run_tiled`` by itself, for the backwards of several results.
 
     Args:
-        model, tokens, rule_set: As for ``run_tiled``.
+        model: A ``TransformerBridge`` in evaluation mode.
+        tokens: Token ids, [1, pos].
         ranges: Ranges (start, stop) of the positions whose logits are read.
+        rule_set: Name of a rule set, or a ``RuleSet``.
         readings: What may be read. Readings inside blocks need no preparation.
         tile: Positions per tile; halved where a GPU runs out of memory.
         uses: Number of results to come.

@@ -77,7 +77,11 @@ def attribution_graph(
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
         prompt: Text, or token ids [pos] or [1, pos].
-        objective, target, contrast, pos: As for ``attribute``.
+        objective: A function of the logits, as for ``attribute``. Or give ``target`` and
+            ``contrast`` instead.
+        target: The token the model preferred (usually the wrong one).
+        contrast: The token it should have preferred.
+        pos: Position whose next token is explained, with ``target`` and ``contrast``.
         rules: Name of a rule set, or a ``RuleSet``.
         granularity: "block": the sites are the input of every block and the output of the last.
             "sublayer": also between attention and MLP, where a block has such a place (parallel
@@ -92,10 +96,14 @@ def attribution_graph(
             dimension, neuron and head at every position, (sites · d_model + layers · d_mlp) · pos
             numbers. Models with experts have no neurons there.
         progress: Show a progress bar over batched signals or tiles.
-        mass, threshold, top_k: Keep only these edges, as ``graph.prune`` does; at most one of them.
-            For a long prompt, whose full graph would not fit: in tiles edges are pruned while they
-            are computed, with the same result.
-        memory, tile, checkpoint_dir: As for ``attribute``. Tiles need adjacent sites.
+        mass: Keep, of each transition, the fewest largest edges that hold this share of Σ|weight|,
+            as ``graph.prune`` does. For long prompts, whose full graph would not fit: in tiles
+            edges are pruned while they are computed, with the same result.
+        threshold: Keep the edges with |weight| above this, in logits; instead of ``mass``.
+        top_k: Keep the k largest edges of each transition; instead of ``mass``.
+        memory: "auto", "plain" or "tiled", as for ``attribute``. Tiles need adjacent sites.
+        tile: Positions per tile, as for ``attribute``.
+        checkpoint_dir: A folder of its own for finished blocks, as for ``attribute``.
         prepend_bos: Whether a text begins with the BOS token, as for ``attribute``.
         prefilled: As for ``attribute``. Transitions that span several blocks run forwards of their
             own.
@@ -162,10 +170,21 @@ def attribution_graphs(
         model: A ``TransformerBridge`` in evaluation mode.
         prompt: Text, or token ids [pos] or [1, pos].
         objectives: One or more functions of the logits, as for ``attribute``.
-        rules, granularity, layers, node_threshold, heads, details, progress: As for
-            ``attribution_graph``.
-        mass, threshold, top_k: As for ``attribution_graph``.
-        memory, tile, checkpoint_dir, prepend_bos, prefilled: As for ``attribution_graph``.
+        rules: Name of a rule set, or a ``RuleSet``.
+        granularity: "block" or "sublayer", as for ``attribution_graph``.
+        layers: Only the inputs of these blocks as sites.
+        node_threshold: Targets with |relevance| at or below it, in logits, are not expanded.
+        heads: Split edges by head, and by value and key path.
+        details: Also keep what ``graph.explain_node`` needs.
+        progress: Show a progress bar over batched signals or tiles.
+        mass: Keep the fewest largest edges that hold this share of each transition's Σ|weight|.
+        threshold: Keep the edges with |weight| above this, in logits.
+        top_k: Keep the k largest edges of each transition.
+        memory: "auto", "plain" or "tiled", as for ``attribute``.
+        tile: Positions per tile, as for ``attribute``.
+        checkpoint_dir: A folder of its own for finished blocks, as for ``attribute``.
+        prepend_bos: Whether a text begins with the BOS token, as for ``attribute``.
+        prefilled: As for ``attribute``.
 
     Returns:
         One ``AttributionGraph`` per objective, in their order.

@@ -59,7 +59,9 @@ def plain_graphs(
         *sums.readings,
         *_edge_readings(plan, edges, calls, {} if checks is None else checks.hooked),
     ]
-    scopes = [call.recorded(model.blocks[block]) for block, call in calls.items()]
+    scopes: list[AbstractContextManager[None]] = [
+        call.recorded(model.blocks[block]) for block, call in calls.items()
+    ]
     if checks is not None:
         readings = [checks.edges.listening(reading) for reading in readings]
         scopes += checks.scopes()

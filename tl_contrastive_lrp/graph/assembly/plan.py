@@ -228,7 +228,9 @@ def transitions(
 
     Args:
         model: A ``TransformerBridge``.
-        granularity, layers, heads: As for ``attribution_graph``.
+        granularity: "block" or "sublayer".
+        layers: The blocks whose inputs are sites; None for all.
+        heads: Whether edges are split by head.
 
     Raises:
         ValueError: layers or granularity that do not fit the model.
