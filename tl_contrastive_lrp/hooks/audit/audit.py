@@ -167,7 +167,8 @@ class Audit:
             clean = f"audit: clean; each of {n} operations is linear or has its rule"
             return "\n".join([clean, *note])
         lines = [_line(f) for f in self.summary()]
-        return "\n".join([f"audit: {len(lines)} findings among {n} operations", *lines, *note])
+        counted = f"{len(lines)} finding{'' if len(lines) == 1 else 's'}"
+        return "\n".join([f"audit: {counted} among {n} operations", *lines, *note])
 
 
 def _line(f: Finding) -> str:
