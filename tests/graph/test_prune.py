@@ -273,7 +273,7 @@ def test_subgraphs_by_id_and_by_a_part_of_a_character() -> None:
 def test_a_rule_is_checked_once_and_spelled_for_both_front_ends() -> None:
     """The command line names its options where Python names its arguments."""
     for settings, in_python, in_the_shell in (
-        ({"top_k": -1}, "top_k=-1 must be a whole number", "--top-k -1 must be a whole number"),
+        ({"top_k": -1}, "top_k=-1 must be a whole number", "--top-k=-1 must be a whole number"),
         ({"mass": 1.1}, "mass=1.1 must be a share", "--mass 1.1 must be a share"),
         (
             {"threshold": 1.0, "relative": 0.5},

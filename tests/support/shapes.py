@@ -42,7 +42,6 @@ def checked(function_or_class: Checked) -> Checked:
     # Cheaper than jaxtyped(typechecker=beartype), which checks the arguments twice.
     inside = jaxtyped(_CHECK(function), typechecker=None)
 
-    @functools.wraps(function)
     def outside(*args: Any, **kwargs: Any) -> Any:
         try:
             return inside(*args, **kwargs)
@@ -52,7 +51,10 @@ def checked(function_or_class: Checked) -> Checked:
                 function(*args, **kwargs)
             raise
 
-    return outside  # type: ignore[return-value]
+    # Its frames count as a checker's, so that warnings name the line of the package's caller.
+    like_beartype = {**globals(), "__name__": "beartype.shapes"}
+    wrapper = FunctionType(outside.__code__, like_beartype, closure=outside.__closure__)
+    return functools.wraps(function)(wrapper)  # type: ignore[return-value]
 
 
 def check_package(package: str) -> None:

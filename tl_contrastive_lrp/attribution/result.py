@@ -201,8 +201,9 @@ class Attribution:
                 the colour scale.
 
         Example:
-            >>> type(result.show()).__name__  # the last value of a notebook cell shows it
-            'RenderedHTML'
+            >>> picture = result.show()  # as the last value of a notebook cell, it is displayed
+            >>> result.str_tokens[5].strip() in str(picture)
+            True
         """
         from ..render import colored_tokens
 

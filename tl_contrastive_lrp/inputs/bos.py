@@ -295,11 +295,14 @@ def _check_config(model: Any, prepends: bool) -> None:
 
 
 def _outside() -> int:
-    """The ``stacklevel`` of the caller's own line: the innermost frame outside this package."""
-    package = __name__.partition(".")[0]
+    """The ``stacklevel`` of the caller's own line: the innermost frame outside this package.
+
+    Frames of libraries that check arguments at every call are between the two, and are skipped.
+    """
+    passed_over = (__name__.partition(".")[0], "jaxtyping", "beartype")
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None:
-        if str(frame.f_globals.get("__name__", "")).partition(".")[0] != package:
+        if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in passed_over:
             break
         level, frame = level + 1, frame.f_back
     return level

@@ -24,7 +24,7 @@ from numbers import Integral
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from ..errors import ModelStateError, TokenError
@@ -74,7 +74,7 @@ class Objective:
     def __post_init__(self) -> None:
         object.__setattr__(self, "pos", _pos(self.pos))
 
-    def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, ""]:
+    def __call__(self, logits: Float[Tensor, "*batch pos vocab"]) -> Float[Tensor, ""]:
         """Δℓ summed over the batch, in logits.
 
         Args:
@@ -87,7 +87,7 @@ class Objective:
         return target.sum() if contrast is None else (target - contrast).sum()
 
     def parts(
-        self, logits: Float[Tensor, "batch pos vocab"]
+        self, logits: Float[Tensor, "*batch pos vocab"]
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"] | None]:
         """The target term and the contrast term, one value per row; Δℓ is their difference.
 
@@ -121,7 +121,7 @@ class Objective:
         others[:, list(self.target)] = -torch.inf
         return target, rows.gather(-1, others.topk(self.k, dim=-1).indices).mean(-1)
 
-    def with_mask(self, attention_mask: Int[Tensor, "batch pos"]) -> Objective:
+    def with_mask(self, attention_mask: Shaped[Tensor, "batch pos"]) -> Objective:
         """The same objective for padded rows: negative positions count from the last real token.
 
         ``run_with_relevance(..., attention_mask=...)`` does this by itself. Inside ``lrp``, where

@@ -24,7 +24,7 @@ def _checked(scores: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     return scores, truth
 
 
-def auroc(scores: Float[Tensor, " item"], truth: Bool[Tensor, " item"]) -> float:
+def auroc(scores: Float[Tensor, "*item"], truth: Bool[Tensor, "*item"]) -> float:
     """Return the probability that a true item scores higher than a false one.
 
     This is the area under the receiver operating characteristic, computed in its rank-sum form
@@ -52,7 +52,7 @@ def auroc(scores: Float[Tensor, " item"], truth: Bool[Tensor, " item"]) -> float
     return float((rank[truth].sum() - n_true * (n_true + 1) / 2) / (n_true * n_false))
 
 
-def average_precision(scores: Float[Tensor, " item"], truth: Bool[Tensor, " item"]) -> float:
+def average_precision(scores: Float[Tensor, "*item"], truth: Bool[Tensor, "*item"]) -> float:
     """Return the sum over thresholds of precision times the gain in recall.
 
     1 is a perfect ranking, and chance level is about the share of true items. Tied items share a
