@@ -60,7 +60,7 @@ class EdgeColumns:
         if self.with_heads:
             raise ValueError("Edges are split by heads here: give this transition by add_split.")
         if matrix.ndim != 2:
-            raise ValueError(f"A transition of shape {tuple(matrix.shape)} is no matrix.")
+            raise ValueError(f"A transition of shape {tuple(matrix.shape)} is not a matrix.")
         matrix = _live_rows(matrix.detach(), live)
         target_pos, source_pos = torch.nonzero(matrix, as_tuple=True)
         self._add(source, target, target_pos, source_pos, matrix[target_pos, source_pos])
@@ -116,9 +116,9 @@ class EdgeColumns:
         Args:
             source: Index of the source site.
             target: Index of the target site.
-            value: What passes by attention's values.
-            key: What passes by attention's keys.
-            position: What stays at its position without passing through attention.
+            value: Relevance that passes through attention's values.
+            key: Relevance that passes through attention's keys.
+            position: Relevance that stays at its position without passing through attention.
             live: Targets that were expanded; all of them if None.
 
         Raises:

@@ -1,4 +1,4 @@
-"""From an ``AttributionGraph`` to its pictures: what they show, and in which words."""
+"""The pictures of an ``AttributionGraph``: what they show, and their words."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def matrices_of(
         transition: The (source, target) sites, by name or index, of the one transition whose heads
             to show, or whose matrix if the graph is not split by heads. None shows every
             transition.
-        max_cells: How many cells to draw at most, in all matrices together.
+        max_cells: The largest number of cells to draw, in all matrices together.
 
     Raises:
         ValueError: There is no such site or transition, or no edge between two positions.
@@ -127,7 +127,7 @@ def matrices_of(
         if graph.head is not None:
             kind = graph.head.numpy().astype(np.int64)
             selected &= kind >= 0
-            notes.append("What passes by no head (residual stream, queries, MLP) is left out.")
+            notes.append("Relevance outside the heads (residual stream, queries, MLP) is left out.")
         notes.append(f"{names[ends[0]]} to {names[ends[1]]}.")
     apart = selected & (source != target)
     kinds = np.unique(kind[apart])
