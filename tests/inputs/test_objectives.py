@@ -198,6 +198,6 @@ def test_functions_that_look_past_the_logits_are_refused(memory: Any) -> None:
     probe = torch.nn.Parameter(torch.ones(model.cfg.d_vocab))
     with model.hooks(fwd_hooks=[("blocks.0.hook_out", keep)]):
         for call in (clrp.attribute, clrp.attribution_graph):
-            with pytest.raises(ModelStateError, match=r"beside the logits.*\.detach\(\)"):
+            with pytest.raises(ModelStateError, match=r"besides the logits.*\.detach\(\)"):
                 call(model, ids, both, **way)
             assert call(model, ids, with_a_probe, **way).delta
