@@ -147,7 +147,7 @@ def test_checkpoints_hold_all_objectives(tmp_path: Any) -> None:
 def test_bad_lists_are_refused(call: Any) -> None:
     model, ids = boot("qwen3"), random_tokens(1, 8)
     one = clrp.logit_diff(model, 7, 11)
-    with pytest.raises(ValueError, match="asks nothing"):
+    with pytest.raises(ValueError, match="is empty"):
         call(model, ids, [])
     with pytest.raises(TypeError, match="must be a list"):
         call(model, ids, one)

@@ -150,8 +150,8 @@ def next_token_table(
 
     Returns:
         One row per token, most likely first, with columns rank (from 0), token, id, logit,
-        probability, minus_top (logit − highest logit, in logits). What stands in ``token``, given
-        as a target or contrast, means that token.
+        probability, minus_top (logit − highest logit, in logits). A text in ``token`` names its
+        token when it is given as a target or contrast.
 
     Warns:
         SpecialTokenWarning: as ``attribute``.
