@@ -101,7 +101,7 @@ def matrices_of(
     """A graph's transitions, or the heads of one of them, as circuitsvis' ``attention_heads``.
 
     Transitions without an edge between two positions are left out. In a long prompt only the
-    positions that exchange most relevance are shown, and the view says so.
+    positions that exchange the most relevance are shown, and the view says so.
 
     Args:
         graph: The graph to show.
@@ -157,7 +157,7 @@ def matrices_of(
     if len(positions) < n:
         share = float(np.abs(weight[shown & apart]).sum()) / total
         notes.append(
-            f"The {len(positions)} of {n:,} positions that exchange most relevance: "
+            f"The {len(positions)} of {n:,} positions that exchange the most relevance: "
             f"{100 * share:.1f} % of \u03a3|weight| between positions."
         )
     greyed = graph.special.numpy().copy()
