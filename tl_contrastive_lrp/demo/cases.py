@@ -33,8 +33,8 @@ class DemoCase:
         contrast_id: Its id.
         delta: logit(target) − logit(contrast) after the prompt, in float32; above 1.
         n_tokens: Number of tokens of the prompt.
-        decisive_positions: The positions of the prompt that decide which token is right, as recorded
-            by the generator of the benchmark, in ascending order.
+        decisive_positions: The positions of the prompt that decide which token is right, in
+            ascending order, as recorded by the generator of the benchmark.
         decisive_text: The text of these tokens.
 
     Raises:

@@ -84,7 +84,7 @@ class Forward:
         coverage: Which component got which rule.
         ends: The tensors at which gradients end: embeddings, and constants with which a user's
             hook replaced computed values.
-        kept: Whether the autograd graph is also kept after the last backward.
+        keep_graph: Whether the autograd graph is also kept after the last backward.
         slots: Where readings can be bound, if they were not given with the forward.
     """
 
@@ -92,7 +92,7 @@ class Forward:
     logits: Tensor
     coverage: Coverage
     ends: list[Tensor] = field(repr=False)
-    kept: bool = False
+    keep_graph: bool = False
     slots: Slots | None = None
 
     def pass_over(self) -> None:
@@ -122,7 +122,7 @@ class Forward:
         """
         ends = [self.logits, *self.ends] if self.logits.requires_grad else []
         begin = first_gradient(self.model, value)
-        more = more or self.kept or (self.slots is not None and self.slots.uses > 0)
+        more = more or self.keep_graph or (self.slots is not None and self.slots.uses > 0)
         with frozen_parameters(self.model):
             if not ends or (
                 torch.autograd.grad(value, ends, begin, allow_unused=True, retain_graph=more)[0]
@@ -186,8 +186,8 @@ def forward(
             stack.enter_context(scope)
         logits = model(tokens, **forward_kwargs)
         _require_whole(logits, tokens)
-    kept = hook_watch is not None and (bool(hook_watch.edits) or hook_watch.of_backward)
-    return Forward(model, logits, coverage, [*leaves.values(), *constants], kept)
+    keep_graph = hook_watch is not None and (bool(hook_watch.edits) or hook_watch.of_backward)
+    return Forward(model, logits, coverage, [*leaves.values(), *constants], keep_graph)
 
 
 def run_each(

@@ -139,8 +139,8 @@ class _Recorder:
             live = _hidden_of(args, kwargs)
             hidden = live.detach()
             self.prefill.inputs[layer].append(hidden)
-            kept = tree_map(lambda value: self._kept(value, live), (args, kwargs))
-            self.prefill.calls[layer].append(kept)
+            arguments = tree_map(lambda value: self._kept(value, live), (args, kwargs))
+            self.prefill.calls[layer].append(arguments)
             if layer:
                 return None
             self.prefill.starts.append((live, dict(self.leaves)))
