@@ -227,7 +227,7 @@ def _count(data: CheckedGraph, plan: Layout) -> str:
     if not apart.all():
         where += " and in columns of several"
     if not drawn:
-        return "No edges: only the prediction itself is left of this graph."
+        return "No edges: nothing is left of this graph but the prediction itself."
     if not plan.left_out:
         return f"{words}, {where}."
     return (
