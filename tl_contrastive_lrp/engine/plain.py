@@ -270,9 +270,9 @@ def _require_of_logits(value: Tensor, logits: Iterable[Tensor]) -> None:
     The user's own parameters, such as a probe's, do not depend on the prompt and are allowed.
     """
     seen = {x.grad_fn for x in logits}
-    left: list[Any] = [value.grad_fn]
-    while left:
-        node = left.pop()
+    pending: list[Any] = [value.grad_fn]
+    while pending:
+        node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
@@ -283,7 +283,7 @@ def _require_of_logits(value: Tensor, logits: Iterable[Tensor]) -> None:
                 "stored by a hook?), so part of its value could not be explained. Compute it from "
                 "its argument, and .detach() everything else that it uses."
             )
-        left += [above for above, _ in node.next_functions]
+        pending += [earlier for earlier, _ in node.next_functions]
 
 
 def _require_whole(logits: object, tokens: Tensor) -> None:

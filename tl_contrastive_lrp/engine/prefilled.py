@@ -131,8 +131,10 @@ def prefill_prompt(
         )  # fmt: skip
         assert forward.prefill is not None
         logits = forward.prefill.logits()[0, 0].detach()
-        done = replace(plan, tile=forward.tile)
-        return Prefilled(model, tokens, rule_set, at, logits, done, None, forward, calls, state)
+        actual_plan = replace(plan, tile=forward.tile)
+        return Prefilled(
+            model, tokens, rule_set, at, logits, actual_plan, None, forward, calls, state
+        )
 
     def without_tiles(plan: MemoryPlan) -> Prefilled:
         slots = Slots(readings, uses)

@@ -131,12 +131,12 @@ class RelevanceSums:
 
     def take(self) -> dict[str, Tensor]:
         """The sums of the last backward, by name; 0 where the rules pass no relevance."""
-        taken = {**self._zeros, **self._kept}
+        sums = {**self._zeros, **self._kept}
         self._kept.clear()
-        return taken
+        return sums
 
     def clear(self) -> None:
-        """Forget the last forward and backward."""
+        """Discard the last forward and backward."""
         self._kept.clear()
         self._zeros.clear()
 

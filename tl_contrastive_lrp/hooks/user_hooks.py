@@ -387,9 +387,9 @@ def _descends(value: Tensor, since: int, until: int) -> bool:
 
     A tensor cached in an earlier forward has a graph too, but not of this one.
     """
-    seen, left = set(), [value.grad_fn]
-    while left:
-        node: Any = left.pop()
+    seen, pending = set(), [value.grad_fn]
+    while pending:
+        node: Any = pending.pop()
         if node is None or node in seen or hasattr(node, "variable"):
             continue
         seen.add(node)
@@ -397,7 +397,7 @@ def _descends(value: Tensor, since: int, until: int) -> bool:
         if since <= number < until:
             return True
         if number >= until:
-            left += [above for above, _ in node.next_functions]
+            pending += [earlier for earlier, _ in node.next_functions]
     return False
 
 

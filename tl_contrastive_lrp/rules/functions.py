@@ -112,15 +112,15 @@ def is_constant(x: Tensor) -> bool:
     """Whether ``x`` was computed only from such leaves and from tensors without a gradient."""
     if getattr(x, _CONSTANT, False):
         return True
-    seen, left = set(), [x.grad_fn]
-    while left:
-        node = left.pop()
+    seen, pending = set(), [x.grad_fn]
+    while pending:
+        node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable") and not getattr(node.variable, _CONSTANT, False):
             return False
-        left += [above for above, _ in node.next_functions]
+        pending += [earlier for earlier, _ in node.next_functions]
     return not x.is_leaf or not x.requires_grad
 
 

@@ -103,16 +103,16 @@ def softmax_temperature(
 
 def _softmax_above(pattern: Tensor) -> Any:
     """The autograd node of the only softmax without a rule from which the pattern was computed."""
-    softmaxes, seen, left = set(), set(), [pattern.grad_fn]
-    while left:
-        node: Any = left.pop()
+    softmaxes, seen, pending = set(), set(), [pattern.grad_fn]
+    while pending:
+        node: Any = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if node.name() == "SoftmaxBackward0":
             softmaxes.add(node)
         else:
-            left += [below for below, _ in node.next_functions]
+            pending += [earlier for earlier, _ in node.next_functions]
     softmax = softmaxes.pop() if len(softmaxes) == 1 else None
     return None if softmax is None or _RULED in softmax.metadata else softmax
 

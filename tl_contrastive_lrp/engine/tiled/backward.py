@@ -239,5 +239,5 @@ class Backward:
                     retain_graph=self.again or which + 1 < len(self.signals),
                 )  # fmt: skip
                 read[which].add(self.sums.take(), own)
-        for signal, whole in zip(self.signals, read, strict=True):  # all of it, or nothing
+        for signal, whole in zip(self.signals, read, strict=True):  # only once every tile succeeded
             signal.read.sums |= whole.sums
