@@ -60,7 +60,7 @@ class EdgeColumns:
         if self.with_heads:
             raise ValueError("Edges are split by heads here: give this transition by add_split.")
         if matrix.ndim != 2:
-            raise ValueError(f"A transition of shape {tuple(matrix.shape)} is not a matrix.")
+            raise ValueError(f"A transition of shape {tuple(matrix.shape)} is no matrix.")
         matrix = _live_rows(matrix.detach(), live)
         target_pos, source_pos = torch.nonzero(matrix, as_tuple=True)
         self._add(source, target, target_pos, source_pos, matrix[target_pos, source_pos])
