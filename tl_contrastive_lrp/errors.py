@@ -37,11 +37,11 @@ class Argument:
 
 @dataclass(frozen=True)
 class Wording:
-    """A piece of a message that makes sense only to those who write Python.
+    """A part of a message whose wording depends on whether the user writes Python.
 
     Attributes:
-        python: What they read.
-        elsewhere: What everybody else reads in its place.
+        python: The text that users of Python read.
+        elsewhere: The text that all other users read in its place.
 
     Example:
         >>> print(clrp.errors.Wording("model.to_tokens(text)", "TransformerLens"))
@@ -122,7 +122,7 @@ class ModelStateError(LrpError, RuntimeError):
 
 
 class NotTileableError(ModelStateError):
-    """The model, its hooks or the question cannot run in tiles of positions."""
+    """The model, its hooks or the objective cannot run in tiles of positions."""
 
 
 class NonFiniteError(LrpError, ValueError):
@@ -133,7 +133,7 @@ class OutOfMemoryError(LrpError, MemoryError):
     """The computation does not fit into the memory that is free."""
 
 
-# What the CPU allocator, MPS and CUDA's libraries say, for which torch has no class of its own.
+# Messages of the CPU allocator, MPS and CUDA's libraries, for which torch has no error class.
 _ALLOCATION_FAILED = (
     "out of memory",
     "can't allocate memory",
@@ -146,7 +146,7 @@ _ALLOCATION_FAILED = (
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on any device.
 
-    That is so for ``MemoryError``, ``torch.OutOfMemoryError``, and the plain ``RuntimeError`` of
+    That is true of ``MemoryError``, ``torch.OutOfMemoryError``, and the plain ``RuntimeError`` of
     torch's other allocators, which can be recognised only by its text.
 
     Args:

@@ -1,4 +1,4 @@
-"""Files: everything this package writes to disk is written whole or not at all.
+"""Files, which this package writes whole or not at all.
 
 Results are safetensors files, tensors plus one JSON text: no pickle, nothing executable. They are
 read back exactly or refused.
@@ -23,12 +23,12 @@ from .errors import FileFormatError
 
 @dataclass(frozen=True)
 class FileKind:
-    """What a file holds.
+    """The kind of content of a file.
 
     Attributes:
         format: Name of the format inside the file, ``tl_contrastive_lrp.<something>``.
         version: The version of the format that this package writes and reads.
-        noun: What messages call the content, with its article.
+        noun: Name of the content in messages, with its article.
     """
 
     format: str
@@ -53,7 +53,7 @@ def atomic_path(
         path: The file to write. Through a link, the file that it names is replaced, not the link.
         temporary: Where to write first, in the folder of ``path``; by default a hidden file with
             a name of its own.
-        example: A file name for the message where ``path`` is a folder.
+        example: A file name to suggest in the message if ``path`` is a folder.
 
     Yields:
         The temporary path.
@@ -88,9 +88,9 @@ def write_result(
 
     Args:
         path: The file to write.
-        kind: What the file holds.
+        kind: The kind of file to write.
         tensors: Tensors by name; those that are None are left out.
-        data: What JSON can hold.
+        data: Data that JSON can hold.
 
     Returns:
         The path.
@@ -123,7 +123,7 @@ def read_result(
 
     Args:
         path: The file.
-        kind: What the file must hold.
+        kind: The kind of file to expect.
 
     Returns:
         The tensors by name, and the JSON data.
@@ -168,7 +168,7 @@ def rebuilding_from(path: str | os.PathLike[str]) -> Iterator[None]:
         path: The file, for the message.
 
     Raises:
-        FileFormatError: What was read makes no result.
+        FileFormatError: The data cannot be turned into a result.
     """
     try:
         yield
@@ -186,10 +186,10 @@ def why_not_a_page(path: Path) -> str | None:
     that begins with a digit, as in "Qwen3-0.6B", counts as part of the name.
 
     Args:
-        path: Where the page would go.
+        path: The path of the page.
 
     Returns:
-        The message, or None where the name is good.
+        The message, or None if the name is suitable.
     """
     if path.suffix.lower() in _PAGE_SUFFIXES or not re.fullmatch(r"\.[A-Za-z]\w*", path.suffix):
         return None
@@ -212,7 +212,7 @@ def save_html(path: str | os.PathLike[str], html: str) -> Path:
     Raises:
         FileNotFoundError: The folder of ``path`` does not exist.
         IsADirectoryError: ``path`` is a folder.
-        ValueError: ``path`` ends as a file of another kind does, such as .png or .pdf.
+        ValueError: ``path`` has the suffix of another kind of file, such as .png or .pdf.
     """
     path = Path(path)
     if not path.is_dir() and (why := why_not_a_page(path)) is not None:

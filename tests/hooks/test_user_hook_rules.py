@@ -328,9 +328,9 @@ def test_a_hook_that_takes_the_rules_off_is_refused() -> None:
         lambda: clrp.run_with_relevance(model, ids, objective_of(model), "embed.hook_out"),
     ):
         model.add_hook("blocks.0.hook_mlp_out", reset)
-        with pytest.raises(ModelStateError, match=r"taken off.*Remove your own hooks alone"):
+        with pytest.raises(ModelStateError, match=r"removed from.*Remove only your own hooks"):
             call()
-    with pytest.raises(ModelStateError, match="taken off"), clrp.lrp(model):
+    with pytest.raises(ModelStateError, match="removed from"), clrp.lrp(model):
         model.reset_hooks()
     assert snapshot_of(model) == before
 

@@ -143,7 +143,7 @@ def test_the_page_says_what_is_folded() -> None:
     touches = ~(apart[view.source_pos] & apart[view.target_pos])
     share = 100 * np.abs(view.weight[touches]).sum() / np.abs(view.weight).sum()
     assert (
-        f"{own} of its 12,374 positions have a column each, those that exchange most relevance "
+        f"{own} of its 12,374 positions have a column each, those that exchange the most relevance "
         f"among them. The other {folded:,} are folded into {len(labels)} columns (squares), their "
         f"relevance and edges added up: {touches.sum():,} of {len(touches):,} edges, "
         f"{share:.1f} % of Σ|weight|, begin or end there." in drawn.text

@@ -50,7 +50,7 @@ def test_of_many_positions_those_that_exchange_most_are_shown() -> None:
     assert given_props["attention"] == [[[100.0, 0.0, 0.0], [3.0, 100.0, 0.0], [0.0, -1.0, 100.0]]]
     share = 100 * 304 / 3004
     assert (
-        f"The 3 of 30 positions that exchange most relevance; their entries hold {share:.1f} %"
+        f"The 3 of 30 positions that exchange the most relevance; their entries hold {share:.1f} %"
         in (view.body)
     )
 
@@ -115,7 +115,7 @@ def test_matrices_of_a_long_prompt_keep_true_positions() -> None:
     assert (dense[2, 1], dense[3, 2], dense[0, 0]) == (3.0, -2.0, 50.0)
     assert extra["scales"] == [3.0]
     share = 100 * 5.003 / (5 + 1.199)
-    assert f"The 4 of 1,200 positions that exchange most relevance: {share:.1f} %" in view.body
+    assert f"The 4 of 1,200 positions that exchange the most relevance: {share:.1f} %" in view.body
 
 
 @browser

@@ -62,7 +62,7 @@ def attribute(
     """Explain why the model preferred one token over another.
 
     The objective, usually Δℓ = logit(target) − logit(contrast) in logits, is attributed to the
-    input tokens, hidden states, attention heads and, if asked for, neurons, by Layer-wise Relevance
+    input tokens, hidden states, attention heads and, if requested, neurons, by Layer-wise Relevance
     Propagation (arXiv:2604.17761). Positive relevance supports the target, negative the contrast.
 
     Args:
@@ -77,12 +77,12 @@ def attribute(
             counts from the end.
         rules: Name of a rule set, or a ``RuleSet``.
         neurons: Also keep the relevance of every MLP neuron at every position.
-        memory: "plain" keeps the attention of every block for one backward; "tiled" runs block
-            after block, and tile after tile, again, in memory linear in the prompt; "auto" takes
-            tiles where the plain engine would not fit. The result records which one ran.
+        memory: "plain" keeps the attention of every block for one backward; "tiled" runs every
+            block again, tile by tile, in memory linear in the prompt; "auto" uses tiles where the
+            plain engine would not fit. The result records which one ran.
         tile: Positions per tile; chosen to fit the free memory by default.
         progress: Show a progress bar in tiles.
-        checkpoint_dir: A folder of its own for finished blocks, from which an interrupted run in
+        checkpoint_dir: A separate folder for finished blocks, from which an interrupted run in
             tiles is resumed with the same result.
         prepend_bos: Whether a text begins with the BOS token, as in ``model.to_tokens``. None: the
             model's default, ``model.cfg.default_prepend_bos``, but no second one before a text that
@@ -93,24 +93,24 @@ def attribute(
 
     Returns:
         An ``Attribution`` with relevance in logits, on the CPU: of the tokens [pos], hidden states
-        [site, pos], heads [layer, head, pos] and, if asked for, neurons [layer, pos, d_mlp].
+        [site, pos], heads [layer, head, pos] and, if requested, neurons [layer, pos, d_mlp].
 
     Warns:
         SpecialTokenWarning: once per model and kind, where the token ids of a text begin or end
-            differently from what the model's own tokenizer produces, unless ``prepend_bos`` asks
-            for it.
+            differently from what the model's own tokenizer produces, unless ``prepend_bos``
+            requests it.
 
     Raises:
         TypeError: ``model`` is not a bridge; neither or both of an objective and a target with
             contrast; an objective that is not a function; a ``prepend_bos`` that is not a bool.
         ValueError: ``neurons`` for a model with experts; an unknown ``memory`` or a wrong ``tile``;
             a ``prefilled`` of another prompt, rule set or state of the model, one that was not
-            prepared for what is asked, or one that is used up.
+            prepared for this call, or one that has served all of its results.
         TokenError: a target or contrast that is not one token or is ambiguous, an id out of range,
             the same token on both sides, or a position that the prompt does not have.
         PromptError: a prompt that is empty, a batch, too long, or on another device.
         ModelStateError: a model in training mode, without gradients, or spread over devices; one
-            that cannot run as ``memory`` asks; an objective that gives no differentiable number.
+            that cannot run as ``memory`` says; an objective that gives no differentiable number.
         UncoveredComponentError: no rule covers a part of the model.
         FileFormatError: ``checkpoint_dir`` holds something else.
 
@@ -216,7 +216,7 @@ def _attributions(
     options: RunOptions,
     prefilled: Prefilled | None = None,
 ) -> list[Attribution]:
-    """Explain some objectives of one prompt: plan, run, results."""
+    """Explain the objectives of one prompt: plan, run, results."""
     reads = _Reads.of(model, neurons)
     if prefilled is not None:
         prefilled.check(model, prompt.tokens, rules)
@@ -239,13 +239,13 @@ def relevance_readings(model: Any, *, neurons: bool = False) -> list[Reading]:
 
 @dataclass(frozen=True, eq=False)
 class _Reads:
-    """What ``attribute`` reads of a model, and the names under which the sums are kept.
+    """What ``attribute`` reads of a model, and the names under which the sums are stored.
 
     Attributes:
         sums: The sums of relevance.
         n_layers: Number of blocks.
         sites: HookPoints of the residual stream, input first.
-        heads, neurons: By block; ``neurons`` is empty if they are not asked for.
+        heads, neurons: Names by block; ``neurons`` is empty if they were not requested.
         biases: The HookPoint behind each bias.
     """
 
@@ -283,7 +283,7 @@ class _Reads:
         return cls(sums, n_layers, sites, heads, by_neuron, list(biases))
 
     def attribution(self, prompt: PromptFacts, result: RunResult) -> Attribution:
-        """Put the sums of one objective together."""
+        """The result for one objective, from its sums."""
         by_name, facts = result.relevance, result.objective
         tokens = by_name[LEAVES[0]]
         resid = torch.stack([by_name[name] for name in self.sites])

@@ -1,4 +1,4 @@
-"""The likeliest next tokens, to choose a contrast from, also for prompts that need tiles.
+"""The most likely next tokens, to choose a contrast from, also for prompts that need tiles.
 
 A forward without tiles holds several [head, pos, pos] tensors at once, and logits for every
 position. In tiles it holds what ``engine/tiled/prefill.py`` keeps, which is linear in the prompt.
@@ -55,7 +55,7 @@ def logits_at(
         model: The bridge.
         tokens: Token ids, [1, pos].
         pos: The position; negative counts from the end.
-        memory: As for ``attribute``; "auto" takes tiles where ``attribute`` would.
+        memory: As for ``attribute``; "auto" uses tiles where ``attribute`` would.
         tile: Positions per tile.
         progress: Show a progress bar in tiles.
 
@@ -63,13 +63,13 @@ def logits_at(
         TokenError: the prompt has no such position.
         ValueError: an unknown ``memory`` or a wrong ``tile``.
         ModelStateError: the model cannot run in tiles, and the plain engine would not fit or was
-            not asked for.
+            not allowed.
     """
     length = int(tokens.shape[1])
     pos = one_position(pos, length)
     plan = plan_memory(model, length, memory, tile)
-    # Finding out whether a user's hook works in tiles takes a forward without tiles, which is all
-    # that is needed here.
+    # Finding out whether a user's hook works in tiles takes a forward without tiles, and nothing
+    # more than that forward is needed here.
     if memory == "auto" and user_hooks(model) and fits_forward(model, length):
         plan = replace(plan, tile=None)
     # If tiles do not work, a forward without gradients is what has to fit.
@@ -150,8 +150,8 @@ def next_token_table(
 
     Returns:
         One row per token, most likely first, with columns rank (from 0), token, id, logit,
-        probability, minus_top (logit − highest logit, in logits). What stands in ``token``, given
-        as a target or contrast, means that token.
+        probability, minus_top (logit − highest logit, in logits). A text in ``token`` names its
+        token when it is given as a target or contrast.
 
     Warns:
         SpecialTokenWarning: as ``attribute``.
@@ -163,7 +163,7 @@ def next_token_table(
         TokenError: the prompt has no such position, or ``k`` is not a whole number above 0.
         ValueError: an unknown ``memory`` or a wrong ``tile``.
         ModelStateError: the model cannot run in tiles, and the plain engine would not fit or was
-            not asked for.
+            not allowed.
 
     Example:
         >>> table = clrp.next_token_table(model, case.prompt, k=5)

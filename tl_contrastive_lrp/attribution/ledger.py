@@ -1,12 +1,12 @@
 """Where Δℓ goes: how much arrives at each site, and what happened to the rest.
 
-LRP distributes Δℓ. Part of it ends in biases and position embeddings, which are no input tokens,
+LRP distributes Δℓ. Part of it ends in biases and position embeddings, which are not input tokens,
 and some rules create or destroy relevance (the ordinary gradient of the softmax, soft-caps, norms
 that keep theirs). The ledger records how much, between which two sites, so that no loss is silent:
 
     total(next site) = total(site) + biases + positions + other,
 
-and Δℓ itself stands behind the last site.
+where Δℓ itself takes the place of the site after the last.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Ledger:
         positions: float,
         delta: float,
     ) -> Ledger:
-        """Make the rows; ``other`` balances each of them.
+        """Build the ledger; ``other`` balances each row.
 
         Args:
             sites: Names of the sites, input first.

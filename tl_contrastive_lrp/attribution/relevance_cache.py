@@ -43,7 +43,7 @@ def _why_not(model: Any, name: str, rule_set: RuleSet) -> str | None:
     if flag is not None and not getattr(model.cfg, flag, False):
         return f"it fires only with cfg.{flag} on (model.set_{flag}(True))"
     if leaf == "hook_scale":
-        return "the statistics of a norm are no node of the relevance graph"
+        return "the statistics of a norm are not a node of the relevance graph"
     if leaf == "hook_normalized" and rule_set.norm == "gradient":
         norm = components(model).get(path)
         if norm is not None and uses_native_norm(norm):
@@ -54,42 +54,42 @@ def _why_not(model: Any, name: str, rule_set: RuleSet) -> str | None:
 def _select(model: Any, names_filter: NamesFilter, rule_set: RuleSet) -> list[str]:
     known = hook_points(model)
     if names_filter is None or callable(names_filter):
-        wanted = [n for n in known if names_filter is None or names_filter(n)]
-        if not wanted:
+        selected = [n for n in known if names_filter is None or names_filter(n)]
+        if not selected:
             raise ValueError("names_filter matches no HookPoint of this model.")
-        reasons = {name: _why_not(model, name, rule_set) for name in wanted}
+        reasons = {name: _why_not(model, name, rule_set) for name in selected}
         if all(reasons.values()):
             name, reason = next(iter(reasons.items()))
             raise ValueError(f"names_filter matches only HookPoints like {name!r}: {reason}.")
         return [name for name, reason in reasons.items() if reason is None]
-    wanted = [names_filter] if isinstance(names_filter, str) else list(names_filter)
-    if not wanted:
+    selected = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+    if not selected:
         raise ValueError("names_filter is empty; None stands for every HookPoint.")
-    for name in wanted:
+    for name in selected:
         if name not in known:
             raise ValueError(f"{name!r} is no HookPoint of this model; see model.hook_dict.keys().")
         reason = _why_not(model, name, rule_set)
         if reason is not None:
             raise ValueError(f"There is no relevance at {name!r}: {reason}.")
-    return wanted
+    return selected
 
 
 # Keywords of TransformerLens' forward and run_with_cache that run_with_relevance cannot honour.
 _REFUSED = {
     "input": "the tokens are given already",
     "input_ids": "the tokens are given already",
-    "inputs_embeds": "the tokens are given already; edit embeddings with a hook at hook_embed",
-    "return_type": "the model's logits are returned; the objective makes a number of them",
-    "loss_per_token": "the model's logits are returned; the objective makes a number of them",
+    "inputs_embeds": "the tokens are already given; edit embeddings with a hook at hook_embed",
+    "return_type": "the model's logits are returned; the objective turns them into a number",
+    "loss_per_token": "the model's logits are returned; the objective turns them into a number",
     "padding_side": "texts of one length need no padding; pad ids yourself and give attention_mask",
     "start_at_layer": "relevance starts at the embeddings of these tokens",
-    "stop_at_layer": "relevance needs the logits; choose what is kept with names_filter",
-    "pos_slice": "all positions are kept; slice the cache that is returned",
-    "incl_bwd": "the cache holds relevance, which one backward pass brings",
+    "stop_at_layer": "relevance needs the logits; select activations with names_filter",
+    "pos_slice": "all positions are returned; slice the cache",
+    "incl_bwd": "the cache holds relevance, which takes one backward pass anyway",
     "return_cache_object": "an ActivationCache is returned; its cache_dict is the dictionary",
     "reset_hooks_end": "your hooks stay, and the package's own are always removed",
     "clear_contexts": "no hook's context is touched",
-    "device": "the cache lies where the model runs; move it with cache.to(device)",
+    "device": "the cache is on the model's device; move it with cache.to(device)",
 }
 
 
@@ -205,7 +205,7 @@ def run_with_relevance(
 
 
 def _padding(mask: object, ids: Tensor) -> Int[Tensor, "batch pos"] | None:
-    """The attention mask, if it marks single tokens as padding, and marks some."""
+    """The attention mask, if it is one of tokens and marks some of them as padding."""
     by_token = isinstance(mask, Tensor) and mask.shape == ids.shape
     return mask if by_token and isinstance(mask, Tensor) and not bool(mask.all()) else None
 
@@ -215,7 +215,7 @@ def _refuse_padding(
     logits: Float[Tensor, "batch pos vocab"],
     mask: Int[Tensor, "batch pos"],
 ) -> None:
-    if isinstance(objective, Objective):  # says itself where its positions are
+    if isinstance(objective, Objective):  # handles padding itself
         return
     at = torch.nonzero(read_rows(objective, logits) & (mask == 0).cpu()).tolist()
     if at:
@@ -240,7 +240,7 @@ def _readings(model: Any, names: list[str], cache: dict[str, Tensor]) -> list[Re
     def reading(aliases: list[str], stream: bool) -> Reading:
         def sink(x: Tensor, g: Tensor) -> None:
             relevance = relevance_of(x, g)
-            if not torch.isfinite(x.amin()):  # a masked score of -inf takes no part
+            if not torch.isfinite(x.amin()):  # a masked score of -inf has no relevance
                 relevance = relevance.masked_fill(g == 0, 0.0)
             cache.update(dict.fromkeys(aliases, relevance))
 

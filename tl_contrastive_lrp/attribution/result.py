@@ -45,7 +45,7 @@ class Attribution:
         resid: Relevance of each hidden state: rows as ``sites``, the last one before the final
             norm.
         heads: Relevance of each attention head's output z at the position where it writes.
-        neurons: Relevance of each MLP neuron (``hook_post``), if asked for.
+        neurons: Relevance of each MLP neuron (``hook_post``), if requested.
         token_ids: The prompt.
         special: Which tokens are special tokens of the tokenizer.
         str_tokens: What each token contributes to the prompt's text: joined, they are that text.
@@ -55,16 +55,16 @@ class Attribution:
         target_logit: The objective's target term (mean logit of the targets).
         contrast_logit: Its contrast term, if it has one.
         objective: The objective in words, with its sign.
-        target: Name of the target token(s): typed as a target, it means that token.
-        contrast: Name of what it is contrasted with, "" for nothing.
+        target: Name of the target token(s); given as a target, it means that token.
+        contrast: Name of the token or tokens that it is contrasted with, "" for none.
         rules: Name of the rule set.
         coverage: Which component got which rule.
         ledger: Where Δℓ went.
         model_name: As TransformerLens calls the model.
         pos: Position whose next token is explained, from 0. If there are several, the last of them,
             so that by causality nothing after it has relevance.
-        target_is_top: Whether the target is what greedy decoding writes there; False for an
-            objective without target tokens.
+        target_is_top: Whether the target is the token that greedy decoding writes there; False
+            for an objective without target tokens.
         memory: "plain", or "tiled (tile N)" where the backward ran on N positions at a time.
         prepended_bos: Whether a BOS token that the text does not contain was put before it; None
             where ids were given, and in files of versions that did not record it.
@@ -135,7 +135,7 @@ class Attribution:
 
     @property
     def greyed(self) -> Bool[Tensor, " pos"]:
-        """Special tokens and the first token, which pictures show grey, outside the colour scale.
+        """Special tokens and the first token, which pictures show grey and leave out of the scale.
 
         Example:
             >>> bool(result.greyed[0])
@@ -210,7 +210,7 @@ class Attribution:
         return colored_tokens(self.str_tokens, self.tokens, **self._look(include_special))
 
     def show_layers(self, *, include_special: bool = False) -> RenderedHTML:
-        """Show the tokens coloured by the relevance of their hidden states at a site to choose.
+        """Show the tokens coloured by the relevance of their hidden states at a selectable site.
 
         Args:
             include_special: As for ``show``.
@@ -275,7 +275,7 @@ class Attribution:
         tensors: dict[str, Tensor | None] = {name: getattr(self, name) for name in _TENSORS}
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
         if self.prepended_bos is None:
-            del rest["prepended_bos"]  # a field that the first files do not have
+            del rest["prepended_bos"]  # early files do not have this field
         rest |= {"coverage": asdict(self.coverage), "ledger": asdict(self.ledger)}
         if not self.earlier_pos:  # as version 0.1 writes and reads it
             del rest["earlier_pos"]
@@ -357,7 +357,7 @@ def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _typable(candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with names that can be read off the page and typed."""
+    """The rows, with token names that can be read on the page and typed."""
     return [
         row | {"token": printed(str(row["token"]), int(row["id"]))}
         if {"token", "id"} <= row.keys()

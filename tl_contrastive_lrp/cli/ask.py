@@ -1,4 +1,4 @@
-"""From the options of a command to a model and a question, or to the candidates to choose from."""
+"""Turns a command's options into a model and a question, or into candidates to choose from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ask(
     memory: MemoryOptions,
     forward: Callable[[Any, Tensor], tuple[Tensor, T]],
 ) -> tuple[Any, Question, T]:
-    """Load the model and put the question that the options name.
+    """Load the model and build the question that the options describe.
 
     Args:
         command: "explain" or "graph".
@@ -43,7 +43,7 @@ def ask(
             the logits [vocab] at the position, and what the command continues with.
 
     Returns:
-        The model, the question, and what ``forward`` returned beside the logits.
+        The model, the question, and the second value that ``forward`` returned.
 
     Raises:
         typer.Exit: No contrast was given, so candidates and a command to type were printed.
@@ -133,7 +133,7 @@ def _next_logits(
 def _notes(
     model: Any, text: str, options: QuestionOptions, ids: list[int], candidates: pd.DataFrame
 ) -> list[str]:
-    """Notes on what the user may have meant otherwise."""
+    """Notes on options that may not be what the user meant."""
     notes = []
     if options.prompt_file and text.endswith("\n") and not options.strip_newline:
         notes.append(
@@ -158,7 +158,7 @@ def _notes(
 def _candidates_as_json(
     model_name: str, candidates: pd.DataFrame, command: str, pos: int, notes: list[str]
 ) -> dict[str, Any]:
-    """The JSON object where no contrast was given."""
+    """The JSON object for a question without a contrast."""
     from .. import __version__
 
     return {
@@ -174,11 +174,11 @@ def _candidates_as_json(
 
 def _print_choice(candidates: pd.DataFrame, command: str) -> None:
     """Print the candidates for a contrast, and a command that names one of them."""
-    print_out("The model's likeliest next tokens:")
+    print_out("The model's most likely next tokens:")
     print_candidates(candidates)
     print_out(
         "Which of them, or which other token, should it have written? Name it with --contrast."
     )
-    print_out("For the likeliest alternative, type:")
+    print_out("For the most likely alternative, type:")
     print_out()
     print_out(command)

@@ -37,7 +37,7 @@ ConfigOnlyOption = Annotated[
     bool,
     typer.Option(
         "--config-only",
-        help="Ask before downloading: read config.json alone and use random weights. Implied by a "
+        help="Check before downloading: read only config.json and use random weights. Implied by a "
         "folder that holds no weights.",
     ),
 ]
@@ -64,7 +64,7 @@ class CheckOptions:
     debug: o.DebugOption = False
 
     def check(self) -> None:
-        """Refuse options that contradict each other, before anything is read.
+        """Refuse options that contradict each other, before any file is read.
 
         Raises:
             typer.BadParameter: They contradict each other.
@@ -84,7 +84,7 @@ class CheckOptions:
 
 
 def _spelled(argument: Argument) -> str:
-    """Spell an argument of the library; here the model is no option."""
+    """Spell an argument of the library; in this command the model is not an option."""
     if argument.name != "model":
         return as_option(argument)
     if argument.value is None:
@@ -97,12 +97,12 @@ def check_command(options: CheckOptions) -> None:
     """Is a model covered? List its operations, their rules, and what no rule covers.
 
     Every operation between logits and embeddings must be linear or have a rule; otherwise the
-    model is refused, with what stands in the way (exit code 3). **--verify** then measures on a
+    model is refused, with the operations at fault (exit code 3). **--verify** then measures on a
     prompt: the forward unchanged, nothing lost, nothing detached, finite numbers, precision.
 
     **--json** prints one object. *status* is "covered" or "refused", with *version, model, class,
-    rules, dtype, device, weights* ("checkpoint" or "random"), *operations* (how many were looked
-    at); *coverage* (*component, class_name, operation, rule, attached*); *findings* (*component,
+    rules, dtype, device, weights* ("checkpoint" or "random"), *operations* (the number examined);
+    *coverage* (*component, class_name, operation, rule, attached*); *findings* (*component,
     module_class, operation, why*); *ordinary* (*component, operation* of what keeps its ordinary
     gradient by rule); *verification* (null, or *verdict, objective, n_tokens, checks*: *name,
     verdict, figure, limit, says*); *notes*.
@@ -207,7 +207,7 @@ def _verify(model: Any, prompt: str | None, rules: str, prepend_bos: bool | None
 
 @dataclass(frozen=True)
 class _Report:
-    """What the command prints.
+    """The report that the command prints.
 
     Attributes:
         name: Name of the model.
@@ -217,8 +217,8 @@ class _Report:
         device: The device it is on.
         has_random_weights: Whether it was made from its configuration alone.
         examined: Coverage and audit.
-        verification: What was measured, if asked for.
-        notes: What the user may not have expected.
+        verification: The verification, if it was requested.
+        notes: Sentences on what the user may not expect.
     """
 
     name: str

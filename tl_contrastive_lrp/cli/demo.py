@@ -68,7 +68,7 @@ def choose(case: str | None, kind: str | None) -> DemoCase:
 
     Args:
         case: Its id, or its number in ``--list``; None for a short one with a clear preference.
-        kind: Look only among cases of this kind.
+        kind: Search only cases of this kind.
 
     Raises:
         CliError: There is no such case.
@@ -97,7 +97,7 @@ def choose(case: str | None, kind: str | None) -> DemoCase:
 
 
 def _short(text: str) -> str:
-    """One line of a text, without its middle if it is long."""
+    """A text on one line, without its middle if it is long."""
     words = shown(text).strip()
     if len(words) <= _MOST_CHARACTERS:
         return words
@@ -111,7 +111,7 @@ def explain_case(
     """Explain one case and print it.
 
     Args:
-        name: Id or number of the case; None for one that shows well.
+        name: Id or number of the case; None for a short one with a clear preference.
         kind: Choose among cases of this kind.
         rules: Name of a rule set.
         output: Where results go.
@@ -194,7 +194,7 @@ def _print_decisive(decisive: list[dict[str, Any]]) -> None:
     )
     more = f" and {len(by_rank) - 8} more" if len(by_rank) > 8 else ""
     hits = sum(bool(row["in_top_5"]) for row in by_rank)
-    print_out(f"What decides this case, by how it was made: position {words}{more}.")
+    print_out(f"Decisive in this case, as it was generated: position {words}{more}.")
     if len(by_rank) == 1:
         print_out(f"It is {'' if hits else 'not '}among the {DECISIVE_TOP} strongest tokens.")
     else:

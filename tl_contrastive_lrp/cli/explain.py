@@ -28,9 +28,9 @@ class Prepared:
 
     Attributes:
         prefilled: The forward.
-        relevance: How memory is used for the relevance.
-        graph: How memory is used for the report's graph; why the report has none; or None where
-            no graph is wanted.
+        relevance: The memory plan for the relevance.
+        graph: The memory plan for the report's graph; the reason if the report has none; or None
+            if no graph was requested.
     """
 
     prefilled: Prefilled
@@ -44,7 +44,7 @@ class Prepared:
 
 
 def _share_forward(relevance: RunPlan, graph: RunPlan | str | None) -> bool:
-    """Whether one forward serves both: a graph may need tiles where relevance does not."""
+    """Whether one forward serves both: a graph may need tiles although relevance does not."""
     return isinstance(graph, RunPlan) and graph.plan.tile == relevance.plan.tile
 
 
@@ -58,7 +58,7 @@ def prepare(
     memory: MemoryOptions,
     with_graph: bool,
 ) -> Prepared:
-    """Decide how memory is used, and run the forward.
+    """Plan the use of memory, and run the forward.
 
     Args:
         model: The bridge.
@@ -85,7 +85,7 @@ def prepare(
     shared = _share_forward(relevance, graph)
     if shared:
         readings += graph_readings(GraphPlan.of(model, rules), calls)
-    # Tiles show a bar of their own; two moving things would clash.
+    # Tiles show a progress bar of their own, with which a spinner would clash.
     spinner = output.shows_progress and not relevance.is_tiled
     with progress(f"Forward through {n:,} tokens", spinner):
         prefilled = prefill_prompt(
@@ -105,7 +105,7 @@ def prepare(
 def explain(
     model: Any, question: Question, prepared: Prepared, *, rules: str, output: Output
 ) -> Explained:
-    """Compute the relevance, and write the files that were asked for.
+    """Compute the relevance, and write the requested files.
 
     Args:
         model: The bridge.
@@ -137,7 +137,7 @@ def explain(
         )
     if not (math.isfinite(result.delta) and bool(result.tokens.isfinite().all())):
         raise not_finite(question.dtype)
-    # The result was computed from ids, so it cannot know what was put before the text.
+    # The result was computed from ids, so it does not record a BOS token put before the text.
     result = replace(result, prepended_bos=question.prepended_bos)
     write(output.save, result.save)  # before the graph, which may take long
     notes = [*question.notes, *filter(None, [run.note])]

@@ -64,11 +64,11 @@ class GraphOptions(o.QuestionOptions):
         float | None, typer.Option(min=0, help="Keep edges of |weight| above this times |Δℓ|.")
     ] = None
     top_k: Annotated[
-        int | None, typer.Option(min=1, help="Keep this many largest edges per transition.")
+        int | None, typer.Option(min=1, help="Keep this many of the largest edges per transition.")
     ] = None
     no_connected: Annotated[
         bool,
-        typer.Option("--no-connected", help="Keep edges that do not lead to the prediction, too."),
+        typer.Option("--no-connected", help="Also keep edges that do not lead to the prediction."),
     ] = False
     top: Annotated[int, typer.Option(min=1, help="How many paths are listed.")] = 10
     json: o.JsonOption = False
@@ -83,14 +83,14 @@ class GraphOptions(o.QuestionOptions):
         ),
     ] = None
     save_pruned: Annotated[
-        bool, typer.Option("--save-pruned", help="Have --save write the pruned graph instead.")
+        bool, typer.Option("--save-pruned", help="Make --save write the pruned graph instead.")
     ] = False
     out: o.OutOption = None
     quiet: o.QuietOption = False
     debug: o.DebugOption = False
 
     def check(self) -> None:
-        """Refuse options that contradict each other, before anything is read.
+        """Refuse options that contradict each other, before any file is read.
 
         Raises:
             typer.BadParameter: They contradict each other.
@@ -166,7 +166,7 @@ def _prepare(
     output: Output,
     memory: MemoryOptions,
 ) -> tuple[RunPlan, Prefilled]:
-    """Decide how memory is used, and run the prompt's one forward.
+    """Plan the use of memory, and run the prompt's one forward.
 
     Raises:
         typer.BadParameter: ``--layers`` do not go with the model or with other options.
@@ -192,7 +192,7 @@ def _prepare(
         layers=shape.layers,
         heads=shape.heads,
     )
-    # Tiles show a bar of their own; two moving things would clash.
+    # Tiles show a progress bar of their own, with which a spinner would clash.
     spinner = output.shows_progress and not run.is_tiled
     with progress(f"Forward through {n:,} tokens", spinner):
         prefilled = prefill_prompt(

@@ -132,7 +132,7 @@ class DemoOptions:
 
     case: Annotated[
         str | None,
-        typer.Option(help="Id of a case, or its number in --list. Default: one that shows well."),
+        typer.Option(help="Id of a case, or its number in --list. Default: a short, clear one."),
     ] = None
     kind: Annotated[o.Kind | None, typer.Option(help="Only cases of this kind of task.")] = None
     list_cases: Annotated[bool, typer.Option("--list", help="List the failures.")] = False
@@ -176,5 +176,5 @@ def main() -> None:
     """Entry point of the console script."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show Δ must not crash us
+            stream.reconfigure(errors="replace")  # for terminals that cannot show Δ
     app(prog_name=PROGRAM)

@@ -1,4 +1,4 @@
-"""Computing the graph of a question: in full, or pruned meanwhile if the prompt is long."""
+"""Computes the graph of a question: in full, or pruned as it is computed for a long prompt."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def long_note(question: Question, *, saves_full: bool) -> str:
 
 
 def report_run(model: Any, length: int, memory: MemoryOptions) -> RunPlan | str:
-    """How memory is used for the report's graph, or why the report has no graph."""
+    """The memory plan for the report's graph, or the reason why the report has none."""
     try:
         return memory.plan(model, length, "report_graph", graphs=1)
     except (ModelStateError, FileFormatError) as error:
@@ -97,7 +97,7 @@ def report_graph(
         prefilled: The prompt's forward, where it serves the graph too.
 
     Returns:
-        The graph, or None where there can be none; and a note, "" if there is nothing to say.
+        The graph, or None if it cannot be computed; and a note, which may be empty.
     """
     from ..graph.pruning import DEFAULT_MASS, PruneRule
 
@@ -151,7 +151,7 @@ def make_graph(
         pruning: Prune by its ``while_computed`` while edges are computed; None keeps every edge.
         shape: Which edges the graph has; None for the defaults.
         node_threshold: Hidden states of |relevance| up to this, in logits, are not expanded.
-        prefilled: The prompt's forward, where it has been run already.
+        prefilled: The prompt's forward, if it has already been run.
 
     Raises:
         CliError: Relevance is not finite.
@@ -160,7 +160,7 @@ def make_graph(
 
     shape = shape or GraphShape()
     streaming = {} if pruning is None else pruning.while_computed(question.delta)
-    # Tiles and transitions over several blocks show a bar of their own; two would clash.
+    # Tiles and transitions over several blocks show a progress bar of their own.
     bar = output.shows_progress and (run.is_tiled or shape.layers is not None)
     words = f"Edges between {question.n_tokens:,} tokens"
     arguments: dict[str, Any] = {**run.arguments(), **streaming}
@@ -183,5 +183,5 @@ def make_graph(
             )
         except NonFiniteError as error:
             raise not_finite(question.dtype) from error
-    # The graph was computed from ids, so it cannot know what was put before the text.
+    # The graph was computed from ids, so it does not record a BOS token put before the text.
     return replace(graph, prepended_bos=question.prepended_bos)

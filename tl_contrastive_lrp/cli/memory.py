@@ -1,4 +1,4 @@
-"""How much memory a run may take: the options, the plan, and how to go on after Ctrl-C.
+"""How much memory a run may take: the options, the plan, and resuming a run after Ctrl-C.
 
 A tiled run keeps its finished blocks below ``--checkpoint-dir``. Each kind of run has a folder of
 its own there, because such a folder belongs to one question.
@@ -44,7 +44,7 @@ class MemoryOptions:
                 )
 
     def check(self) -> None:
-        """Refuse a checkpoint folder that cannot be made, before a model is loaded in vain.
+        """Refuse a checkpoint folder that cannot be created, before a model is loaded.
 
         Raises:
             CliError: The folder cannot be made.
@@ -71,8 +71,8 @@ class MemoryOptions:
             model: The bridge.
             length: Tokens of the prompt.
             kind: Name of the run's folder below ``checkpoint_dir``.
-            why_plain: Why the run cannot be tiled, if that is known before.
-            graphs: For how many objectives edges are computed too.
+            why_plain: Why the run cannot be tiled, if that is known in advance.
+            graphs: The number of objectives for which edges are computed too.
             by_head: Whether these edges are split by head and path.
 
         Raises:
@@ -103,9 +103,9 @@ class RunPlan:
     """How one run uses memory.
 
     Attributes:
-        options: What was asked for.
-        plan: What the engine will do, and its estimates.
-        folder: Where finished blocks are kept, if they are.
+        options: The user's options.
+        plan: The engine's plan, and its estimates.
+        folder: The folder for finished blocks, if they are saved.
     """
 
     options: MemoryOptions
@@ -121,7 +121,7 @@ class RunPlan:
         """Describe the use of memory where that is of interest: tiles, or an explicit option.
 
         Args:
-            done: What was done in the end; a full GPU may have made the tiles smaller.
+            done: What was actually done; a GPU without enough memory may have halved the tiles.
         """
         if not self.is_tiled and self.options.memory == "auto":
             return ""
@@ -135,7 +135,7 @@ class RunPlan:
 
     @property
     def note(self) -> str:
-        """A note where the user may have expected something else, or ""."""
+        """A note on what the user may not expect, or ""."""
         if self.is_tiled or self.options.checkpoint_dir is None:
             return ""
         return (
@@ -161,7 +161,7 @@ class RunPlan:
         }
 
     def as_json(self, done: str) -> dict[str, Any]:
-        """What was done in the end, and the estimates in bytes."""
+        """What was actually done, and the estimates in bytes."""
         return {
             "way": done,
             "plain_bytes": self.plan.plain_bytes,
@@ -170,7 +170,7 @@ class RunPlan:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """On Ctrl-C, print what is kept and how to go on."""
+        """On Ctrl-C, print which blocks are saved and how to resume."""
         try:
             yield
         except KeyboardInterrupt:
@@ -182,6 +182,6 @@ class RunPlan:
                 )
             elif self.is_tiled:
                 print_err(
-                    "Nothing is kept. With --checkpoint-dir FOLDER a run can be taken up again."
+                    "Nothing is kept. With --checkpoint-dir FOLDER, a stopped run can be resumed."
                 )
             raise

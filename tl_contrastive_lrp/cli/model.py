@@ -1,8 +1,8 @@
-"""Loading the model, without other libraries' transformers_logging.
+"""Loads the model, without the output of other libraries.
 
 The model may be a folder, a name on the hub, or a GGUF file (its weights are dequantised), each
-with or without an adapter (merged into the weights). What is explained is always one ordinary
-model, and notes say what was done to it.
+with or without an adapter (merged into the weights). The result is always one ordinary model, and
+notes say how it was changed.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def checked_device(name: str | None, dtype: str) -> str:
 
 
 def _check_mps(dtype: str) -> None:
-    """Check that Apple's GPU is there, is computed on correctly, and has the type.
+    """Check that there is an Apple GPU, that it computes correctly, and that it has the type.
 
     Raises:
         CliError: One of them fails.
@@ -176,8 +176,8 @@ class Loaded:
 
     Attributes:
         bridge: The model as a ``TransformerBridge``.
-        name: What it is called in results.
-        notes: What was done to it.
+        name: Its name in results.
+        notes: Sentences on how it was changed when it was loaded.
     """
 
     bridge: Any
@@ -264,7 +264,7 @@ def _boot(
         own_base: Whether the base model is the one that the adapter names.
 
     Returns:
-        The bridge, and notes on what was done to the model.
+        The bridge, and notes on how the model was changed.
     """
     import torch
     from transformer_lens.model_bridge import TransformerBridge

@@ -23,9 +23,9 @@ EXIT_CODES = """Exit codes:
 
 - 1 unexpected error (--debug shows where)
 
-- 2 options that make no sense
+- 2 invalid options
 
-- 3 the model cannot be loaded, has a part that no rule covers, or fails a check of its own
+- 3 the model cannot be loaded, has a part that no rule covers, or fails a check
 
 - 4 the prompt or a token cannot be used, or no --contrast was given and the candidates are listed
 
@@ -106,7 +106,7 @@ AdapterOption = Annotated[
 PromptOption = Annotated[str | None, typer.Option(help="The text that the model continued.")]
 PromptFileOption = Annotated[
     str | None,
-    typer.Option(help="Read it from a UTF-8 file, character by character; - is stdin."),
+    typer.Option(help="Read the prompt from a UTF-8 file, unchanged; - is stdin."),
 ]
 StripNewlineOption = Annotated[
     bool, typer.Option("--strip-newline", help="Drop the file's last newline.")
@@ -117,7 +117,7 @@ ChatOption = Annotated[
 ]
 SystemOption = Annotated[str | None, typer.Option(help="System message, with --chat.")]
 AnswerOption = Annotated[
-    str, typer.Option(help="What the assistant had written so far, with --chat.")
+    str, typer.Option(help="What the assistant has written so far, with --chat.")
 ]
 PrependBosOption = Annotated[
     bool | None,
@@ -170,12 +170,12 @@ MemoryOption = Annotated[
     ),
 ]
 TileOption = Annotated[
-    int | None, typer.Option(min=1, help="Tokens per tile. Default: what fits the memory there is.")
+    int | None, typer.Option(min=1, help="Tokens per tile. Default: as many as fit into memory.")
 ]
 CheckpointDirOption = Annotated[
     Path | None,
     typer.Option(
-        help="Keep what is finished here, so that a run in tiles that was stopped goes on when the "
+        help="Save finished blocks here, so that an interrupted run in tiles is resumed when the "
         "same command is typed again."
     ),
 ]
@@ -193,7 +193,7 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 
 @dataclass(frozen=True, eq=False, repr=False)
 class QuestionOptions:
-    """The options that say what is to be explained, which ``explain`` and ``graph`` share."""
+    """The options of the question to explain, which ``explain`` and ``graph`` share."""
 
     model: ModelOption = None
     adapter: AdapterOption = None
@@ -212,7 +212,7 @@ class QuestionOptions:
     dtype: DtypeOption = Dtype.FLOAT32
 
     def check(self) -> None:
-        """Refuse options that contradict each other, before anything is read.
+        """Refuse options that contradict each other, before any file is read.
 
         Raises:
             typer.BadParameter: They contradict each other.
@@ -226,7 +226,7 @@ class QuestionOptions:
         if self.chat and self.prepend_bos is not None:
             raise typer.BadParameter(
                 "--bos and --no-bos are for a prompt without --chat: the chat template "
-                "says whether it begins with the BOS token."
+                "decides whether it begins with the BOS token."
             )
 
 

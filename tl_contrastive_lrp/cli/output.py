@@ -1,4 +1,4 @@
-"""Where results go: paths that are checked before any work is done, and writing to them."""
+"""The destinations of results: paths, checked before any work is done, and writing to them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .terminal import shell_word
 
 
 def _check_writable(path: Path, option: str) -> None:
-    """Refuse a path that cannot be written, before a model is loaded in vain.
+    """Refuse a path that cannot be written, before a model is loaded.
 
     Raises:
         CliError: The path is a folder, or its folder does not exist or is read-only.
@@ -30,7 +30,7 @@ def check_parent(path: Path, option: str) -> None:
     """Refuse a path in a folder that does not exist or is read-only.
 
     Args:
-        path: What is to be written.
+        path: The path to be written.
         option: The option that names it.
 
     Raises:

@@ -137,7 +137,7 @@ def finite(value: float) -> float | None:
 def question_as_json(
     question: Question, result: Attribution | AttributionGraph, run: RunPlan, status: str
 ) -> dict[str, Any]:
-    """What the JSON objects of ``explain`` and ``graph`` have in common."""
+    """The part that the JSON objects of ``explain`` and ``graph`` have in common."""
     from .. import __version__
 
     def side(ids: Sequence[int], logit: float | None) -> dict[str, Any]:

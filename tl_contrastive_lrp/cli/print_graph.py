@@ -41,9 +41,9 @@ def _strongest_left_out(full: AttributionGraph, pruned: AttributionGraph) -> flo
 
 
 def _bound(full: AttributionGraph) -> float | None:
-    """A size that no edge exceeds which was left out while a long prompt's graph was computed.
+    """An upper bound on the edges left out while a long prompt's graph was computed.
 
-    None where nothing was left out. In each transition no such edge weighs more than all of them
+    It is None if no edge was left out. In each transition no such edge weighs more than all of them
     together, nor more than the threshold or the smallest edge that was kept.
     """
     if not full.history:
@@ -63,7 +63,7 @@ def _bound(full: AttributionGraph) -> float | None:
 
 
 def _left_out(graphed: Graphed) -> dict[str, Any] | None:
-    """The size of the largest edge left out, or what it does not exceed."""
+    """The size of the largest edge left out, or an upper bound on it."""
     known, bound = _strongest_left_out(graphed.full, graphed.pruned), _bound(graphed.full)
     at_most = bound is not None and (known is None or known < bound)
     size = _size(bound if at_most else known, graphed.full.delta)
@@ -71,7 +71,7 @@ def _left_out(graphed: Graphed) -> dict[str, Any] | None:
 
 
 def _account(graphed: Graphed) -> dict[str, Any]:
-    """Counts and masses of both graphs, and at which weights pruning cut."""
+    """Counts and masses of both graphs, and the sizes of edges just kept and just left out."""
     full, pruned = graphed.full, graphed.pruned
 
     def counts(graph: AttributionGraph) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From typed text to token ids: the prompt, the target and the contrast."""
+"""Turns typed text into token ids: the prompt, the target and the contrast."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def special_notes(model: Any, text: str, prepend_bos: bool | None) -> list[str]:
 
 
 def _chat_ids(tokenizer: Any, text: str, system: str | None, answer: str) -> list[int]:
-    """Ids of the chat template, and of the answer's beginning behind it."""
+    """Ids of the chat template, followed by those of the beginning of the answer."""
     if not tokenizer.chat_template:
         raise CliError(
             Code.PROMPT,
@@ -151,7 +151,7 @@ def _chat_ids(tokenizer: Any, text: str, system: str | None, answer: str) -> lis
             messages, tokenize=True, add_generation_prompt=True
         )
     except Exception as error:  # a template may raise anything
-        remedy = " Some templates know no system message: try without --system." if system else ""
+        remedy = " Some templates have no system message: try without --system." if system else ""
         raise CliError(Code.PROMPT, f"The chat template refuses: {error}.{remedy}") from error
     ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
     ids = list(ids[0] if ids and isinstance(ids[0], Sequence) else ids)
@@ -176,7 +176,7 @@ def token_ids(model: Any, texts: Sequence[str], role: str) -> tuple[int, ...]:
 
 
 def token_word(model: Any, token_id: int) -> str:
-    """Name a token for the command line: by its text where that is safe, else as ``id:123``."""
+    """Name a token for the command line: by its text if that is safe, else as ``id:123``."""
     from ..inputs.token_text import printed, written_id
     from ..inputs.tokens import token_names
 

@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from ..graph.pruning import PruneRule
 
 # Δℓ of the forward that precedes the graph's is rounded differently, so edges are first pruned by a
-# threshold that is lower than the one that --relative stands for.
+# threshold that is lower than the one that --relative means.
 _SAFETY_FACTOR = 0.9
 
 
 def _default_rule() -> PruneRule:
-    from ..graph.pruning import DEFAULT_RULE  # imports torch, which the help page does without
+    from ..graph.pruning import DEFAULT_RULE  # imports torch, which --help does not need
 
     return DEFAULT_RULE
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """How a graph is pruned: by the size of its edges, and by what they are connected to.
+    """How a graph is pruned: by the size of its edges, and by their connection to the prediction.
 
     Attributes:
         rule: Which edges to keep by their size.
@@ -113,6 +113,6 @@ def _require_lower(applied: Any, rule: PruneRule, delta: float) -> None:
     if applied > rule.threshold:
         raise CliError(
             Code.UNEXPECTED,
-            f"Δℓ is {delta:.3g}, and another where the candidates are found: too small to be "
-            "the measure of a threshold here. Use --threshold instead of --relative.",
+            f"Δℓ is {delta:.3g} here, and differs in the forward that gives the candidates: it is "
+            "too small for a relative threshold. Use --threshold instead of --relative.",
         )

@@ -15,21 +15,21 @@ N_CANDIDATES = 10
 
 @dataclass(frozen=True)
 class Question:
-    """One prediction to explain, with what is needed to print its answer.
+    """One prediction to explain, with the facts that are printed with its result.
 
     Attributes:
         tokens: The prompt's ids, [1, pos].
-        candidates: The likeliest next tokens.
+        candidates: The most likely next tokens.
         target: Ids of the target tokens.
         contrast: Ids of the contrast tokens.
-        delta: Δℓ in logits, in the forward that the candidates are from.
+        delta: Δℓ in logits, from the forward that gave the candidates.
         names: Text of the target and contrast tokens by id.
-        typed_pos: The position as typed: -1 makes an objective speak of "the last position".
+        typed_pos: The position as typed; an objective describes -1 as "the last position".
         model_name: Name of the model.
         dtype: Its floating-point type.
         device: The device it is on.
         prepended_bos: Whether a BOS token was put before the text, None for a chat.
-        notes: What the user may not have expected.
+        notes: Sentences on what the user may not expect.
     """
 
     tokens: Tensor
@@ -47,7 +47,7 @@ class Question:
 
     @property
     def target_is_top(self) -> bool:
-        """Whether the target is the model's likeliest token."""
+        """Whether the target is the model's most likely token."""
         return self.target == (int(self.candidates["id"].iloc[0]),)
 
     @property
@@ -87,7 +87,7 @@ def question_of(
     prepended_bos: bool | None,
     notes: Sequence[str] = (),
 ) -> Question:
-    """Put a question together; ``logits`` [vocab] are those at ``pos``."""
+    """Build a question; ``logits`` [vocab] are those at ``pos``."""
     from ..attribution.candidates import candidate_table
     from ..inputs.devices import precise
     from ..inputs.tokens import model_device, token_names

@@ -85,7 +85,7 @@ def _why_not_made(name: str, error: Exception) -> str:
     return (
         f"No model can be made from the config of {name}: {first.strip()} "
         f"({type(error).__name__}). Does TransformerLens know this architecture? "
-        "TransformerBridge.list_supported_models() tells."
+        "TransformerBridge.list_supported_models() lists all it knows."
     )
 
 
@@ -183,7 +183,7 @@ def layers_needed(settings: dict[str, Any], total: int) -> int:
 
 
 def _reduced(config: Any, *, narrow: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Settings to change for fewer layers and, if asked for, narrower ones; and notes on them."""
+    """Settings to change for fewer and, if ``narrow``, narrower layers; and notes on them."""
     text = _text(config)
     settings = {key: value for key, value in vars(text).items() if not key.startswith("_")}
     changes: dict[str, Any] = {}

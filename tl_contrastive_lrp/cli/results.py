@@ -20,9 +20,9 @@ class Explained:
 
     Attributes:
         question: What was explained.
-        result: Its relevance.
-        run: How memory was used.
-        notes: What the user may not have expected.
+        result: The result.
+        run: The memory plan.
+        notes: Sentences on what the user may not expect.
     """
 
     question: Question
@@ -38,10 +38,10 @@ class Graphed:
     Attributes:
         question: What was explained.
         full: The full graph; of a long prompt, the graph that was pruned while it was computed.
-        pruned: What pruning left of it.
+        pruned: The graph after pruning.
         paths: The strongest paths of ``full``.
         run: How memory was used.
-        notes: What the user may not have expected.
+        notes: Sentences on what the user may not expect.
     """
 
     question: Question

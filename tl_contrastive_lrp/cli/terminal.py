@@ -21,7 +21,7 @@ _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def plain(text: str) -> str:
-    """Escape every character that a terminal would obey or hide, except newlines and tabs."""
+    """Escape every character that a terminal would interpret or hide, except newlines and tabs."""
     return "".join(
         c.encode("unicode_escape").decode("ascii")
         if unicodedata.category(c) in _HIDDEN and c not in "\n\t"
@@ -55,13 +55,13 @@ def progress(words: str, show: bool) -> Iterator[None]:
     """Show a spinner on stderr while the block runs.
 
     Args:
-        words: What is being done.
+        words: A description of the work.
         show: Whether to show it; it is never shown where stderr is no terminal.
     """
     if not show or not sys.stderr.isatty():
         yield
         return
-    # Bound to the present stream, because the block may redirect other libraries' output.
+    # Bound to the current stream, because the block may redirect other libraries' output.
     console = Console(file=sys.stderr)
     with console.status(Text(plain(words))):
         yield

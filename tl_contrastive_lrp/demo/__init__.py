@@ -1,4 +1,4 @@
-"""A small model that really fails, and its failures: try the package offline.
+"""A small model with its failures, for trying the package offline.
 
 The model is a Qwen3 of under a million parameters, trained from scratch on a generated
 instruction benchmark (see ``data/MODEL_CARD.md``). ``load_demo_model`` boots it;

@@ -26,15 +26,15 @@ class DemoCase:
         answer_prefix: The beginning of the answer, which the prompt includes.
         prompt: The whole text in the chat format; the token after it is explained.
         answer: The whole right answer.
-        model_answer: What greedy decoding writes.
+        model_answer: The answer that greedy decoding writes.
         target: Text of the token that the model preferred.
         target_id: Its id.
         contrast: Text of the token that it is compared with.
         contrast_id: Its id.
         delta: logit(target) − logit(contrast) after the prompt, in float32; above 1.
         n_tokens: Number of tokens of the prompt.
-        decisive_positions: The positions of the prompt that decide which token is right, as the
-            generator of the benchmark knows, in ascending order.
+        decisive_positions: The positions of the prompt that decide which token is right, in
+            ascending order, as recorded by the generator of the benchmark.
         decisive_text: The text of these tokens.
 
     Raises:

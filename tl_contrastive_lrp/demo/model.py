@@ -57,8 +57,8 @@ def load_demo_model(
 ) -> TransformerBridge:
     """Load the demo model as a TransformerLens bridge in evaluation mode, without network.
 
-    Its tokenizer has no BOS token: ``model.to_tokens(case.prompt)`` gives the ids that the cases
-    were recorded with.
+    Its tokenizer has no BOS token: ``model.to_tokens(case.prompt)`` gives the ids with which the
+    cases were recorded.
 
     Args:
         device: As in ``boot_transformers``; None lets TransformerLens choose.

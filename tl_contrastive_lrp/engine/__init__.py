@@ -1,8 +1,8 @@
-"""One forward and its backwards under the rules, with relevance read on the way.
+"""One forward under the rules and the backwards from it, inside which relevance is read.
 
 ``run`` uses the engine that was planned: the plain one, which keeps the attention of every block
-for one backward, or the tiled one, which runs block after block again over a key-value cache. Both
-give the same kind of result.
+for one backward, or the tiled one, which runs the blocks again, one by one, over a key-value cache.
+Both return the same type of result.
 """
 
 from __future__ import annotations

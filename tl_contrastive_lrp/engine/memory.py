@@ -41,9 +41,9 @@ _FORWARD_NEURONS = 3.0  # [pos, d_mlp] tensors
 _SAFE = 0.7  # share of the free memory that may be used
 _BUDGET = 1 << 30  # bytes for the activations of one tile, where memory is plentiful
 _BY_TILE = 12.0  # [head, tile, pos] tensors alive in the backward of one tile
-_TILES = (16, 1024)  # the smallest and the largest tile that is chosen
+_TILES = (16, 1024)  # the smallest and the largest tile chosen automatically
 _TRIMMED_EVERY = 4  # tiles
-_BY_EDGE = 40  # bytes of the columns of one edge, including what concatenating them takes
+_BY_EDGE = 40  # bytes per edge: its columns, and the copy made when they are concatenated
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class MemoryPlan:
         tile: Positions per tile; None for the plain engine.
         plain_bytes: Estimate of what the plain engine needs besides the model.
         free_bytes: What the device has free.
-        why: Why tiles do not work, where the plain engine was planned for that reason; else "".
-        given: Whether the user chose the tile.
-        tiles_required: Whether the user asked for tiles, so that nothing else will do.
+        why: Why tiles do not work, if the plain engine was planned for that reason; else "".
+        given: Whether the user chose the tile size.
+        tiles_required: Whether the user requested tiles, so that the plain engine may not be used.
     """
 
     tile: int | None
@@ -93,12 +93,12 @@ def free_bytes(device: torch.device) -> int:
 
 
 def in_smaller_tiles(attempt: Callable[[int], T], tile: int) -> T:
-    """Call ``attempt(tile)``, halving the tile, with one warning, while the GPU lacks memory.
+    """Call ``attempt(tile)``; while the GPU runs out of memory, halve the tile, warning once.
 
     Args:
-        attempt: Takes the number of positions per tile. It is called again from the start, so what
-            it finished before has to be kept by itself.
-        tile: The first tile to try.
+        attempt: Takes the number of positions per tile. Each call starts over, so ``attempt``
+            itself has to keep what earlier calls have finished.
+        tile: The first tile size to try.
 
     Returns:
         What ``attempt`` returned.
@@ -116,29 +116,30 @@ def in_smaller_tiles(attempt: Callable[[int], T], tile: int) -> T:
             tile //= 2
             if not warned:
                 warnings.warn(
-                    f"The GPU ran out of memory; going on with tiles of {tile} positions (and "
-                    "smaller ones, if need be).",
+                    f"The GPU ran out of memory; going on with tiles of {tile} positions (or "
+                    "smaller ones, if necessary).",
                     stacklevel=4,
                 )
             warned = True
-        if torch.cuda.is_available():  # not before the error has let go of its tensors
+        if torch.cuda.is_available():  # after the handler, when the error has released its tensors
             torch.cuda.empty_cache()
 
 
 @cache
 def _malloc_trim() -> Callable[[int], int] | None:
     try:
-        found: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    except (OSError, TypeError):  # no such library to ask, as on Windows
+        trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except (OSError, TypeError):  # there is no such library, as on Windows
         return None
-    return found
+    return trim
 
 
 def trim_heap(tile: int = 0) -> None:
-    """Return memory that the C library holds free inside the process to the system.
+    """Return free memory that the C library holds inside the process to the system.
 
-    Tensors whose size changes from tile to tile leave holes that glibc keeps, more than a GiB of
-    them. This is done at every fourth tile only, since the memory has to be requested again.
+    Tensors whose size changes from tile to tile leave free blocks in glibc's heap, more than a GiB
+    of them. The heap is trimmed at every fourth tile only, since the memory has to be requested
+    again.
 
     Args:
         tile: Number of the tile.
@@ -166,7 +167,7 @@ def plain_bytes(model: Any, length: int, *, graphs: int = 0, by_head: bool = Fal
     numbers += _PEAK * square + 2 * length * int(cfg.d_vocab)
     if graphs:
         split = 2 * heads if by_head else 1
-        # The matrices, and for every objective its edges as columns.
+        # The matrices, and the columns of edges of every objective.
         numbers += (layers + 3) * (1 + 3 * graphs) * split * length * length
     return int(4 * numbers)
 
@@ -210,10 +211,10 @@ def plan_memory(
         length: Number of tokens in the prompt.
         memory: "plain" or "tiled", or "auto", which takes tiles where the plain engine would not
             fit into the free memory.
-        tile: Positions per tile, if the user chose it.
+        tile: Positions per tile, if the user chose them.
         graphs: Number of objectives for which edges are computed too.
         by_head: Whether edges are split by head and path.
-        plain_only: Why tiles cannot serve what is asked, as a sentence; "" if they can.
+        plain_only: Why the request cannot be computed in tiles, as a sentence; "" if it can.
 
     Raises:
         ValueError: an unknown ``memory``; a tile that is no positive number; "tiled" although
@@ -249,13 +250,13 @@ def run_as_planned(
     Args:
         plan: From ``plan_memory``.
         tiled: Runs in tiles of ``plan.tile`` positions.
-        plain: Runs without tiles; its plan says why, if tiles were planned.
+        plain: Runs without tiles. If tiles were planned, the plan passed to it says why.
 
     Returns:
-        What the one that ran returned.
+        The result of the function that ran.
 
     Raises:
-        NotTileableError: tiles do not work, and the user asked for them.
+        NotTileableError: tiles do not work, and the user requested them.
         ModelStateError: tiles do not work, and the plain engine would not fit.
     """
     if plan.tile is None:
@@ -296,7 +297,7 @@ def require_plain_fits(plan: MemoryPlan, reason: str) -> MemoryPlan:
                 reason,
                 " Shorten the prompt, or give ",
                 Argument("memory", "plain"),
-                " to try all the same.",
+                " to try it anyway.",
             )
         )
     return MemoryPlan(None, plan.plain_bytes, plan.free_bytes, reason)
@@ -306,7 +307,7 @@ def require_room_for_edges(plan: MemoryPlan, transitions: int, length: int) -> N
     """Refuse a full graph, computed in tiles, whose edges alone would not fit.
 
     Args:
-        plan: The plan for tiles; a user who asked for tiles is not refused.
+        plan: The plan for tiles; a user who requested tiles is not refused.
         transitions: Number of transitions between sites.
         length: Number of tokens in the prompt.
 
@@ -319,7 +320,7 @@ def require_room_for_edges(plan: MemoryPlan, transitions: int, length: int) -> N
         raise ModelStateError(
             Message(
                 f"The full graph of this prompt has up to {edges:,} edges, about {gib(need)}; "
-                f"{gib(plan.free_bytes)} are free. Keep the largest while it is made, with ",
+                f"{gib(plan.free_bytes)} are free. Keep only the largest as it is computed, with ",
                 Argument("mass", 0.85),
                 ", or give ",
                 Argument("threshold"),

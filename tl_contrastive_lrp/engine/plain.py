@@ -1,12 +1,12 @@
 """The plain engine: one forward under the rules, and a backward for each objective.
 
-Relevance is read inside the backward (``reading.py``). Parameters take no part: their ``.grad`` and
-``requires_grad`` stay as they are, and gradients end at detached embeddings, so frozen models work
-too.
+Relevance is read inside the backward (``reading.py``). Parameters are not differentiated: their
+``.grad`` and ``requires_grad`` stay as they are, and gradients end at detached embeddings, so
+frozen models work too.
 
 The user's hooks are part of the model. What is read at a HookPoint is the value after the user's
-edits, times the gradient at that value: a constant that a hook puts in has relevance there, as a
-bias has, and none of it flows on to where the replaced value came from.
+edits, times the gradient at that value: a constant that a hook inserts has relevance there, as a
+bias has, and none of it flows on to the source of the value that it replaces.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ class Forward:
         model: The bridge.
         logits: [batch, pos, vocab], on their graph.
         coverage: Which component got which rule.
-        ends: The tensors at which gradients end: embeddings, and constants that a user's hook put
-            in the place of computed values.
-        kept: Whether the autograd graph is also kept after the last backward.
+        ends: The tensors at which gradients end: embeddings, and constants with which a user's
+            hook replaced computed values.
+        keep_graph: Whether the autograd graph is also kept after the last backward.
         slots: Where readings can be bound, if they were not given with the forward.
     """
 
@@ -92,11 +92,11 @@ class Forward:
     logits: Tensor
     coverage: Coverage
     ends: list[Tensor] = field(repr=False)
-    kept: bool = False
+    keep_graph: bool = False
     slots: Slots | None = None
 
     def pass_over(self) -> None:
-        """Count one of the planned results as done without this forward."""
+        """Count one of the planned results as done, although it did not use this forward."""
         if self.slots is not None:
             self.slots.pass_over()
             if not self.slots.uses:
@@ -122,15 +122,15 @@ class Forward:
         """
         ends = [self.logits, *self.ends] if self.logits.requires_grad else []
         begin = first_gradient(self.model, value)
-        more = more or self.kept or (self.slots is not None and self.slots.uses > 0)
+        more = more or self.keep_graph or (self.slots is not None and self.slots.uses > 0)
         with frozen_parameters(self.model):
             if not ends or (
                 torch.autograd.grad(value, ends, begin, allow_unused=True, retain_graph=more)[0]
                 is None
             ):
                 raise ModelStateError(
-                    "The objective's value does not depend on the logits it was given (or they "
-                    "not on the input), so there is nothing to explain. Compute it from its "
+                    "The objective's value does not depend on the logits it was given (or the "
+                    "logits not on the input), so there is nothing to explain. Compute it from its "
                     "argument."
                 )
 
@@ -186,8 +186,8 @@ def forward(
             stack.enter_context(scope)
         logits = model(tokens, **forward_kwargs)
         _require_whole(logits, tokens)
-    kept = hook_watch is not None and (bool(hook_watch.edits) or hook_watch.of_backward)
-    return Forward(model, logits, coverage, [*leaves.values(), *constants], kept)
+    keep_graph = hook_watch is not None and (bool(hook_watch.edits) or hook_watch.of_backward)
+    return Forward(model, logits, coverage, [*leaves.values(), *constants], keep_graph)
 
 
 def run_each(
@@ -252,7 +252,7 @@ def check_value(value: object, logits: Iterable[Tensor]) -> Tensor:
         logits: What it was given, on their graph.
 
     Raises:
-        ModelStateError: it is not one differentiable number, or it looks at more than the logits.
+        ModelStateError: it is not one differentiable number, or depends on more than the logits.
     """
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         raise ModelStateError(
@@ -265,48 +265,48 @@ def check_value(value: object, logits: Iterable[Tensor]) -> Tensor:
 
 
 def _require_of_logits(value: Tensor, logits: Iterable[Tensor]) -> None:
-    """Refuse a value that has a gradient past the logits: in tiles or in a graph it would be lost.
+    """Refuse a value with a gradient that bypasses the logits, which tiles or a graph would lose.
 
-    Parameters of the user's own, such as a probe's, are none of the prompt's.
+    The user's own parameters, such as a probe's, do not depend on the prompt and are allowed.
     """
     seen = {x.grad_fn for x in logits}
-    left: list[Any] = [value.grad_fn]
-    while left:
-        node = left.pop()
+    pending: list[Any] = [value.grad_fn]
+    while pending:
+        node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)
         if leaf is not None and not isinstance(leaf, torch.nn.Parameter):
             raise ModelStateError(
-                "The objective looks at a tensor beside the logits that it was given (an "
-                "activation that a hook kept?), so part of its value could not be explained. "
-                "Compute it from its argument, and .detach() what else it uses."
+                "The objective uses another tensor besides the logits it was given (an activation "
+                "stored by a hook?), so part of its value could not be explained. Compute it from "
+                "its argument, and .detach() everything else that it uses."
             )
-        left += [above for above, _ in node.next_functions]
+        pending += [earlier for earlier, _ in node.next_functions]
 
 
 def _require_whole(logits: object, tokens: Tensor) -> None:
     """Refuse a forward that another thread's call of TransformerLens changed.
 
-    The bridge keeps the batch size of its position embeddings and the layer to stop at on the
-    model, for whichever thread comes by.
+    The bridge stores the batch size of its position embeddings and the layer to stop at on the
+    model, where all threads share them.
     """
     if isinstance(logits, Tensor) and tokens.ndim == 2 and logits.ndim == 3:
         given, expected = tuple(logits.shape[:2]), tuple(tokens.shape)
         if given[0] != expected[0]:
             raise ModelStateError(
                 f"The forward of tokens {list(expected)} gave logits of {list(given)}: another "
-                "thread ran this model at that moment and TransformerLens mixed up the two. "
-                "Try again, with that run inside `with clrp.model_lock(model):`."
+                "thread ran this model at the same time and TransformerLens mixed up the two runs. "
+                "Try again, with the other run inside `with clrp.model_lock(model):`."
             )
 
 
 def _refuse_cached_tokens(cache: Any) -> None:
     if cache is not None and int(cache.get_seq_length()) > 0:
         raise ModelStateError(
-            f"past_key_values holds {int(cache.get_seq_length())} tokens already: what they "
-            "contributed could not be told and would be lost. Give the whole prompt, without it."
+            f"past_key_values already holds {int(cache.get_seq_length())} tokens, whose "
+            "contribution could not be traced. Give the whole prompt, without past_key_values."
         )
 
 

@@ -39,7 +39,7 @@ class Prefilled:
         rule_set: The rules that were on.
         pos: The position whose logits may be explained, from 0.
         logits: After that position, [vocab], detached.
-        plan: How it was run in the end, with the memory figures from before.
+        plan: How it was actually run, with the memory figures from before the run.
         plain, tiled: The forward of the engine that ran it; the other is None.
         calls: The arguments of each block, for edges.
         state: The state of the model at that time, see ``state_of``.
@@ -57,7 +57,7 @@ class Prefilled:
     state: object = field(repr=False)
 
     def check(self, model: Any, tokens: Tensor, rules: str | RuleSet) -> None:
-        """Refuse to serve another question than the one it was run for.
+        """Refuse another model, prompt or rule set than the forward was run for.
 
         Raises:
             ValueError: another model, prompt or rule set, or the model has changed since.
@@ -131,8 +131,10 @@ def prefill_prompt(
         )  # fmt: skip
         assert forward.prefill is not None
         logits = forward.prefill.logits()[0, 0].detach()
-        done = replace(plan, tile=forward.tile)
-        return Prefilled(model, tokens, rule_set, at, logits, done, None, forward, calls, state)
+        actual_plan = replace(plan, tile=forward.tile)
+        return Prefilled(
+            model, tokens, rule_set, at, logits, actual_plan, None, forward, calls, state
+        )
 
     def without_tiles(plan: MemoryPlan) -> Prefilled:
         slots = Slots(readings, uses)

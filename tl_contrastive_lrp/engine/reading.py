@@ -1,4 +1,4 @@
-"""What is read inside the backward pass: where, how, and what becomes of it.
+"""Readings of the backward pass: where gradients are read, how, and what they are reduced to.
 
 A ``Reading`` names a HookPoint and a sink, which receives (activation, gradient) while the backward
 runs. ``RelevanceSums`` are readings that reduce relevance, activation × gradient, to sums given by
@@ -36,9 +36,9 @@ class Reading:
         name: A key of ``model.hook_dict``.
         sink: Receives (activation, gradient), both detached, in the HookPoint's public shape.
         how: "branch" reads the gradient that flows through the HookPoint itself; "tensor" reads the
-            gradient of the tensor that arrives there, which includes whatever else consumes it (the
+            gradient of the tensor that arrives there, through all of its consumers (as for the
             residual stream at ``hook_resid_mid``). Where returning a value would count as an edit,
-            "tensor" is the only possibility.
+            only "tensor" is possible.
         fired: Called in the forward with the activation, if it can have a gradient at all. The sink
             is not called where the rules let no gradient through; relevance is then 0.
     """
@@ -63,7 +63,7 @@ _BY_HEAD_OF_PRODUCT = "1 head pos d_head -> head pos"  # z as pattern · v gives
 
 
 class RelevanceSums:
-    """Readings that keep sums of relevance by name, for one backward after another.
+    """Readings that keep sums of relevance by name, for one backward at a time.
 
     Attributes:
         readings: What to read, for the engine.
@@ -107,7 +107,7 @@ class RelevanceSums:
         """Keep a block's relevance by head, [head, pos].
 
         Heads are read at ``hook_z``, or at the product of pattern and values where TransformerLens
-        has no ``hook_z`` or splits it into other heads than attention has (MLA).
+        has no ``hook_z`` or splits it into heads other than those of attention (MLA).
 
         Returns:
             The name the sums are kept under.
@@ -121,7 +121,7 @@ class RelevanceSums:
         return f"{path}.hook_z"
 
     def add_bias(self, name: str, bias: Tensor) -> None:
-        """Keep the relevance that a bias takes: the sum of bias ⊙ gradient where it is added."""
+        """Keep the relevance of a bias: the sum of bias ⊙ gradient where it is added."""
 
         def sink(x: Tensor, g: Tensor) -> None:  # noqa: ARG001
             total = g.to(torch.promote_types(g.dtype, torch.float32)).flatten(0, 1).sum(0)
@@ -130,21 +130,21 @@ class RelevanceSums:
         self.readings.append(Reading(name, sink))
 
     def take(self) -> dict[str, Tensor]:
-        """The sums of the last backward, by name; 0 where the rules let nothing through."""
-        taken = {**self._zeros, **self._kept}
+        """The sums of the last backward, by name; 0 where the rules pass no relevance."""
+        sums = {**self._zeros, **self._kept}
         self._kept.clear()
-        return taken
+        return sums
 
     def clear(self) -> None:
-        """Forget the last forward and backward."""
+        """Discard the last forward and backward."""
         self._kept.clear()
         self._zeros.clear()
 
     def warn_of_underflow(self) -> None:
         """Warn once where float16 activations are so small that relevance may have been lost.
 
-        The gradient is float32, so only the activation can have underflowed. What that may have
-        cost at a HookPoint is compared with the relevance at the one that holds most.
+        The gradient is float32, so only the activation can have underflowed. The relevance that
+        this may have lost at a HookPoint is compared with that at the HookPoint that holds most.
         """
         if not self._lost:
             return
@@ -166,7 +166,7 @@ def pos_axis(axes: Mapping[str, str], name: str) -> int:
 
 
 class Slots:
-    """Places that a forward is prepared to read at, whose sinks are bound before each backward.
+    """HookPoints at which a forward is prepared to be read; sinks are bound before each backward.
 
     One forward can then serve several results, each of which binds the readings it needs.
 
@@ -208,13 +208,13 @@ class Slots:
             ValueError: no planned result is left.
         """
         if self.uses < 1:
-            raise ValueError("The graph of this forward was used up; run another one.")
+            raise ValueError("The graph of this forward is used up; run another forward.")
 
     def pass_over(self) -> None:
         """Count one result as done."""
         self.uses -= 1
         if not self.uses:
-            self._seen.clear()  # so that the last backward lets go of activations as it goes
+            self._seen.clear()  # so that the last backward releases activations as it goes
 
     @contextmanager
     def bound(self, readings: Iterable[Reading]) -> Iterator[None]:
@@ -287,7 +287,7 @@ def _read_hook(reading: Reading) -> HookFn:
 def arranged(
     model: Any, attachments: Iterable[Attachment], readings: Iterable[Reading]
 ) -> tuple[list[tuple[str, HookFn]], list[tuple[str, HookFn]]]:
-    """The hooks that do the readings: those to add before the hooks of the rules, and after them.
+    """The hooks that read: those to add before the hooks of the rules, and those to add after.
 
     Readings of values that only a rule's hook can reach are handed to that hook
     (``Attachment.live``).
@@ -339,7 +339,7 @@ class BlockCall:
             handle.remove()
 
     def again(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments, fit for a call in which a user's hook may write into them."""
+        """The arguments for another call; copies, if a user's hook may write into them."""
         if not self.copied:
             return self.args, self.kwargs
         return tuple(map(_copied, self.args)), {k: _copied(v) for k, v in self.kwargs.items()}

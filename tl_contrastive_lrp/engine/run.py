@@ -21,7 +21,7 @@ from .tiled.run import run_tiled
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run may use memory, and what it shows and keeps meanwhile; see ``attribute``."""
+    """Options for memory, progress and checkpoints of a run; see ``attribute``."""
 
     memory: Memory = "auto"
     tile: int | None = None
@@ -60,15 +60,15 @@ def run(
         rule_set: Name of a rule set, or a ``RuleSet``.
         sums: What to keep of the relevance.
         plan: Which engine to use.
-        options: What a run in tiles shows and keeps.
-        settings: What the sums depend on besides the question, in words, for checkpoints.
-        prefilled: The forward, if it has already been run; ``plan`` is its own then.
+        options: Progress and checkpoints of a run in tiles.
+        settings: What the sums depend on besides the objectives, in words, for checkpoints.
+        prefilled: The forward, if it has already been run; ``plan`` is then its plan.
 
     Returns:
         One result per objective.
 
     Raises:
-        ModelStateError: tiles do not work, and the plain engine would not fit or was not asked for.
+        ModelStateError: tiles do not work, and the plain engine would not fit or was not allowed.
         UncoveredComponentError, FileFormatError: as ``attribute``.
     """
 

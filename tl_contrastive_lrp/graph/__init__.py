@@ -1,7 +1,7 @@
 """The attribution graph: how relevance flows between hidden states, from the answer to the prompt.
 
 ``edges`` computes edges while a backward runs and ``assembly`` makes a graph of them. ``data`` has
-the frozen graph, and pure functions prune, measure, draw and write it; ``AttributionGraph`` offers
+the frozen graph, and pure functions prune, measure, draw and write it; ``AttributionGraph`` has
 them as methods.
 """
 

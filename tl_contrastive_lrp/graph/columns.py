@@ -116,9 +116,9 @@ class EdgeColumns:
         Args:
             source: Index of the source site.
             target: Index of the target site.
-            value: What passes by attention's values.
-            key: What passes by attention's keys.
-            position: What stays at its position without passing through attention.
+            value: Relevance that passes through attention's values.
+            key: Relevance that passes through attention's keys.
+            position: Relevance that stays at its position without passing through attention.
             live: Targets that were expanded; all of them if None.
 
         Raises:

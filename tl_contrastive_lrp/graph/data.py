@@ -49,13 +49,13 @@ class GraphData:
         source_pos: Position in the prompt, int32, [edge].
         target_pos: Position in the prompt, int32, [edge].
         weight: A[target_pos, source_pos] of the transition in logits, [edge].
-        head: int16, [edge]; -1 for what does not pass through attention between positions. None
-            on a graph that is not split by heads.
+        head: int16, [edge]; -1 for relevance that does not pass through attention between
+            positions. None on a graph that is not split by heads.
         path: int8, [edge]: 0 position-wise, 1 by value, 2 by key. None as ``head``.
         transitions: Pairs (source, target) of sites that were computed, sorted by (target,
             source); a pruned graph keeps those that lost all edges.
-        final_pos: Position whose next token is explained; with the last site, the final node. If
-            there are several, the last: by causality nothing behind it has relevance.
+        final_pos: Position whose next token is explained; at the last site it is the final node.
+            If there are several, the last: by causality no later position has relevance.
         delta: Δℓ, the objective's value in logits.
         target_logit: As in ``Attribution``.
         contrast_logit: As in ``Attribution``.
@@ -81,7 +81,7 @@ class GraphData:
             of several; ``final_positions`` has all of them, each a final node.
 
     Raises:
-        ValueError: A field breaks one of these promises.
+        ValueError: A field does not have the documented type, shape or range.
         NonFiniteError: Relevance or a weight is NaN or infinite.
 
     Example:
@@ -158,7 +158,7 @@ class GraphData:
             facts: All other fields.
 
         Raises:
-            ValueError: The fields break a promise of ``GraphData``, or two edges are the same.
+            ValueError: A field is invalid for ``GraphData``, or two edges are the same.
             TypeError: A field is missing.
 
         Example:
@@ -191,7 +191,7 @@ class GraphData:
             if len(explained) != 1:
                 raise ValueError(
                     f"{len(explained)} positions have relevance at the last site; "
-                    "say with final_pos= which one is explained (of several the last, and with "
+                    "name with final_pos= the one that is explained (of several the last, and with "
                     "earlier_final_pos= the others)."
                 )
             final_pos = explained[0]
@@ -218,7 +218,7 @@ class GraphData:
             facts: All fields but the edges.
 
         Raises:
-            ValueError: The fields break a promise of ``GraphData``.
+            ValueError: A field is invalid for ``GraphData``.
             TypeError: A field is missing.
 
         Example:
@@ -234,7 +234,7 @@ class GraphData:
             columns.add_dense(source, target, matrix)
         return cls.from_columns(**columns.columns(), **facts)
 
-    # ------------------------------------------------------------ looking
+    # ------------------------------------------------------------ look-ups
 
     @property
     def final_positions(self) -> tuple[int, ...]:
@@ -401,7 +401,7 @@ def check_graph(graph: GraphData) -> None:
     """Check every field of a graph.
 
     Raises:
-        ValueError: A promise of ``GraphData`` is broken; names the field and what it holds.
+        ValueError: A field is invalid; the message names it and what it holds.
         NonFiniteError: Relevance or a weight is NaN or infinite.
     """
     _check_facts(graph)

@@ -1,4 +1,4 @@
-"""What carries a node or an edge: heads, neurons and hidden dimensions, from the same backward.
+"""Which heads, neurons and hidden dimensions carry a node or an edge, from the same backward.
 
 The relevance of a node is a sum over its hidden dimensions, and what the block below wrote there is
 a sum over its heads and neurons. An edge within a block is a sum over heads and paths. All of them
@@ -58,7 +58,7 @@ def writer_block(site: str) -> tuple[int | None, bool]:
 
 
 def explain_node(graph: GraphData, site: int | str, pos: int, k: int = 10) -> pd.DataFrame:
-    """What carries the relevance of one node.
+    """Which dimensions, heads and neurons carry the relevance of one node.
 
     Args:
         graph: A graph made with ``details=True``.
@@ -108,9 +108,9 @@ def explain_edge(
         source: The source node: (site name or index, position).
         target: The target node.
         k: Rows for each kind of part.
-        model: What the graph was made from. With it and ``objective``, one more forward and
+        model: The model that the graph explains. With it and ``objective``, one more forward and
             backward give the hidden dimensions of the source that carry the edge.
-        objective: What the graph was made for.
+        objective: The objective that the graph explains.
         rules: The rules of that backward; by default the graph's own, by name (a ``RuleSet`` of
             your own has to be given).
 

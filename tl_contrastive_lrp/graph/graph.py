@@ -1,8 +1,8 @@
-"""``AttributionGraph``: the frozen graph, with everything one does with it as methods.
+"""``AttributionGraph``: the frozen graph, with its operations as methods.
 
-The methods only name pure functions on ``GraphData`` (tables, pruning, paths, metrics,
-decomposition, pictures and files). Each lives in its own module, which is imported when it is first
-used. The file is long because it documents every method with an example, and a class is not split.
+The methods only call pure functions on ``GraphData`` (tables, pruning, paths, metrics,
+decomposition, pictures and files). Each is in a module of its own, which is imported at first use.
+The file is long because it documents every method with an example, and a class is not split.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class AttributionGraph(GraphData):
     ) -> Self:
         """Keep the edges that satisfy every given criterion; without any, ``mass=0.85``.
 
-        Each criterion is judged on this graph, so their order does not matter. Among edges of
+        Each criterion is applied to this graph, so their order does not matter. Among edges of
         equal |weight|, the first in the graph's order is kept. ``history`` of the new graph
         accounts for the edges and the mass that each criterion kept.
 
@@ -237,7 +237,7 @@ class AttributionGraph(GraphData):
         the edges' weights; ``graph/paths.py`` has the formula.
 
         Args:
-            k: How many paths; fewer come back if there are fewer.
+            k: The number of paths; fewer are returned if the graph has fewer.
 
         Returns:
             The paths by |strength|, largest first.
@@ -324,7 +324,7 @@ class AttributionGraph(GraphData):
 
         return input_metrics(self.relevance[0], top)
 
-    # ------------------------------------------------------------ what carries a node or an edge
+    # ------------------------------------------------------------ parts of a node or an edge
 
     def explain_node(self, site: int | str, pos: int, k: int = 10) -> pd.DataFrame:
         """Hidden dimensions, heads and neurons that carry a node's relevance.
@@ -366,9 +366,9 @@ class AttributionGraph(GraphData):
             source: The source node: (site name or index, position).
             target: The target node.
             k: Rows for each kind of part.
-            model: What the graph was made from. With it and ``objective``, one more forward and
-                backward give the hidden dimensions of the source too.
-            objective: What the graph was made for.
+            model: The model that the graph explains. With it and ``objective``, one more forward
+                and backward give the hidden dimensions of the source too.
+            objective: The objective that the graph explains.
             rules: The rules of that backward; by default the graph's own, by name.
 
         Returns:

@@ -96,7 +96,7 @@ def site_metrics(graph: GraphData) -> pd.DataFrame:
 
 
 def _fans(graph: GraphData) -> tuple[Tensor, Tensor]:
-    """How many edges lead into each node, and how many out of it, both [site, pos]."""
+    """The numbers of edges into each node and out of it, both [site, pos]."""
     n = len(graph.str_tokens)
     fan_in, fan_out = torch.zeros(2, *graph.relevance.shape, dtype=torch.int64)
     for (source, target), part in graph.slices.items():
@@ -159,7 +159,7 @@ def _pairs(graph: GraphData, part: slice) -> int:
 
 
 def hubs(graph: GraphData, k: int = 10) -> pd.DataFrame:
-    """The ``k`` positions that exchange most relevance with other positions, over all sites.
+    """The ``k`` positions that exchange the most relevance with other positions, over all sites.
 
     Edges that stay at their position are left out: the residual stream alone would make every
     position a hub. Ties: earlier position first.
@@ -258,7 +258,7 @@ def gini(values: Float[Tensor, " item"]) -> float:
 
 
 def top_count(values: Float[Tensor, " item"], share: float = 0.9) -> int:
-    """How few of the largest positive values hold ``share`` of the sum of all positive ones.
+    """The number of largest positive values that hold ``share`` of the sum of all positive ones.
 
     It is 0 if no value is positive. For negative values, pass them with their sign changed.
     """

@@ -195,7 +195,7 @@ class Paths:
             lines.append(f"{len(self.paths)} paths from the first site reach the final node.")
         if self.closed:
             lines.append(
-                f"No path was let through {self.closed} nodes whose edges cancel "
+                f"No path goes through {self.closed} nodes whose edges cancel "
                 f"(|relevance| < {CANCELLED:g} of their Σ|weight|)."
             )
         return "\n".join(lines)
@@ -211,7 +211,7 @@ def strongest_paths(graph: GraphData, k: int = 10) -> Paths:
 
     Args:
         graph: Any graph; on one split by heads, edges of different heads make different paths.
-        k: How many paths; fewer come back if there are fewer.
+        k: The number of paths; fewer are returned if the graph has fewer.
 
     Raises:
         ValueError: ``k`` is not a whole number, or below 1.

@@ -1,4 +1,4 @@
-"""From an ``AttributionGraph`` to its pictures: what they show, and in which words."""
+"""The pictures of an ``AttributionGraph``: what they show, and their words."""
 
 from __future__ import annotations
 
@@ -101,14 +101,14 @@ def matrices_of(
     """A graph's transitions, or the heads of one of them, as circuitsvis' ``attention_heads``.
 
     Transitions without an edge between two positions are left out. In a long prompt only the
-    positions that exchange most relevance are shown, and the view says so.
+    positions that exchange the most relevance are shown, and the view says so.
 
     Args:
         graph: The graph to show.
         transition: The (source, target) sites, by name or index, of the one transition whose heads
             to show, or whose matrix if the graph is not split by heads. None shows every
             transition.
-        max_cells: How many cells to draw at most, in all matrices together.
+        max_cells: The largest number of cells to draw, in all matrices together.
 
     Raises:
         ValueError: There is no such site or transition, or no edge between two positions.
@@ -127,7 +127,7 @@ def matrices_of(
         if graph.head is not None:
             kind = graph.head.numpy().astype(np.int64)
             selected &= kind >= 0
-            notes.append("What passes by no head (residual stream, queries, MLP) is left out.")
+            notes.append("Relevance outside the heads (residual stream, queries, MLP) is left out.")
         notes.append(f"{names[ends[0]]} to {names[ends[1]]}.")
     apart = selected & (source != target)
     kinds = np.unique(kind[apart])
@@ -157,7 +157,7 @@ def matrices_of(
     if len(positions) < n:
         share = float(np.abs(weight[shown & apart]).sum()) / total
         notes.append(
-            f"The {len(positions)} of {n:,} positions that exchange most relevance: "
+            f"The {len(positions)} of {n:,} positions that exchange the most relevance: "
             f"{100 * share:.1f} % of \u03a3|weight| between positions."
         )
     greyed = graph.special.numpy().copy()

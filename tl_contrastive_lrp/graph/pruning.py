@@ -99,7 +99,7 @@ class PruneRule:
         return {name: value for name, value in values.items() if value is not None}
 
     def single(self) -> PruneRule:
-        """This rule, if it has at most one criterion: what pruning during a backward can apply.
+        """This rule, if it has at most one criterion, as pruning during a backward requires.
 
         Raises:
             ValueError: There are several criteria.
@@ -124,7 +124,7 @@ class PruneRule:
         if not delta:
             raise ValueError(
                 Message(
-                    "Δℓ is 0, so nothing is relative to it: use ",
+                    "Δℓ is 0, so no threshold can be relative to it: use ",
                     Argument("threshold"),
                     " (in logits).",
                 )
@@ -146,7 +146,7 @@ class PruneRule:
         return largest(size, self.count(size))
 
     def count(self, size: Float[Tensor, " edge"], total: float | None = None) -> int:
-        """How many of a transition's largest edges to keep; all, but for ``mass`` and ``top_k``.
+        """How many of a transition's largest edges to keep; all without ``mass`` and ``top_k``.
 
         Args:
             size: |weight| of the edges.
@@ -177,7 +177,7 @@ DEFAULT_RULE = PruneRule(mass=DEFAULT_MASS)
 
 
 def by_size(graph: GraphData, rule: PruneRule) -> list[Pruned]:
-    """What each criterion of a rule keeps, judged on the whole graph.
+    """What each criterion of a rule keeps when it is applied to the whole graph.
 
     Raises:
         ValueError: The rule has a relative threshold and Δℓ is 0.
@@ -210,9 +210,9 @@ def by_node_threshold(graph: GraphData, threshold: float) -> Pruned:
 def combined(
     graph: GraphData, steps: Iterable[Pruned]
 ) -> tuple[Bool[Tensor, " edge"], list[PruneStep]]:
-    """The edges that every one of several steps keeps, and what each took from those before it.
+    """The edges that all of several steps keep, and the account of what each step removed.
 
-    Each step was judged on the same graph, so that their order does not matter to the result.
+    Each step was applied to the same graph, so that their order does not affect the result.
     """
     mask = torch.ones(len(graph.weight), dtype=torch.bool)
     accounts = []
@@ -243,7 +243,7 @@ def _threshold_settings(threshold: float, delta: float) -> tuple[tuple[str, floa
 def _kept(
     graph: GraphData, mask: Bool[Tensor, " edge"], among: Bool[Tensor, " edge"] | None = None
 ) -> tuple[TransitionKept, ...]:
-    """What a mask keeps of each transition, of all its edges or only of those in ``among``."""
+    """What a mask keeps of each transition, out of all its edges or only those in ``among``."""
     rows = []
     for (source, target), part in graph.slices.items():
         size = graph.weight[part].abs()
@@ -268,7 +268,7 @@ def largest(size: Float[Tensor, " item"], count: int) -> Bool[Tensor, " item"]:
 
 
 def fewest(size: Float[Tensor, " item"], share: float, total: float | None = None) -> int:
-    """How few of the largest values hold a share of their sum.
+    """The number of largest values that together hold a share of their sum.
 
     The smallest m with Σ_{i ≤ m} x_(i) ≥ share · Σ x, sorted downwards, added up in float64.
 
@@ -290,7 +290,7 @@ def connected(graph: GraphData) -> Pruned:
     reached = torch.zeros(len(graph.sites), pos, dtype=torch.bool)
     reached[-1, list(graph.final_positions)] = True
     mask = torch.zeros(len(graph.weight), dtype=torch.bool)
-    # Edges only lead to earlier sites: with targets from the top, each site is complete in time.
+    # Edges only lead to earlier sites, so a site is complete once those above it were visited.
     for source, target in sorted(graph.slices, key=lambda pair: -pair[1]):
         part = graph.slices[source, target]
         mask[part] = reached[target][graph.target_pos[part].long()]

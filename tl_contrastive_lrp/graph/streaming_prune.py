@@ -1,7 +1,7 @@
-"""Exact selection of a transition's edges while they stream by, without holding them all.
+"""Exact selection of a transition's edges from a stream, without holding them all.
 
 The selection is that of ``pruning.py`` on the whole transition, ties included. Entries come in
-blocks of rows, the last rows first, and what is certain to be left out is dropped at once.
+blocks of rows, the last rows first, and entries that cannot be kept are dropped at once.
 
 For a cumulative share p: entries below τ that have been seen weigh B(τ), and the N entries to come
 can add at most N·τ. If B(τ) + N·τ < (1 − p)·M, with M the mass seen so far, which only grows, then
@@ -123,7 +123,7 @@ class StreamingSelection:
         self._mass_below += max(total - float(size.sum()), 0.0)
 
     def _bound(self, unseen: int, dtype: torch.dtype) -> float:
-        """A size τ so that no entry below it can be kept."""
+        """A size τ such that no entry below it can be kept."""
         if self._bin_masses is None or self._bin_counts is None:
             return 0.0
         if self.rule.top_k is not None:
@@ -141,7 +141,7 @@ class StreamingSelection:
     def kept(self) -> tuple[Tensor, ...]:
         """The edges to keep, in order; all others are released.
 
-        Call it when all blocks were added.
+        It is called once all blocks have been added.
 
         Returns:
             Target positions, source positions, slots (if edges are split by heads) and weights.
@@ -174,7 +174,7 @@ class StreamingSelection:
         return selection
 
     def account(self, source: int, target: int, weights: Tensor) -> TransitionKept:
-        """What was kept of the transition.
+        """The account of what was kept of the transition.
 
         Args:
             source: Index of the source site.

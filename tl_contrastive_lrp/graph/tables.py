@@ -79,7 +79,7 @@ def transition_matrix(
 
 
 def _mask(graph: GraphData, part: slice, head: int | None, path: str | int | None) -> Tensor | None:
-    """Which of a transition's edges are of a head and path; None for all of them."""
+    """Which of a transition's edges belong to a head and path; None for all of them."""
     if head is None and path is None:
         return None
     if graph.head is None or graph.path is None:

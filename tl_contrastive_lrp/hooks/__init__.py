@@ -1,7 +1,7 @@
 """Rules on a model: where each goes, how it is attached, and an audit that none is missing.
 
-``lrp`` is the context manager, ``lrp_hooks`` the same rules as a list of hooks. What a new model
-family needs is data in ``families``; what has no rule is refused.
+``lrp`` is the context manager, ``lrp_hooks`` gives the same rules as a list of hooks. A new model
+family needs only data in ``families``; an operation without a rule is refused.
 """
 
 from __future__ import annotations

@@ -1,19 +1,18 @@
-"""How each rule is attached: hook functions, and scoped changes where no HookPoint reaches.
+"""How each rule is attached: with hook functions, or scoped changes where there is no HookPoint.
 
 An ``Attachment`` carries the rule of one site in up to two forms:
 
 - ``hooks``: (hook_name, fn) pairs for ``model.run_with_hooks(fwd_hooks=...)`` or ``model.hooks``;
 - ``scoped``: a context manager that does the same at the operation itself (a torch hook on the
   wrapped activation module, an operand in place of a soft-cap's number). ``lrp()`` prefers it: it
-  sees exactly what the operation consumed, so the user's own hooks around it may edit and read
+  sees the exact inputs of the operation, so the user's own hooks around it may edit and read
   gradients freely.
 
 Hook functions return the values they were given. Those that must read one HookPoint to act at
 another (``captures``) check at the second that no hook changed the value in between.
 
 The file is long because it has the attachment of every kind of operation, from norms to components
-that delegate, so that what a rule set puts where can be read in one place. The last table lists
-them.
+that delegate, so that one file shows where a rule set puts each rule. The last table lists them.
 """
 
 from __future__ import annotations
@@ -48,13 +47,13 @@ class Attachment:
 
     Attributes:
         site: The operation that gets the rule.
-        rule: What the coverage report calls the rule.
+        rule: Name of the rule in the coverage report.
         how: Where it is attached, in words.
         hooks: (path of HookPoint, hook function) pairs.
-        captures: HookPoints where a reader of gradients must come before ``hooks``, which only
-            read there, or cut the gradient off.
+        captures: HookPoints where a hook that reads gradients must come before ``hooks``, which
+            only read there, or cut the gradient off.
         scoped: The same rule as a context manager, where it has that form.
-        scoped_hooks: Hooks that ``scoped`` needs in addition, in place of ``hooks``.
+        scoped_hooks: Hooks that ``scoped`` needs in addition to itself, in place of ``hooks``.
         live: Lists of hook functions, by HookPoint, that the attachment calls at the value itself
             where TransformerLens' own HookPoint fires too late to be read or changed.
     """
@@ -84,7 +83,7 @@ def edit(function: Callable[[Tensor], Tensor]) -> HookFn:
 
 
 def gradient(site: Site, rule_set: RuleSet) -> Attachment:  # noqa: ARG001
-    """The attachment that attaches nothing: the operation keeps its ordinary gradient."""
+    """An empty attachment: the operation keeps its ordinary gradient."""
     return Attachment(site, "gradient", "ordinary gradient")
 
 
@@ -102,7 +101,7 @@ def is_same(expected: Tensor, value: Tensor) -> bool:
 
 
 def uses_native_norm(component: Any) -> bool:
-    """Whether TransformerLens lets the wrapped norm compute (its statistics then only observed)."""
+    """Whether TransformerLens runs the wrapped norm itself and only observes its statistics."""
     folded = getattr(component.config, "layer_norm_folding", False)
     return bool(component.use_native_layernorm_autograd or folded)
 
@@ -121,7 +120,7 @@ def norm_weight(norm: Any, normalized: Tensor) -> Tensor:
 
 
 def norm_eps(component: Any) -> float:
-    """What the wrapped norm adds under the root."""
+    """The number that the wrapped norm adds under the root."""
     for name in ("eps", "variance_epsilon"):
         eps = getattr(component.original_component, name, None)
         if eps is not None:
@@ -161,8 +160,8 @@ def attach_norm(site: Site, rule_set: RuleSet) -> Attachment:
 def _at_wrapped_norm(component: Any, path: str, live: list[HookFn]) -> Iterator[None]:
     """The LN-rule at the module itself, wherever it is called from.
 
-    Torch hooks only: hook functions on hook_scale and hook_normalized would make TransformerLens
-    compute a norm's statistics with a graph, for nothing.
+    It uses torch hooks only: hook functions on hook_scale and hook_normalized would make
+    TransformerLens compute a norm's statistics with an autograd graph that is not needed.
     """
     wrapped, seen = component.original_component, dict[str, Tensor]()
     native = uses_native_norm(component)
@@ -210,11 +209,11 @@ def _linear(
     normalized: Tensor | None,
     live: list[HookFn],
 ) -> Tensor | None:
-    """The rule from the module's own input, once one row shows that its formula is what it says."""
+    """The rule from the module's own input, after its formula was checked on one row."""
     if not x.requires_grad:
         return None
     wrapped, centred = component.original_component, not component.uses_rms_norm
-    eps, y = norm_eps(component), y.detach()  # nothing else hangs on the norm's own graph
+    eps, y = norm_eps(component), y.detach()  # nothing else uses the norm's own graph
     weight = norm_weight(component, rules.at_least_float32(x.detach()))
     with torch.no_grad():
         row = rules.at_least_float32(x.flatten(0, -2)[:1])
@@ -471,13 +470,13 @@ def attach_by_operation(site: Site, rule_set: RuleSet) -> Attachment:
 
 
 def where_computed(component: Any) -> torch.nn.Module:
-    """The module whose code computes: the component itself, or what it delegates to."""
+    """The module whose code computes: the component itself, or the module it delegates to."""
     delegates = operations_of(component) != ("attention",) or delegates_attention(component)
     code: torch.nn.Module = component.original_component if delegates else component
     return code
 
 
-# ---------------------------------------------------------------- all of them
+# ---------------------------------------------------------------- all operations
 
 
 _ATTACH: dict[Operation, Callable[[Site, RuleSet], Attachment]] = {

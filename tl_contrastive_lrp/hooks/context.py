@@ -1,6 +1,6 @@
 """Rules on a model: ``lrp`` is the context manager, ``lrp_hooks`` the same rules as a hook list.
 
-Both come only where the audit finds that every operation is linear or has its rule.
+Both require a clean audit: every operation is linear or has its rule.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ def plan(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Cove
 def coverage(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Coverage:
     """Which component of ``model`` would get which rule, without attaching anything.
 
-    What your own hooks compute is seen only when they run. Here each of them has a row that says
-    so; their rules are in the coverage that ``lrp`` yields and that results carry.
+    What your own hooks compute is known only when they run. Here each of them has a row that says
+    so; their rules are in the coverage that ``lrp`` yields and that results contain.
 
     Args:
         model: A ``TransformerBridge``.
         rules: Name of a rule set, or a ``RuleSet``.
 
     Returns:
-        One row per operation that is not linear.
+        A table with one row per operation that is not linear.
 
     Raises:
         TypeError: ``model`` is not a ``TransformerBridge``.
@@ -67,7 +67,7 @@ def lrp_hooks(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> list[tuple[st
     """The rules as hooks for ``model.run_with_hooks(fwd_hooks=...)`` or ``model.hooks(...)``.
 
     The forward is unchanged, bit for bit; only gradients differ. List your own hooks that edit
-    values before these; what those compute is not examined here, and keeps its ordinary gradient.
+    values before these; their computations are not examined here, and keep their ordinary gradient.
 
     ``lrp`` is the more robust form. Prefer it wherever a context manager fits, and where other
     threads run the model: like TransformerLens' own, these hooks act in every thread.
@@ -98,8 +98,8 @@ def lrp_hooks(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> list[tuple[st
     for a in attachments:
         if a.needs_scope:
             raise ModelStateError(
-                f"The rule at {a.site.path} ({a.site.class_name}) is put on {a.how}, which no list "
-                "of hooks can do. Use `with clrp.lrp(model):` around your run instead."
+                f"The rule at {a.site.path} ({a.site.class_name}) is attached {a.how}, which no "
+                "list of hooks can do. Use `with clrp.lrp(model):` around your run instead."
             )
 
     def refuse_forks(tensor: Any, hook: Any) -> None:  # noqa: ARG001
@@ -125,9 +125,9 @@ def lrp(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Iterator[Coverage]:
     relevance of a token there. Everything in TransformerLens that uses gradients works on relevance
     inside, such as ``attribution_patch`` (relevance patching, arXiv:2508.21258).
 
-    Your own hook functions, added before or inside, are part of the model: what they compute gets
-    the rules too, operation by operation, or is refused once it has run. What has no rule can be
-    given one in the hook (``clrp.rules``), or made a constant with ``.detach()``.
+    Your own hook functions, added before or inside, are part of the model: their operations get the
+    rules too, or are refused once they have run. An operation without a rule can be given one in
+    the hook (``clrp.rules``), or made a constant with ``.detach()``.
 
     The rules act in this thread alone. This package's calls on the model in other threads wait
     until the block is left; do not wait for one inside.
@@ -137,7 +137,7 @@ def lrp(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> Iterator[Coverage]:
         rules: "attnlrp", "cplrp", "relp", "gim", "gradient", or a ``RuleSet``.
 
     Yields:
-        Coverage: Which component got which rule. What your hooks compute is added as they run.
+        Coverage: Which component got which rule. Rows for your hooks are added as they run.
 
     Raises:
         TypeError: ``model`` is not a ``TransformerBridge``.

@@ -24,12 +24,12 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class Coverage:
-    """The rules on a model; all that is not listed is linear and keeps the ordinary gradient.
+    """The rules on a model; operations not listed are linear and keep the ordinary gradient.
 
     Attributes:
         rules: Name of the rule set.
-        rows: One per operation, in the model's order, followed by what the user's own hook
-            functions compute, which is added once they have run.
+        rows: One per operation, in the model's order, followed by the operations of the user's own
+            hook functions, which are added once these have run.
 
     Example:
         >>> print(clrp.coverage(model))
@@ -42,7 +42,7 @@ class Coverage:
     rows: tuple[CoverageRow, ...]
 
     def add(self, rows: Iterable[CoverageRow]) -> None:
-        """Add rows for what the user's hook functions compute; equal rows are kept once.
+        """Add rows for operations of the user's hook functions; equal rows are added once.
 
         Args:
             rows: The new rows.

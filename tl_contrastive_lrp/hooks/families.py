@@ -1,4 +1,4 @@
-"""Everything that a model family adds, as data: what components compute, and which are refused.
+"""Data for model families: what their components compute, and which components are refused.
 
 ``COMPONENTS`` lists the operations of each kind of component that need a rule. ``UNCOVERED`` lists
 the kinds that no rule covers. The audit (``audit/audit.py``) would refuse those too, operation by
@@ -70,7 +70,7 @@ COMPONENTS: dict[str, tuple[Operation, ...]] = {
     "MoERouterBridge": ("experts",),
 }
 
-# Wrapped classes that look like an MLP or a linear map and compute more; their rules go by
+# Wrapped classes that look like an MLP or a linear map but compute more; their rules are applied by
 # operation, too. The head is outside of any component.
 WRITTEN_OUT = frozenset({"ModernBertDecoderMLP", "RobertaLMHead", "NativeMLP", "NativeGatedMLP"})
 

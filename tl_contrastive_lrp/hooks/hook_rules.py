@@ -1,18 +1,17 @@
 """The rules inside the user's own hook functions, and the audit of what those compute.
 
-A hook function is part of the model that is explained. Each call of one is examined when it has
-run, on the part of the autograd graph between the value that it was given and the value that it
-returned. Every operation there must be linear in what is computed, piecewise linear (its own
-gradient is then f(x)/x, the identity rule), or one of the rules, which are applied by operation
-while the function runs, as inside wrapped modules (``by_operation/mode.py``). Anything else is
-refused, with the names of the HookPoint and the function, unless the rule set asks for ordinary
-gradients there. What the function detaches is constant by its author's decision: relevance ends
-there, and the coverage report says so. A function that only looks computes nothing and leaves no
-row.
+A hook function is part of the model that is explained. Each call of one is examined after it has
+run, on the part of the autograd graph between its argument and the value that it returned. Every
+operation there must be linear in its computed inputs, piecewise linear (its own gradient is then
+f(x)/x, the identity rule), or one of the rules, which are applied by operation while the function
+runs, as inside wrapped modules (``by_operation/mode.py``). Any other operation is refused, with the
+names of the HookPoint and the function, unless the rule set uses ordinary gradients there. Values
+that the function detaches are constants by its author's decision: relevance ends there, and the
+coverage report says so. A function that only observes computes nothing and adds no row.
 
 The file is long because one call of a hook needs all of it: which tensors depend on the prompt
-(``_Origin``), the rules while it runs (``_HookOperations``), the walk of what it computed
-(``_HookWalker``), and the record of both (``HookWatch``). ``rules_in_hooks`` ties them together.
+(``_Origin``), the rules while it runs (``_HookOperations``), the walk over its operations
+(``_HookWalker``), and the record of both (``HookWatch``). ``rules_in_hooks`` combines them.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ _VIEWS = ops.words("""
     """)
 _ROOTS_OF_SUMS = ("norm", "std", "vector_norm", "linalg_norm", "linalg_vector_norm")
 
-# In-place functions that are linear, or piecewise linear, in all that is written.
+# In-place functions that are linear, or piecewise linear, in all values written.
 _WRITES = ops.words("""
     __setitem__ copy_ add_ sub_ __iadd__ __isub__ zero_ fill_ neg_ masked_fill_ index_fill_
     index_copy_ index_add_ index_put_ scatter_ scatter_add_ masked_scatter_ relu_
@@ -80,12 +79,12 @@ def _is_leaf(node: Node) -> bool:
 class _Origin:
     """Which tensors depend on the prompt, as seen from inside one call of a hook function.
 
-    A gradient alone does not decide it: parameters have one too, and so has what is made of them.
+    A gradient alone does not decide it: parameters and values computed from them have one too.
 
     Args:
-        given: The tensors that the function was given.
+        given: The tensors passed to the function.
         leaves: Activations without history, as from ``detach().requires_grad_()``, by id.
-        begun: Autograd's sequence number when the forward began; older nodes are another's.
+        begun: Autograd's sequence number when the forward began; older nodes belong to another.
     """
 
     def __init__(self, given: Iterable[Tensor], leaves: dict[int, Tensor], begun: int) -> None:
@@ -133,7 +132,7 @@ class _Origin:
 
 
 class _HookOperations(OperationRules):
-    """The rules by operation while a hook function runs, and a record of what it wrote in place."""
+    """The rules by operation while a hook function runs, and a record of its in-place writes."""
 
     def __init__(
         self, rule_set: RuleSet, origin: _Origin, of_gradient: Callable[[Any], Any]
@@ -168,7 +167,7 @@ class _HookOperations(OperationRules):
         return rules.uniform(out) if self._factors(args) > 1 and rule == "half" else out
 
     def weights(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Softmaxes as everywhere; sigmoids as weights only where they weigh something."""
+        """Softmaxes as in wrapped modules; sigmoids as weights only if they weigh something."""
         if func.__name__ == "softplus":
             return func(*args, **kwargs)
         if func.__name__ == "softmax":
@@ -194,7 +193,7 @@ class _HookOperations(OperationRules):
 
 
 class _HookWalker(Walker):
-    """A walk from what a hook function returned to what it was given."""
+    """A walk from the value that a hook function returned to its argument."""
 
     def __init__(self, origin: _Origin, operations: _HookOperations) -> None:
         super().__init__(())
@@ -203,12 +202,12 @@ class _HookWalker(Walker):
         self.piecewise: dict[Node, None] = {}
 
     def look(self, node: Node) -> Info:
-        """What is known of a node, with only those below it that depend on the prompt."""
+        """The properties of a node, with only those inputs that depend on the prompt."""
         info = super().look(node)
         return info._replace(below=tuple(b for b in info.below if self._origin.of(b[1])))
 
     def visit(self, node: Node, info: Info, state: State) -> None:
-        """As ``Walker.visit``, but ends at what was made before the function was called."""
+        """As ``Walker.visit``, but ends at nodes made before the function was called."""
         if self._origin.outside(node):
             self.settle(state)
         elif info.key == "CopySlices" and self._wrote_linearly(node):
@@ -238,7 +237,7 @@ class _HookWalker(Walker):
 
 
 def _may_keep_gradient(unruled: Unaccounted, info: Info, rule_set: RuleSet) -> bool:
-    """Whether the rule set itself asks for the ordinary gradient of this operation."""
+    """Whether the rule set itself keeps the ordinary gradient of this operation."""
     if unruled.why == UNHALVED:
         return rule_set.gate == "gradient"
     if info.key in ops.NORMS:
@@ -250,7 +249,7 @@ def _may_keep_gradient(unruled: Unaccounted, info: Info, rule_set: RuleSet) -> b
 
 
 def name_of(function: Any) -> str:
-    """What a hook function is called, also where it is a ``functools.partial`` or an object."""
+    """The name of a hook function, which may be a ``functools.partial`` or an object."""
     function = getattr(function, "func", function)
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
     return str(name).rpartition("<locals>.")[2]
@@ -261,10 +260,10 @@ class HookWatch:
     """What the user's hook functions did in the forwards inside a ``rules_in_hooks`` block.
 
     Attributes:
-        edits: Names of hook functions that did more than look, by HookPoint or module.
-        rows: What they computed, for the coverage report.
+        edits: Names of hook functions that did more than observe, by HookPoint or module.
+        rows: Their operations, for the coverage report.
         quiet: Whether the backward that runs is not the model's own; backward hooks that have only
-            looked so far are then not called.
+            observed so far are then not called.
         of_backward: Whether any hook is called in the backward.
     """
 
@@ -288,7 +287,7 @@ class HookWatch:
         return any(f"{name}.".startswith(prefix) for name in self.edits)
 
     def watching(self, fn: Callable[..., Any], kind: Kind, identify: Identify) -> Any:
-        """A torch hook in place of ``fn`` that examines what ``fn`` does.
+        """A torch hook that replaces ``fn``, calls it and examines what it does.
 
         Args:
             fn: The function in torch's table.
@@ -311,7 +310,7 @@ class HookWatch:
         return watched
 
     def _watching_gradient(self, fn: Callable[..., Any], identify: Identify) -> Any:
-        """A hook in place of a function that is given gradients, and may return others."""
+        """A hook that replaces a function which receives gradients and may return others."""
         self.of_backward = True
         state = {"edits": False}
 
@@ -343,7 +342,7 @@ class HookWatch:
         self, point: str, user: Any, run: Callable[[], Any], output: Any, shown: list[Tensor]
     ) -> Any:
         given = tensors_in(output)
-        # The tensors are held, so that their ids stay theirs.
+        # The tensors are kept alive, so that their ids are not reused.
         self._leaves.update({id(x): x for x in shown if x.requires_grad and x.grad_fn is None})
         versions = [_version(x) for x in shown]
         origin = _Origin(given, self._leaves, self._begun)
@@ -373,7 +372,7 @@ class HookWatch:
         return returned
 
     def _require_rules(self, point: str, user: Any, walker: _HookWalker) -> None:
-        """Refuse what has no rule."""
+        """Refuse operations without a rule."""
         refused = [
             operation
             for operation in walker.findings.values()
@@ -382,7 +381,7 @@ class HookWatch:
         if refused:
             lines = dict.fromkeys(f"  {f.operation}: {f.why}." for f in refused)
             raise UncoveredComponentError(
-                f"The hook function {name_of(user)} at {point} computes what no rule covers, so "
+                f"No rule covers what the hook function {name_of(user)} at {point} computes, so "
                 "relevance through it would be made up:\n" + "\n".join(lines) + f"\n{_ADVICE}"
             )
 
@@ -411,7 +410,7 @@ class HookWatch:
             rows[infos[node].operation.lower(), "gradient", "ordinary gradient"] = None
         for unruled in walker.findings.values():
             operation = "product" if unruled.why == UNHALVED else unruled.operation.lower()
-            rows[operation, "gradient", "ordinary gradient, as the rule set asks"] = None
+            rows[operation, "gradient", "ordinary gradient, as the rule set says"] = None
         for cut in detached.cuts:
             rows[cut.operation, "constant", "detached in the hook: relevance ends here"] = None
         if not still_computed:
@@ -445,7 +444,7 @@ def _is(a: Any, b: Any) -> bool:
 
 
 def _same_places(after: list[Tensor], given: list[Tensor]) -> bool:
-    """Whether the tensors are the same numbers in memory, seen as the same shapes."""
+    """Whether the tensors share the same memory and have the same shapes."""
     return len(after) == len(given) and all(
         x.data_ptr() == y.data_ptr()
         and x.shape == y.shape
@@ -456,7 +455,7 @@ def _same_places(after: list[Tensor], given: list[Tensor]) -> bool:
 
 
 def _same_values(after: list[Tensor], given: list[Tensor]) -> bool:
-    """Whether gradients are the same numbers; False where that cannot be decided."""
+    """Whether gradients have the same values; False if that cannot be determined."""
     try:
         return len(after) == len(given) and all(
             x is y or torch.equal(plain(x), plain(y)) for x, y in zip(after, given, strict=True)
@@ -488,7 +487,7 @@ def rules_in_hooks(
     Args:
         model: The bridge.
         rule_set: Which rules.
-        report: Rows are added to it as hook functions run.
+        report: The coverage report, to which rows are added as hook functions run.
         hooks: ``user_hooks(model)``, if the caller has them already.
         later: Whether hooks may be added inside the block; those get the rules, too.
         watch: Records what the hooks do; a new one by default.
@@ -539,7 +538,7 @@ def _name_and_function(hook: UserHook) -> tuple[str, Any]:
 def _registering(
     module: Any, kind: Kind, name: str, put: Callable[..., None]
 ) -> Callable[..., Any]:
-    """A function in place of a module's own method, so that what is registered is watched."""
+    """A replacement for a module's method that registers hooks, so that these are watched."""
 
     def register(*args: Any, **kwargs: Any) -> Any:
         handle = getattr(type(module), name)(module, *args, **kwargs)

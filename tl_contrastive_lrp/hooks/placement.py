@@ -63,7 +63,7 @@ def _path_of(model: Any, module: nn.Module) -> str:
 
 
 def _refuse_autocast(model: Any, what: str) -> None:
-    """Refuse to run under autocast: its forward is another one, and its backward is rounded."""
+    """Refuse to run under autocast, which changes the forward and rounds the backward."""
     kinds = {p.device.type for p in wrapped_parameters(model)} - {"meta"}
     for kind in sorted(kinds):
         if torch.is_autocast_enabled(kind):
@@ -80,10 +80,10 @@ def check_single(model: Any) -> None:
     """Refuse a model that has rules on it already, from this package or another tool.
 
     Raises:
-        ModelStateError: Says which, and how to remove them.
+        ModelStateError: There are such rules; the message says which and how to remove them.
     """
     for path, component in components(model).items():
-        # How TransformerLens' own development line counts rules of its own on a component.
+        # TransformerLens' development version counts its own rules on a component there.
         if any(getattr(component, "_relevance_rule_refcounts", None) or ()):
             raise ModelStateError(
                 f"TransformerLens' own relevance rules are on at {path}; together with these they "
@@ -100,7 +100,7 @@ def check_single(model: Any) -> None:
 
 
 def _mark_only(tensor: Any, hook: Any) -> None:
-    """A hook function that shows that rules are on, where none of the rules is a hook."""
+    """A hook function that marks the model as having rules, if none of the rules is a hook."""
 
 
 def is_rule(fn: Any) -> bool:
@@ -115,7 +115,7 @@ def marked(fn: HookFn) -> HookFn:
 
 
 def place(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Coverage]:
-    """Where each rule of ``rules`` goes on ``model``, as far as the tables know.
+    """Where each rule of ``rules`` goes on ``model``, according to the tables.
 
     Returns:
         The attachments, one per operation, and the coverage that describes them.
@@ -141,9 +141,9 @@ def place(model: Any, rules: str | RuleSet) -> tuple[tuple[Attachment, ...], Cov
 
 @contextmanager
 def own_hooks(model: Any, pairs: Iterable[tuple[str, HookFn]]) -> Iterator[None]:
-    """Hook functions on HookPoints for the block, called in this thread only.
+    """Add hook functions to HookPoints for the block, called in this thread only.
 
-    As ``model.hooks(fwd_hooks=pairs)``, without building the table of HookPoints again.
+    It does what ``model.hooks(fwd_hooks=pairs)`` does, without rebuilding the table of HookPoints.
 
     Args:
         model: The bridge.
@@ -263,8 +263,9 @@ def attached(model: Any, attachments: tuple[Attachment, ...]) -> Iterator[None]:
         for name, _ in hooks:
             if not any(is_rule(handle.user_hook) for handle in hook_dict[name].fwd_hooks):
                 raise ModelStateError(
-                    f"The rule at {name} was taken off the model while rules were on (one of your "
-                    "hooks, or your code inside `with clrp.lrp(...)`, called model.reset_hooks() "
-                    "or remove_hooks()), so what came after it had ordinary gradients. Remove your "
-                    "own hooks alone: with the handle that add_hook returns, or model.hooks(...)."
+                    f"The rule at {name} was removed from the model while rules were on (one of "
+                    "your hooks, or your code inside `with clrp.lrp(...)`, called "
+                    "model.reset_hooks() or remove_hooks()), so later operations had ordinary "
+                    "gradients. Remove only your own hooks: with the handle that add_hook returns, "
+                    "or with model.hooks(...)."
                 )

@@ -1,4 +1,4 @@
-"""Where in a model each operation is that needs a rule, and which components are refused.
+"""The location of each operation that needs a rule, and the components that are refused.
 
 ``find_sites`` walks the model's components and reads ``families.COMPONENTS``: what each kind of
 TransformerLens component computes beyond linear maps. A component's row is that of the nearest
@@ -6,11 +6,11 @@ class in its inheritance that has one, so a family with a variant of its own nee
 functions are in ``rules/activations.py``. Components that are known to have no rule are refused
 here, with one sentence that says what the component is and what to do instead.
 
-What no HookPoint reaches, a wrapped Hugging Face module that computes attention or experts itself,
-is left to ``by_operation``. Nothing here vouches that the list is complete. That is the audit's
-part (``audit/audit.py``), which follows the graph that relevance flows through and refuses every
-operation that no rule accounts for. A new kind of component is a row of ``COMPONENTS`` and, if its
-operation is new, an attachment in ``attach.py``.
+A wrapped Hugging Face module that computes attention or experts itself, without a HookPoint there,
+is left to ``by_operation``. This module does not guarantee that the list is complete. That is the
+task of the audit (``audit/audit.py``), which follows the graph that relevance flows through and
+refuses every operation that no rule accounts for. A new kind of component needs a row in
+``COMPONENTS`` and, if its operation is new, an attachment in ``attach.py``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Site:
 
     @property
     def class_name(self) -> str:
-        """The component's class, and the wrapped module's where the site is one."""
+        """The component's class, and the class of the wrapped module if the site is one."""
         own = type(self.component).__name__
         if self.operation == "wrapped" and self.component is None:
             return type(self.module).__name__
@@ -103,7 +103,7 @@ def _is_written_out(mlp: Any) -> bool:
 
 
 def _hides_operations(attention: Any) -> bool:
-    """Whether attention computes what no HookPoint shows.
+    """Whether attention has operations that no HookPoint shows.
 
     A gate's product or a norm may act on pattern·v before ``hook_z``, and a clamp on queries, keys
     and values.
@@ -124,12 +124,12 @@ def _hides_operations(attention: Any) -> bool:
 
 
 def scores_are_biased(attention: Any) -> bool:
-    """Whether something that depends on no key is added to query·key."""
+    """Whether a term that does not depend on the keys is added to query·key."""
     return any(is_kind(attention, name) for name in _BIASED_SCORES)
 
 
 def delegates_attention(component: Any) -> bool:
-    """Whether an attention component leaves all computing to the wrapped module."""
+    """Whether an attention component leaves the whole computation to the wrapped module."""
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
     return bool(type(component).forward is AttentionBridge.forward)
@@ -192,7 +192,7 @@ def _outside(model: Any, sites: list[Site]) -> Iterator[Site]:
 
 
 def find_sites(model: Any) -> tuple[Site, ...]:
-    """Every operation of ``model`` that needs a rule, as far as the tables know.
+    """Every operation of ``model`` that needs a rule, according to the tables.
 
     Args:
         model: A ``TransformerBridge``.
@@ -214,7 +214,7 @@ def find_sites(model: Any) -> tuple[Site, ...]:
     return tuple(sites)
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- refusals
 
 
 _ADVICE = (
@@ -301,7 +301,7 @@ def _library_of(kind: type) -> str | None:
 
 
 def quantised(module: nn.Module) -> tuple[str, str] | None:
-    """What in a module is quantised, and by which library ("" if that is unknown)."""
+    """The quantised part of a module, and the library that quantised it ("" if unknown)."""
     if (library := _library_of(type(module))) is not None:
         return f"is a {type(module).__name__}", library
     for name, parameter in module._parameters.items():
@@ -365,13 +365,13 @@ def _refuse_shape(model: Any, by_path: Mapping[str, Any]) -> None:
 
 
 def _refuse_replaced(path: str, component: nn.Module) -> None:
-    """Refuse a module in a HookPoint's place, as SAELens' bridge puts autoencoders there."""
+    """Refuse a module that replaces a HookPoint, such as the autoencoders of SAELens' bridge."""
     for name, module in component._modules.items():
         point = name.startswith("hook_") and isinstance(module, nn.Module)
         if point and not hasattr(module, "fwd_hooks"):
             raise UncoveredComponentError(
-                f"{path}.{name} is no HookPoint: a {type(module).__name__} stands in its place, so "
-                "nothing can be read or ruled there. Put the HookPoint back (SAELens: "
+                f"{path}.{name} is no HookPoint: a {type(module).__name__} has replaced it, so "
+                "nothing can be read and no rule applied there. Put the HookPoint back (SAELens: "
                 "model.reset_saes()) and run the module in a hook function instead: with "
                 f"model.hooks(fwd_hooks=[({f'{path}.{name}'!r}, lambda x, hook: sae(x))]): ..."
             )
@@ -394,7 +394,7 @@ def refuse_known(model: Any, by_path: Mapping[str, Any]) -> None:
         by_path: Its components by path.
 
     Raises:
-        UncoveredComponentError: Says what it is, where, and what to do instead.
+        UncoveredComponentError: The message names the component and says what to do instead.
     """
     _refuse_shape(model, by_path)
     for path, module in wrapped_modules(model):

@@ -1,17 +1,16 @@
-"""The user's own hooks on a bridge: which there are, and what each did to a value.
+"""The user's own hooks on a bridge, and what each call of a hook did to a value.
 
-Hooks are part of the model that is explained. A hook that only looks (it returns None or the very
-tensor that it was given, and leaves that unchanged) computes nothing; every other one edits. What a
-hook will do cannot be read from its code, so ``observed`` records each call in a forward of the
-model:
+Hooks are part of the model that is explained. A hook that only observes (it returns None or its
+argument itself, unchanged) computes nothing; every other one edits. What a hook will do cannot be
+read from its code, so ``observed`` records each call in a forward of the model:
 
     hooks = user_hooks(model)
     with observed(hooks) as calls, torch.no_grad():
         model(tokens)
     edits = [call for call in calls if not call.looked_only]
 
-This package's own hooks are recognised by their marks and by the module that they come from. What
-gives hooks their rules is in ``hook_rules``; this file only finds, watches and suspends them.
+This package's own hooks are recognised by their marks and by the module that they come from. This
+file only finds, watches and suspends hooks; ``hook_rules`` applies rules to them.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class UserHook:
         name: The HookPoint's first name in ``model.hook_dict``, or the module's path.
         aliases: The HookPoint's other names.
         module: The HookPoint, or the module.
-        kind: Called after the module's forward or before it, or in the backward.
+        kind: When it is called: after the module's forward, before it, or in the backward.
         key: Its key in torch's table of such hooks on the module.
         fn: The function as the user gave it.
         on_hook_point: False for torch hooks that were registered on another module.
@@ -94,13 +93,13 @@ class Call:
     """What one call of a forward hook did.
 
     Attributes:
-        hook: Which hook.
-        how: "looked": returned None or the very tensor, and wrote nothing into it; "in place":
-            wrote into it; "returned": returned something else; "gradient": registered a torch
-            hook on the tensor, to read or change its gradient, and did nothing more.
-        changed: Whether any value is different afterwards. An edit may change none (it writes what
-            was there already, or into an empty range) and yet change gradients.
-        cut: Whether it was given a tensor with a gradient and returned one without.
+        hook: The hook.
+        how: "looked": it returned None or the same tensor, and wrote nothing into it; "in place":
+            it wrote into it; "returned": it returned another value; "gradient": it only registered
+            a torch hook on the tensor, to read or change its gradient.
+        changed: Whether any value is different afterwards. An edit may change no value (it writes
+            the same values again, or into an empty range) and yet change gradients.
+        cut: Whether it received a tensor with a gradient and returned one without.
     """
 
     hook: UserHook
@@ -110,7 +109,7 @@ class Call:
 
     @property
     def looked_only(self) -> bool:
-        """Whether the model and its backward computed as without the hook."""
+        """Whether the forward and backward are the same as without the hook."""
         return self.how == "looked"
 
 
@@ -196,14 +195,14 @@ def _user_hooks(
 
 
 def require_no_new(model: Any, known: Iterable[UserHook]) -> None:
-    """Refuse a run in which a hook was added, since nothing has examined what it did.
+    """Refuse a run in which a hook was added, since what that hook did was not examined.
 
     Args:
         model: A ``TransformerBridge``.
         known: ``user_hooks`` before the run.
 
     Raises:
-        ModelStateError: Names the hook.
+        ModelStateError: A hook was added; the message names it.
     """
     before = {(id(hook.module), hook.kind, hook.key) for hook in known}
     # A fresh walk: a hook may have added a module, too.
@@ -211,7 +210,7 @@ def require_no_new(model: Any, known: Iterable[UserHook]) -> None:
         if (id(hook.module), hook.kind, hook.key) not in before:
             raise ModelStateError(
                 f"A hook was put at {hook} while the model ran, by another hook or in another "
-                "thread, so this run had it in part. Put it there before the call; with threads, "
+                "thread, so only part of this run had it. Add it before the call; with threads, "
                 "inside `with clrp.model_lock(model):`."
             )
 
@@ -231,7 +230,7 @@ def aside(hooks: Iterable[UserHook]) -> Iterator[None]:
 
 
 class _Conversion:
-    """A HookPoint's conversion that knows whether a hook returned what it was given."""
+    """A HookPoint's conversion that records whether a hook returned its argument."""
 
     def __init__(self, conversion: Any) -> None:
         self.conversion = conversion
@@ -265,14 +264,14 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _written(tensor: Any, state: tuple[int | None, Tensor]) -> tuple[bool, bool]:
-    """Whether a tensor was written into since, and whether its values are others."""
+    """Whether a tensor was written into since, and whether its values changed."""
     version, values = state
     changed = not _equal(tensor.detach(), values)  # also writes past autograd, as through .data
     return changed or _version(tensor) != version, changed
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in what a module is given or gives back, in their order."""
+    """The tensors in a module's arguments or output, in their order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
@@ -354,7 +353,7 @@ def _watched(
 def observed(hooks: Iterable[UserHook], *, gradients: bool = False) -> Iterator[list[Call]]:
     """Record what forward hooks do while the block runs the model; no value changes.
 
-    This costs a copy and a comparison of each value that a hook is given.
+    This costs a copy and a comparison of each value that is passed to a hook.
 
     Args:
         hooks: From ``user_hooks``; backward ones are left alone.
@@ -388,9 +387,9 @@ def _descends(value: Tensor, since: int, until: int) -> bool:
 
     A tensor cached in an earlier forward has a graph too, but not of this one.
     """
-    seen, left = set(), [value.grad_fn]
-    while left:
-        node: Any = left.pop()
+    seen, pending = set(), [value.grad_fn]
+    while pending:
+        node: Any = pending.pop()
         if node is None or node in seen or hasattr(node, "variable"):
             continue
         seen.add(node)
@@ -398,7 +397,7 @@ def _descends(value: Tensor, since: int, until: int) -> bool:
         if since <= number < until:
             return True
         if number >= until:
-            left += [above for above, _ in node.next_functions]
+            pending += [earlier for earlier, _ in node.next_functions]
     return False
 
 
@@ -433,10 +432,10 @@ def _restarting(
 
 @contextmanager
 def restarted(hooks: Iterable[UserHook]) -> Iterator[list[Tensor]]:
-    """Let a constant that a hook puts in the place of a computed value start its own gradient.
+    """Make a constant with which a hook replaces a computed value a leaf with its own gradient.
 
-    Relevance can then be read at the constant and at what is computed from it, as at any other
-    value. What the hook replaced stays cut off.
+    Relevance can then be read at the constant and at values computed from it, as at any other
+    value. No relevance reaches the value that the hook replaced.
 
     Args:
         hooks: From ``user_hooks``.

@@ -1,9 +1,9 @@
-"""What a caller hands in, checked: TransformerLens' version, bridge, devices, tokens, objective.
+"""Checks of a caller's input: TransformerLens' version, bridge, devices, tokens, objective.
 
-Everything above this room may rely on these checks; their messages say what to type instead.
+All packages above this one may rely on these checks; their messages say what to type instead.
 
 The objectives are imported at first use: the command line's help and the check of TransformerLens'
-version go through this room before torch is imported.
+version import this package before torch is imported.
 """
 
 from __future__ import annotations

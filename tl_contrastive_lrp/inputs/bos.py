@@ -38,10 +38,10 @@ _alone: MutableMapping[Any, Own | None] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Note:
-    """One way in which a prompt's ids differ from what a user may expect.
+    """One difference between a prompt's ids and those that a user may expect.
 
     Attributes:
-        kind: Which way; the user of a model is warned once of each kind.
+        kind: The kind of difference; a warning of each kind is given once per model.
         text: The warning, with what to type.
     """
 
@@ -109,7 +109,7 @@ def tokenised(model: Any, text: str, prepend_bos: bool | None = None) -> Tokenis
             Note(
                 "otherwise",
                 Message(
-                    f"The text by itself is {len(within)} tokens, and others after the BOS token "
+                    f"The text alone is {len(within)} tokens, and others after the BOS token "
                     f"{tokenizer.bos_token!r} that TransformerLens writes before it: the ids of "
                     "model.to_tokens(text) are explained. ",
                     _WITHOUT,
@@ -121,7 +121,7 @@ def tokenised(model: Any, text: str, prepend_bos: bool | None = None) -> Tokenis
 
 
 def warn_once(model: Any, notes: tuple[Note, ...]) -> None:
-    """Warn of each kind of note once per model, at the caller's line outside this package."""
+    """Issue each kind of note once per model, as a warning at the caller's line of code."""
     warned = _warned.setdefault(model, set())
     for note in notes:
         if note.kind not in warned:
@@ -172,7 +172,7 @@ def _notes(model: Any, prepend_bos: bool | None, begins: bool, before: int) -> l
             whose = (
                 "The model's own tokenizer would not"
                 if own is not None
-                else "Whether the model's own tokenizer would cannot be told, because its files "
+                else "It is not known whether the model's own tokenizer would, because its files "
                 "cannot be read again"
             )
             notes.append(

@@ -1,7 +1,8 @@
-"""The bridge: questions about a ``TransformerBridge`` as a whole.
+"""Facts about a ``TransformerBridge`` as a whole.
 
-Its HookPoints, components and modules by name, the sites of its residual stream, and whether it is
-a bridge at all. Whole walks of the model are computed once per public call (``once_per_call``).
+These are its HookPoints, components and modules by name, the sites of its residual stream, and
+whether it is a bridge at all. Walks of the whole model are done once per public call
+(``once_per_call``).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def hook_points(model: Any) -> Mapping[str, Any]:
 
 
 def public_name(hook_dict: Mapping[str, Any], name: str) -> str:
-    """The one name under which TransformerLens calls a hook once at this HookPoint.
+    """The name of a HookPoint under which TransformerLens calls an added hook exactly once.
 
     In compatibility mode a HookPoint is renamed, and a hook added under its other name is called
     once per name, so a rule would apply twice.
@@ -51,7 +52,7 @@ def public_name(hook_dict: Mapping[str, Any], name: str) -> str:
     return own if own and hook_dict.get(own) is hook_point else name
 
 
-# Where the input enters: everything upstream of these HookPoints is token ids.
+# HookPoints at which the input enters; upstream of them there are only token ids.
 LEAVES = ("embed.hook_out", "pos_embed.hook_out")
 
 _BRIDGES = "transformer_lens."
@@ -82,7 +83,7 @@ def components(model: Any) -> Mapping[str, Any]:
 def module_names(model: Any) -> Mapping[nn.Module, str]:
     """Every module of the wrapped model by its path as TransformerLens names it.
 
-    "blocks.0.mlp" for a component, "blocks.0.mlp.act_fn" for what one wraps.
+    "blocks.0.mlp" names a component, "blocks.0.mlp.act_fn" a module inside the one it wraps.
     """
     paths = {id(component): path for path, component in components(model).items()}
     names: dict[nn.Module, str] = {}
@@ -104,8 +105,8 @@ def module_names(model: Any) -> Mapping[nn.Module, str]:
 def bias_of(module: object) -> Tensor | None:
     """The vector [features] that a module adds: its own ``bias``, whether it is a parameter or not.
 
-    ``getattr`` would not do: a component passes on the attributes of what it wraps. Something else
-    that is called "bias", like the causal mask of the first GPT, is not a vector.
+    ``getattr`` is not used because a component also has the attributes of the module it wraps.
+    Other things named "bias", like the causal mask of the first GPT, are not vectors.
     """
     if not isinstance(module, nn.Module):
         return None
@@ -122,12 +123,12 @@ def is_kind(component: Any, class_name: str) -> bool:
 
 
 def require_bridge(model: Any) -> None:
-    """Refuse what is not a ``TransformerBridge``.
+    """Refuse a model that is not a ``TransformerBridge``.
 
     Raises:
-        TypeError: Says how to make one.
+        TypeError: It is not a bridge; the message says how to make one.
     """
-    # Asked of the class first: the instance would build its table of HookPoints.
+    # The class is checked first, because the instance would build its table of HookPoints.
     has_hook_points = hasattr(type(model), "hook_dict") or hasattr(model, "hook_dict")
     if not has_hook_points or not hasattr(model, "original_model"):
         if any(base.__module__.split(".")[0] == "peft" for base in type(model).__mro__):

@@ -21,7 +21,7 @@ from ..rules.threads import wrapped_modules, wrapped_parameters
 
 @contextmanager
 def loaded(module: Any) -> Iterator[None]:
-    """The module's own weights as numbers, for the block; they may be elsewhere before and after.
+    """Load the module's own weights for the block; they may be offloaded before and after.
 
     With ``device_map`` offloading, a parameter is on the "meta" device except while its module
     runs.
@@ -65,7 +65,7 @@ def require_one_place(model: Any) -> None:
     """Refuse weights on several devices, or on none, that no hook of accelerate brings together.
 
     Raises:
-        ModelStateError: Says which, and how to load the model.
+        ModelStateError: The message lists the devices and says how to load the model.
     """
     devices = sorted({str(device) for device in {p.device for p in wrapped_parameters(model)}})
     if len(devices) < 2 and devices != ["meta"]:
@@ -75,7 +75,7 @@ def require_one_place(model: Any) -> None:
     if "meta" in devices:
         raise ModelStateError(
             "The model has weights on the meta device, which hold no numbers. Load it with its "
-            "weights, or with device_map=... where they do not fit the device."
+            "weights, or with device_map=... if they do not fit the device."
         )
     raise ModelStateError(
         f"The model's weights are on several devices ({', '.join(devices)}), and nothing moves "
@@ -97,7 +97,7 @@ def has_float64(device: torch.device) -> bool:
 
 
 def with_float64(x: Tensor) -> Tensor:
-    """``x`` where float64 is possible: itself, or a copy on the CPU."""
+    """``x`` on a device that has float64: ``x`` itself, or a copy on the CPU."""
     return x if has_float64(x.device) else x.cpu()
 
 

@@ -1,7 +1,7 @@
-"""What every result says of its prompt and of the objective it explains, as typed records.
+"""The prompt and objective of a result, as typed records.
 
-``Attribution`` and ``AttributionGraph`` both copy these fields, so that both say the same things in
-the same words.
+``Attribution`` and ``AttributionGraph`` both copy these fields, so that they describe prompts and
+objectives in the same words.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .tokens import model_name, single_prompt, special_ids, special_mask, str_to
 
 @dataclass(frozen=True, eq=False)
 class PromptFacts:
-    """One prompt, checked, and what results say of it.
+    """One prompt, checked, and the facts that results record about it.
 
     Attributes:
         tokens: The token ids that the model is given, on its device.
@@ -98,7 +98,7 @@ class ObjectiveFacts:
         """Describe an objective that has been evaluated.
 
         Args:
-            objective: What was asked.
+            objective: The objective.
             logits: The prompt's logits: of all positions, or of one if ``local`` is given.
             value: Δℓ.
             length: Number of tokens in the prompt.

@@ -3,7 +3,7 @@
     Δℓ = mean logit of the target(s) − contrast term,     at one position.
 
 Any other differentiable function logits → scalar will do, such as a sum over several positions;
-``positions_of`` tells from its gradient which positions those are.
+``positions_of`` determines from its gradient which positions those are.
 
 An ``Objective`` is a function logits → scalar, so it also serves as the metric of
 ``transformer_lens.patching`` and ``attribution_patch``. Sign: positive relevance supports the
@@ -11,8 +11,8 @@ target (usually the wrong token that the model wrote), negative the contrast (th
 is the opposite of TransformerLens' usual ``logit_diff``, correct − incorrect. Over a batch the rows
 are summed, so that each row's relevance is that of its own Δℓ.
 
-The file is long because it has the public makers of objectives with their examples, and everything
-that tells which positions and tokens an objective is about.
+The file is long because it has the public functions that make objectives, with their examples, and
+all functions that determine the positions and tokens of an objective.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class Objective:
     def with_mask(self, attention_mask: Shaped[Tensor, "batch pos"]) -> Objective:
         """The same objective for padded rows: negative positions count from the last real token.
 
-        ``run_with_relevance(..., attention_mask=...)`` does this by itself. Inside ``lrp``, where
-        you run the model, do it yourself: ``objective.with_mask(mask)(logits)``.
+        ``run_with_relevance(..., attention_mask=...)`` does this automatically. Inside ``lrp``,
+        where you run the model yourself, call ``objective.with_mask(mask)(logits)``.
 
         Args:
             attention_mask: 0 at padding, on whichever side, and 1 elsewhere.
@@ -217,7 +217,7 @@ class Objective:
 
 
 def _pos(pos: Any) -> int | tuple[int, ...]:
-    """Positions of any library as Python's whole numbers; nothing is rounded."""
+    """Positions given as numbers of any library, as Python integers; nothing is rounded."""
     given = pos.tolist() if hasattr(pos, "tolist") else pos  # NumPy, torch
     many = isinstance(given, list | tuple)
     for p in given if many else [given]:
@@ -477,8 +477,8 @@ def question(
     """The objective itself, or ``logit_diff`` of both tokens.
 
     Raises:
-        TypeError: Neither an objective nor both tokens, or both ways at once, an objective that is
-            no function, or ``pos`` together with an objective.
+        TypeError: Neither or both of an objective and two tokens, an objective that is not a
+            function, or ``pos`` together with an objective.
         TokenError: ``pos`` is no position of one prompt.
     """
     given = objective is not None, target is not None, contrast is not None
@@ -504,7 +504,7 @@ def question(
 
 
 def require_objectives(objectives: object) -> list[Callable[[Tensor], Tensor]]:
-    """Check a list of objectives of one prompt each.
+    """Check a list of objectives, each of a single prompt.
 
     Args:
         objectives: What the caller gave.
@@ -521,7 +521,7 @@ def require_objectives(objectives: object) -> list[Callable[[Tensor], Tensor]]:
             "clrp.attribute and clrp.attribution_graph."
         )
     if not objectives:
-        raise ValueError("objectives=[] asks nothing; give one objective or more.")
+        raise ValueError("objectives=[] is empty; give one objective or more.")
     wrong = next((x for x in objectives if not callable(x)), None)
     if wrong is not None:
         raise TypeError(

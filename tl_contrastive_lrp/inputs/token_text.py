@@ -1,10 +1,10 @@
 """The text of tokens: a name that can be typed back, and what a token adds to its prompt.
 
-These are two questions, and one answer does not serve both.
+These are two different texts.
 
-*Name*: what to type for this token. ``token_name`` gives each id a name of its own, and
-``readings`` gives the ids that a typed text can mean; a name means its token and no other, which
-is checked whenever a name is given. A name is the first of these that means this token alone:
+*Name*: the text to type for a token. ``token_name`` gives each id a unique name, and ``readings``
+gives the ids that a typed text can mean; a name means its token and no other, which is checked
+whenever a name is made. A name is the first of these that means this token alone:
 
 1. the token's own text, as its vocabulary entry spells it: a leading space counts, bytes that
    make no character are written ``<0xE2>`` (``"Ġthe"`` is named ``" the"``, ``"▁Paris"`` is
@@ -14,9 +14,9 @@ is checked whenever a name is given. A name is the first of these that means thi
 
 *Meaning of a typed text.* ``id:123`` is that id, always; text after it must be that token's.
 Anything else means the tokens whose own text it is, or, where no token has that text, the
-vocabulary entry that is spelled so; and it means what the tokenizer makes of it, if that is one
-token. Where these differ, it is ambiguous and refused. That happens with tokenizers that put a
-space before what they are given (the Llama-2 form): "Paris" is the text of the entry ``"Paris"``,
+vocabulary entry that is spelled so; and it means the token that the tokenizer makes of it, if that
+is one token. Where these differ, it is ambiguous and refused. That happens with tokenizers that put
+a space before their input (the Llama-2 form): "Paris" is the text of the entry ``"Paris"``,
 which continues a word, and the tokenizer reads it as ``"▁Paris"``. Both are likely to be meant:
 the first by someone who saw it in a table, the second by someone who is used to
 ``model.to_single_token``. Either choice would show one of them the other token's number under the
@@ -29,8 +29,8 @@ of several tokens goes whole to the token that has its first byte, and the other
 that make no character, as at the end of a prompt cut in the middle of one, are shown as
 ``<0xE2>``, and ids that the tokenizer does not know as ``id:123``.
 
-Nothing here runs over the vocabulary: a vocabulary entry is computed from a text and looked up, so
-the first name costs as little as the last.
+No function here loops over the vocabulary: a vocabulary entry is computed from a text and looked
+up, so the first name costs as little as the last.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
-# For str.translate: a byte's character to that of its number; what is no such character to one
-# that Latin-1 cannot encode.
+# For str.translate: maps a byte's character to the character of its number, and any other character
+# to one that Latin-1 cannot encode.
 _TO_LATIN = dict.fromkeys(range(256), "\uffff") | {ord(c): chr(b) for c, b in _BYTES.items()}
 _TO_BYTES = {byte: letter for letter, byte in _BYTES.items()}
 
@@ -82,7 +82,7 @@ class _Form:
     """How a tokenizer writes text.
 
     Attributes:
-        size: Number of its tokens when this was read; it is read again if there are others.
+        size: Number of its tokens when this was read; it is read again if that number changes.
         byte_level: Entries are bytes, each written as a character.
         byte_fallback: Entries such as ``<0xE2>`` are bytes.
         space: How entries write a space; "" if they have no sign for it.
@@ -141,7 +141,7 @@ def _read_form(tokenizer: Any, size: int) -> _Form:
 def _entry(tokenizer: Any, token_id: int) -> str | None:
     """The vocabulary entry of an id, or None where the tokenizer has none."""
     if getattr(tokenizer, "backend_tokenizer", None) is None and token_id >= len(tokenizer):
-        return None  # tokenizers written in Python give their unknown token
+        return None  # tokenizers written in Python return their unknown token
     try:
         entry = tokenizer.convert_ids_to_tokens(token_id)
     except (IndexError, KeyError, OverflowError):
@@ -172,7 +172,7 @@ def _data(form: _Form, token_id: int, entry: str) -> bytes:
 
 
 def _own_text(form: _Form, token_id: int, entry: str) -> str:
-    """A token's own text; bytes that make no character, and entries that are a byte, as such."""
+    """A token's own text; bytes that make no character, and byte entries, as ``<0xE2>``."""
     if form.byte_fallback and token_id not in form.added and _BYTE.fullmatch(entry):
         return entry
     return _readable(_data(form, token_id, entry))
@@ -200,7 +200,7 @@ def _of_text(tokenizer: Any, form: _Form, text: str) -> set[int]:
 
 
 def _encoded(tokenizer: Any, text: str) -> list[int]:
-    """The ids that the tokenizer makes of a text, without a beginning or end of its own."""
+    """The ids that the tokenizer makes of a text, without tokens that it adds at either end."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and backend.padding is None and backend.truncation is None:
         return list(backend.encode(text, add_special_tokens=False).ids)  # a tenth of the time
@@ -210,8 +210,8 @@ def _encoded(tokenizer: Any, text: str) -> list[int]:
 def readings(tokenizer: Any, text: str) -> tuple[int, ...]:
     """The ids that a typed text can mean, smallest first; with several it is ambiguous.
 
-    ``id:123`` is not read here. Empty where the text is no single token, or only the tokenizer's
-    token for what it does not know.
+    ``id:123`` is not read here. The result is empty if the text is not a single token, or only the
+    tokenizer's unknown token.
     """
     if not text:
         return ()
@@ -255,7 +255,7 @@ def _new_name(tokenizer: Any, form: _Form, token_id: int) -> str:
 
 
 def written_id(text: str) -> tuple[int, str | None] | None:
-    """``id:123`` as its number, and the text after it, if any; None for all other texts."""
+    """The number in ``id:123``, and the text after it, if any; None for all other texts."""
     match = _ID.fullmatch(text)
     return None if match is None else (int(match[1]), match[2])
 
@@ -340,12 +340,12 @@ def texts_in_context(tokenizer: Any, token_ids: Iterable[int]) -> tuple[str, ...
 
 
 def _cut(datas: Sequence[bytes]) -> tuple[list[str], bool]:
-    """Each character to the token of its first byte; stray bytes as ``<0xE2>``.
+    """Assign each character to the token of its first byte; stray bytes become ``<0xE2>``.
 
     Returns:
         The texts, and whether there were no stray bytes.
     """
-    import numpy as np  # not for the command line's help
+    import numpy as np  # here, because the command line's help does not need it
 
     text = b"".join(datas).decode(errors="surrogateescape")  # a stray byte becomes one character
     code = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")

@@ -1,4 +1,4 @@
-"""Prompts and tokens: from what a user types to checked token ids."""
+"""Prompts and tokens: from a user's input to checked token ids."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def vocab_size(model: Any) -> int:
 def special_ids(model: Any) -> list[int]:
     """Ids of the tokenizer's special tokens, sorted; none without a tokenizer.
 
-    These are the tokens that have a role (BOS, EOS, padding, ...), and those that tokenizer.json or
-    tokenizer_config.json mark as special without one, such as ``<|im_start|>``.
+    These are the tokens that have a role (BOS, EOS, padding, ...), and those without a role that
+    tokenizer.json or tokenizer_config.json mark as special, such as ``<|im_start|>``.
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
@@ -99,7 +99,7 @@ def to_tokens(
 def _checked(
     model: Any, prompt: str | list[str] | Tensor, prepend_bos: bool | None
 ) -> tuple[Int[Tensor, "batch pos"], bool | None]:
-    """``to_tokens``, and whether a BOS token was put before all texts (None of ids)."""
+    """``to_tokens``, and whether a BOS token was put before all texts (None for ids)."""
     if isinstance(prompt, list) and any(not isinstance(text, str) for text in prompt):
         raise PromptError(
             "The prompt is a list of something other than texts; give token ids as a tensor, "
@@ -166,7 +166,7 @@ def _checked(
             f"use tokens.to({str(device)!r})."
         )
     ids: Tensor = tokens.to(device).long()
-    warn_once(model, notes)  # of a prompt that is explained
+    warn_once(model, notes)  # only for a prompt that passed all checks
     return ids, prepended
 
 
@@ -209,7 +209,7 @@ def continuation_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text that continues another: no special tokens are added, and no space.
 
     SentencePiece tokenizers put a space before the first word of a text. With them, the text is
-    tokenised behind a character that no entry of the vocabulary joins to it.
+    tokenised after a character that no entry of the vocabulary joins to it.
 
     Raises:
         PromptError: There is no such character.
@@ -228,8 +228,8 @@ def continuation_ids(tokenizer: Any, text: str) -> list[int]:
         if separates and whole[: len(before)] == before:
             return whole[len(before) :]
     raise PromptError(
-        "The answer cannot be tokenised as what follows the prompt: the tokenizer joins its "
-        "beginning to whatever comes before. Give the whole text, or ids."
+        "The answer cannot be tokenised separately from the prompt: the tokenizer joins its "
+        "beginning to the text before it. Give the whole text, or ids."
     )
 
 
@@ -306,12 +306,12 @@ def to_token_ids(model: Any, tokens: object, role: str) -> tuple[int, ...]:
         model: A ``TransformerBridge``.
         tokens: A single-token string, an id (a number, or text such as ``id:123``), or a list,
             tuple, set or 1-d tensor of these. A string is a token's own text, an entry of the
-            vocabulary, or what the tokenizer makes one token of; see ``token_text``.
-        role: What the error messages call it ("target", "contrast").
+            vocabulary, or a text that the tokenizer turns into one token; see ``token_text``.
+        role: Its name in error messages ("target", "contrast").
 
     Raises:
-        TokenError: A string that is not one token (its tokens are shown) or may be several (what
-            to give for each is shown), an id out of range, an empty set.
+        TokenError: A string that is not one token (the message shows its tokens) or is ambiguous
+            (the message shows a name for each), an id out of range, an empty set.
     """
     require_bridge(model)
     if isinstance(tokens, Tensor) and tokens.ndim == 1:

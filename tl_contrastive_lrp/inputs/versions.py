@@ -1,4 +1,4 @@
-"""Which TransformerLens this package works with, checked once before anything of it is used."""
+"""Checks once, before TransformerLens is used, that its version works with this package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 from ..errors import VersionError
 
-# The first version on whose TransformerBridge the oracle's tests pass, as in pyproject.toml.
+# The first version with whose TransformerBridge the tests pass, as in pyproject.toml.
 # 3.6 gives left-padded batches other positions, 3.3 boots models in training mode, 2 has no bridge.
 MINIMUM = (3, 9)
 
@@ -18,7 +18,7 @@ def installed_version() -> str:
     Raises:
         importlib.metadata.PackageNotFoundError: It is not installed as a package.
     """
-    # Not at import time: importing importlib.metadata takes longer than this whole package.
+    # Imported here, because importing importlib.metadata takes longer than this whole package.
     from importlib.metadata import version
 
     return version("transformer_lens")
@@ -32,7 +32,7 @@ def require_transformer_lens() -> None:
     passes; components without a rule are refused by name as everywhere.
 
     Raises:
-        VersionError: An ImportError that says the version present, the one needed, and what to
+        VersionError: An ImportError that states the version present, the one needed, and what to
             type.
     """
     from importlib.metadata import PackageNotFoundError

@@ -2,8 +2,8 @@
 
 Prompts of up to ``LONG`` tokens are shown whole. In longer ones the tokens of largest relevance are
 shown with their context, and so are the beginning and the end of the prompt. Each run of other
-tokens is folded into a piece that states how many they are and what they sum to. Nothing is left
-out: the tokens shown and the tokens folded make up the prompt.
+tokens is folded into a piece that states its number of tokens and their sum. No token is left out:
+the tokens shown and the tokens folded make up the prompt.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ MOST_SHOWN = 3000  # tokens that a browser lays out at once without a pause
 # largest are never chosen, because their colour is almost white.
 _SHARE, _FAINTEST = 0.9, 0.01
 
-# How many tokens are chosen at most. Greyed ones are large for no reason that the prompt gives.
+# The largest numbers of tokens that are chosen. Greyed tokens have large relevance whatever the
+# prompt says.
 _MOST, _MOST_GREYED = 150, 15
 
 # How many tokens are shown around each, and how many more if a line begins or ends there.
@@ -110,7 +111,7 @@ def ranges_of(
         chosen = np.unique(np.concatenate([largest_greyed, *(row[:most] for row in by_site)]))
         return _shown(chosen, n, starts)
 
-    # The more tokens are chosen, the more are shown: bisection gives the most that fit.
+    # Choosing more tokens shows more of them, so bisection finds the largest number that fits.
     fits, over = 0, max(map(len, by_site)) + 1
     while over - fits > 1:
         middle = (fits + over) // 2

@@ -1,8 +1,8 @@
 """Tokens of a long prompt coloured by relevance and folded: a view of our own.
 
 circuitsvis makes a React element for every token, whether the token matters or not: with twelve
-thousand tokens a page takes seconds to open, and nothing in it can be found. Beyond ``folds.LONG``
-tokens, plain markup and a small script show the same colours, legend and numbers. If there are
+thousand tokens a page takes seconds to open and is hard to search. Beyond ``folds.LONG`` tokens,
+plain markup and a small script show the same colours, legend and numbers. If there are
 several sites, their relevance is sent once, as float16 times one unit per site (three digits), and
 the selected site colours the one prompt.
 """
@@ -120,7 +120,7 @@ def _count(ranges: NDArray[np.int64]) -> int:
 def _facts(
     values: NDArray[np.float64], ranges: NDArray[np.int64], greyed: NDArray[np.bool_]
 ) -> dict[str, Any]:
-    """Each site in words: its folded pieces, what is folded in all, and its largest tokens."""
+    """The texts of each site: its folded pieces, a summary of these, and its largest tokens."""
     total, size = sums(values, ranges), sums(np.abs(values), ranges)
     all_sizes = np.abs(values).sum(axis=1)
     share = size.sum(axis=1) / np.where(all_sizes > 0, all_sizes, 1.0)

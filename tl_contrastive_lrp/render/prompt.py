@@ -1,4 +1,4 @@
-"""The prompt of a report as rows: texts, numbers and look of each token; folds; rankings."""
+"""The prompt of a report as rows: texts, numbers and style of each token; folds; rankings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def token_rows(
     greyed: NDArray[np.bool_],
     delta: float,
 ) -> list[dict[str, Any]]:
-    """One row per token: texts, numbers, and its look on scales without and with greyed ones."""
+    """One row per token: texts, numbers, and its style on scales with and without greyed tokens."""
     backs, whites = colours(relevance / span(relevance, greyed))
     backs_all, whites_all = colours(relevance / span(relevance, greyed & False))
     rows = []
@@ -111,7 +111,7 @@ def parts(rows: Sequence[dict[str, Any]], folds: Sequence[Fold]) -> list[dict[st
 
 
 def account(folds: Sequence[Fold], relevance: NDArray[np.float64]) -> dict[str, str]:
-    """What is folded, in words: how many tokens in how many pieces, and what they hold."""
+    """The folded tokens in words: their number, the number of pieces, and their relevance."""
     folded = sum(fold.count for fold in folds)
     all_sizes = float(np.abs(relevance).sum())
     share = sum(fold.size for fold in folds) / all_sizes if all_sizes else 0.0

@@ -1,7 +1,7 @@
 """The largest of many values, with ties decided by position: numbers only, no markup.
 
-Every choice of "the k largest" in pictures, pruning and metrics is made here, so that all of them
-agree on ties: among equal values the one that comes first wins.
+Pictures, pruning and metrics all select "the k largest" with these functions, so that they agree on
+ties: among equal values the first is selected.
 """
 
 from __future__ import annotations

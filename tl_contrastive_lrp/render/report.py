@@ -39,7 +39,7 @@ class Report:
 
     Attributes:
         title: Heading of the page.
-        model_name: The model, as the user named it.
+        model_name: Name of the model, as the user gave it.
         rules: Name of the rule set.
         objective: The objective in words, with its sign convention.
         str_tokens: The prompt's tokens as text, ``[pos]``.
@@ -50,8 +50,8 @@ class Report:
         contrast: The token that it should have preferred; likewise.
         target_logit: The target's logit (a set's mean), or ``None``.
         contrast_logit: The contrast's logit, or ``None``.
-        target_is_top: Whether the target is what the model writes greedily; decides between
-            "the model wrote" and "why this rather than that".
+        target_is_top: Whether the target is the token that greedy decoding writes, in which case
+            the page says "the model wrote", else "why this rather than that".
         greyed: One bool per token, ``[pos]``: special tokens and the first token.
         position: The position whose prediction is explained, or several in words ("3, 5-8");
             ``None`` for the last.

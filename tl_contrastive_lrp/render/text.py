@@ -69,8 +69,8 @@ def part_marks(tokens: Sequence[str]) -> list[str]:
 
     A character of several tokens is whole in the text of the first, and the texts of the others are
     empty (``inputs/token_text.py``). So empty texts after a character that takes several bytes in
-    UTF-8 are its parts, at most as many as it has bytes. All other tokens have the mark "", and so
-    has one that ends a character and goes on with text of its own, which shows that text.
+    UTF-8 are its parts, at most as many as it has bytes. All other tokens have the mark "", also a
+    token that ends a character and continues with text of its own, since it shows that text.
     """
     marks = [""] * len(tokens)
     for at in [i for i, token in enumerate(tokens) if not token and i and tokens[i - 1]]:
@@ -85,7 +85,7 @@ def part_marks(tokens: Sequence[str]) -> list[str]:
 
 
 def visible_tokens(tokens: Sequence[str]) -> list[str]:
-    """The tokens of a prompt, each on one line, as they read one after the other.
+    """The tokens of a prompt, each on one line.
 
     They are shown as ``visible`` shows them, with parts of a character marked: "你¹⁄₃", "²⁄₃",
     "³⁄₃".
@@ -97,7 +97,7 @@ def visible_tokens(tokens: Sequence[str]) -> list[str]:
 
 
 def with_parts(tokens: Sequence[str]) -> list[str]:
-    """Each token's text as it reads by itself; a part of a character is shown as "你²⁄₃"."""
+    """Each token's text on its own; a part of a character is shown as "你²⁄₃"."""
     texts: list[str] = []
     character = ""
     for token, mark in zip(tokens, part_marks(tokens), strict=True):

@@ -1,9 +1,9 @@
-"""How relevance passes one kind of operation, as functions whose forward changes nothing.
+"""Propagation rules for single kinds of operation, as functions whose forward changes nothing.
 
 ``functions`` has the rules of products, norms and activations, ``softmax`` and ``softcap`` those of
-attention, ``activations`` the ratios f(x)/x in closed form, ``rule_sets`` names combinations of
-them; ``precision`` keeps the backward of a bfloat16 or float16 model in float32, and ``threads``
-keeps rules and readings to the thread that put them on.
+attention, ``activations`` the ratios f(x)/x in closed form, and ``rule_sets`` named combinations of
+rules. ``precision`` keeps the backward of a bfloat16 or float16 model in float32, and ``threads``
+restricts rules and readings to the thread that attached them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Activation functions as data: f(x)/x in closed form, for the identity rule.
 
-A ratio never divides by an activation: it is finite everywhere and right at 0. It exists only where
+A ratio never divides by an activation: it is finite everywhere and correct at 0. It exists only if
 f(0) = 0; a function without a row here (a bare sigmoid, softplus) has no identity rule.
 """
 

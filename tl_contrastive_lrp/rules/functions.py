@@ -1,21 +1,21 @@
 """Propagation rules: functions with the identity as forward and another gradient as backward.
 
 Relevance is activation × modified gradient (arXiv:2402.05602, Sec. 3; Arras et al. 2025), so a rule
-is fully described by the gradient it sends back. Every function here returns the values it was
-given, bit for bit, and changes only what autograd does with them. None divides by an activation:
-the ratios f(x)/x are known in closed form, are finite everywhere and right at 0.
+is fully described by the gradient it sends back. Every function here returns the values of its
+argument, bit for bit, and changes only their gradient. None divides by an activation: the ratios
+f(x)/x are known in closed form, are finite everywhere and correct at 0.
 
 Notation: ``g`` is the gradient of the objective at an operation's output, shapes in brackets.
 Arithmetic inside a backward runs in float32 at least, also for bfloat16 and float16 models.
 
-Each autograd Function carries a ``RuleNode`` that tells the audit what it does: which inputs its
-backward sends a gradient to, and whether it shares out a product. A Function without one is a
-finding of the audit, and the model is refused.
+Each autograd Function carries a ``RuleNode`` that describes it for the audit: which inputs its
+backward sends a gradient to, and whether it divides the relevance of a product. A Function without
+one is a finding of the audit, and the model is refused.
 
-Each returns its value through ``handed_on``. That is a view of what was given, which costs nothing.
-Autograd allows no writing into such a view, and what a rule has saved must stay what it was; but a
-user's hook may edit in place wherever the model alone would let it. So where the user has hooks on
-the model, it is a copy with the same bits.
+Each returns its value through ``handed_on``, usually as a view of its argument, which costs
+nothing. Autograd does not allow in-place writes into such a view, and values saved by a rule must
+not change; but a user's hook may edit in place wherever it could without the rules. So if the user
+has hooks on the model, ``handed_on`` returns a copy with the same bits.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-# ---------------------------------------------------------------- what every function shares
+# ---------------------------------------------------------------- shared by all functions
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class RuleNode:
 
     Attributes:
         follow: Positions of the inputs that its backward sends a gradient to.
-        effect: "pass" hands everything on; "halve" announces a product below; "product" is one that
-            has its rule inside; "norm" is a norm that has its rule inside; "ordinary" says
-            that the next nonlinear node below keeps its ordinary gradient by decision.
+        effect: "pass" passes the gradient on; "halve" expects a product below; "product" is a
+            product that contains its rule; "norm" is a norm that contains its rule; "ordinary"
+            lets the next nonlinear node below keep its ordinary gradient by decision.
     """
 
     follow: tuple[int, ...]
@@ -74,10 +74,10 @@ _copies: ContextVar[bool] = ContextVar("tl_contrastive_lrp_copies", default=Fals
 
 @contextmanager
 def writable(on: bool = True) -> Iterator[None]:
-    """Let ``handed_on`` and ``started`` return copies in the block, which hooks may write into.
+    """Make ``handed_on`` and ``started`` return copies in the block, which hooks may write into.
 
     Args:
-        on: Whether to do so at all.
+        on: Whether to return copies; False has no effect.
     """
     token = _copies.set(on)
     try:
@@ -97,30 +97,30 @@ def handed_on(x: Tensor) -> Tensor:
 
 
 def started(leaf: Tensor) -> Tensor:
-    """A leaf as the model goes on with it: itself, or a copy inside ``writable``."""
+    """The tensor with which the model continues from a leaf: itself, or a copy in ``writable``."""
     return leaf.clone() if _copies.get() else leaf
 
 
 def constant_leaf(value: Tensor) -> Tensor:
-    """A leaf for a constant that a user's hook put in the place of a computed value."""
+    """A leaf for a constant with which a user's hook replaced a computed value."""
     leaf = value.detach().requires_grad_(True)
     setattr(leaf, _CONSTANT, True)
     return leaf
 
 
 def is_constant(x: Tensor) -> bool:
-    """Whether ``x`` was made from such leaves alone, or from nothing that has a gradient."""
+    """Whether ``x`` was computed only from such leaves and from tensors without a gradient."""
     if getattr(x, _CONSTANT, False):
         return True
-    seen, left = set(), [x.grad_fn]
-    while left:
-        node = left.pop()
+    seen, pending = set(), [x.grad_fn]
+    while pending:
+        node = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable") and not getattr(node.variable, _CONSTANT, False):
             return False
-        left += [above for above, _ in node.next_functions]
+        pending += [earlier for earlier, _ in node.next_functions]
     return not x.is_leaf or not x.requires_grad
 
 
@@ -183,7 +183,7 @@ def uniform(product: Float[Tensor, "*shape"], factors: int = 2) -> Float[Tensor,
 
 
 def constant(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """AH-rule: a constant weight, which takes no relevance (arXiv:2202.07304, Sec. 4).
+    """AH-rule: a constant weight, which receives no relevance (arXiv:2202.07304, Sec. 4).
 
     Args:
         x: The weight, of any shape.
@@ -233,7 +233,7 @@ def linear_norm(
 
     So sending u = weight ⊙ g to ``normalized`` and ⟨u, normalized⟩/scale to ``scale`` leaves
     Cᵀ(u)/scale at x: exactly the gradient with the denominator held fixed. The rule never sees x,
-    so it stays right whatever other hooks do between x's HookPoint and the norm.
+    so it remains correct whatever other hooks do between x's HookPoint and the norm.
 
     Args:
         y: The norm's output.
@@ -294,7 +294,7 @@ def norm_scale(x: Tensor, eps: float, centred: bool) -> Tensor:
 
     Args:
         x: The norm's input [..., d].
-        eps: What the norm adds under the root.
+        eps: The number that the norm adds under the root.
         centred: Whether C centres ``x`` (LayerNorm) or does nothing (RMSNorm).
 
     Returns:
@@ -312,12 +312,12 @@ def norm_scale(x: Tensor, eps: float, centred: bool) -> Tensor:
 def normalized_of(
     n: Float[Tensor, "*batch d"], x: Float[Tensor, "*batch d"], eps: float, *, centred: bool
 ) -> Float[Tensor, "*batch d"]:
-    """LN-rule where the norm's input is at hand: a gradient u at ``n`` becomes C(u)/s at ``x``.
+    """LN-rule if the norm's input is available: a gradient u at ``n`` becomes C(u)/s at ``x``.
 
     Args:
         n: C(x)/s in float32 at least, with s as ``norm_scale`` gives it.
         x: The norm's input.
-        eps: What the norm adds under the root.
+        eps: The number that the norm adds under the root.
         centred: Whether C centres (LayerNorm) or does nothing (RMSNorm).
 
     Returns:
@@ -370,10 +370,10 @@ class _Ordinary(torch.autograd.Function):
 
 
 def ordinary(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Mark ``y``: the operation that made it keeps its ordinary gradient, by decision.
+    """Mark ``y``, so that the operation that computed it may keep its ordinary gradient.
 
-    The audit then accepts the operation. Use it in a hook function for what has no rule, where the
-    ordinary gradient is what you want.
+    The audit then accepts the operation. Use this in a hook function for an operation without a
+    rule whose ordinary gradient is what you want.
 
     Args:
         y: The operation's output, of any shape.
@@ -387,7 +387,7 @@ def ordinary(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         (tensor(0.2500),)
     """
     if not torch.is_grad_enabled():
-        return y  # also where a derivative is taken forward, along with the values
+        return y  # also in forward-mode differentiation
     out: Tensor = _Ordinary.apply(y)
     return out
 

@@ -1,12 +1,12 @@
 """Relevance of bfloat16 and float16 models: a float32 backward over the model's own forward.
 
 Autograd gives every gradient the type of its activation, so in a bfloat16 model each step back
-rounds to eight bits, and in a float16 model what falls below 6e-8 becomes 0. The forward must not
-change; the gradient may. ``first_gradient`` starts the backward with a ``WideGradient``: to
-autograd a tensor of the low type, inside a float32 one. Whatever consumes it (autograd's own
-formulas, the rules) reads the stored activations and weights as they are and computes in float32,
-so no step back rounds or underflows. What remains is the rounding of the model's own forward;
-``in_float32`` is the way out of that, at the price of explaining another forward.
+rounds to eight bits, and in a float16 model numbers below 6e-8 become 0. The forward must not
+change; the gradient may. ``first_gradient`` starts the backward with a ``WideGradient``: for
+autograd it is a tensor of the low type, but it holds a float32 tensor. The operations that consume
+it (autograd's own formulas, the rules) read the stored activations and weights as they are and
+compute in float32, so no step back rounds or underflows. Only the rounding of the model's own
+forward remains; ``in_float32`` avoids that too, but explains a different forward.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .threads import refused_elsewhere, turn, wrapped_parameters
 
 LOW = (torch.bfloat16, torch.float16)
 
-# Share of the relevance that underflow may have touched, above which a warning says so.
+# Share of the relevance that underflow may affect before a warning is issued.
 NOTABLE = 0.01
 
-# Weights are widened for the one product they take part in; larger ones in parts of this many
-# numbers, so that a big vocabulary costs 256 MiB for the moment and not its size in float32.
+# Weights are widened only during their product, and larger ones in parts of this many numbers, so
+# that a large vocabulary temporarily costs 256 MiB and not its size in float32.
 _PART = 2**26
 
 
@@ -42,8 +42,8 @@ def plain(x: Any) -> Any:
 class WideGradient(Tensor):
     """A gradient of a bfloat16 or float16 tensor, held in float32.
 
-    ``dtype`` is the type that autograd expects; all arithmetic is done in float32. ``plain`` takes
-    the float32 tensor out.
+    ``dtype`` is the type that autograd expects; all arithmetic is done in float32. ``plain``
+    returns the float32 tensor inside.
     """
 
     _value: Tensor
@@ -67,11 +67,11 @@ class WideGradient(Tensor):
         return f"WideGradient({self._value!r}, dtype={self.dtype})"
 
     def numpy(self, *, force: bool = False) -> Any:
-        """The float32 numbers, as of an ordinary tensor."""
+        """The float32 numbers, in the form that an ordinary tensor returns."""
         return self._value.numpy(force=force)
 
     def tolist(self) -> Any:
-        """The float32 numbers, as of an ordinary tensor."""
+        """The float32 numbers, in the form that an ordinary tensor returns."""
         return self._value.tolist()
 
     @classmethod
@@ -82,7 +82,7 @@ class WideGradient(Tensor):
         del types
         kwargs = kwargs or {}
         if func is torch.ops.aten._has_same_storage_numel.default:
-            return True  # a question about views in forward mode; widening makes copies of them
+            return True  # forward mode asks whether layouts match; widening makes copies anyway
         if func._schema.is_mutable and not isinstance(args[0], WideGradient):
             # Written into an ordinary tensor, which keeps its type.
             return func(*tree_map(_rounded, args), **tree_map(_rounded, kwargs))
@@ -139,7 +139,7 @@ def _product_in_parts(g: Tensor, weight: Tensor) -> Tensor:
 
 
 def _experts(args: tuple[Any, ...]) -> bool:
-    """Whether this is rows of a gradient, grouped by expert, times each expert's weights."""
+    """Whether the product is of a gradient's rows, grouped by expert, and the experts' weights."""
     plain_weights = len(args) == 3 and not isinstance(args[1], WideGradient)
     return plain_weights and args[0].ndim == 2 and args[1].ndim == 3
 
@@ -222,7 +222,7 @@ def watch(x: Tensor) -> Tensor:
 
 
 _WIDENED = (
-    "The model's weights are in float32 for a while: another thread is inside "
+    "The model's weights are temporarily in float32: another thread is inside "
     "`with clrp.in_float32(model):` or runs clrp.verify. Run this forward inside "
     "`with clrp.model_lock(model):`, which waits until they are back in their own type."
 )
@@ -232,21 +232,20 @@ _WIDENED = (
 def in_float32(model: Any) -> Iterator[None]:
     """Let a low-precision model compute in float32 on its own (rounded) weights for the block.
 
-    What is explained inside is the float32 forward, whose logits are not bit for bit those of the
-    model outside. Weights and buffers are copied (4 bytes per number on top of the 2 they take) and
-    the same tensors are put back afterwards, also after an exception.
+    Calls inside explain the float32 forward, whose logits are not bit for bit those of the model
+    outside. Weights and buffers are copied (4 bytes per number in addition to their 2), and the
+    original tensors are put back afterwards, also after an exception.
 
-    Every thread's forward would use these weights, so while any are widened a forward in another
-    thread raises ``ModelStateError``. Calls of this package in other threads wait until the block
-    is left.
+    Every thread's forward would use these weights, so inside the block a forward in another thread
+    raises ``ModelStateError``. Calls of this package in other threads wait until the block is left.
 
     Args:
         model: A ``TransformerBridge``.
 
     Raises:
         TypeError: ``model`` is not a ``TransformerBridge``.
-        ModelStateError: Weights are offloaded and come in their own type when needed, or another
-            thread stays inside such a block for more than a minute.
+        ModelStateError: Weights are offloaded, so that they are loaded in their own type when
+            needed, or another thread stays inside such a block for more than a minute.
 
     Example:
         >>> with clrp.in_float32(model):

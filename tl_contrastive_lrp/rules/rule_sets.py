@@ -1,6 +1,6 @@
 """Rule sets as data: one rule for each kind of operation.
 
-A rule set says what happens at a kind of operation, never where in a model that is
+A rule set gives the rule of each kind of operation, never its location in a model
 (``hooks/sites.py``). To make your own, change one of them:
 ``dataclasses.replace(RULE_SETS["attnlrp"], name="mine", ...)``.
 """
@@ -32,12 +32,13 @@ class RuleSet:
     """One rule for each kind of operation; linear maps always keep the ordinary gradient.
 
     Attributes:
-        name: What results and reports call the set.
+        name: Name of the set in results and reports.
         norm: LayerNorm and RMSNorm, including query and key norms. "ln" holds the denominator
             fixed.
         activation: Elementwise activation functions. "identity" takes f(x)/x as the gradient.
         softcap: cap·tanh(x/cap), on attention scores and on the final logits.
-        gate: The product activation(gate) ⊙ up of a gated MLP. "half" shares it out equally.
+        gate: The product activation(gate) ⊙ up of a gated MLP. "half" divides its relevance
+            equally.
         qk: The product query·key.
         pattern_v: The product pattern·value.
         softmax: "constant" is the AH-rule; "temperature" takes the gradient at ``temperature``.
@@ -92,7 +93,7 @@ RULE_SETS: dict[str, RuleSet] = {
     for rule_set in (
         # arXiv:2402.05602
         RuleSet("attnlrp", "ln", "identity", "identity", "half", "half", "half", "gradient"),
-        # arXiv:2202.07304, with the identity and half rules where that paper's models had nothing.
+        # arXiv:2202.07304, with the identity and half rules for operations that it does not cover.
         RuleSet("cplrp", "ln", "identity", "identity", "half", "gradient", "gradient", "constant"),
         # arXiv:2508.21258 as its code runs it (LN, identity, half); its table also names the
         # AH-rule for attention, which is "cplrp" here.
@@ -109,7 +110,7 @@ RULE_SETS: dict[str, RuleSet] = {
     )
 }  # fmt: skip
 
-# The rule set of every call that names none; docs/faithfulness.md says why.
+# The default rule set; docs/faithfulness.md gives the reasons.
 DEFAULT_RULES: Final = "gim"
 
 

@@ -78,8 +78,8 @@ def correct_softcap(
 ) -> Float[Tensor, "*shape"]:
     """Identity rule for a soft-cap by correcting autograd's derivative 1 − tanh² to tanh(v)/v.
 
-    For hook lists only, which cannot reach the soft-cap itself. ``before``: x goes into the cap
-    (else it comes out of it).
+    This is for lists of hooks, which cannot reach the soft-cap itself. If ``before``, x is the
+    cap's input, otherwise its output.
 
     Raises:
         ModelStateError: In the backward, where a gradient arrives in saturation.
@@ -91,7 +91,7 @@ def correct_softcap(
 class _CapOperand:
     """Stands in for the number c in ``c * tanh(x / c)`` and applies a rule to the result.
 
-    In other threads than the one that made it, it is the number.
+    In all threads except the one that created it, it acts as the number.
     """
 
     def __init__(self, cap: float, rule: Callable[[Tensor, Tensor, float], Tensor]) -> None:
@@ -121,10 +121,10 @@ def softcap_replaced(
 
     Args:
         holder: The config or module that has the cap.
-        attribute: The cap's name there. The module divides by it and multiplies by it, no more.
-        rule: Gets y = cap·tanh(x/cap), x and the cap, and returns y with another derivative.
+        attribute: The cap's name there. The module only divides by it and multiplies by it.
+        rule: Takes y = cap·tanh(x/cap), x and the cap, and returns y with another derivative.
     """
-    values = vars(holder)  # a config's own __setattr__ would refuse what is no number
+    values = vars(holder)  # a config's own __setattr__ would refuse anything but a number
     cap = values[attribute]
     values[attribute] = _CapOperand(cap, rule)
     try:

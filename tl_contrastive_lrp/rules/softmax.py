@@ -1,7 +1,7 @@
 """The softmax of attention with its gradient at a higher temperature (GIM, arXiv:2505.17630).
 
 The scores s receive pᵀ ⊙ (g − Σ pᵀ g) with pᵀ = softmax(s/T), without the factor 1/T, in place of
-the same expression in the pattern p itself. Values stay as they are, as in ``rules``.
+the same expression in the pattern p itself. Values do not change, as in ``functions``.
 
 Attention sinks are learned logits that join every row of scores and are dropped after the softmax,
 so that the pattern's rows sum to less than 1. A rule on the pattern alone, which relies on the
@@ -28,9 +28,9 @@ _RULED = "temperature"  # marks a softmax's autograd node that has its rule
 def _to_scores(
     p: Float[Tensor, "*batch key"], g: Float[Tensor, "*batch key"], temperature: float
 ) -> tuple[Float[Tensor, "*batch key"], Float[Tensor, "*batch key"]]:
-    """pᵀ ⊙ (g − Σ pᵀ g), from the softmax ``p`` at temperature 1; and pᵀ, whose memory is free."""
-    # softmax(s/T) from softmax(s): pᵀ ∝ p^(1/T). Masked keys have p = 0 and stay 0. In place: new
-    # memory of a pattern's size costs more than what is computed in it.
+    """pᵀ ⊙ (g − Σ pᵀ g), from the softmax ``p`` at temperature 1; and pᵀ, as reusable memory."""
+    # softmax(s/T) from softmax(s): pᵀ ∝ p^(1/T). Masked keys have p = 0 and stay 0. It is computed
+    # in place, since allocating memory of a pattern's size costs more than the computation.
     tempered = p.pow(1.0 / temperature)
     tempered.div_(tempered.sum(-1, keepdim=True).clamp_min_(torch.finfo(p.dtype).tiny))
     sent = tempered * g
@@ -73,7 +73,7 @@ def _before_rounding(pattern: Tensor) -> Tensor:
 
 
 def _own_softmax(pattern: Tensor) -> Any:
-    """The autograd node of the softmax whose result the pattern is, perhaps rounded; else None."""
+    """The autograd node of the softmax that gave the pattern, perhaps rounded; else None."""
     node: Any = pattern.grad_fn
     if type(node).__name__ == "ToCopyBackward0":
         node = node.next_functions[0][0]
@@ -88,7 +88,7 @@ def was_changed(pattern: Tensor) -> bool:
 def softmax_temperature(
     pattern: Float[Tensor, "*batch key"], temperature: float
 ) -> Float[Tensor, "*batch key"]:
-    """The rule applied to the pattern: ``pattern`` unchanged, rows of a whole softmax.
+    """Apply the rule to a pattern whose rows are a whole softmax; its values do not change.
 
     Args:
         pattern: softmax(scores), perhaps rounded to the model's type.
@@ -102,17 +102,17 @@ def softmax_temperature(
 
 
 def _softmax_above(pattern: Tensor) -> Any:
-    """The autograd node of the only softmax without a rule that the pattern was made from."""
-    softmaxes, seen, left = set(), set(), [pattern.grad_fn]
-    while left:
-        node: Any = left.pop()
+    """The autograd node of the only softmax without a rule from which the pattern was computed."""
+    softmaxes, seen, pending = set(), set(), [pattern.grad_fn]
+    while pending:
+        node: Any = pending.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if node.name() == "SoftmaxBackward0":
             softmaxes.add(node)
         else:
-            left += [below for below, _ in node.next_functions]
+            pending += [earlier for earlier, _ in node.next_functions]
     softmax = softmaxes.pop() if len(softmaxes) == 1 else None
     return None if softmax is None or _RULED in softmax.metadata else softmax
 
@@ -120,7 +120,7 @@ def _softmax_above(pattern: Tensor) -> Any:
 def sink_temperature(
     pattern: Float[Tensor, "*batch key"], temperature: float, where: str
 ) -> Float[Tensor, "*batch key"]:
-    """The rule at the softmax itself, for a pattern that something changed after the softmax.
+    """Apply the rule at the softmax itself, for a pattern that was changed after the softmax.
 
     With sinks, s are the scores and the sinks' logits together, and g is 0 at the sinks. Under a
     user's edit, g is what the edit passes on.
@@ -132,7 +132,7 @@ def sink_temperature(
         where: The pattern's name in errors.
 
     Raises:
-        ModelStateError: The pattern was not made from one softmax that has no rule yet.
+        ModelStateError: The pattern was not computed from a single softmax without a rule.
     """
     if pattern.grad_fn is None:  # a constant or a leaf: nothing goes further back
         return pattern

@@ -1,13 +1,13 @@
 """Calls on a model: one thread at a time, no effect on other threads, one walk of the model.
 
-TransformerLens and this package put hooks on the model itself, where the forward of every thread
-meets them. Two things keep threads apart:
+TransformerLens and this package put hooks on the model itself, where they act on the forward of
+every thread. Two things keep threads apart:
 
 - a lock for each model: the functions of this package that run a model take turns;
 - ``mine``: a hook function that does nothing in any thread but the one that added it, so that
   ``model(tokens)`` in another thread is computed, and differentiated, as if no rules were on.
 
-What a hook function cannot keep apart is refused in the other thread, with a message.
+Where a hook function cannot keep threads apart, the other thread gets an error.
 ``frozen_parameters`` switches off the weights' gradients for all threads, so gradients of weights
 through a forward that ran meanwhile raise ``ModelStateError``. So does any forward while
 ``in_float32`` has the weights in another type (``refused_elsewhere``).
@@ -15,8 +15,8 @@ through a forward that ran meanwhile raise ``ModelStateError``. So does any forw
 On a GPU, autograd runs the backward, and what is read in it, in a thread of its own. There it acts
 for the thread that ran the forward (``acting_for``).
 
-A public call is also the scope of what is computed from the whole model. ``once_per_call`` shares
-it until the call returns, since a user may change the model before the next.
+A public call is also the scope in which results computed from the whole model are cached.
+``once_per_call`` caches them until the call returns, since a user may change the model afterwards.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ R = TypeVar("R")
 # The user's code inside that block may itself wait for this call.
 PATIENCE = 60.0
 
-_WAKE = 0.5  # seconds between looks at whether the other thread still lives
+_WAKE = 0.5  # seconds between checks of whether the other thread is still alive
 
 
 # ---------------------------------------------------------------- which thread
@@ -75,9 +75,9 @@ def caller() -> Caller:
 
 
 def acting_for(who: Caller, function: Callable[..., R], *args: Any) -> R:
-    """``function(*args)``, as if called in the thread of ``who``.
+    """Return ``function(*args)``, called as in the thread of ``who``.
 
-    Autograd's backward needs it, which on a GPU runs in a thread of the device.
+    Autograd's backward needs this, because on a GPU it runs in a thread of the device.
     """
     before, _threads.caller = _threads.caller, who
     try:
@@ -108,7 +108,7 @@ def elsewhere(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class PerThread(threading.local):
-    """What hook functions that act in every thread pass on to each other, for each thread."""
+    """Values that hook functions acting in every thread pass on to each other, per thread."""
 
     def __init__(self) -> None:
         self.seen: dict[str, Tensor] = {}
@@ -118,7 +118,7 @@ class PerThread(threading.local):
 
 
 class _Turns:
-    """A lock that its holder may take again, and that an open block holds for a limited wait."""
+    """A reentrant lock; waiting for a block that holds it has a time limit."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -182,7 +182,7 @@ def turn(model: Any, block: str | None = None) -> Iterator[None]:
     """Keep this package's calls in other threads off the model for the block.
 
     Args:
-        model: A ``TransformerBridge``; with anything else nothing happens.
+        model: A ``TransformerBridge``; any other object has no effect.
         block: Name of the block in messages, if a user's code runs inside it.
 
     Raises:
@@ -215,12 +215,12 @@ def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
 def model_lock(model: Any) -> Iterator[None]:
     """Keep this package's calls in other threads off ``model`` for the block.
 
-    ``attribute`` and the other functions of this package take turns by themselves, and
+    ``attribute`` and the other functions of this package take turns automatically, and
     ``model(tokens)`` in another thread is always safe. Other parts of TransformerLens are not: its
     hooks (``run_with_cache``, ``run_with_hooks``, ``model.hooks``), ``generate`` and
-    ``start_at_layer`` put state on the model that every thread's forward meets, forwards of this
-    package included. With threads, run those inside the block; other threads' calls wait. The same
-    thread may enter again, and may explain inside.
+    ``start_at_layer`` store state on the model that affects the forwards of every thread, including
+    those of this package. If you use threads, run those inside the block, so that other threads'
+    calls wait. The same thread may enter the block again, and may call this package inside.
 
     Args:
         model: A ``TransformerBridge``.
@@ -252,7 +252,7 @@ def once_per_call(function: Callable[[Any], R]) -> Callable[[Any], R]:
     """A function of a model that is computed once while a public function runs on that model.
 
     The next public call computes it again, since a user may change modules in between. Outside of
-    public calls it is computed each time. What it returns is shared, so callers do not change it.
+    public calls it is computed each time. Its result is shared, so callers must not change it.
     """
 
     @wraps(function)
@@ -309,18 +309,18 @@ def wrapped_modules(model: Any) -> tuple[tuple[str, nn.Module], ...]:
 def wrapped_parameters(model: Any) -> list[nn.Parameter]:
     """The wrapped model's parameters as they are now; one that is shared may come twice.
 
-    The walk of modules is shared within a public call, the parameters are not: accelerate puts
-    other ones in their places while a module runs.
+    The walk over modules is shared within a public call, but the parameters are not, because
+    accelerate replaces them while a module runs.
     """
     modules = wrapped_modules(model)
     return [p for _, m in modules for p in m._parameters.values() if p is not None]
 
 
-# ---------------------------------------------------------------- what all threads see
+# ---------------------------------------------------------------- effects on all threads
 
 
 def _watched(model: Any) -> list[Any]:
-    """Modules that every forward passes, first to last within the whole."""
+    """The blocks and the wrapped model, all of which every forward runs."""
     return [*getattr(model, "blocks", ()), model.original_model]
 
 
@@ -381,10 +381,10 @@ def _after(module: Any, args: Any, output: Any) -> None:  # noqa: ARG001
 
 @contextmanager
 def frozen_parameters(model: Any) -> Iterator[None]:
-    """Let no parameter require a gradient inside the block: less memory, no weight gradients.
+    """Let no parameter require a gradient inside the block, which saves memory.
 
-    This affects all threads. In another one, a gradient through a forward that ran meanwhile
-    raises ``ModelStateError``; the values of that forward are right.
+    This affects all threads. In another thread, a gradient through a forward that ran meanwhile
+    raises ``ModelStateError``; the values of that forward are correct.
     """
     parameters = {
         id(p): p

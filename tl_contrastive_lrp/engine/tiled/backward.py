@@ -2,11 +2,12 @@
 
 Blocks are run from the last to the first, and the tiles of a block from the last to the first. By
 causality only later tiles send gradients to a tile's keys and values, so these gradients are
-complete when the tile's turn comes, and one run of the block on the tile gives all its gradients,
-the same as in a plain backward. It holds the activations of one tile, heads · tile · pos numbers,
-at a time. Several objectives share that run: each sends its own gradient back through it.
+complete when the backward reaches the tile, and one run of the block on the tile gives all its
+gradients, the same as in a plain backward. Only the activations of one tile, heads · tile · pos
+numbers, are held at a time. Several objectives share that run: each sends its own gradient back
+through it.
 
-Rules and readings are those of the plain engine; sums are put together from the tiles.
+Rules and readings are those of the plain engine; sums are assembled from the tiles.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .tiles import BackwardState, TileAccumulator, laid_out
 
 
 class TileReader(Protocol):
-    """Reads something else while the backward runs, such as edges (``graph/edges/tiled.py``).
+    """Reads further quantities while the backward runs, such as edges (``graph/edges/tiled.py``).
 
     ``layer`` is the number of the block, ``tile`` of the tile and ``which`` of the objective.
     """
@@ -74,7 +75,7 @@ def is_of_block(path: str, layer: int | None) -> bool:
 
 
 def as_gradient(g: Tensor, like: Tensor) -> Tensor:
-    """A gradient kept in float32 or finer, in the form that autograd takes for ``like``."""
+    """A gradient stored in float32 or finer, in the dtype that autograd accepts for ``like``."""
     g = g.to(like.device)
     return WideGradient(g.float(), like.dtype) if like.dtype in LOW else g.to(like.dtype)
 
@@ -94,11 +95,11 @@ class _Flow:
         return _Flow(g, torch.zeros_like(g), *at_kv)
 
     def arrives(self, own: slice) -> bool:
-        """Whether any gradient comes to the block's output there."""
+        """Whether any gradient arrives at the block's output there."""
         return bool(self.g[:, own].any())
 
     def is_sent(self, own: slice) -> bool:
-        """Whether later tiles have sent any to the keys and values there."""
+        """Whether later tiles have sent a gradient to the keys and values there."""
         return bool(self.g_keys[..., own, :].any() | self.g_values[..., own, :].any())
 
 
@@ -215,7 +216,7 @@ class Backward:
         if not bool((out.detach() - before).abs().max() <= 1e-3 * before.abs().max()):
             raise ModelStateError(
                 Message(
-                    f"blocks.{layer} does not give the same output when it is run again, so its "
+                    f"blocks.{layer} gives a different output when it is run again, so its "
                     "relevance would be wrong. Use ",
                     Argument("memory", "plain"),
                     ", and remove hooks that change values.",
@@ -224,7 +225,7 @@ class Backward:
         return out
 
     def embeddings(self) -> None:
-        """From the first block's input to the embeddings."""
+        """Send the gradient of every objective from the first block's input to the embeddings."""
         read = [TileAccumulator(s.read.length, s.read.axes) for s in self.signals]
         for tile, (start, leaves) in enumerate(self.forward.starts):
             own = self.forward.bounds[tile]
@@ -238,5 +239,5 @@ class Backward:
                     retain_graph=self.again or which + 1 < len(self.signals),
                 )  # fmt: skip
                 read[which].add(self.sums.take(), own)
-        for signal, whole in zip(self.signals, read, strict=True):  # all of it, or nothing
+        for signal, whole in zip(self.signals, read, strict=True):  # only once every tile succeeded
             signal.read.sums |= whole.sums

@@ -22,7 +22,7 @@ class RecordingCache(DynamicCache):  # type: ignore[misc]
     Attributes:
         keys, values: By layer, [1, kv_head, pos, d_head].
         widths: By layer, how many keys each tile saw, including its own.
-        updated: The layers that have put in the keys and values of the current tile.
+        updated: The layers that have added the keys and values of the current tile.
     """
 
     def __init__(self, config: Any, length: int, n_layers: int) -> None:
@@ -39,12 +39,12 @@ class RecordingCache(DynamicCache):  # type: ignore[misc]
         """See ``DynamicCache``.
 
         Raises:
-            NotTileableError: a layer uses the cache in another way than causal attention does.
+            NotTileableError: a layer does not use the cache as causal attention does.
         """
         tile = self.stop - self.start
         if layer_idx != self.layer or k.shape[-2] != tile or v.shape[-2] != tile:
             raise NotTileableError(
-                f"blocks.{self.layer} uses the cache of keys and values its own way."
+                f"blocks.{self.layer} uses the key-value cache in an unknown way."
             )
         if len(self.widths[layer_idx]) and layer_idx in self.updated:
             raise NotTileableError(f"blocks.{layer_idx} computes attention twice.")
@@ -59,7 +59,7 @@ class RecordingCache(DynamicCache):  # type: ignore[misc]
         return all_k, all_v
 
     def _seen(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """The keys and values that the tile sees; without a copy, if those are all so far."""
+        """The keys and values that the tile sees; not copied if it sees all of those so far."""
         if len(self.layers) <= layer_idx or type(self.layers[layer_idx]) is not DynamicLayer:
             return super().update(k, v, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
@@ -75,7 +75,7 @@ class RecordingCache(DynamicCache):  # type: ignore[misc]
         self.updated: set[int] = set()
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        """Refuse a state besides keys and values.
+        """Refuse a state other than keys and values.
 
         Raises:
             NotTileableError: always.

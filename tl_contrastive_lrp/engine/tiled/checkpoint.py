@@ -1,9 +1,8 @@
 """A folder that holds what a long run has finished, block by block, so that it can be resumed.
 
-There is one safetensors file per block: the gradient at its input and what was read in it. Files
-are written whole or not at all.
-A folder belongs to one question (prompt, model's answer, objective, rules,
-settings); another one is refused, never mixed in.
+There is one safetensors file per block, with the gradient at its input and what was read in it.
+Files are written whole or not at all. A folder belongs to one run (prompt, objective and its value,
+rules, settings); results of another run are refused, never mixed in.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Checkpoint:
 
     Args:
         directory: The folder; created if its parent exists.
-        settings: What the results depend on besides the question, in words.
+        settings: What the results depend on besides prompt, objectives and rules, in words.
 
     Raises:
         FileNotFoundError: the folder's parent does not exist.
@@ -81,7 +80,7 @@ class Checkpoint:
             return dict(note)
         except (ValueError, KeyError, TypeError) as error:
             raise FileFormatError(
-                f"{self._note} is damaged or of another version; delete the folder to start anew."
+                f"{self._note} is damaged or of another version; delete the folder to start over."
             ) from error
 
     def open(
@@ -103,7 +102,7 @@ class Checkpoint:
         dtypes = [str(value.dtype) for value in values]
         digest.update("\n".join((rules, *names, *dtypes, self.settings)).encode())
         question = digest.hexdigest()
-        deltas = [float(value.detach()) for value in values]  # they identify the model
+        deltas = [float(value.detach()) for value in values]  # these identify the model
         begun = self._read()
         if begun is not None and not (
             begun["question"] == question

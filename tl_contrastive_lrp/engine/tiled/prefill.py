@@ -34,7 +34,7 @@ class _AfterBlocks(Exception):
 
 @dataclass(eq=False)
 class Prefill:
-    """What a forward in tiles keeps.
+    """What a tiled forward keeps for the backward.
 
     Attributes:
         bounds: (start, stop) of each tile.
@@ -97,7 +97,7 @@ class Prefill:
 
 
 def first_of(output: Any) -> Tensor:
-    """A block's hidden states, without whatever else it returns."""
+    """A block's hidden states, without its other outputs."""
     first: Tensor = output[0] if isinstance(output, tuple | list) else output
     return first
 
@@ -125,9 +125,9 @@ class _Recorder:
             return value
         if value.requires_grad:
             raise NotTileableError(
-                f"blocks.{self.cache.layer} is given more of the prompt than its residual stream."
+                f"blocks.{self.cache.layer} receives more of the prompt than its residual stream."
             )
-        # Many blocks are given the same mask: it is packed once, while the tile keeps it alive.
+        # Many blocks receive the same mask; it is packed once, as the tile keeps it alive.
         entry = self.packed.get(id(value))
         if entry is None or entry[0] is not value:
             entry = self.packed[id(value)] = value, BitMask.of(value)
@@ -139,8 +139,8 @@ class _Recorder:
             live = _hidden_of(args, kwargs)
             hidden = live.detach()
             self.prefill.inputs[layer].append(hidden)
-            kept = tree_map(lambda value: self._kept(value, live), (args, kwargs))
-            self.prefill.calls[layer].append(kept)
+            arguments = tree_map(lambda value: self._kept(value, live), (args, kwargs))
+            self.prefill.calls[layer].append(arguments)
             if layer:
                 return None
             self.prefill.starts.append((live, dict(self.leaves)))
@@ -158,7 +158,7 @@ class _Recorder:
         return hook
 
     def after_last(self, module: Any, args: Any, output: Any) -> Any:  # noqa: ARG002
-        """Stop after the last block, unless the logits are read; then go on from a leaf."""
+        """Stop after the last block, unless the logits are read; then continue from a leaf."""
         prefill, start = self.prefill, self.cache.start
         out = first_of(output)
         prefill.outputs.append(out.detach())
@@ -190,14 +190,15 @@ def prefill(
     leaves: dict[str, Tensor],
     step: Callable[[], object] = lambda: None,
 ) -> Prefill:
-    """Run the model tile by tile. What surrounds the blocks keeps its autograd graph.
+    """Run the model tile by tile, keeping the autograd graph only before and after the blocks.
 
     Args:
         model: The bridge, with the rules and readings outside of the blocks attached.
         tokens: Token ids, [1, pos].
         ranges: Positions whose logits are read.
         bounds: Bounds of the tiles.
-        leaves: Where the caller's hooks put the tensors at which the graph of each tile starts.
+        leaves: A dictionary in which the caller's hooks store the tensors at which the graph of
+            each tile starts.
         step: Called after each tile.
 
     Raises:
@@ -208,13 +209,13 @@ def prefill(
     try:
         cache = RecordingCache(model.original_model.config, tokens.shape[1], n_layers)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise NotTileableError(f"Its configuration makes no cache: {error}") from error
+        raise NotTileableError(f"No cache can be made from its configuration: {error}") from error
     recorder = _Recorder(forward, cache, leaves)
     logits = forward.parts
     with recorder.on(model.blocks):
         for tile, (start, stop) in enumerate(bounds):
             trim_heap(tile)
-            if start >= ranges[-1][1]:  # by causality, it takes no part
+            if start >= ranges[-1][1]:  # by causality, it does not affect the logits read
                 step()
                 continue
             cache.begin(start, stop)
@@ -222,7 +223,7 @@ def prefill(
             with suppress(_AfterBlocks):
                 logits.append(model(tokens[:, start:stop], past_key_values=cache))
             if len(forward.outputs) != len(forward.inputs[0]) or not forward.starts:
-                raise NotTileableError("Its blocks were not all run, or not once each.")
+                raise NotTileableError("Its blocks did not all run exactly once.")
             step()
     forward.keys, forward.values, forward.widths = cache.keys, cache.kept_values, cache.widths
     if len(logits) != len(forward.finals) or not all(isinstance(x, Tensor) for x in logits):

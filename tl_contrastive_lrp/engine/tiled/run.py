@@ -68,7 +68,7 @@ class TiledForward:
 
 @dataclass(eq=False)
 class _Run:
-    """A run and how far it has come, so that it can go on from there with smaller tiles.
+    """A run and its progress, so that it can continue with smaller tiles.
 
     ``todo`` is the number of blocks whose backward is still to be run.
     """
@@ -86,7 +86,7 @@ class _Run:
     signals: list[BackwardState] = field(default_factory=list)
 
     def drop_unfinished(self) -> None:
-        """Forget what was read in the block that was not finished."""
+        """Discard what was read in the unfinished block."""
         self.sums.clear()
         for signal in self.signals:
             signal.read.drop(f"blocks.{self.todo - 1}.")
@@ -157,7 +157,7 @@ def forward_in_tiles(
     uses: int,
     progress: bool = False,
 ) -> TiledForward:
-    """Run the prefill of ``run_tiled`` by itself, for the backwards of several results.
+    """Run only the prefill of ``run_tiled``, to be shared by several results.
 
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
@@ -282,7 +282,7 @@ def _first_signals(
 ) -> list[BackwardState]:
     """Every objective's gradient at the last block's output, and what is read after the blocks.
 
-    ``again``: whether the autograd graph of the logits is needed after this.
+    If ``again``, the autograd graph of the logits is kept for another result.
     """
     signals = []
     any_output = next(iter(forward.finals.values()))

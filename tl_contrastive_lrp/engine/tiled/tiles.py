@@ -1,4 +1,4 @@
-"""A prompt cut into tiles: their bounds, and what is put together again from them.
+"""A prompt cut into tiles: their bounds, and tensors reassembled from them.
 
 Tensors read tile by tile become tensors over the whole prompt in a ``TileAccumulator``. Boolean
 masks, of which a forward keeps one per tile, are stored as bits.
@@ -22,7 +22,7 @@ _PACKED_FROM = 4096  # elements; smaller tensors are kept as they are
 
 
 def position_of(objective: Callable[[Tensor], Tensor], length: int) -> int | None:
-    """The one position whose logits an objective reads, from 0; None if it does not say."""
+    """The one position whose logits an objective reads, from 0; None if it is not known."""
     if not isinstance(objective, Objective) or not isinstance(objective.pos, int):
         return None
     if not -length <= objective.pos < length:
@@ -33,7 +33,7 @@ def position_of(objective: Callable[[Tensor], Tensor], length: int) -> int | Non
 def read_ranges(objectives: Sequence[Callable[[Tensor], Tensor]], length: int) -> tuple[Range, ...]:
     """The ranges (start, stop) of positions whose logits the objectives read, in rising order.
 
-    One position per objective, or all positions where an objective does not say what it reads.
+    One position per objective, or all positions if it is not known which ones an objective reads.
     """
     positions = [position_of(objective, length) for objective in objectives]
     if any(pos is None for pos in positions):
@@ -112,7 +112,7 @@ def laid_out(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 @dataclass(eq=False)
 class TileAccumulator:
-    """The sums of relevance of one objective's backward, put together from tiles.
+    """The sums of relevance of one objective's backward, assembled from tiles.
 
     Attributes:
         length: Number of positions in the prompt.
@@ -126,7 +126,7 @@ class TileAccumulator:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, sums: dict[str, Tensor], tile: Range) -> None:
-        """Put in the sums that one tile's backward gave."""
+        """Add the sums of one tile's backward."""
         for name, value in sums.items():
             if value.ndim == 0:
                 self.sums[name] = self.sums.get(name, torch.zeros_like(value.double())) + value
@@ -148,18 +148,18 @@ class TileAccumulator:
         return self.sums[name].narrow(pos_axis(self.axes, name), tile[0], tile[1] - tile[0])
 
     def drop(self, prefix: str) -> None:
-        """Forget what was read at HookPoints below ``prefix``, which will be read again."""
+        """Discard what was read at HookPoints below ``prefix``, which will be read again."""
         for name in [name for name in self.sums if name.startswith(prefix)]:
             del self.sums[name]
 
 
 @dataclass(eq=False)
 class BackwardState:
-    """How far one objective's backward has come.
+    """The progress of one objective's backward.
 
     Attributes:
         value: Δℓ, [].
-        g: The gradient at the input of the block that was finished last, [1, pos, d_model].
+        g: The gradient at the input of the last finished block, [1, pos, d_model].
         read: The sums read so far.
     """
 

@@ -1,6 +1,6 @@
 """The user's hooks and runs in tiles: hooks that only observe are set aside, others rule tiles out.
 
-In tiles a hook would be given a few positions at a time, counted from the start of the tile. A hook
+In tiles a hook would receive a few positions at a time, counted from the start of the tile. A hook
 that writes to positions 1,190 to 1,240 would find an empty range in every tile and have no effect;
 one that takes a mean over positions would take a different mean. So a hook that edits nothing in
 any tile may still edit the prompt, and what a hook does with a tensor cannot be seen without
@@ -8,10 +8,10 @@ calling it. Each hook is therefore called as in the model's own forward: a forwa
 prompt is run first, without gradients, which needs a fraction of the memory of a backward, and what
 each hook does there is observed.
 
-If all of them only observe, they have now seen what they are there to see, once, and the model
-computes the same without them: they are set aside while the tiles run. If one edits, or if that
-forward does not fit, the run is not done in tiles. Backward hooks would be given gradients tile by
-tile, from the last to the first, and may change them, so they are left to the plain engine.
+If all of them only observe, each has now been called once, and the model computes the same without
+them: they are set aside while the tiles run. If one edits, or if that forward does not fit, the run
+is not done in tiles. Backward hooks would receive gradients tile by tile, from the last to the
+first, and may change them, so only the plain engine runs them.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def observers_set_aside(model: Any, tokens: Tensor, *, backward: bool = True) ->
         backward: Whether a backward is run inside the block.
 
     Raises:
-        NotTileableError: a hook edits, or is called in the backward, or this cannot be found out.
-        ModelStateError: a hook puts another one on the model.
+        NotTileableError: a hook edits, or is called in the backward, or this cannot be determined.
+        ModelStateError: a hook adds another one to the model.
     """
     hooks = user_hooks(model)
     later = [hook for hook in hooks if not hook.is_forward]
@@ -61,7 +61,7 @@ def observers_set_aside(model: Any, tokens: Tensor, *, backward: bool = True) ->
             raise NotTileableError(
                 f"The hook at {next(h for h in hooks if h.is_forward)} may change values, and in "
                 "tiles it would be given a few positions at a time, counted from the tile's start. "
-                "Whether it only looks is seen in a forward of the whole prompt, which needs about "
+                "Finding out takes a forward of the whole prompt, which needs about "
                 f"{gib(forward_bytes(model, length))}; {gib(free_bytes(model_device(model)))} are "
                 "free. Without the hook, tiles work."
             )

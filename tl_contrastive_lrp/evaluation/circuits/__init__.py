@@ -1,1 +1,1 @@
-"""A graph run as a circuit: the share of Δℓ that its edges alone bring about."""
+"""A graph run as a circuit: the share of Δℓ that its edges alone recover."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class BlockMasks:
-    """What several circuits keep in one block.
+    """The parts of one block that several circuits keep, as masks.
 
     Attributes:
         value: Which source values each target may use. The head axis is 1 without a split by head.
@@ -190,7 +190,7 @@ class EdgeSpace:
         return by_slot[possible]
 
     def masks(self, keep: Bool[Tensor, "circuit possible"]) -> list[BlockMasks]:
-        """Return what circuits that keep these edges keep in each block."""
+        """Return the masks, for each block, of circuits that keep these edges."""
         possible = self._possible()
         by_slot = torch.zeros(len(keep), len(possible), dtype=torch.bool)
         by_slot[:, possible] = keep

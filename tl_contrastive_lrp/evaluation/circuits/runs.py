@@ -1,4 +1,4 @@
-"""Run a model so that every state sees only what a circuit's edges let through.
+"""Run a model in which every state depends on others only through a circuit's edges.
 
 The model itself recomputes each node (site t, position j) from the states of its sources. A source
 (s, i) contributes its state in this very run if the edge is kept, and its reference state (of a
@@ -88,7 +88,7 @@ class _BlockHooks:
     with those of the reference (c rows), the states of this run (c rows), the reference (one row).
 
     Args:
-        masks: What the circuits keep in the block.
+        masks: The parts of the block that the circuits keep.
         before: Reference states at the block's input, [pos, d_model].
         between: Reference states between attention and MLP, where the graph has a site there.
     """
@@ -140,7 +140,7 @@ def run_circuits(
         model: The bridge.
         tokens: The clean prompt. Its embeddings are the sources' states at the first site.
         references: The result of ``reference_states``.
-        masks: What the circuits keep, for each block.
+        masks: The parts that the circuits keep, for each block.
 
     Returns:
         The logits of each circuit. Those at positions that the graph does not explain are

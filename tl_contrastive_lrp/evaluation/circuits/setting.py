@@ -1,4 +1,4 @@
-"""What circuits are run with: a model, prompt, objective and references that fit a graph."""
+"""The setting of circuits: a model, prompt, objective and reference states that fit a graph."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class CircuitSetting:
             raise ValueError(f"batch_size={batch_size} must be 1 or more.")
         if (corrupted is None) == (mean_over is None):
             raise ValueError(
-                "Say what ablated states become: corrupted=, a prompt of the same length in which "
+                "Give what replaces ablated states: corrupted=, a prompt of this length in which "
                 "the cause is changed, or mean_over=, token ids [prompt, pos] to average over."
             )
         find_sites(model)
@@ -116,7 +116,7 @@ class CircuitSetting:
                 raise ValueError(
                     "This objective reads other positions when edges are ablated: the logits at "
                     f"{in_words(other)}, while the graph explains {in_words(self.positions)}. Use "
-                    "one whose positions do not hang on the logits (a maximum over positions does)."
+                    "one whose positions do not depend on the logits (as a maximum's do)."
                 )
         return float(self.objective(logits))
 

@@ -37,7 +37,7 @@ class Comparison:
         cells: The location of each cell, one entry per axis.
         overall: Agreement over all cells.
         layers: Agreement of each layer's cells, in order.
-        resampled: What the bootstrap resampled, "cells" or "examples".
+        resampled: The units that the bootstrap resampled, "cells" or "examples".
         n_resamples: Number of resamples of the bootstrap.
         seed: Seed of the bootstrap.
         confidence: Confidence level of the intervals.

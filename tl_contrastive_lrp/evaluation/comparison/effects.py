@@ -1,4 +1,4 @@
-"""Turns what patching functions return into the effects of named cells, for ``compare``."""
+"""Turns results of patching functions into the effects of named cells, for ``compare``."""
 
 from __future__ import annotations
 

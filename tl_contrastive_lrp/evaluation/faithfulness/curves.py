@@ -9,10 +9,10 @@ the value after the share x of the removable tokens is removed,
     comprehensiveness  mean over x of (Δℓ − Δℓ_MoRF(x)) / scale         higher is better
     sufficiency        mean over x of (Δℓ − Δℓ_LeRF(1 − x)) / scale     lower is better
 
-where the last two (DeYoung et al. 2020, arXiv:1911.03429) take x = 1, 5, 10, 20 and 50 %: the
-prompt without its top tokens, and with nothing but them. The scale makes models and prompts
-comparable. It is the larger of |Δℓ| and |Δℓ − Δℓ(all removed)|, the most that an explanation could
-have to account for.
+where the last two (DeYoung et al. 2020, arXiv:1911.03429) use x = 1, 5, 10, 20 and 50 %: the
+prompt without its top tokens, and with only its top tokens. The scale makes models and prompts
+comparable. It is the larger of |Δℓ| and |Δℓ − Δℓ(all removed)|, the largest difference that an
+explanation could have to account for.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class FaithfulnessCurves:
             draws. Positive values favour the target.
         lerf: The same with the least relevant tokens removed first.
         delta: Δℓ of the whole prompt.
-        how: What removed tokens became, in words.
+        how: What replaced removed tokens, in words.
 
     Example:
         >>> curves = clrp.faithfulness_curves(
@@ -85,7 +85,7 @@ class FaithfulnessCurves:
 
     @property
     def scale(self) -> float:
-        """What the measures are divided by, in logits.
+        """The number by which the measures are divided, in logits.
 
         It is the larger of |Δℓ| and |Δℓ − Δℓ(all removed)|.
 
@@ -273,8 +273,8 @@ def faithfulness_curves(
         target: The objective's target token, if no ``objective`` is given.
         contrast: The objective's contrast token, if no ``objective`` is given.
         pos: The objective's position, if no ``objective`` is given.
-        replace: What removed tokens become: "zero" embeddings, "random" other tokens, or token ids
-            [pos] or [draw, pos], one for each position.
+        replace: What replaces removed tokens: "zero" embeddings, "random" other tokens, or token
+            ids [pos] or [draw, pos], one for each position.
         draws: Number of random replacements over which results are averaged.
         pool: Token ids from which "random" draws. By default, all of the tokenizer's ids except
             special ones.

@@ -1,9 +1,9 @@
 """The value of an objective when some of a prompt's tokens are removed.
 
 A removed token's embedding is set to zero, or the token is replaced by another of the vocabulary.
-Neither gives a prompt like those the model was trained on: zeros are no input it knows, and random
-tokens say something else instead of nothing. Both are therefore offered, and results name the one
-that was used.
+Neither gives a prompt like those the model was trained on: zero embeddings do not occur there, and
+random tokens add information instead of removing it. Both are therefore offered, and results name
+the one that was used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Removal:
         objective: Maps logits to Δℓ.
         removable: Positions that may be removed.
         stand_ins: Token ids that replace removed ones, one row per draw. None for zero embeddings.
-        how: What removed tokens become, in words, for results.
+        how: What replaces removed tokens, in words, for results.
         batch_size: Prompts per forward pass.
         progress: Whether to show progress bars.
     """

@@ -116,7 +116,7 @@ class RecordedObjective:
         objective: The user's function of the logits.
         batch: Number of examples in the corrupted run.
         per_example: Whether the function returns one value per example, [batch], not a scalar.
-        name: How error messages refer to it.
+        name: Its name in error messages.
 
     Attributes:
         value: The most recent value, detached, in float32 or wider.

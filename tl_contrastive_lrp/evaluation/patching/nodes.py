@@ -86,7 +86,7 @@ def relevance_patch(
         rules: A rule set or its name.
 
     Returns:
-        Scores by node, and by edge if ``config`` asks for edges.
+        Scores by node, and by edge if ``config`` requests edges.
 
     Raises:
         ValueError: The tokens differ in shape, the objective does not return a scalar, the model
@@ -182,7 +182,7 @@ def _require_all(effects: dict[str, Tensor], names: list[str], n_heads: int) -> 
         if name.endswith("hook_z") and name in effects and effects[name].shape[-1] != n_heads:
             raise ValueError(
                 f"TransformerLens splits {name!r} into {effects[name].shape[-1]} heads, but this "
-                f"model has {n_heads}: what its heads write cannot be told apart."
+                f"model has {n_heads}, so the outputs of its heads cannot be separated."
             )
         if name not in effects:
             raise ValueError(

@@ -86,7 +86,7 @@ _EXAMPLE_SIZES = {
     "key_value_head": 2,
 }
 
-_DOCSTRING = """Estimate what get_act_patch_{name} measures, from one backward pass.
+_DOCSTRING = """Estimate the result of get_act_patch_{name} from one backward pass.
 
 {description}
 

@@ -1,1 +1,1 @@
-"""Checks that users run on their own model: is its relevance right?"""
+"""Checks of relevance that users run on their own model and prompt."""

@@ -1,8 +1,8 @@
 """The checks behind ``verify``: each measures one thing and returns its figure and verdict.
 
-No check compares relevance with this package's own idea of it. They rest on facts that hold for any
-model whose rules are right: a rule never changes a value; relevance that is conserved adds up;
-autograd agrees with finite differences; every operation is linear or has a rule.
+No check compares relevance with another result of this package. They rest on facts that hold for
+any model whose rules are correct: a rule never changes a value; relevance that is conserved adds
+up; autograd agrees with finite differences; every operation is linear or has a rule.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Check:
         name: "audit", "forward", "conservation", "gradient", "finite" or "precision".
         verdict: "ok"; "warning" (relevance works, but read ``says``); "failed" (relevance is
             wrong); or "skipped".
-        figure: What was measured, as ``says`` explains; NaN if nothing was.
+        figure: The number that was measured, as ``says`` explains; NaN if there is none.
         limit: The largest figure for which the verdict is "ok".
         says: One sentence about the result.
 
@@ -62,7 +62,7 @@ class Check:
 
 
 def skipped(name: str, why: str) -> Check:
-    """Return the result of a check that was not made."""
+    """Return the result of a check that was not run."""
     return Check(name, "skipped", float("nan"), float("nan"), why)
 
 
@@ -71,7 +71,7 @@ def graded(name: str, figure: float, limit: float, bad: float, says: str, otherw
 
     Args:
         name: Name of the check.
-        figure: What was measured.
+        figure: The number that was measured.
         limit: The verdict is "ok" up to here.
         bad: The verdict is "failed" from here on, and where the figure is NaN.
         says: The sentence for "ok".
@@ -144,8 +144,8 @@ def check_forward(model: Any, tokens: Tensor, rule_set: RuleSet) -> Check:
             "warning",
             float("nan"),
             0.0,
-            "the model by itself gives other bits from run to run, so the rules' effect on them "
-            "cannot be told",
+            "the model's own results differ in bits from run to run, so whether the rules change "
+            "them cannot be determined",
         )
     with (
         frozen_parameters(model),
@@ -226,11 +226,11 @@ _GRADIENT_LIMIT = 2e-2
 
 
 def check_gradient(model: Any, tokens: Tensor, objective: ObjectiveFn) -> Check:
-    """Check that the plain gradient at the embeddings sees all that the model computes.
+    """Check that the plain gradient at the embeddings includes all that the model computes.
 
     It is compared with finite differences along a random direction. Two step sizes are combined to
-    cancel the leading error, and the best of several steps counts: what autograd does not see is
-    missing at all of them.
+    cancel the leading error, and the best of several steps counts, since a part that autograd
+    misses is missing at every step.
     """
     with ExitStack() as stack:
         if is_low(model):
@@ -271,6 +271,6 @@ def check_gradient(model: Any, tokens: Tensor, objective: ObjectiveFn) -> Check:
         10 * _GRADIENT_LIMIT,
         "the plain gradient agrees with finite differences, so the model detaches nothing that "
         "its logits depend on",
-        f"the plain gradient is off finite differences by {error:.1%}: the model detaches "
-        "something, or is too rough here for the comparison (experts chosen by a hair)",
+        f"the plain gradient differs from finite differences by {error:.1%}: the model detaches "
+        "something, or is not smooth enough here for the comparison (nearly tied experts)",
     )

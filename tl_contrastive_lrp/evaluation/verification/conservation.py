@@ -31,7 +31,7 @@ from ...rules.threads import frozen_parameters, mine
 
 @dataclass(frozen=True)
 class ConservationAccount:
-    """How Δℓ divides among all that enters the computation, in logits.
+    """How Δℓ divides among all inputs and constants of the computation, in logits.
 
     Attributes:
         delta: Δℓ.
@@ -67,7 +67,7 @@ class ConservationAccount:
 def conservation_account(
     model: Any, tokens: Int[Tensor, "1 pos"], objective: Callable[[Tensor], Tensor]
 ) -> ConservationAccount:
-    """Run once under "cplrp" and add up the relevance of all that enters the computation."""
+    """Run once under "cplrp" and add up the relevance of all inputs and constants."""
     attachments, _ = plan(model, "cplrp")
     leaves: dict[str, Tensor] = {}
     biases, constants = _Biases(model), _Constants()

@@ -152,7 +152,7 @@ def relevance_in_float32(
     """Measure relevance with the same rounded weights in float32, or return why it cannot be."""
     if dtype_of(model) not in LOW:
         name = str(dtype_of(model)).removeprefix("torch.")
-        return None, f"the model is in {name} already: there is nothing to compare with"
+        return None, f"the model is already in {name}: there is nothing to compare with"
     why = no_room_for_float32(model)
     if why:
         return None, why

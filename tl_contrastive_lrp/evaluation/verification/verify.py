@@ -30,14 +30,14 @@ _REFUSED = "the audit failed, so the rules refuse this model"
 
 @dataclass(frozen=True)
 class Verification:
-    """The checks that ``verify`` made, with their verdicts. Printing it shows all of them.
+    """The checks that ``verify`` ran, with their verdicts. Printing it shows all of them.
 
     Attributes:
         model_name: The model's name in TransformerLens.
         rules: Name of the rule set.
         dtype: The model's floating-point type, as a string.
         n_tokens: Number of tokens in the prompt.
-        objective: What was explained, in words.
+        objective: The objective that was explained, in words.
         checks: One ``Check`` for each thing that was measured: its name, verdict, figure, limit
             and a sentence that explains the figure.
 
@@ -56,7 +56,7 @@ class Verification:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst verdict: "ok", "warning" or "failed" (or "skipped", if no check was made).
+        """The worst verdict: "ok", "warning" or "failed" (or "skipped", if no check was run).
 
         Example:
             >>> checked = clrp.verify(model, case.prompt)
@@ -116,9 +116,9 @@ def verify(
     objective: Callable[[Tensor], Tensor] | None = None,
     prepend_bos: bool | None = None,
 ) -> Verification:
-    """Measure on one prompt whether relevance of this model is what its rules say.
+    """Measure on one prompt whether relevance of this model follows its rules.
 
-    Six checks are made, none of which compares the package with itself:
+    Six checks are run, none of which compares the package with itself:
 
     - *audit*: Every operation from logits to embeddings is linear or has its rule.
     - *forward*: Logits and residual stream have the same bits with the rules on and off.
@@ -129,7 +129,7 @@ def verify(
     - *precision*: A bfloat16 or float16 model agrees with the same weights in float32.
 
     The checks cost about 25 forward and four backward passes. For low-precision models, a float32
-    copy of the weights exists for a while. The model is left as it was.
+    copy of the weights exists temporarily. The model is left unchanged.
 
     Args:
         model: A ``TransformerBridge`` in evaluation mode.

@@ -1,1 +1,1 @@
-"""From a question to a graph: the plan, the plain and the tiled way, and attribution_graph."""
+"""Assembles a graph: the plan, the plain and the tiled assembly, and ``attribution_graph``."""

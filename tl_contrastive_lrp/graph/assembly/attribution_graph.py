@@ -2,7 +2,7 @@
 
 A call goes through the same phases as ``attribute``: question, prompt, plan, run and result.
 Transitions within a block come from the closed form (``graph/edges/closed_form.py``), read while
-the one backward runs; transitions that span several blocks, if asked for, take batched backward
+the one backward runs; transitions that span several blocks, if requested, take batched backward
 signals (``graph/edges/batched.py``).
 """
 
@@ -84,8 +84,8 @@ def attribution_graph(
         pos: Position whose next token is explained, with ``target`` and ``contrast``.
         rules: Name of a rule set, or a ``RuleSet``.
         granularity: "block": the sites are the input of every block and the output of the last.
-            "sublayer": also between attention and MLP, where a block has such a place (parallel
-            blocks keep one transition).
+            "sublayer": also the residual stream between attention and MLP, in blocks that have
+            such a site (parallel blocks keep one transition).
         layers: Only the inputs of these blocks as sites; the number of blocks stands for the final
             output, which is always a site. Transitions that span several blocks take batched
             backward signals, which is much slower.
@@ -134,9 +134,9 @@ def attribution_graph(
     plan = GraphPlan.of(
         model, rules, granularity=granularity, layers=layers, heads=heads, details=details
     )
-    asked = GraphQuestion(objectives, PruneRule(mass, threshold, top_k).single(), node_threshold)
+    request = GraphQuestion(objectives, PruneRule(mass, threshold, top_k).single(), node_threshold)
     options = RunOptions(memory, tile, progress, checkpoint_dir)
-    return _graphs(plan, facts, asked, options, prefilled)[0]
+    return _graphs(plan, facts, request, options, prefilled)[0]
 
 
 @one_at_a_time
@@ -210,9 +210,9 @@ def attribution_graphs(
     plan = GraphPlan.of(
         model, rules, granularity=granularity, layers=layers, heads=heads, details=details
     )
-    asked = GraphQuestion(each, PruneRule(mass, threshold, top_k).single(), node_threshold)
+    request = GraphQuestion(each, PruneRule(mass, threshold, top_k).single(), node_threshold)
     options = RunOptions(memory, tile, progress, checkpoint_dir)
-    return _graphs(plan, facts, asked, options, prefilled)
+    return _graphs(plan, facts, request, options, prefilled)
 
 
 def _graphs(
@@ -243,7 +243,7 @@ def _graphs(
 def _memory_plan(
     plan: GraphPlan, length: int, graphs: int, options: RunOptions, prefilled: Prefilled | None
 ) -> MemoryPlan:
-    """How memory is used for the edges too; the forward may already have been run.
+    """The memory plan for a run with edges, whose forward may already have been run.
 
     Raises:
         ValueError, ModelStateError: as ``plan_memory``.

@@ -41,7 +41,7 @@ def plain_graphs(
     Args:
         plan: What the graphs hold.
         prompt: The prompt.
-        question: What is asked.
+        question: The objectives, and which edges to keep.
         progress: Show a progress bar over transitions that span several blocks.
         prefilled: The forward, if it has already been run.
 
@@ -75,7 +75,7 @@ def plain_graphs(
             block.again = which + 1 < len(objectives)
 
     def take(which: int) -> None:
-        """Take what one backward gave, before the next one runs."""
+        """Take the results of one backward before the next one runs."""
         nodes.append(plan.nodes(sums.take(), heads))
         relevance = nodes[-1].relevance
         if checks is not None:
@@ -144,7 +144,7 @@ def _edge_readings(
 def _shared_forward(
     edges: dict[int, BlockEdges], prefilled: Prefilled | None, hooked: bool
 ) -> tuple[Forward | None, dict[int, BlockCall]]:
-    """The forward that has already been run, if it serves, and the arguments of the blocks.
+    """The forward that has already been run, if it can be used, and the arguments of the blocks.
 
     Raises:
         ValueError: it was not prepared for a graph.
@@ -184,7 +184,7 @@ class _HookChecks:
         }
 
     def scopes(self) -> list[AbstractContextManager[None]]:
-        """What has to be entered around the forward."""
+        """The context managers to enter around the forward."""
         blocks = [block for block in self.hooked.values() if block.at_z is not None]
         model = self.plan.model
         return [*(block.before_hooks(model) for block in blocks), self.edges.recorded(model)]
@@ -217,10 +217,10 @@ def _columns(
     relevance: Float[Tensor, "site pos"],
     node_threshold: float,
 ) -> EdgeColumns:
-    """The edges of all transitions but those that span several blocks."""
+    """The edges of all transitions except those that span several blocks."""
     columns = EdgeColumns(with_heads=plan.heads)
     for step in plan.steps:
-        # Where nothing arrives, nothing is passed on; subtraction would leave rounding there.
+        # A target without relevance passes none on; subtraction would leave rounding errors there.
         live = relevance[step.target].abs() > node_threshold
         ends = step.source, step.target
         if step.kind == "position":
@@ -257,7 +257,7 @@ def _add_batched(
 
 
 def passes_on(edges: Float[Tensor, "target source"]) -> Bool[Tensor, " target"]:
-    """Which targets have edges: their relevance may come in parts that add up to exactly 0."""
+    """Which targets have edges, even where their relevance has parts that add up to exactly 0."""
     return (edges != 0).any(-1)
 
 
@@ -268,7 +268,7 @@ def _add_block(
     relevance: Float[Tensor, " source"],
     live: Bool[Tensor, " target"],
 ) -> None:
-    """Add a block's transition: what its attention passes, and the rest on the diagonal."""
+    """Add a block's transition: what its attention passes on, and the rest on the diagonal."""
     n = len(relevance)
     total = relevance.new_zeros(n, n) if block.total is None else block.total.cpu()
     if not columns.with_heads:
@@ -287,7 +287,7 @@ def _add_block(
 def _matrix(
     total: Float[Tensor, "target source"] | None, relevance: Float[Tensor, " source"]
 ) -> Float[Tensor, "target source"]:
-    """What attention passes between positions, and on the diagonal what is left."""
+    """The relevance that attention passes between positions, with the rest on the diagonal."""
     if total is None:
         return torch.diag(relevance)
     off = total.fill_diagonal_(0.0)

@@ -1,7 +1,7 @@
-"""What a graph is to hold: its sites, how each transition is computed, and what is read of nodes.
+"""The plan of a graph: its sites, how each transition is computed, and what is read of its nodes.
 
-A ``GraphPlan`` is what the forward has to be prepared for; a ``GraphQuestion`` is what is asked of
-it: which objectives, and which edges to keep.
+A ``GraphPlan`` says what the forward has to be prepared for. A ``GraphQuestion`` says which
+objectives to explain with it, and which edges to keep.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Step:
 
 @dataclass(frozen=True)
 class GraphQuestion:
-    """What is asked of a graph's forward.
+    """The objectives to explain with one forward, and the edges to keep.
 
     Attributes:
-        objectives: One graph each.
+        objectives: The objectives; each gives one graph.
         rule: Which edges to keep.
         node_threshold: Targets with |relevance| at or below it, in logits, are not expanded.
     """
@@ -68,9 +68,9 @@ class NodeRelevance:
     """Relevance of a graph's nodes, in logits, and what ``details`` adds.
 
     Attributes:
-        relevance: By site and position.
-        dimensions: By hidden dimension too.
-        heads, neurons: Of every block.
+        relevance: Relevance by site and position.
+        dimensions: Relevance by site, position and hidden dimension.
+        heads, neurons: Relevance of the heads and neurons of every block.
     """
 
     relevance: Float[Tensor, "site pos"]
@@ -84,7 +84,7 @@ class GraphPlan:
     """What a graph's forward has to be prepared for.
 
     Attributes:
-        model, rule_set: What runs, and under which rules.
+        model, rule_set: The model, and the rules under which it runs.
         covered: ``find_sites(model)``.
         sites, steps: Names of the graph's sites, input first, and its transitions.
         granularity: As the graph records it.
@@ -141,7 +141,7 @@ class GraphPlan:
 
     @property
     def reads_neurons(self) -> bool:
-        """Whether neurons are read: they are asked for, and have HookPoints."""
+        """Whether neurons are read: they were requested, and have HookPoints."""
         return self.details and without_neurons(self.model) is None
 
     def sums(self) -> tuple[RelevanceSums, list[str]]:
@@ -156,7 +156,7 @@ class GraphPlan:
         return sums, heads
 
     def nodes(self, by_name: dict[str, Tensor], heads: list[str]) -> NodeRelevance:
-        """Put the sums of one backward together."""
+        """The relevance of all nodes, from the sums of one backward."""
         relevance = torch.stack([by_name[site] for site in self.sites])
         if not self.details:
             return NodeRelevance(relevance)
@@ -181,15 +181,15 @@ class GraphPlan:
         node_threshold: float,
         history: tuple[PruneStep, ...] = (),
     ) -> AttributionGraph:
-        """Put a graph together, whichever engine computed its parts.
+        """Assemble a graph from its parts, whichever engine computed them.
 
         Args:
-            prompt: What the graph records of the prompt.
+            prompt: The facts about the prompt that the graph records.
             result: One objective's run.
             nodes: Relevance of the nodes.
             columns: The edges.
             node_threshold: As for ``GraphQuestion``.
-            history: What has already been pruned.
+            history: The account of the pruning that has already been done.
         """
         facts = result.objective
         return AttributionGraph.from_columns(
@@ -251,8 +251,8 @@ def transitions(
         )
     if heads and blocks != list(range(blocks[0], n + 1)):
         raise ValueError(
-            "heads=True splits edges within one block; with layers=[...] that skip blocks there "
-            "is no single head. Leave out heads, or layers."
+            "heads=True splits edges within one block; a transition over several blocks, as with "
+            "these layers=[...], has no single head. Leave out heads, or layers."
         )
     steps = [
         Step(i, i + 1, "attention" if above == below + 1 else "batched", below)

@@ -32,11 +32,11 @@ def tiled_graphs(
     """Compute a graph for each objective, keeping only the edges that the rule keeps.
 
     Args:
-        plan: Transitions within one block each.
+        plan: What the graphs hold; every transition lies within one block.
         prompt: The prompt.
-        question: What is asked.
-        memory_plan: Gives the tile.
-        options: Whether to show progress, and where to keep what is finished.
+        question: The objectives, and which edges to keep.
+        memory_plan: Gives the number of positions per tile.
+        options: Whether to show progress, and where to keep finished blocks.
         prefilled: The forward, if it has already been run.
 
     Raises:
@@ -91,9 +91,9 @@ def _graph(
 def _diagonal(
     rule: PruneRule, source: Tensor, target: Tensor, node_threshold: float
 ) -> StreamingSelection:
-    """Select from a transition that mixes no positions: its edges are a diagonal.
+    """Select edges of a transition that mixes no positions: its edges are a diagonal.
 
-    Rows are given from the last to the first, in parts. At threshold 0, a target whose relevance
+    Rows are added in parts, from the last to the first. At threshold 0, a target whose relevance
     adds up to 0 still has its edge, since the edge's weight is what the source passes on.
     """
     live = target.abs() > node_threshold if node_threshold else torch.ones_like(target.bool())

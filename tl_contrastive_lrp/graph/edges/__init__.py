@@ -1,1 +1,1 @@
-"""Edges of one transition: in closed form, plainly or by tiles, or by batched backward signals."""
+"""Edges of one transition: in closed form, with or without tiles, or from batched signals."""

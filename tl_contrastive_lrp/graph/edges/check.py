@@ -1,8 +1,9 @@
 """Whether the closed form of a graph's edges holds on a model: measured once, on four tokens.
 
-The closed form (``closed_form.py``) knows one way from one position to another: the keys and values
-of the block's attention. A block that also mixes tokens elsewhere (a convolution, a recurrence, a
-shift of its keys) may have a rule for every operation, and therefore relevance, and still break it.
+In the closed form (``closed_form.py``) relevance moves between positions only through the keys and
+values of the block's attention. A block that also mixes tokens elsewhere (a convolution, a
+recurrence, a shift of its keys) may have a rule for every operation, and therefore relevance, and
+still break the closed form.
 Here every block's edges are compared with those of autograd, one target position at a time, under
 the same rules, and a model on which they differ is refused. ``HookedEdges`` checks the edges of a
 run in which the user's hooks change values.
@@ -83,7 +84,7 @@ def closed_form_errors(model: Any, rule_set: RuleSet) -> list[float]:
 
 
 def require_closed_form(model: Any, rule_set: RuleSet) -> None:
-    """Refuse a model in which tokens mix where the closed form does not look.
+    """Refuse a model in which tokens mix where the closed form does not account for it.
 
     The result is remembered until the model's audit changes.
 
@@ -116,7 +117,7 @@ def require_closed_form(model: Any, rule_set: RuleSet) -> None:
 class HookedEdges:
     """Checks the edges of one run, in which the user's hooks edit, against its autograd graph.
 
-    A hook may move values between positions where the closed form does not look. With random
+    A hook may move values between positions in ways that the closed form misses. With random
     weights w_j for the target positions, Σ_j w_j A[j, i] must equal
 
         Σ_d x_s[i, d] · ∂⟨w ⊙ g_t, x_t⟩/∂x_s[i, d],
@@ -159,7 +160,7 @@ class HookedEdges:
             yield
 
     def listening(self, reading: Reading) -> Reading:
-        """The same reading, which ignores the backwards of this check."""
+        """The same reading, except that it ignores the backwards of this check."""
 
         def sink(x: Tensor, g: Tensor) -> None:
             if not self.quiet:
@@ -241,8 +242,8 @@ class HookedEdges:
         raise UncoveredComponentError(
             f"No graph from {source} to {target} with the hooks on this model ({hooks}): autograd "
             f"finds edges that differ by {error:.1e} of the largest sum of them, so a hook moves "
-            "values between positions, or from one layer to a later one, where the edges' closed "
-            "form does not look. Relevance itself is right: use clrp.attribute or "
+            "values between positions, or from one layer to a later one, which the edges' closed "
+            "form does not account for. Relevance itself is right: use clrp.attribute or "
             "clrp.run_with_relevance, or transitions over several blocks, which come from "
             "backward signals and hold with any hook (attribution_graph(..., layers=[...]))."
         )

@@ -45,13 +45,13 @@ from .tangents import Tangents, block_tangents
 
 @dataclass(eq=False)
 class BlockEdges:
-    """What one block's attention passes between positions, filled while a backward runs.
+    """The relevance that one block's attention passes between positions, filled by a backward.
 
     Attributes:
         layer: Index of the block.
         by_head: Whether ``value`` and ``key`` are kept.
-        again: Whether another backward of the same forward follows, so that what was captured in
-            the forward has to stay.
+        again: Whether another backward of the same forward follows, for which the captured
+            activations have to be kept.
         total: Sum over heads and paths, with the diagonal (attention to itself) included.
         value: The value path by head, on the CPU.
         key: The key path by head, on the CPU.
@@ -76,15 +76,15 @@ class BlockEdges:
         return keep
 
     def captured(self, name: str) -> Tensor:
-        """A captured activation; it is released unless another backward needs it."""
+        """A captured activation, which is released unless another backward needs it."""
         return self._captured[name] if self.again else self._captured.pop(name)
 
     def clear(self) -> None:
-        """Forget the edges of the last backward."""
+        """Discard the edges of the last backward."""
         self.total = self.value = self.key = self.scores_tangent = None
 
     def restart(self) -> None:
-        """Forget the edges and what was captured, before the block runs on another tile."""
+        """Discard the edges and the captured activations, before the block runs on another tile."""
         self.clear()
         self._captured.clear()
 
@@ -151,8 +151,8 @@ class HookedBlock:
 
     Attributes:
         layer: Index of the block.
-        edited: Tells, once the forward has run, whether one of the hooks changed a value.
-        quiet: Tells whether gradients are to be ignored now.
+        edited: Returns, once the forward has run, whether one of the hooks changed a value.
+        quiet: Returns whether gradients are to be ignored at the moment.
         at_z: Called during the backward with attention's output pattern·v before any hook and its
             gradient, both [1, pos, head, d_head].
     """
@@ -194,7 +194,7 @@ class AttentionInputs(Protocol):
     """
 
     def readings(self) -> list[Reading]:
-        """What has to be read in the forward so that ``values`` can be called."""
+        """The readings that the forward needs before ``values`` can be called."""
         ...
 
     def values(self) -> Float[Tensor, "source kv_head d_head"]:
@@ -215,7 +215,7 @@ class PromptInputs:
         model: The bridge.
         sites: ``find_sites(model)``.
         rule_set: The rules of the backward.
-        call: What the block was called with, recorded in the forward.
+        call: The arguments of the block, recorded in the forward.
     """
 
     edges: BlockEdges
@@ -244,13 +244,13 @@ def ignore_gradient(x: Tensor, g: Tensor) -> None:
 
 @dataclass(eq=False)
 class AttentionReader:
-    """Fills one block's edges from what a backward brings to its attention.
+    """Fills one block's edges from the gradients that a backward sends to its attention.
 
     Attributes:
         edges: The edges to fill.
         inputs: Where values and their derivatives come from.
         rule_set: The rules of the backward.
-        tangents: Whether the closed form needs derivatives here whatever the hooks do.
+        tangents: Whether the closed form needs derivatives here even if no hook edits.
         by_operation: Whether the rules act on the attention's operations, inside the module; then
             its output is [head, target, d_head], else [target, head, d_head].
         hooked: The block, if the user has hooks on it. What a hook adds to keys, values or scores
@@ -314,7 +314,7 @@ class AttentionReader:
             group=pattern.shape[0] // v.shape[1],
         )
         passed = einsum(g_z, v, f"{axes}, source head d_head -> head target source")
-        # Before the user's hooks, the rule has halved the gradient already.
+        # Where it is read before the user's hooks, the rule has already halved the gradient.
         halved = self.rule_set.pattern_v == "half" and not self._before_hooks
         self.edges.add("value", pattern, passed, 0.5 if halved else 1.0)
 
@@ -350,7 +350,7 @@ def edge_readings(
         edges: The edges of one block; the backward fills them.
         sites: ``find_sites(model)``.
         rule_set: The rules of that backward.
-        call: What the block was called with, recorded in the forward; used where derivatives are
+        call: The arguments of the block, recorded in the forward; used where derivatives are
             needed.
         biased: ``biased_blocks(model)``.
         inputs: Where values and their derivatives come from; by default, from the whole prompt.

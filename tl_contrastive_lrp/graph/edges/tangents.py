@@ -156,9 +156,9 @@ def block_tangents(
     Args:
         model: The bridge, without rules attached.
         layer: Index of the block.
-        call: What it was called with.
+        call: The arguments of the block.
         sites: ``find_sites(model)``.
-        rule_set: Says which of the block's norms and soft-caps are linearised.
+        rule_set: The rules, which say which of the block's norms and soft-caps are linearised.
 
     Returns:
         ṽ before it is repeated for grouped queries, [pos, kv_head, d_head], and S̃ as at

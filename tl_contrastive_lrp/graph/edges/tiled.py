@@ -1,9 +1,9 @@
-"""Edges from a backward in tiles: rows of each transition's matrix as they come, pruned at once.
+"""Edges from a backward in tiles: rows of each transition's matrix, pruned as they are computed.
 
 A tile's hooks see [head, tile, keys], its rows of the matrix. The diagonal is what remains of the
 source's relevance after the column's other entries. By causality those all lie in later rows, and
-the backward goes from the last tile to the first, so a tile's diagonal is known when its turn
-comes. No matrix of pos² numbers ever exists.
+the backward goes from the last tile to the first, so a tile's diagonal is known by the time the
+tile is processed. No matrix of pos² numbers ever exists.
 
 ``TiledEdges`` is what the engine calls, ``_Block`` is one block while its tiles are replayed,
 ``_Tile`` one of them, and ``_BlockTangents`` has the derivatives of a block that needs them.
@@ -44,7 +44,7 @@ from .tangents import Tangents, block_tangents, dual, tangent_of
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """What is the same for all blocks of one backward: the bridge, its sites and the rules."""
+    """The bridge, its sites and the rules, which all blocks of one backward share."""
 
     model: Any
     sites: tuple[Site, ...]
@@ -170,10 +170,10 @@ class _Block:
     """One block while its tiles are replayed, last tile first: the inputs of its closed form.
 
     Attributes:
-        edges: What the backward through the current tile brings.
+        edges: The edges of the current tile, filled by its backward.
         tile: The current tile.
-        passed: By objective, what each source has passed on to other positions so far: the sums of
-            the matrix's columns, without the diagonal, [pos].
+        passed: By objective, the relevance that each source has received from other positions so
+            far: the sums of the matrix's columns, without the diagonal, [pos].
     """
 
     tile: _Tile
@@ -185,7 +185,7 @@ class _Block:
         self._tangents: _BlockTangents | None = None
 
     def begin(self, forward: Prefill, biased: frozenset[int]) -> None:
-        """Get ready for the tiles of a forward."""
+        """Prepare for the tiles of a forward."""
         self.forward = forward
         length = forward.bounds[-1][1]
         self.passed = [torch.zeros(length, dtype=torch.float64) for _ in range(self.objectives)]
@@ -193,12 +193,12 @@ class _Block:
             self._tangents = _BlockTangents(self.run, self.layer, forward)
 
     def begin_tile(self, tile: int, cache: ReplayCache) -> None:
-        """Get ready for one tile."""
+        """Prepare for one tile."""
         self.tile = _Tile(tile, cache, self._tangents, self.edges.again)
         self.edges.restart()
 
     def readings(self) -> list[Reading]:
-        """Nothing: a replay's cache has the values."""
+        """No readings, since a replay's cache has the values."""
         return []
 
     def values(self) -> Float[Tensor, "source kv_head d_head"]:
@@ -272,13 +272,13 @@ class TiledEdges:
         )
 
     def begin_layer(self, layer: int, forward: Prefill) -> None:
-        """Get ready for the block's tiles."""
+        """Prepare for the block's tiles."""
         for selections in self.selections:
             selections[layer] = StreamingSelection(self.rule)
         self.block.begin(forward, self.biased)
 
     def begin_tile(self, layer: int, tile: int, cache: Any) -> None:  # noqa: ARG002
-        """Get ready for one replay."""
+        """Prepare for one replay."""
         self.block.begin_tile(tile, cache)
 
     def end_tile(self, layer: int, tile: int, joined: TileAccumulator, which: int) -> None:

@@ -1,1 +1,1 @@
-"""The audit: every operation between logits and embeddings is accounted for, or refused."""
+"""The audit: every operation between logits and embeddings is accounted for or reported."""

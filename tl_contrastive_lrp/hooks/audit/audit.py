@@ -1,9 +1,9 @@
-"""``audit``: did a rule miss anything? Answered on the graph that relevance flows through.
+"""``audit``: whether the rules miss anything, judged by the graph that relevance flows through.
 
-The model runs once, on four tokens, for the sake of its autograd graph. Nothing is left behind:
-hooks that a user has on the model are set aside meanwhile, and random numbers, gradients and
-``requires_grad`` stay as they are. The answer is kept until something about the model changes, so
-asking again costs next to nothing.
+The model runs once, on four tokens, to record its autograd graph. The model's state is unchanged:
+the user's hooks are set aside during the run, and random numbers, gradients and ``requires_grad``
+stay as they are. The result is cached until something about the model changes, so calling it again
+costs almost nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["Audit", "Finding", "audit", "require_clean"]
 
 
-_SHOWN = 8  # lines of a refusal; the rest is counted
+_SHOWN = 8  # findings listed in a refusal; the others are only counted
 
 
 # ---------------------------------------------------------------- the report
@@ -56,15 +56,15 @@ _SHOWN = 8  # lines of a refusal; the rest is counted
 
 @dataclass(frozen=True)
 class Finding:
-    """One operation on the way from the logits to the input that no rule accounts for.
+    """One operation between the logits and the input that no rule accounts for.
 
     Attributes:
         component: The module whose forward ran it, by TransformerLens' path ("blocks.0.mlp", or
             "blocks.0.mlp.act_fn" for a module inside the one that a component wraps).
-        module_class: Class of that module, of a component the wrapped module's.
-        operation: Autograd's name for it: "Mul", "Exp", "Softplus"; "halving" for a rule in the
-            wrong place.
-        why: What is wrong with it.
+        module_class: Class of that module; for a component, the class of the wrapped module.
+        operation: Autograd's name for the operation ("Mul", "Exp", "Softplus"); "halving" for a
+            rule in the wrong place.
+        why: What is wrong with the operation.
     """
 
     component: str
@@ -80,10 +80,10 @@ class Audit:
     Attributes:
         findings: The operations that are neither, from the logits down; empty if there are none.
         counts: How many operations of each kind were examined, by autograd's name.
-        ordinary: (component, operation) of what is not linear and keeps its ordinary gradient
-            because that is its rule: softmaxes, and sigmoids and quotients that weigh something.
+        ordinary: (component, operation) of nonlinear operations that keep their ordinary gradient
+            because that is their rule: softmaxes, and sigmoids and quotients that make weights.
         hooks: HookPoints that carry hook functions of the user. They are not part of this audit:
-            each is examined in every run under rules, once it has computed something.
+            in every run under rules, each is examined once it has computed something.
 
     Example:
         >>> print(clrp.audit(model))
@@ -184,16 +184,16 @@ def audit(model: Any) -> Audit:
     """Account for every operation between the logits of ``model`` and its embeddings.
 
     The model runs once on four tokens under the rules of "attnlrp". Each node of the autograd
-    graph, which is the graph that relevance flows through, must then be linear in what is computed,
-    one of the rules, or a softmax (or a sigmoid that weighs something), whose ordinary gradient is
-    its rule. Each product of two computed tensors must be halved exactly once. Everything else is a
-    finding, including what is unknown and what the model hides from autograd. The answer is kept
-    until the model's components or flags change.
+    graph, which is the graph that relevance flows through, must then be linear in its computed
+    inputs, one of the rules, or a softmax (or a sigmoid that makes weights), whose ordinary
+    gradient is its rule. Each product of two computed tensors must be halved exactly once. Every
+    other operation is a finding, including unknown ones and those that the model hides from
+    autograd. The result is cached until the model's components or flags change.
 
     The user's hook functions, on HookPoints and other modules, are set aside, and named in
-    ``hooks``: they are examined call by call where they run, under the rules of that run.
+    ``hooks``: they are examined call by call when they run, under the rules of that run.
 
-    The audit cannot see operations that a longer prompt would take another way, nor whether a
+    The audit cannot see operations that the model uses for longer prompts only, nor whether a
     rule's closed form is that of its activation; ``verify`` measures these on a prompt.
 
     Args:
@@ -242,10 +242,10 @@ def audit_of(model: Any) -> Audit:
 
 
 def require_clean(model: Any) -> None:
-    """Refuse a model in which a rule misses something.
+    """Refuse a model with an operation that no rule accounts for.
 
     Raises:
-        UncoveredComponentError: Names every operation that is not accounted for.
+        UncoveredComponentError: There is one; the message names every such operation.
     """
     report = audit_of(model)
     if not report.clean:
@@ -268,8 +268,8 @@ def refusal(audit: Audit) -> UncoveredComponentError:
     if len(lines) > _SHOWN:
         lines = [*lines[:_SHOWN], f"  and {len(lines) - _SHOWN} more (clrp.audit(model))."]
     return UncoveredComponentError(
-        "No rule covers all that this model computes, so relevance through it would be made up. "
-        "On the way from the logits to the input:\n"
+        "The rules do not cover all that this model computes, so relevance through it would be "
+        "made up. Between the logits and the input:\n"
         + "\n".join(lines)
         + "\nUse activation patching on this model, or name these operations when asking for "
         "the family to be covered."
@@ -291,19 +291,19 @@ _known: WeakKeyDictionary[Any, tuple[object, Audit]] = WeakKeyDictionary()
 
 
 def remembered(model: Any) -> Audit | None:
-    """The last audit of ``model``, if nothing it depends on has changed since."""
+    """The last audit of ``model``, unless something that it depends on has changed since."""
     known = _known.get(model)
     return known[1] if known is not None and known[0] == _signature(model) else None
 
 
 def remember(model: Any, report: Audit) -> Audit:
-    """Keep ``report`` for ``remembered``, as long as the model lives."""
+    """Cache ``report`` for ``remembered``, as long as the model exists."""
     _known[model] = (_signature(model), report)
     return report
 
 
 def _signature(model: Any) -> object:
-    """What an audit depends on, as far as it can change on a living model."""
+    """The parts of a model's state on which an audit depends and that can change."""
     flags = tuple(
         (name, value)
         for name, value in sorted(vars(model.cfg).items())
@@ -324,11 +324,11 @@ def _signature(model: Any) -> object:
 
 
 def examine(model: Any, attach: Callable[[], AbstractContextManager[None]]) -> Audit:
-    """The audit of ``model`` under the rules that ``attach`` puts on.
+    """The audit of ``model`` under the rules that ``attach`` attaches.
 
     Args:
         model: A ``TransformerBridge`` in evaluation mode, with no rules on it.
-        attach: Makes the context in which all rules of "attnlrp" are on.
+        attach: Returns the context manager inside which all rules of "attnlrp" are on.
     """
     names = module_names(model)
     owners = _Owners(names)
@@ -372,7 +372,7 @@ def _finding(unruled: Unaccounted, owners: _Owners, others: dict[int, nn.Module]
 
 
 def some_tokens(model: Any) -> Tensor:
-    """Token ids unlike each other and any positions, so that their lookups can be recognised."""
+    """Distinct token ids that are not positions either, so that their lookups are recognised."""
     device = input_device(model)
     return ((torch.arange(_TOKENS, device=device) * 4 + 9) % int(model.cfg.d_vocab))[None]
 
@@ -382,7 +382,7 @@ def some_tokens(model: Any) -> Tensor:
 
 @contextmanager
 def same_random_numbers(model: Any) -> Iterator[None]:
-    """Leave torch's random numbers as they were before the block."""
+    """Restore torch's random number generators after the block."""
     devices = {p.device for p in wrapped_parameters(model) if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
         yield
@@ -399,12 +399,12 @@ def hooks_aside(model: Any) -> Iterator[None]:
 def _other_lookups(
     names: Mapping[nn.Module, str], tokens: Tensor
 ) -> Iterator[dict[int, nn.Module]]:
-    """Embeddings of the prompt's tokens, to see whether one reaches the logits past the leaves.
+    """Lookups of the prompt's tokens, to see whether one reaches the logits bypassing the leaves.
 
-    Those that do not are cut off at the leaves, which come later.
+    The graph of all others ends at the leaves, which come later.
     """
     modules: dict[int, nn.Module] = {}
-    leaves: list[Tensor] = []  # so that their ids stay theirs
+    leaves: list[Tensor] = []  # kept alive, so that their ids are not reused
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         ids = args[0] if args else None
@@ -449,7 +449,9 @@ def repeated_blocks(model: Any) -> Iterator[list[Finding]]:
     for i, times in enumerate(calls):
         if times > 1:
             kind = type(model.blocks[i].original_component).__name__
-            why = f"it runs {times} times in one forward, so a HookPoint holds no one hidden state"
+            why = (
+                f"it runs {times} times in one forward, so a HookPoint holds no single hidden state"
+            )
             findings.append(Finding(f"blocks.{i}", kind, "repetition", why))
 
 
@@ -457,10 +459,10 @@ def repeated_blocks(model: Any) -> Iterator[list[Finding]]:
 
 
 class _Owners:
-    """Which module's forward created a node, from autograd's sequence numbers.
+    """Finds the module whose forward created a node, by autograd's sequence numbers.
 
     The numbers grow in order of creation. So the current number, recorded whenever a module is
-    entered or left, gives the innermost running module for every node.
+    entered or left, determines the innermost running module for every node.
     """
 
     def __init__(self, names: Mapping[nn.Module, str]) -> None:

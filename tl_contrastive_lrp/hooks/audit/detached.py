@@ -2,9 +2,9 @@
 
 ``detach``, ``.data`` and ``no_grad`` leave no node behind, so the graph cannot show them: relevance
 would silently miss that part. A ``TorchFunctionMode`` sees every torch operation of the forward: it
-follows each floating value that depends on the input but carries no gradient, and reports it once
-it meets the rest of the computation. Indices and masks (integers, booleans) are choices, and
-constants by every rule; what this package itself detaches is a rule.
+follows each floating-point value that depends on the input but carries no gradient, and reports it
+once it is used in the rest of the computation. Indices and masks (integers, booleans) are constants
+under every rule; values that this package itself detaches belong to a rule.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Cut(NamedTuple):
-    """Where a value was cut off, and by what."""
+    """The module in which a value was detached, and the operation that did it."""
 
     module: nn.Module | None
     operation: str
@@ -31,7 +31,7 @@ _VALUE_FREE = frozenset(
 )
 _READABLE = {"__get__": "data"}
 _PACKAGE = __name__.partition(".")[0]
-# Between a function and its caller: torch's own modes, and what checks arguments while tests run.
+# Frames between a function and its caller: torch's own modes, and checkers of arguments in tests.
 _PASSED_OVER = ("torch.", "einops.", "jaxtyping.", "beartype.", __name__)
 _FIRST_ONLY = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 
@@ -54,7 +54,7 @@ class DetachedValues(TorchFunctionMode):
         self._computed = computed or (lambda x: x.requires_grad)
         self.cuts: dict[Cut, None] = {}
         self._at_work = at_work
-        self._cut: dict[int, tuple[Tensor, Cut]] = {}  # holds the tensors, so that ids stay theirs
+        self._cut: dict[int, tuple[Tensor, Cut]] = {}  # holds the tensors, so ids are not reused
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -64,7 +64,7 @@ class DetachedValues(TorchFunctionMode):
         takes = (args[:1],) if name in _FIRST_ONLY else (args, tuple(kwargs.values()))
         inputs = [] if name in _VALUE_FREE else list(_tensors(takes))
         computed = any(self._computed(x) for x in inputs)
-        # What carries a gradient by now is the result of an autograd Function, made inside it.
+        # A tensor that carries a gradient by now is the result of an autograd Function.
         hidden = [x for x in inputs if not x.requires_grad]
         known = [self._cut[id(x)][1] for x in hidden if id(x) in self._cut]
         out = func(*args, **kwargs)

@@ -1,11 +1,12 @@
-"""What each node of an autograd graph does to relevance, as tables.
+"""Tables of what each node of an autograd graph does to relevance.
 
 Names are those of autograd's nodes without "Backward" and the trailing number (``MulBackward0`` is
-``Mul``); where overloads differ in kind, the number stays (``Div2`` rounds). A name in no table is
-unknown, and so a finding: add an operation to a table only after checking what it does.
+``Mul``); where overloads differ in kind, the number stays (``Div2`` rounds). A name that is in no
+table is unknown, and therefore a finding: add an operation to a table only after checking what it
+does.
 
-Which inputs of a node are *computed* is read off the graph (a gradient flows there); with the
-parameters frozen, everything else is a constant of the model.
+The graph shows which inputs of a node are *computed* (a gradient flows to them); with the
+parameters frozen, all others are constants of the model.
 """
 
 from __future__ import annotations
@@ -30,8 +31,7 @@ LINEAR: frozenset[str] = words("""
     Clone Copy ToCopy Contiguous Fill Zero Conj ResolveConj Real Imag ViewAsReal ViewAsComplex
     Complex
     """)
-# The largest, the k largest, a sorting: which elements they take is a constant; the values are
-# linear.
+# Maximum, top k and sort: the choice of elements is a constant; their values are linear.
 SELECTING: frozenset[str] = words("Topk Sort Max Min Amax Amin Kthvalue")
 
 # Products: positions of the factors. Other positions are added. With one computed factor the
@@ -51,15 +51,15 @@ PRODUCTS: dict[str, tuple[int, ...]] = {
     "Convolution": (0, 1),
     "GroupedMm": (0, 1),
 }
-# Products that mix the elements of their computed factor. A halving that still waits for its
-# product here has missed it.
+# Products that mix the elements of their computed factor. A halving above one of them belongs to no
+# product.
 MIXING: frozenset[str] = frozenset(PRODUCTS) - {"Mul", "Addcmul"}
 # query·key, softmax and pattern·value in one node, inputs (query, key, value).
 FUSED_ATTENTION = "ScaledDotProduct"
 
 # Their ordinary gradient is the rule.
 SOFTMAXES: frozenset[str] = frozenset({"Softmax", "SafeSoftmax"})
-# Their ordinary gradient is the rule where the result is the weight of something else.
+# Their ordinary gradient is the rule if the result is the weight of another value.
 GATES: frozenset[str] = frozenset({"Sigmoid"})
 
 _NORM = (
@@ -95,8 +95,8 @@ NONLINEAR: dict[str, str] = {
     "NativeDropout": "dropout is on; call model.eval() first",
 }
 
-# Custom autograd Functions of other packages, by where they are defined. This package's own rules
-# carry their row themselves, as the attribute ``audit`` of the Function.
+# Custom autograd Functions of other packages, by qualified name. This package's own rules carry
+# their row themselves, as the attribute ``audit`` of the Function.
 RULES: dict[str, RuleNode] = {
     # From TransformerLens: undoes the scale that some models put on a residual contribution.
     "transformer_lens.model_bridge.generalized_components.base._ScaledHookGradient": RuleNode((0,)),

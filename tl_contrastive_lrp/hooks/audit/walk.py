@@ -1,9 +1,9 @@
 """Following the autograd graph from the logits down to the embeddings, one node at a time.
 
 Relevance is activation × gradient, so all of it flows through this graph and nowhere else. With the
-rules on and the parameters frozen, every node met is linear in what is computed, or one of this
-package's rules, or named as a finding. Products are counted: each one of two computed factors must
-come directly behind a halving, and each halving directly in front of a product.
+rules on and the parameters frozen, every node visited is linear in its computed inputs, or one of
+this package's rules, or reported as a finding. Each product of two computed factors must come
+directly below a halving, and each halving directly above a product.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Walk:
     """The result of a walk.
 
     Attributes:
-        findings: In the order from the logits down.
+        findings: The operations that no rule accounts for, from the logits down.
         ordinary: Nonlinear nodes that keep their ordinary gradient because that is their rule.
-        counts: Nodes by operation.
+        counts: Number of nodes by operation.
         leaves: How many of the leaves were reached.
     """
 
@@ -53,9 +53,9 @@ class State(NamedTuple):
     """What the path to a node requires of it.
 
     Attributes:
-        halved: The halving that waits for its product.
+        halved: The halving whose product has not been reached yet.
         ordinary: Whether the next nonlinear operation keeps its ordinary gradient by decision.
-        weight: Whether the value is a factor: a product was met, and nothing that mixes since.
+        weight: Whether the value is a factor: the path has a product, and no mixing below it.
     """
 
     halved: Node | None = None
@@ -67,7 +67,7 @@ _FRESH = State()
 _WEIGHT = State(weight=True)
 
 UNHALVED = (
-    "it multiplies two computed tensors, and no uniform (half) rule shares the relevance out "
+    "it multiplies two computed tensors, and no uniform (half) rule divides the relevance "
     "between them"
 )
 _STRAY = "its gradient is halved here, but no product of two computed tensors follows"
@@ -78,12 +78,12 @@ _FUSED = (
     'with attn_implementation="eager"'
 )
 _OVERWRITTEN = "part of a tensor is changed in place by an operation that autograd does not show"
-_OTHER_LEAF = "a tensor beside the embeddings requires a gradient, so relevance would be lost in it"
+_OTHER_LEAF = "a tensor besides the embeddings requires a gradient and would absorb relevance"
 _SCALED = "its gradient is scaled by something other than a half"
 
 
 class Info(NamedTuple):
-    """What is known of a node by itself, whatever the path."""
+    """Properties of a node that do not depend on the path to it."""
 
     operation: str
     key: str  # as in the tables, "" for Python Functions
@@ -131,12 +131,12 @@ def walk_graph(logits: Tensor, leaves: Iterable[Tensor]) -> Walk:
 
 
 class Walker:
-    """One walk; its attributes hold what it met, by node."""
+    """One walk over the graph."""
 
     def __init__(self, leaves: Collection[int]) -> None:
         self.leaves = leaves
         self.reached: set[int] = set()
-        self.infos: dict[Node, Info] = {}  # holds the nodes, so that they stay themselves
+        self.infos: dict[Node, Info] = {}  # holds the nodes, so that their ids are not reused
         self.findings: dict[tuple[Node, str], Unaccounted] = {}
         self.ordinary: dict[Node, None] = {}
         self.todo: list[tuple[Node, State]] = []
@@ -158,7 +158,7 @@ class Walker:
             self.visit(node, info, state)
 
     def look(self, node: Node) -> Info:
-        """What is known of a node by itself."""
+        """The properties of a node."""
         return _info(node)
 
     def _find(self, node: Node, why: str) -> None:
@@ -167,7 +167,7 @@ class Walker:
         self.findings.setdefault((node, why), Unaccounted(node, operation, why))
 
     def settle(self, state: State) -> None:
-        """Report a halving that still waits: it has missed its product."""
+        """Report a halving that is not followed by its product."""
         if state.halved is not None:
             self._find(state.halved, _STRAY)
 
@@ -176,7 +176,7 @@ class Walker:
         self.todo.extend((node, state) for _, node in below)
 
     def visit(self, node: Node, info: Info, state: State) -> None:
-        """Judge a node that was reached by a path with this ``state``, and go on below it."""
+        """Classify a node that was reached by a path with this ``state``, and continue below it."""
         key = info.key
         if info.rule is not None:
             self._rule(node, info, info.rule, state)
@@ -200,7 +200,7 @@ class Walker:
             self.nonlinear(node, info, state)
 
     def nonlinear(self, node: Node, info: Info, state: State) -> None:
-        """Judge a node that is in none of the linear tables."""
+        """Classify a node that is in none of the linear tables."""
         self.settle(state)
         by_decision = state.ordinary or (info.key in ops.GATES and state.weight)
         if info.key.startswith(ops.FUSED_ATTENTION):
@@ -255,10 +255,10 @@ class Walker:
 
 
 def _only_copies(node: Node) -> bool:
-    """Whether an in-place change of a slice wrote copies there and did nothing else.
+    """Whether an in-place change of a slice only copied or added values there.
 
     Autograd hides the operation, but not what its backward does. For a copy, the rest of the tensor
-    gets its gradient unchanged, and what was written or added gets the slice's gradient.
+    gets its gradient unchanged, and the values written or added get the slice's gradient.
     """
     try:
         (meta,) = node._input_metadata

@@ -1,7 +1,7 @@
 """Marks on tensors inside a wrapped module: which depend on the prompt, and which are weights.
 
 The weights of a router or gate (from a softmax or sigmoid) may be selected, added up and divided
-before they weigh anything. Torch knows nothing of that, so the tensors themselves are marked.
+before they weigh anything. Torch does not record this, so the tensors themselves are marked.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 from ...rules import functions as rules
 from .patterns import is_sigmoid_of
 
-_WEIGHT = "_tl_contrastive_lrp_weight"  # on what is computed from weights alone
+_WEIGHT = "_tl_contrastive_lrp_weight"  # on tensors computed from weights alone
 _SOURCE = "_tl_contrastive_lrp_source"  # on a weight: itself, with its ordinary gradient
-_GIVEN = "_tl_contrastive_lrp_given"  # on what is made of parameters alone
+_GIVEN = "_tl_contrastive_lrp_given"  # on tensors computed from parameters alone
 
 
 def computed(value: Any) -> bool:
@@ -32,7 +32,7 @@ def is_weight(value: Any) -> bool:
 
 
 def new_weight(value: Tensor, *, constant: bool) -> Tensor:
-    """``value``, fresh from its softmax or sigmoid, marked as a weight; ``constant`` or not."""
+    """``value``, the result of a softmax or sigmoid, marked as a weight; ``constant`` or not."""
     weight = value.detach() if constant else _marked(rules.ordinary(value), _WEIGHT)
     return _marked(weight, _SOURCE, value)
 
@@ -49,7 +49,7 @@ def _marked(tensor: Tensor, mark: str, value: Any = True) -> Tensor:
 
 
 def pass_on(args: Any, out: Any) -> Any:
-    """``out``, a weight if made of weights alone, a parameter if made of parameters alone."""
+    """``out``, marked as a weight or parameter if all its inputs are weights or parameters."""
     graded = [a for a in tensors(args) if a.requires_grad]
     of_prompt = [a for a in graded if computed(a)]
     if of_prompt and all(is_weight(a) for a in of_prompt):

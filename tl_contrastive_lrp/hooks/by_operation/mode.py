@@ -1,7 +1,7 @@
 """Rules inside a wrapped module that computes attention or experts itself.
 
 Some TransformerLens components only delegate: Hugging Face's code runs between their input and
-output, and HookPoints there come too late or not at all. Their rules are applied operation by
+output, and HookPoints there fire too late or not at all. Their rules are applied operation by
 operation, by a ``TorchFunctionMode`` that is active while the wrapped module runs, and only in its
 own code. It pauses in every TransformerLens component and activation module called from there,
 which have rules of their own, so no user's hook function ever runs under it.
@@ -10,14 +10,14 @@ which have rules of their own, so no user's hook function ever runs under it.
 - elementwise product of two computed tensors: the gate rule (act(gate) ⊙ up, and a router's or
   gate's weight times what it weighs);
 - softmax in attention: the pattern, with the softmax rule;
-- softmax elsewhere, and sigmoid everywhere (a softmax of two): weights. They are constant where the
-  rule set takes patterns for constants; otherwise they keep their ordinary gradient, including
+- softmax elsewhere, and sigmoid everywhere (a softmax of two): weights. They are constant if the
+  rule set treats patterns as constants; otherwise they keep their ordinary gradient, including
   their normalisation over the selected experts. The selection itself is a constant;
 - square roots of statistics, LayerNorm and RMSNorm functions: the LN-rule;
 - activation functions: the identity rule.
 
 Values never change: an operation runs as it is, and only its gradient is replaced. Everything else
-is left alone, and the audit refuses it if it is not linear.
+is left unchanged, and the audit refuses it if it is not linear.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class OperationRules(TorchFunctionMode):
         return marks.new_weight(out, constant=self.rule_set.softmax == "constant")
 
     def division(self, func: _Call, args: Any, kwargs: dict[str, Any]) -> Any:
-        """A division; of weights by their sum it keeps its ordinary gradient."""
+        """A division; one of weights by their sum keeps its ordinary gradient."""
         out = func(*args, **kwargs)
         of_weights = all(marks.is_weight(a) for a in args[:2])
         ours = len(args) > 1 and marks.computed(args[1]) and of_weights
@@ -116,7 +116,7 @@ class OperationRules(TorchFunctionMode):
         return tensor
 
     def by_head(self, tensor: Tensor) -> Tensor:
-        """[batch, head, ...] of what a module may hold as [batch · head, ...]."""
+        """A tensor [batch, head, ...], which a module may hold as [batch · head, ...]."""
         if tensor.ndim != 3:
             return tensor
         return rearrange(tensor, "(batch head) ... -> batch head ...", head=self.heads)
@@ -204,7 +204,7 @@ class OperationRules(TorchFunctionMode):
     def around(self, wrapped: Any) -> Iterator[None]:
         """Be active in the code of ``wrapped``, and pause in components and activations it calls.
 
-        In this thread only.
+        This affects this thread only.
         """
 
         def enter(module: Any, args: Any) -> None:  # noqa: ARG001

@@ -1,10 +1,10 @@
-"""How a wrapped module's own code writes out norms, clamps and gates by a sigmoid.
+"""Patterns of norms, clamps and sigmoid gates in a wrapped module's own code.
 
-The rules inside a wrapped module meet single calls of torch functions. Here is how to recognise in
-them what has a rule: the denominator of a norm, a norm in one call, a clamp, and x ⊙ σ(c·x) written
-by hand. A clamp and that product are functions of one argument with f(0) = 0, so both get the
-identity rule, f(x)/x in closed form. The product looks like one of two computed tensors; the
-autograd graph tells that both factors come from the same one.
+The rules inside a wrapped module see single calls of torch functions. The functions here recognise
+the calls that have a rule: the denominator of a norm, a norm in one call, a clamp, and x ⊙ σ(c·x)
+written by hand. A clamp and that product are functions of one argument with f(0) = 0, so both get
+the identity rule, f(x)/x in closed form. The product looks like one of two computed tensors, but
+the autograd graph shows that both factors come from the same one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def clamp_ratio(low: float | None, high: float | None) -> rules.Ratio:
 def clamp_bounds(
     name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[float | None, float | None] | None:
-    """The numbers (low, high) of a call to ``torch.clamp`` or its like, where 0 stays 0; else None.
+    """The bounds (low, high) of a call to ``torch.clamp`` or similar, if 0 stays 0; else None.
 
     Args:
         name: The function's name.
@@ -79,10 +79,10 @@ def _origin(node: Any, number: int, through: frozenset[str]) -> tuple[Any, int]:
 
 
 def is_sigmoid_of(s: Tensor, x: Tensor) -> bool:
-    """Whether ``s`` = σ(c ⊙ x) for a constant c, as the autograd graph has it.
+    """Whether ``s`` = σ(c ⊙ x) for a constant c, according to the autograd graph.
 
-    Casts and constant factors of ``x`` itself do not matter: with x = c'·u, both are functions of
-    the same u.
+    Casts and constant factors of ``x`` itself make no difference: with x = c'·u, both are functions
+    of the same u.
     """
     node, _ = _origin(*_edge(s), _CASTS)
     if node.name() != "SigmoidBackward0" or s.shape != x.shape:
@@ -130,6 +130,6 @@ class NormCall(NamedTuple):
         return cls(x, weight.detach(), eps, centred)
 
     def moved(self, tangent: Tensor) -> Tensor:
-        """How y moves with x where the denominator is held fixed, for x's ``tangent``."""
+        """The derivative of y for x's ``tangent``, with the denominator held fixed."""
         tangent = tangent - tangent.mean(-1, keepdim=True) if self.centred else tangent
         return self.weight * tangent / rules.norm_scale(self.x, self.eps, self.centred)

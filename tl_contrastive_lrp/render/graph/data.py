@@ -43,7 +43,7 @@ class GraphView:
         objective: The objective in words, with its sign convention.
         rules: Name of the rule set.
         model_name: The model.
-        notes: Sentences below the picture: what was pruned, and how much mass that left.
+        notes: Sentences below the picture, such as what was pruned and how much mass was kept.
         earlier_final_pos: The other explained positions, if there are several.
     """
 
@@ -91,7 +91,7 @@ class CheckedGraph:
     """The arrays of a :class:`GraphView`, converted and checked to fit each other.
 
     Attributes:
-        tokens: Each token as it reads by itself, with parts of a character marked.
+        tokens: The text of each token on its own, with parts of a character marked.
         relevance: Relevance of every node in logits, ``[site, pos]``.
         greyed: Which tokens are greyed, ``[pos]``.
         edges: The edges, those between the same two nodes added up.

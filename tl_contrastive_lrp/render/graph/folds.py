@@ -1,9 +1,9 @@
 """Folding a long prompt's graph: positions without a column of their own share one.
 
 A picture of thousands of columns shows nothing. In a prompt of more than ``folds.LONG`` tokens the
-positions that exchange most relevance keep a column each, and every run of positions between them
-becomes one column whose nodes and edges are the sums of theirs. Nothing is lost: the picture also
-shows what the folded positions hold.
+positions that exchange the most relevance keep a column each, and every run of positions between
+them becomes one column whose nodes and edges are the sums of theirs. No relevance is lost: the
+picture also shows what the folded positions hold.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..ranking import extremes, largest_mask
 from .data import CheckedGraph, exchanged, merged
 
 MAX_POSITIONS = 60
-_MOST_GREYED = 6  # first and special tokens are large whatever the prompt says
+_MOST_GREYED = 6  # first and special tokens have large relevance whatever the prompt says
 _TOP = 6  # positions listed for the target, and for the contrast
 
 
@@ -71,7 +71,7 @@ def fold_positions(data: CheckedGraph, most: int) -> CheckedGraph:
 
 
 def account(data: CheckedGraph, folded: CheckedGraph) -> str:
-    """What is folded, in words; "" if nothing is."""
+    """A sentence about the positions that are folded; "" if none are."""
     apart = folded.first == folded.last
     if apart.all():
         return ""
@@ -83,7 +83,7 @@ def account(data: CheckedGraph, folded: CheckedGraph) -> str:
     share = float(np.abs(data.edges.weight[part]).sum()) / total
     return (
         f"This prompt is long: {own:,} of its {n:,} positions have a column each, those that "
-        f"exchange most relevance among them. The other {n - own:,} are folded into "
+        f"exchange the most relevance among them. The other {n - own:,} are folded into "
         f"{len(apart) - own:,} columns (squares), their relevance and edges added up: "
         f"{int(part.sum()):,} of {len(data.edges):,} edges, {100 * share:.1f} % of "
         "\u03a3|weight|, begin or end there."

@@ -1,4 +1,4 @@
-"""Where a graph's nodes and edges are drawn, and how large: numbers only, no markup."""
+"""Positions and sizes of a graph's nodes and edges in its picture: numbers only, no markup."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Gap:
     """A run of positions that have no edge in the picture.
 
     Attributes:
-        x: Where its middle is drawn.
-        width: How wide it is drawn.
+        x: The x coordinate of its middle.
+        width: Its width.
         first: The first position.
         last: The last position.
     """

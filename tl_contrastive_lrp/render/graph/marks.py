@@ -38,7 +38,7 @@ def places(data: CheckedGraph) -> list[str]:
 def edges(
     data: CheckedGraph, plan: Layout, where: list[str], names: list[str]
 ) -> list[list[dict[str, Any]]]:
-    """Edges that stay at their position, then all others: path, look and words of each."""
+    """Edges that stay at their position, then all others: path, style and words of each."""
     edges = plan.edges
     x1, y1 = plan.column[edges.source_pos], plan.row[edges.source_site]
     x2, y2 = plan.column[edges.target_pos], plan.row[edges.target_site]
@@ -82,7 +82,7 @@ def edges(
 def nodes(
     data: CheckedGraph, plan: Layout, where: list[str], names: list[str], sites: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Nodes: place, size, look and words of each."""
+    """Nodes: place, size, style and words of each."""
     marks = []
     for site, pos, radius in zip(
         plan.node_site.tolist(), plan.node_pos.tolist(), plan.radius.tolist(), strict=True

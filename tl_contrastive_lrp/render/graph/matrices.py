@@ -84,7 +84,7 @@ def attention_matrices(
         shown = array[:, shown_positions[:, None], shown_positions]
         share = np.abs(shown).sum() / (np.abs(array).sum() or 1.0)
         words.append(
-            f"The {len(shown_positions)} of {length} positions that exchange most relevance; "
+            f"The {len(shown_positions)} of {length} positions that exchange the most relevance; "
             f"their entries hold {100 * share:.1f} % of \u03a3|weight|."
         )
         array = shown
@@ -140,7 +140,7 @@ def room(count: int, max_cells: int) -> int:
 
 
 def busiest(array: NDArray[np.float64], limit: int) -> NDArray[np.int64]:
-    """The positions that exchange most relevance with others, in the prompt's order."""
+    """The positions that exchange the most relevance with others, in the prompt's order."""
     size = np.abs(array).sum(axis=0)
     np.fill_diagonal(size, 0.0)
     return np.flatnonzero(largest_mask(size.sum(axis=0) + size.sum(axis=1), limit))

@@ -57,8 +57,8 @@ def graph_picture(
 
     Args:
         view: The graph to draw; prune it first, because a full graph has too many edges to see.
-        max_edges: How many edges to draw at most; the strongest are drawn, and the picture says
-            how many are left out.
+        max_edges: The largest number of edges to draw; the strongest are drawn, and the picture
+            says how many are left out.
         max_positions: How many positions, besides the final one, have a column each in a prompt
             of more than ``folds.LONG`` tokens. The others share columns, in which relevance and
             edges are added up, and the picture says so.
@@ -139,7 +139,7 @@ def _body(view: GraphView, max_edges: int, uid: str, max_positions: int) -> str:
     gaps = marks.gaps(plan)
     final, below = plan.column[data.final_pos], plan.below + 4
     at_right = final > plan.width / 2
-    # Labels slant by 60 degrees, down and to the left: leave room for those that reach farthest.
+    # Labels slant by 60 degrees, down and to the left; leave room for those that reach farthest.
     reach = [(la["x"], marks.width(la["text"])) for la in labels]
     reach += [
         (gap.x, marks.width(words["words"])) for gap, words in zip(plan.gaps, gaps, strict=True)
@@ -199,7 +199,7 @@ def _body(view: GraphView, max_edges: int, uid: str, max_positions: int) -> str:
 
 
 def _search(data: CheckedGraph, str_tokens: Sequence[str]) -> dict[str, Any]:
-    """The data with which a long prompt's picture is searched, and its most relevant positions."""
+    """The data for searching a long prompt's picture, and the most relevant positions."""
     sides = tops(data)
     return {
         "data": Markup(script_json({"tokens": visible_tokens(str_tokens)})),
@@ -218,7 +218,7 @@ def _search(data: CheckedGraph, str_tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _count(data: CheckedGraph, plan: Layout) -> str:
-    """How many nodes and edges the picture shows, and what it leaves out."""
+    """A sentence about the nodes and edges that the picture shows and leaves out."""
     drawn, nodes = len(plan.edges), len(plan.node_pos)
     words = f"{drawn:,} edge{'s' * (drawn != 1)} between {nodes:,} hidden state{'s' * (nodes != 1)}"
     apart = data.first == data.last
