@@ -248,7 +248,7 @@ WRONG: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "rounding keeps no relevance": (torch.floor, "Floor", "vanish"),
     "a second input": (
         lambda x: x + torch.zeros(SHAPE, dtype=torch.float64, requires_grad=True), "AccumulateGrad",
-        "lost",
+        "absorb",
     ),
 }  # fmt: skip
 
