@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..engine.fused import AttentionKind
 from ..engine.memory import Memory
 from ..engine.plain import RunResult
 from ..engine.reading import BY_NEURON, BY_POSITION, RelevanceSums
@@ -56,6 +57,7 @@ def attribute(
     tile: int | None = None,
     progress: bool = True,
     checkpoint_dir: str | os.PathLike[str] | None = None,
+    attention: AttentionKind = "auto",
     prepend_bos: bool | None = None,
     prefilled: Prefilled | None = None,
 ) -> Attribution:
@@ -84,6 +86,10 @@ def attribute(
         progress: Show a progress bar in tiles.
         checkpoint_dir: A separate folder for finished blocks, from which an interrupted run in
             tiles is resumed with the same result.
+        attention: "eager" computes attention as TransformerLens does, bit for bit. "fused" uses
+            torch's fused attention, whose values are the same up to rounding, in every block where
+            no hook of yours and no rule needs the scores or the pattern. "auto" takes it where it
+            is faster. The result records which one ran. Runs in tiles are eager.
         prepend_bos: Whether a text begins with the BOS token, as in ``model.to_tokens``. None: the
             model's default, ``model.cfg.default_prepend_bos``, but no second one before a text that
             already begins with it, such as the output of a chat template. Ids are taken as they
@@ -126,7 +132,7 @@ def attribute(
     """
     require_bridge(model)
     objectives = [question(model, objective, target, contrast, pos)]
-    options = RunOptions(memory, tile, progress, checkpoint_dir)
+    options = RunOptions(memory, tile, progress, checkpoint_dir, attention)
     facts = PromptFacts.of(model, prompt, prepend_bos)
     return _attributions(model, facts, objectives, rules, neurons, options, prefilled)[0]
 
@@ -143,6 +149,7 @@ def attribute_each(
     tile: int | None = None,
     progress: bool = True,
     checkpoint_dir: str | os.PathLike[str] | None = None,
+    attention: AttentionKind = "auto",
     prepend_bos: bool | None = None,
     prefilled: Prefilled | None = None,
 ) -> list[Attribution]:
@@ -162,6 +169,7 @@ def attribute_each(
         tile: Positions per tile, as for ``attribute``.
         progress: Show a progress bar in tiles.
         checkpoint_dir: As for ``attribute``; for one prompt only.
+        attention: "auto", "fused" or "eager", as for ``attribute``.
         prepend_bos: Whether texts begin with the BOS token, as for ``attribute``.
         prefilled: As for ``attribute``; for one prompt only.
 
@@ -186,7 +194,7 @@ def attribute_each(
     """
     require_bridge(model)
     each = require_objectives(objectives)
-    options = RunOptions(memory, tile, progress, checkpoint_dir)
+    options = RunOptions(memory, tile, progress, checkpoint_dir, attention)
     if isinstance(prompts, str | Tensor):
         facts = PromptFacts.of(model, prompts, prepend_bos)
         return _attributions(model, facts, each, rules, neurons, options, prefilled)
@@ -311,6 +319,7 @@ class _Reads:
             pos=facts.pos,
             target_is_top=facts.target_is_top,
             memory=result.memory,
+            attention=result.attention,
             prepended_bos=prompt.prepended_bos,
             earlier_pos=facts.earlier_pos,
         )

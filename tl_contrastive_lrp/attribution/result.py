@@ -70,6 +70,7 @@ class Attribution:
             where ids were given, and in files of versions that did not record it.
         earlier_pos: The other positions explained, in rising order, where the objective is a
             function of several; ``positions`` lists all of them.
+        attention: How attention was computed: "eager", "fused", or in how many blocks it was fused.
 
     Raises:
         ValueError: tensors whose shapes do not match, or positions out of order.
@@ -105,6 +106,7 @@ class Attribution:
     memory: str = "plain"
     prepended_bos: bool | None = None
     earlier_pos: tuple[int, ...] = ()
+    attention: str = "eager"
 
     def __post_init__(self) -> None:
         pos = len(self.str_tokens)
@@ -277,6 +279,8 @@ class Attribution:
         if self.prepended_bos is None:
             del rest["prepended_bos"]  # early files do not have this field
         rest |= {"coverage": asdict(self.coverage), "ledger": asdict(self.ledger)}
+        if self.attention == "eager":  # as version 0.1 writes and reads it
+            del rest["attention"]
         if not self.earlier_pos:  # as version 0.1 writes and reads it
             del rest["earlier_pos"]
         return write_result(path, _FILE, tensors, rest)

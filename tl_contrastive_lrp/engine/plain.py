@@ -30,6 +30,7 @@ from ..rules.functions import writable
 from ..rules.precision import first_gradient
 from ..rules.rule_sets import RuleSet, get_rule_set
 from ..rules.threads import frozen_parameters
+from .fused import AttentionKind, FusedBlocks, is_worth
 from .reading import Reading, Slots, arranged
 
 
@@ -66,12 +67,14 @@ class RunResult:
         relevance: The sums of relevance by name, in logits, on the CPU.
         coverage: Which component got which rule.
         memory: "plain", or "tiled (tile N)".
+        attention: "eager", "fused", or in how many blocks it was fused.
     """
 
     objective: ObjectiveFacts
     relevance: dict[str, Tensor]
     coverage: Coverage
     memory: str
+    attention: str = "eager"
 
 
 @dataclass(eq=False)
@@ -84,6 +87,7 @@ class Forward:
         coverage: Which component got which rule.
         ends: The tensors at which gradients end: embeddings, and constants with which a user's
             hook replaced computed values.
+        attention: How attention was computed, as results record it.
         keep_graph: Whether the autograd graph is also kept after the last backward.
         slots: Where readings can be bound, if they were not given with the forward.
     """
@@ -93,6 +97,7 @@ class Forward:
     coverage: Coverage
     ends: list[Tensor] = field(repr=False)
     keep_graph: bool = False
+    attention: str = "eager"
     slots: Slots | None = None
 
     def pass_over(self) -> None:
@@ -142,6 +147,7 @@ def forward(
     readings: Iterable[Reading],
     scopes: Iterable[AbstractContextManager[None]] = (),
     hook_watch: HookWatch | None = None,
+    attention: AttentionKind = "eager",
     **forward_kwargs: Any,
 ) -> Forward:
     """Run one forward, with rules and readings for the backwards that start at it.
@@ -157,6 +163,7 @@ def forward(
         scopes: Context managers to enter around the forward.
         hook_watch: Records what the user's hook functions do. If one edits, or is called in the
             backward, the autograd graph is also kept after the last backward.
+        attention: "eager", or "fused" where a block allows it.
         **forward_kwargs: Passed to the model's forward.
 
     Raises:
@@ -169,9 +176,12 @@ def forward(
     attachments, coverage = plan(model, rule_set)
     leaves: dict[str, Tensor] = {}
 
+    readings = list(readings)
     before, after = arranged(model, attachments, readings)
     starts = embedding_leaves(model, leaves)
     hooks = user_hooks(model)
+    worth = is_worth(attention, tokens.shape[-1])
+    fused = FusedBlocks(model, attachments, readings, hooks) if worth else None
     with (
         frozen_parameters(model),
         ExitStack() as stack,
@@ -181,13 +191,16 @@ def forward(
         reading_hooks(model, [*starts, *before]),
         attached(model, attachments),
         reading_hooks(model, after),
+        nullcontext() if fused is None else fused.active(),
     ):
         for scope in scopes:
             stack.enter_context(scope)
         logits = model(tokens, **forward_kwargs)
         _require_whole(logits, tokens)
     keep_graph = hook_watch is not None and (bool(hook_watch.edits) or hook_watch.of_backward)
-    return Forward(model, logits, coverage, [*leaves.values(), *constants], keep_graph)
+    ends = [*leaves.values(), *constants]
+    kind = "eager" if fused is None else fused.kind
+    return Forward(model, logits, coverage, ends, keep_graph, kind)
 
 
 def run_each(
@@ -230,9 +243,7 @@ def run_each(
     readings = list(readings)
     run = shared
     if run is None:
-        run = forward(
-            model, tokens, rule_set, readings, scopes, hook_watch=hook_watch, **forward_kwargs
-        )
+        run = forward(model, tokens, rule_set, readings, scopes, hook_watch, **forward_kwargs)
     if run.slots is not None:
         run.slots.require_left()
     values = [run.value(objective) for objective in objectives]

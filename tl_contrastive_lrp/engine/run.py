@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..inputs.facts import ObjectiveFacts
 from ..rules.rule_sets import RuleSet
+from .fused import AttentionKind
 from .memory import Memory, MemoryPlan, plan_memory, run_as_planned
-from .plain import RunResult, run_each
+from .plain import RunResult, forward, run_each
 from .prefilled import Prefilled
 from .reading import RelevanceSums
 from .tiled.checkpoint import checkpoint_of
@@ -27,6 +28,7 @@ class RunOptions:
     tile: int | None = None
     progress: bool = True
     checkpoint_dir: str | os.PathLike[str] | None = None
+    attention: AttentionKind = "auto"
 
     def plan(self, model: Any, length: int, prefilled: Prefilled | None = None) -> MemoryPlan:
         """The plan for one prompt, or that of the forward that has already been run.
@@ -83,17 +85,19 @@ def run(
     def plain(plan: MemoryPlan) -> list[RunResult]:
         sums.clear()
         relevance: list[dict[str, Tensor]] = []
+        shared = prefilled.plain if prefilled is not None else None
+        if shared is None:
+            shared = forward(model, tokens, rule_set, sums.readings, attention=options.attention)
         logits, values, coverage = run_each(
             model, tokens, objectives, rule_set, sums.readings,
-            then=lambda _: relevance.append(sums.take()),
-            shared=prefilled.plain if prefilled is not None else None,
+            then=lambda _: relevance.append(sums.take()), shared=shared,
         )  # fmt: skip
         facts = [
             ObjectiveFacts.of(objective, logits, value, tokens.shape[1])
             for objective, value in zip(objectives, values, strict=True)
         ]
         return [
-            RunResult(fact, by_name, coverage, plan.memory)
+            RunResult(fact, by_name, coverage, plan.memory, shared.attention)
             for fact, by_name in zip(facts, relevance, strict=True)
         ]
 

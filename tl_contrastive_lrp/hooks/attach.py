@@ -29,6 +29,7 @@ from ..errors import ModelStateError
 from ..inputs.bridge import is_kind
 from ..inputs.devices import loaded
 from ..rules import functions as rules
+from ..rules.deferred import DeferredAttention
 from ..rules.rule_sets import RuleSet
 from ..rules.softcap import correct_softcap, softcap, softcap_replaced
 from ..rules.softmax import sink_temperature, softmax_temperature, was_changed
@@ -73,7 +74,7 @@ class Attachment:
         return self.scoped is not None and not self.hooks
 
 
-def edit(function: Callable[[Tensor], Tensor]) -> HookFn:
+def edit(function: Callable[[Any], Any]) -> HookFn:
     """A hook function that returns ``function`` of the value."""
 
     def hook_fn(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
@@ -376,7 +377,12 @@ def _gate(site: Site, rule_set: RuleSet) -> Attachment:
 def _qk(site: Site, rule_set: RuleSet) -> Attachment:
     if rule_set.qk == "gradient":
         return gradient(site, rule_set)
-    hook = (f"{site.path}.hook_attn_scores", edit(rules.uniform))
+
+    def at_scores(scores: Tensor | DeferredAttention) -> Tensor | DeferredAttention:
+        deferred = isinstance(scores, DeferredAttention)
+        return scores.uniform() if deferred else rules.uniform(scores)
+
+    hook = (f"{site.path}.hook_attn_scores", edit(at_scores))
     return Attachment(site, "half", "at hook_attn_scores", (hook,))
 
 
@@ -385,13 +391,20 @@ def _softmax(site: Site, rule_set: RuleSet) -> Attachment:
         return gradient(site, rule_set)
     name = f"{site.path}.hook_pattern"
     if rule_set.softmax == "constant":
-        hook = (name, edit(rules.constant))
+
+        def detached(pattern: Tensor | DeferredAttention) -> Tensor | DeferredAttention:
+            deferred = isinstance(pattern, DeferredAttention)
+            return pattern.constant() if deferred else rules.constant(pattern)
+
+        hook = (name, edit(detached))
         return Attachment(site, "constant", "pattern detached at hook_pattern", (hook,), (name,))
     temperature = rule_set.temperature
 
     sinks = getattr(site.component.original_component, "sinks", None) is not None
 
-    def at_pattern(pattern: Tensor) -> Tensor:
+    def at_pattern(pattern: Tensor | DeferredAttention) -> Tensor | DeferredAttention:
+        if isinstance(pattern, DeferredAttention):
+            return pattern.tempered(temperature, lambda p: softmax_temperature(p, temperature))
         if sinks or was_changed(pattern):
             return sink_temperature(pattern, temperature, name)
         return softmax_temperature(pattern, temperature)

@@ -1,0 +1,200 @@
+"""Fused attention gives what eager attention gives, and falls back where something needs the rest.
+
+Eager attention is TransformerLens' own code, held against independent truth elsewhere. Every family
+is compared in float32, to what the package promises there, and three of them under every rule set
+in float64 throughout, so that nothing can hide in rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.grids import diagonal
+from support.zoo_expected import COVERED
+from torch import Tensor
+from truth import zoo
+from truth.families import boot, random_tokens
+from truth.float64 import true_float64
+from truth.rounding import PROMISED
+
+import tl_contrastive_lrp as clrp
+from tl_contrastive_lrp.engine import fused as fused_room
+
+RULES = tuple(clrp.RULE_SETS)
+# Attention that TransformerLens writes out with HookPoints, without soft-caps and sinks.
+FUSED = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "olmo", "phi", "gpt_neox")
+
+
+def both(model: Any, ids: Tensor, objective: Any, **how: Any) -> tuple[Any, Any]:
+    """The result with eager and with fused attention."""
+    return tuple(
+        clrp.attribute(model, ids, objective, memory="plain", attention=kind, **how)
+        for kind in ("eager", "fused")
+    )  # type: ignore[return-value]
+
+
+def assert_same(fused: Any, eager: Any, bound: float) -> None:
+    for name in ("tokens", "resid", "heads"):
+        x, y = getattr(fused, name), getattr(eager, name)
+        assert float((x - y).abs().max()) <= bound * max(float(y.abs().max()), 1e-3), name
+    assert abs(fused.delta - eager.delta) <= bound * max(1.0, abs(eager.delta))
+
+
+@pytest.mark.parametrize(("name", "rules"), diagonal(COVERED, RULES))
+def test_every_family(name: str, rules: str) -> None:
+    model, ids = zoo.boot(name, torch.float32), zoo.random_tokens(11)
+    eager, fused = both(model, ids, clrp.logit_diff(model, 7, 12), rules=rules)
+    assert eager.attention == "eager"
+    if name in FUSED:
+        assert fused.attention == "fused"
+    assert_same(fused, eager, PROMISED[torch.float32])
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma3"])
+def test_rule_sets(name: str, rules: str) -> None:
+    model, ids = boot(name), random_tokens(1, 40)
+    with true_float64(model):
+        eager, fused = both(model, ids, clrp.logit_diff(model, 7, 11, pos=30), rules=rules)
+    assert fused.attention == "fused"
+    assert_same(fused, eager, 1e-9)
+
+
+def test_neurons_ledger_and_several_objectives() -> None:
+    model, ids = boot("gpt2"), random_tokens(1, 30)
+    objectives = [clrp.logit_diff(model, 7, 11), clrp.target_logit(model, 5, pos=12)]
+    with true_float64(model):
+        eager, fused = (
+            clrp.attribute_each(model, ids, objectives, neurons=True, attention=kind)
+            for kind in ("eager", "fused")
+        )
+    for one, other in zip(fused, eager, strict=True):
+        assert_same(one, other, 1e-9)
+        assert torch.allclose(one.neurons, other.neurons, atol=1e-9)
+        for row, expected in zip(one.ledger.rows, other.ledger.rows, strict=True):
+            assert row.total == pytest.approx(expected.total, abs=1e-9)
+            assert row.biases == pytest.approx(expected.biases, abs=1e-9)
+
+
+def test_the_pattern_is_never_computed() -> None:
+    """No tensor of [query, key] is made on the way, but for the mask and its comparison."""
+    model, n = boot("qwen3", torch.float32), 61
+    ids, squares = random_tokens(1, n), []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            square = isinstance(out, Tensor) and out.ndim == 4 and out.shape[-2:] == (n, n)
+            if square and out.shape[1] > 1:  # by head, so it is no mask
+                squares.append(str(func))
+            return out
+
+    objective = clrp.logit_diff(model, 7, 11)
+    clrp.attribute(model, ids, objective, attention="fused")  # audits the model first
+    with Watch():
+        fused = clrp.attribute(model, ids, objective, attention="fused")
+    assert fused.attention == "fused"
+    assert squares == []
+    with Watch():
+        clrp.attribute(model, ids, objective, attention="eager")
+    assert squares
+
+
+@pytest.mark.parametrize("point", ["hook_pattern", "hook_attn_scores"])
+def test_a_hook_that_needs_the_pattern_is_honoured(point: str) -> None:
+    model, ids = boot("qwen3"), random_tokens(1, 20)
+    objective = clrp.logit_diff(model, 7, 11)
+    name = f"blocks.0.attn.{point}"
+
+    def edit(x: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return x * 0.5
+
+    seen = []
+    with true_float64(model), model.hooks(fwd_hooks=[(name, edit)]):
+        eager, fused = both(model, ids, objective)
+    assert fused.attention == f"fused in {model.cfg.n_layers - 1} of {model.cfg.n_layers} blocks"
+    assert_same(fused, eager, 1e-9)
+    watch = [(name, lambda x, hook: seen.append(tuple(x.shape)))]  # noqa: ARG005
+    with model.hooks(fwd_hooks=watch):
+        clrp.attribute(model, ids, objective, attention="fused")
+    assert seen == [(1, model.cfg.n_heads, 20, 20)]
+
+
+def test_hooks_elsewhere_are_honoured_too() -> None:
+    model, ids = boot("gemma3"), random_tokens(1, 20)
+    edits = [
+        ("blocks.0.attn.hook_z", lambda x, hook: x * 2.0),  # noqa: ARG005
+        ("blocks.1.attn.hook_q", lambda x, hook: x + 1.0),  # noqa: ARG005
+    ]
+    with true_float64(model), model.hooks(fwd_hooks=edits):
+        eager, fused = both(model, ids, clrp.logit_diff(model, 7, 11))
+    assert "fused" in fused.attention
+    assert_same(fused, eager, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_windows(name: str) -> None:
+    """More tokens than a sliding window holds."""
+    model, ids = boot(name), random_tokens(1, 48)
+    with true_float64(model):
+        eager, fused = both(model, ids, clrp.logit_diff(model, 7, 11))
+    assert fused.attention == "fused"
+    assert_same(fused, eager, 1e-9)
+
+
+def test_soft_caps_and_sinks_stay_eager() -> None:
+    for name in ("gemma2", "gpt_oss"):
+        model, ids = zoo.boot(name, torch.float32), zoo.random_tokens(11)
+        result = clrp.attribute(model, ids, clrp.logit_diff(model, 7, 12), attention="fused")
+        assert result.attention == "eager"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    """As close to float32 as eager attention is."""
+    ids = random_tokens(1, 30)
+    truth = boot("qwen3", torch.float32)
+    objective = clrp.logit_diff(truth, 7, 11)
+    exact = clrp.attribute(truth, ids, objective, rules="attnlrp", attention="eager")
+    eager, fused = both(boot("qwen3", dtype), ids, objective, rules="attnlrp")
+    scale = float(exact.resid.abs().max())
+    off = [float((x.resid - exact.resid).abs().max()) / scale for x in (eager, fused)]
+    assert fused.attention == "fused"
+    assert off[1] <= 3 * off[0] + 1e-3
+
+
+def test_files_say_which_attention_ran(tmp_path: Any) -> None:
+    model, ids = boot("qwen3", torch.float32), random_tokens(1, 20)
+    for result in both(model, ids, clrp.logit_diff(model, 7, 11)):
+        path = result.save(tmp_path / "a.safetensors")
+        assert clrp.Attribution.load(path).attention == result.attention
+
+
+def test_an_exception_leaves_nothing_behind() -> None:
+    model, ids = boot("qwen3", torch.float32), random_tokens(1, 20)
+
+    def fail(x: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        raise KeyboardInterrupt
+
+    objective = clrp.logit_diff(model, 7, 11)
+    with pytest.raises(KeyboardInterrupt), model.hooks(fwd_hooks=[("blocks.1.attn.hook_z", fail)]):
+        clrp.attribute(model, ids, objective, attention="fused")
+    x = torch.ones(1, 2, 3, 4) @ torch.ones(1, 2, 4, 3)
+    assert type(torch.matmul(x, x)) is Tensor  # no mode is left on
+    eager, fused = both(model, ids, objective)
+    assert fused.attention == "fused"
+    assert_same(fused, eager, 1e-5)
+
+
+def test_auto_takes_it_for_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = boot("qwen3", torch.float32)
+    objective = clrp.logit_diff(model, 7, 11)
+    monkeypatch.setattr(fused_room, "_WORTH_FROM", 30)
+    short, long = (clrp.attribute(model, random_tokens(1, n), objective) for n in (29, 30))
+    assert (short.attention, long.attention) == ("eager", "fused")
+    with pytest.raises(ValueError, match="use 'auto', 'fused' or 'eager'"):
+        clrp.attribute(model, random_tokens(1), objective, attention="flash")  # type: ignore[arg-type]

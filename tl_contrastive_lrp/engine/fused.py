@@ -1,0 +1,122 @@
+"""Fused attention for the scope of a forward, wherever nobody needs the scores or the pattern.
+
+In each block whose attention TransformerLens writes out, the product of queries and keys is
+deferred (``rules/deferred.py``), so that z comes from torch's fused attention. A block keeps its
+eager attention if a hook of the user's or a reading is at its scores or its pattern, or if a rule
+needs them: soft-caps, sinks, and components that compute attention without HookPoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+
+from ..hooks.attach import Attachment
+from ..hooks.user_hooks import UserHook
+from ..inputs.bridge import components
+from ..rules.deferred import DeferringMode, MaskMemory
+from ..rules.threads import mine
+from .reading import Reading
+
+AttentionKind = Literal["auto", "fused", "eager"]
+
+_NEEDED = ("hook_attn_scores", "hook_pattern")
+# Below so many tokens eager attention is a small share of a forward, and as fast.
+_WORTH_FROM = 1024
+
+
+def is_worth(attention: AttentionKind, length: int) -> bool:
+    """Whether attention is to be fused where it can be.
+
+    Args:
+        attention: What the caller asked for.
+        length: Number of tokens in the prompt.
+
+    Raises:
+        ValueError: an unknown kind of attention.
+    """
+    if attention not in get_args(AttentionKind):
+        raise ValueError(f"attention={attention!r} is unknown; use 'auto', 'fused' or 'eager'.")
+    return attention == "fused" or (attention == "auto" and length >= _WORTH_FROM)
+
+
+class FusedBlocks:
+    """Which attentions may be computed fused in a forward, and which were.
+
+    Attributes:
+        candidates: Paths of the attention components that may.
+        done: Those whose attention was computed fused in the last forward.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        attachments: Iterable[Attachment],
+        readings: Iterable[Reading],
+        hooks: Iterable[UserHook],
+    ) -> None:
+        self.model = model
+        self.done: set[str] = set()
+        operations: dict[str, set[str]] = {}
+        for attachment in attachments:
+            operations.setdefault(attachment.site.path, set()).add(attachment.site.operation)
+        read = {reading.name for reading in readings}
+        hooked = {id(hook.module) for hook in hooks}
+        parts = components(model)
+        self.candidates = [
+            path
+            for path, of_path in operations.items()
+            if "softmax" in of_path
+            and "softcap" not in of_path
+            and getattr(parts[path].original_component, "sinks", None) is None
+            and not any(f"{path}.{name}" in read for name in _NEEDED)
+            and not any(id(part) in hooked for part in _watched(parts[path]))
+        ]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Defer the candidates' attention inside the ``with`` block, in this thread only."""
+        parts, memory = components(self.model), MaskMemory()
+        with ExitStack() as stack:
+            for path in self.candidates:
+                mode = DeferringMode(memory, lambda path=path: self.done.add(path))
+                _around(stack, parts[path], mode)
+            yield
+
+    @property
+    def kind(self) -> str:
+        """What results record: "eager", "fused", or how many blocks were fused."""
+        if not self.done:
+            return "eager"
+        n = int(self.model.cfg.n_layers)
+        return "fused" if len(self.done) == n else f"fused in {len(self.done)} of {n} blocks"
+
+
+def _watched(component: Any) -> list[Any]:
+    """The modules at which a user's hook sees the scores, the pattern, or what is returned."""
+    return [component, *(getattr(component, name, None) for name in _NEEDED)]
+
+
+def _around(stack: ExitStack, component: torch.nn.Module, mode: DeferringMode) -> None:
+    depth: list[bool] = []
+
+    def enter(module: Any, args: Any) -> None:  # noqa: ARG001
+        depth.append(True)
+        mode.armed = True
+        mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(module: Any, args: Any, output: Any) -> Any:  # noqa: ARG001
+        if not depth:
+            return None
+        depth.pop()
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if isinstance(output, tuple) and len(output) > 1:
+            return (output[0], None, *output[2:])  # nobody asked for the pattern
+        return None
+
+    stack.callback(component.register_forward_pre_hook(mine(enter)).remove)
+    handle = component.register_forward_hook(mine(leave), always_call=True)
+    stack.callback(handle.remove)
