@@ -2,10 +2,10 @@
 
     python benchmarks/side_by_side.py FOLDER [--lengths 128,512,1508] [--repeats 3]
 
-FOLDER is a causal language model saved for transformers. Prints, for each length, processor time
-of ``attribute`` under AttnLRP and GIM, with fused and with eager attention, as a ratio to that of
-Hugging Face's forward and backward (the best of the repeats each). A model of 135M parameters takes about
-five minutes with the defaults.
+FOLDER is a causal language model saved for transformers. Prints, for each length, the processor
+time of ``attribute`` under AttnLRP and GIM, with fused and with eager attention, as a ratio to that
+of Hugging Face's forward and backward (the best of the repeats each). A model of 135M parameters
+takes about five minutes with the defaults.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -82,7 +83,7 @@ class FusedBlocks:
         parts, memory = components(self.model), MaskMemory()
         with ExitStack() as stack:
             for path in self.candidates:
-                mode = DeferringMode(memory, lambda path=path: self.done.add(path))
+                mode = DeferringMode(memory, partial(self.done.add, path))
                 _around(stack, parts[path], mode)
             yield
 

@@ -77,7 +77,7 @@ class Attachment:
 def edit(function: Callable[[Any], Any]) -> HookFn:
     """A hook function that returns ``function`` of the value."""
 
-    def hook_fn(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+    def hook_fn(tensor: Any, hook: Any) -> Any:  # noqa: ARG001
         return function(tensor)
 
     return hook_fn
@@ -379,8 +379,9 @@ def _qk(site: Site, rule_set: RuleSet) -> Attachment:
         return gradient(site, rule_set)
 
     def at_scores(scores: Tensor | DeferredAttention) -> Tensor | DeferredAttention:
-        deferred = isinstance(scores, DeferredAttention)
-        return scores.uniform() if deferred else rules.uniform(scores)
+        if isinstance(scores, DeferredAttention):
+            return scores.uniform()
+        return rules.uniform(scores)
 
     hook = (f"{site.path}.hook_attn_scores", edit(at_scores))
     return Attachment(site, "half", "at hook_attn_scores", (hook,))
@@ -393,8 +394,9 @@ def _softmax(site: Site, rule_set: RuleSet) -> Attachment:
     if rule_set.softmax == "constant":
 
         def detached(pattern: Tensor | DeferredAttention) -> Tensor | DeferredAttention:
-            deferred = isinstance(pattern, DeferredAttention)
-            return pattern.constant() if deferred else rules.constant(pattern)
+            if isinstance(pattern, DeferredAttention):
+                return pattern.constant()
+            return rules.constant(pattern)
 
         hook = (name, edit(detached))
         return Attachment(site, "constant", "pattern detached at hook_pattern", (hook,), (name,))
