@@ -70,6 +70,14 @@ def _model_of(item: pytest.Item) -> str:
     return name if isinstance(name, str) and (name in ALL or name in ROWS) else ""
 
 
+# Besides tests/house: real browsers, processes of their own, and many tokenizers or trained models.
+SLOW_FILES = (
+    "test_cli_bos", "test_demo_training", "test_devices", "test_model_inputs", "test_mps",
+    "test_one_prefill", "test_planted", "test_render_browser", "test_render_graph_long",
+    "test_render_graph_pages", "test_render_long_browser", "test_tiled_details",
+    "test_tiled_killed", "test_tiled_ties", "test_token_text",
+)  # fmt: skip
+
 # How many models a test goes through when slow tests are left out.
 SOME_MODELS = 3
 
@@ -102,7 +110,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if not item.path.name.startswith(NOT_NUMERICAL):
             item.add_marker(pytest.mark.numerical)
-        if item.path.is_relative_to(HOUSE) or id(item) in many_models:
+        in_slow_file = item.path.is_relative_to(HOUSE) or item.path.stem in SLOW_FILES
+        if in_slow_file or id(item) in many_models:
             item.add_marker(pytest.mark.slow)
     every = int(os.environ.get("TEST_EVERY", "1"))
     many = [item for item in items if item.path.name.startswith(MANY_FAMILIES)]

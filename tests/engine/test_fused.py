@@ -7,6 +7,7 @@ in float64 throughout, so that nothing can hide in rounding.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from truth.rounding import PROMISED
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.engine import fused as fused_room
+from tl_contrastive_lrp.rules.deferred import DeferringMode, MaskMemory
 
 RULES = tuple(clrp.RULE_SETS)
 # Attention that TransformerLens writes out with HookPoints, without soft-caps and sinks.
@@ -198,3 +200,79 @@ def test_auto_takes_it_for_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None
     assert (short.attention, long.attention) == ("eager", "fused")
     with pytest.raises(ValueError, match="use 'auto', 'fused' or 'eager'"):
         clrp.attribute(model, random_tokens(1), objective, attention="flash")  # type: ignore[arg-type]
+
+
+def eager_and_deferred(written: Any) -> tuple[Tensor, Tensor, list[bool]]:
+    """What a component's code gives, run as it is and with its scores deferred, with gradients."""
+    results, fused = [], []
+    for deferred in (False, True):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(1, 2, 7, 4, dtype=torch.float64).requires_grad_() for _ in range(3))
+        mode = DeferringMode(MaskMemory(), lambda: fused.append(True))
+        with mode if deferred else nullcontext():
+            z = written(q, k, v)
+        results.append(torch.cat([z.flatten(), *(g.flatten() for g in grads(z, q, k, v))]))
+    return results[0], results[1], fused
+
+
+def grads(z: Tensor, *ends: Tensor) -> tuple[Tensor, ...]:
+    weights = torch.linspace(-1, 2, z.numel(), dtype=z.dtype).reshape(z.shape)
+    return torch.autograd.grad((z * weights).sum(), ends)
+
+
+CAUSAL = torch.ones(7, 7, dtype=torch.bool).tril()
+LOWEST = torch.finfo(torch.float64).min
+
+
+def standard(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.matmul(q, k.transpose(-2, -1)) * 0.5
+    return torch.matmul(scores.masked_fill(~CAUSAL, LOWEST).softmax(-1), v)
+
+
+def functional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.matmul(q, k.transpose(-2, -1)) / 2.0
+    scores = scores + torch.zeros(7, 7, dtype=torch.float64).masked_fill(~CAUSAL, LOWEST)
+    pattern = torch.nn.functional.softmax(scores, dim=-1, dtype=torch.float64).to(torch.float64)
+    return torch.matmul(torch.nn.functional.dropout(pattern, 0.1, training=False), v)
+
+
+def written_into(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.matmul(q, k.transpose(-2, -1))
+    scores[..., 0] = 1.0
+    scores = scores.masked_fill(~CAUSAL, LOWEST)
+    return torch.matmul(torch.softmax(scores, dim=-1), v)
+
+
+def with_a_sink(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.matmul(q, k.transpose(-2, -1))
+    sink = torch.cat([scores, scores.new_zeros(1, 2, 7, 1)], dim=-1)
+    return torch.matmul(torch.softmax(sink, dim=-1)[..., :-1], v)
+
+
+def differential(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.matmul(q, k.transpose(-2, -1))
+    pattern = torch.softmax(scores, dim=-1)
+    return torch.matmul(pattern - 0.3 * torch.softmax(-scores, dim=-1), v)
+
+
+def scaled_after_the_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.matmul(q, k.transpose(-2, -1)).masked_fill(~CAUSAL, LOWEST)
+    return torch.matmul(torch.softmax(scores * 0.5, dim=-1), v)
+
+
+def over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.matmul(torch.softmax(torch.matmul(q, k.transpose(-2, -1)), dim=-2), v)
+
+
+@pytest.mark.parametrize(
+    ("written", "is_fused"),
+    [
+        (functional, True), (standard, False), (written_into, False), (with_a_sink, False),
+        (differential, False), (scaled_after_the_mask, False), (over_queries, False),
+    ],
+)  # fmt: skip
+def test_whatever_a_component_writes_its_numbers_stay(written: Any, is_fused: bool) -> None:
+    """What cannot be fused is computed as written; nothing is ever approximated."""
+    eager, deferred, fused = eager_and_deferred(written)
+    assert bool(fused) == is_fused
+    assert torch.allclose(deferred, eager, rtol=0, atol=1e-12)

@@ -380,7 +380,7 @@ def _qk(site: Site, rule_set: RuleSet) -> Attachment:
 
     def at_scores(scores: Tensor | DeferredAttention) -> Tensor | DeferredAttention:
         if isinstance(scores, DeferredAttention):
-            return scores.uniform()
+            return scores.uniform(rules.uniform)
         return rules.uniform(scores)
 
     hook = (f"{site.path}.hook_attn_scores", edit(at_scores))
@@ -395,7 +395,7 @@ def _softmax(site: Site, rule_set: RuleSet) -> Attachment:
 
         def detached(pattern: Tensor | DeferredAttention) -> Tensor | DeferredAttention:
             if isinstance(pattern, DeferredAttention):
-                return pattern.constant()
+                return pattern.constant(rules.constant)
             return rules.constant(pattern)
 
         hook = (name, edit(detached))

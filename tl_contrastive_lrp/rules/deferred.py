@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from .functions import scale_gradient
 
@@ -123,7 +124,9 @@ class DeferredAttention:
             raise AttributeError(name)
         return getattr(self.tensor(), name)
 
-    def _then(self, step: Step, **changes: Any) -> DeferredAttention:
+    def _then(self, step: Step, **changes: Any) -> Any:
+        if self.computed:  # it may have been written into since
+            return step(self.computed[0])
         return replace(self, steps=(*self.steps, step), computed=[], **changes)
 
     def __mul__(self, factor: Any) -> Any:
@@ -175,8 +178,11 @@ class DeferredAttention:
                 return first
             if func is torch.matmul and first.is_pattern and isinstance(args[1], Tensor):
                 return first.times(args[1])
-        actual = [x.tensor() if isinstance(x, cls) else x for x in args]
-        return func(*actual, **kwargs)
+
+        def actual(x: Any) -> Any:
+            return x.tensor() if isinstance(x, cls) else x
+
+        return func(*tree_map(actual, tuple(args)), **tree_map(actual, kwargs))
 
     def _is_own_softmax(self, args: Any, kwargs: dict[str, Any]) -> bool:
         """Whether a softmax is over keys, and its dtype that of fused attention's own."""
@@ -191,16 +197,20 @@ class DeferredAttention:
 
     # ------------------------------------------------------------ rules
 
-    def uniform(self) -> DeferredAttention:
+    def uniform(self, rule: Step) -> Any:
         """The uniform rule at the scores: halving the gradients of q and k is the same."""
+        if self.computed:
+            return rule(self.computed[0])
         q, k_t = scale_gradient(self.q, 0.5), scale_gradient(self.k_t, 0.5)
         return replace(self, q=q, k_t=k_t, computed=[])
 
-    def constant(self) -> DeferredAttention:
+    def constant(self, rule: Step) -> Any:
         """The constant rule: q and k get no gradient."""
+        if self.computed:
+            return rule(self.computed[0])
         return replace(self, q=self.q.detach(), k_t=self.k_t.detach(), computed=[])
 
-    def tempered(self, temperature: float, rule: Step) -> DeferredAttention:
+    def tempered(self, temperature: float, rule: Step) -> Any:
         """The softmax's gradient at a temperature; ``rule`` does the same to an actual pattern."""
         return self._then(rule, temperature=temperature)
 
@@ -241,6 +251,28 @@ class DeferredAttention:
             return self.bias.to(self.dtype), False
         lowest = torch.finfo(self.dtype).min
         return self.bias.to(self.dtype).masked_fill(~self.visible, lowest), False
+
+
+def _of_the_tensor(name: str) -> Callable[..., Any]:
+    def method(self: DeferredAttention, *args: Any) -> Any:
+        return getattr(self.tensor(), name)(*args)
+
+    return method
+
+
+# Operators are looked up on the class, so that ``__getattr__`` does not see them.
+for _name in (
+    "add", "sub", "mul", "truediv", "floordiv", "matmul", "pow", "mod", "and", "or", "xor",
+):  # fmt: skip
+    for _operator in (f"__{_name}__", f"__r{_name}__"):
+        if _operator not in vars(DeferredAttention):
+            setattr(DeferredAttention, _operator, _of_the_tensor(_operator))
+for _name in (
+    "neg", "abs", "invert", "lt", "le", "gt", "ge", "eq", "ne", "getitem", "setitem", "len", "iter",
+    "bool", "float", "int", "array", "contains",
+):  # fmt: skip
+    if f"__{_name}__" not in vars(DeferredAttention):
+        setattr(DeferredAttention, f"__{_name}__", _of_the_tensor(f"__{_name}__"))
 
 
 class _WithGradientOf(torch.autograd.Function):
