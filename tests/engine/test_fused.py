@@ -176,20 +176,38 @@ def test_files_say_which_attention_ran(tmp_path: Any) -> None:
         assert clrp.Attribution.load(path).attention == result.attention
 
 
-def test_an_exception_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("point", ["blocks.1.attn.hook_q", "blocks.1.attn.hook_z"])
+def test_an_exception_leaves_nothing_behind(point: str, error: type[BaseException]) -> None:
+    """Also Ctrl-C inside an attention, after which torch calls no hooks of a module."""
     model, ids = boot("qwen3", torch.float32), random_tokens(1, 20)
 
     def fail(x: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        raise KeyboardInterrupt
+        raise error
 
     objective = clrp.logit_diff(model, 7, 11)
-    with pytest.raises(KeyboardInterrupt), model.hooks(fwd_hooks=[("blocks.1.attn.hook_z", fail)]):
+    with pytest.raises(error), model.hooks(fwd_hooks=[(point, fail)]):
         clrp.attribute(model, ids, objective, attention="fused")
-    x = torch.ones(1, 2, 3, 4) @ torch.ones(1, 2, 4, 3)
-    assert type(torch.matmul(x, x)) is Tensor  # no mode is left on
+    assert torch._C._len_torch_function_stack() == 0
     eager, fused = both(model, ids, objective)
     assert fused.attention == "fused"
     assert_same(fused, eager, 1e-5)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_nor_does_one_where_rules_go_by_operation(error: type[BaseException]) -> None:
+    model, ids = zoo.boot("deepseek_v2", torch.float32), zoo.random_tokens(8)
+
+    def fail(x: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        raise error
+
+    objective = clrp.logit_diff(model, 7, 12)
+    expected = clrp.attribute(model, ids, objective)
+    for name in ("blocks.0.attn.hook_attn_scores", "blocks.1.attn.hook_pattern"):
+        with pytest.raises(error), model.hooks(fwd_hooks=[(name, fail)]):
+            clrp.attribute(model, ids, objective)
+        assert torch._C._len_torch_function_stack() == 0
+    assert torch.equal(clrp.attribute(model, ids, objective).tokens, expected.tokens)
 
 
 def test_auto_takes_it_for_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,13 @@ def _watched(component: Any) -> list[Any]:
 def _around(stack: ExitStack, component: torch.nn.Module, mode: DeferringMode) -> None:
     depth: list[bool] = []
 
+    def leave_all() -> None:
+        while depth:  # after a KeyboardInterrupt, for which torch calls no hooks
+            depth.pop()
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    stack.callback(leave_all)
+
     def enter(module: Any, args: Any) -> None:  # noqa: ARG001
         depth.append(True)
         mode.armed = True

@@ -206,16 +206,26 @@ class OperationRules(TorchFunctionMode):
 
         This affects this thread only.
         """
+        entered: list[None] = []
 
         def enter(module: Any, args: Any) -> None:  # noqa: ARG001
             self.after_softmax = False
             self.states.append(True)
             self.__enter__()  # type: ignore[no-untyped-call]
+            entered.append(None)
 
         def leave(module: Any, args: Any, output: Any) -> None:  # noqa: ARG001
-            if self.states:
+            if entered:
+                entered.pop()
                 self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
                 self.states.pop()
+
+        def leave_all() -> None:
+            """Leave what a KeyboardInterrupt left on: torch calls no hooks after one."""
+            while entered:
+                entered.pop()
+                self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self.states.clear()
 
         def pause(module: Any, args: Any) -> None:  # noqa: ARG001
             self.states.append(False)
@@ -227,6 +237,7 @@ class OperationRules(TorchFunctionMode):
             self.states.pop()
 
         with ExitStack() as stack:
+            stack.callback(leave_all)
 
             def on(module: torch.nn.Module, before: _Call, after: _Call) -> None:
                 stack.callback(module.register_forward_pre_hook(mine(before)).remove)
