@@ -72,14 +72,14 @@ def _model_of(item: pytest.Item) -> str:
 
 # Besides tests/house: real browsers, processes of their own, and many tokenizers or trained models.
 SLOW_FILES = (
-    "test_cli_bos", "test_demo_training", "test_devices", "test_model_inputs", "test_mps",
-    "test_one_prefill", "test_planted", "test_render_browser", "test_render_graph_long",
-    "test_render_graph_pages", "test_render_long_browser", "test_tiled_details",
-    "test_tiled_killed", "test_tiled_ties", "test_token_text",
+    "test_cli_bos", "test_demo", "test_demo_training", "test_devices", "test_edges_deep",
+    "test_model_inputs", "test_mps", "test_one_prefill", "test_planted", "test_render_browser",
+    "test_render_graph_long", "test_render_graph_pages", "test_render_long_browser",
+    "test_tiled_details", "test_tiled_killed", "test_tiled_ties", "test_token_text",
 )  # fmt: skip
 
-# How many models a test goes through when slow tests are left out.
-SOME_MODELS = 3
+# How many models one test function meets when slow tests are left out; functions take turns.
+SOME_MODELS = 1
 
 
 def _beyond_some_models(items: list[pytest.Item]) -> set[int]:

@@ -124,7 +124,7 @@ class DeferredAttention:
             raise AttributeError(name)
         return getattr(self.tensor(), name)
 
-    def _then(self, step: Step, **changes: Any) -> Any:
+    def _then(self, step: Step, **changes: Any) -> Tensor | DeferredAttention:
         if self.computed:  # it may have been written into since
             return step(self.computed[0])
         return replace(self, steps=(*self.steps, step), computed=[], **changes)
@@ -197,20 +197,20 @@ class DeferredAttention:
 
     # ------------------------------------------------------------ rules
 
-    def uniform(self, rule: Step) -> Any:
+    def uniform(self, rule: Step) -> Tensor | DeferredAttention:
         """The uniform rule at the scores: halving the gradients of q and k is the same."""
         if self.computed:
             return rule(self.computed[0])
         q, k_t = scale_gradient(self.q, 0.5), scale_gradient(self.k_t, 0.5)
         return replace(self, q=q, k_t=k_t, computed=[])
 
-    def constant(self, rule: Step) -> Any:
+    def constant(self, rule: Step) -> Tensor | DeferredAttention:
         """The constant rule: q and k get no gradient."""
         if self.computed:
             return rule(self.computed[0])
         return replace(self, q=self.q.detach(), k_t=self.k_t.detach(), computed=[])
 
-    def tempered(self, temperature: float, rule: Step) -> Any:
+    def tempered(self, temperature: float, rule: Step) -> Tensor | DeferredAttention:
         """The softmax's gradient at a temperature; ``rule`` does the same to an actual pattern."""
         return self._then(rule, temperature=temperature)
 
