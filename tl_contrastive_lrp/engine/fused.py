@@ -18,8 +18,8 @@ import torch
 from ..hooks.attach import Attachment
 from ..hooks.user_hooks import UserHook
 from ..inputs.bridge import components
-from ..rules.deferred import DeferringMode, MaskMemory
-from ..rules.threads import mine
+from ..rules.deferred import DeferredAttention, DeferringMode, MaskMemory
+from ..rules.threads import active_in, mine
 from .reading import Reading
 
 AttentionKind = Literal["auto", "fused", "eager"]
@@ -84,7 +84,9 @@ class FusedBlocks:
         with ExitStack() as stack:
             for path in self.candidates:
                 mode = DeferringMode(memory, partial(self.done.add, path))
-                _around(stack, parts[path], mode)
+                stack.enter_context(active_in(mode, parts[path]))
+                handle = parts[path].register_forward_hook(mine(_without_pattern))
+                stack.callback(handle.remove)
             yield
 
     @property
@@ -101,30 +103,8 @@ def _watched(component: Any) -> list[Any]:
     return [component, *(getattr(component, name, None) for name in _NEEDED)]
 
 
-def _around(stack: ExitStack, component: torch.nn.Module, mode: DeferringMode) -> None:
-    depth: list[bool] = []
-
-    def leave_all() -> None:
-        while depth:  # after a KeyboardInterrupt, for which torch calls no hooks
-            depth.pop()
-            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-
-    stack.callback(leave_all)
-
-    def enter(module: Any, args: Any) -> None:  # noqa: ARG001
-        depth.append(True)
-        mode.armed = True
-        mode.__enter__()  # type: ignore[no-untyped-call]
-
-    def leave(module: Any, args: Any, output: Any) -> Any:  # noqa: ARG001
-        if not depth:
-            return None
-        depth.pop()
-        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if isinstance(output, tuple) and len(output) > 1:
-            return (output[0], None, *output[2:])  # nobody asked for the pattern
+def _without_pattern(module: torch.nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
+    """A component's output, with None for a pattern that was not computed."""
+    if not isinstance(output, tuple):
         return None
-
-    stack.callback(component.register_forward_pre_hook(mine(enter)).remove)
-    handle = component.register_forward_hook(mine(leave), always_call=True)
-    stack.callback(handle.remove)
+    return tuple(None if isinstance(part, DeferredAttention) else part for part in output)

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .functions import scale_gradient
 
@@ -33,17 +34,16 @@ Step = Callable[[Tensor], Tensor]
 
 
 class MaskMemory:
-    """Remembers which masks are causal, since all blocks are given the same ones."""
+    """Remembers which masks are causal while they live, since blocks are given the same ones."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[Tensor, bool]] = {}
+        self._causal = WeakTensorKeyDictionary()
 
     def is_causal(self, mask: Tensor) -> bool:
         """Whether a mask (bool: True is visible; else added to scores) is the causal one alone."""
-        entry = self._seen.get(id(mask))
-        if entry is None or entry[0] is not mask:
-            entry = self._seen[id(mask)] = mask, self._compare(mask)
-        return entry[1]
+        if mask not in self._causal:
+            self._causal[mask] = self._compare(mask)
+        return bool(self._causal[mask])
 
     @staticmethod
     def _compare(mask: Tensor) -> bool:
@@ -289,12 +289,17 @@ class DeferringMode(TorchFunctionMode):
     """While active, a product of queries and transposed keys becomes a ``DeferredAttention``.
 
     Attributes:
-        armed: Whether the product is still to come; to be set before each call of the component.
+        armed: Whether the product is still to come.
     """
 
     def __init__(self, memory: MaskMemory, fused: Callable[[], object]) -> None:
         super().__init__()
         self.memory, self.fused, self.armed = memory, fused, True
+
+    def __enter__(self) -> DeferringMode:
+        self.armed = True
+        super().__enter__()
+        return self
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -31,6 +31,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelStateError
 
@@ -95,6 +96,41 @@ def mine(function: Callable[..., Any]) -> Callable[..., Any]:
 
     hook.__dict__.update(getattr(function, "__dict__", {}))
     return hook
+
+
+@contextmanager
+def active_in(mode: TorchFunctionMode, module: nn.Module) -> Iterator[None]:
+    """Have a mode active during each call of a module, in this thread only.
+
+    The mode is off again when the block ends, whatever ended a call: after a KeyboardInterrupt
+    torch calls no hooks, and after an error in one of a module's own hooks not all of them.
+
+    Args:
+        mode: The mode.
+        module: The module.
+    """
+    entered: list[None] = []
+
+    def enter(module: nn.Module, args: Any) -> None:  # noqa: ARG001
+        mode.__enter__()
+        entered.append(None)
+
+    def leave(*_: Any) -> None:
+        if entered:
+            entered.pop()
+            mode.__exit__(None, None, None)
+
+    handles = [
+        module.register_forward_pre_hook(mine(enter)),
+        module.register_forward_hook(mine(leave), always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        while entered:
+            leave()
+        for handle in handles:
+            handle.remove()
 
 
 def elsewhere(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -36,7 +36,7 @@ from ...rules import activations
 from ...rules import functions as rules
 from ...rules.rule_sets import RuleSet
 from ...rules.softmax import sink_temperature, softmax_temperature, was_changed
-from ...rules.threads import mine
+from ...rules.threads import active_in, mine
 from ..sites import operations_of
 from . import marks
 from .patterns import NORMS, ROOTS, NormCall, clamp_bounds, clamp_ratio, is_root
@@ -206,26 +206,10 @@ class OperationRules(TorchFunctionMode):
 
         This affects this thread only.
         """
-        entered: list[None] = []
 
-        def enter(module: Any, args: Any) -> None:  # noqa: ARG001
+        def begin(module: Any, args: Any) -> None:  # noqa: ARG001
             self.after_softmax = False
             self.states.append(True)
-            self.__enter__()  # type: ignore[no-untyped-call]
-            entered.append(None)
-
-        def leave(module: Any, args: Any, output: Any) -> None:  # noqa: ARG001
-            if entered:
-                entered.pop()
-                self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-                self.states.pop()
-
-        def leave_all() -> None:
-            """Leave what a KeyboardInterrupt left on: torch calls no hooks after one."""
-            while entered:
-                entered.pop()
-                self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self.states.clear()
 
         def pause(module: Any, args: Any) -> None:  # noqa: ARG001
             self.states.append(False)
@@ -234,17 +218,19 @@ class OperationRules(TorchFunctionMode):
             self.states.append(True)
 
         def resume(module: Any, args: Any, output: Any) -> None:  # noqa: ARG001
-            self.states.pop()
+            if self.states:  # a hook before this one may have failed
+                self.states.pop()
 
         with ExitStack() as stack:
-            stack.callback(leave_all)
+            stack.callback(self.states.clear)
 
             def on(module: torch.nn.Module, before: _Call, after: _Call) -> None:
                 stack.callback(module.register_forward_pre_hook(mine(before)).remove)
                 handle = module.register_forward_hook(mine(after), always_call=True)
                 stack.callback(handle.remove)
 
-            on(wrapped, enter, leave)
+            on(wrapped, begin, resume)
+            stack.enter_context(active_in(self, wrapped))
             for module in wrapped.modules():
                 if module is wrapped or not _has_rules_of_its_own(module):
                     continue
