@@ -216,8 +216,9 @@ def test_auto_takes_it_for_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(fused_room, "_WORTH_FROM", 30)
     short, long = (clrp.attribute(model, random_tokens(1, n), objective) for n in (29, 30))
     assert (short.attention, long.attention) == ("eager", "fused")
-    with pytest.raises(ValueError, match="use 'auto', 'fused' or 'eager'"):
-        clrp.attribute(model, random_tokens(1), objective, attention="flash")  # type: ignore[arg-type]
+    for memory in ("plain", "tiled"):
+        with pytest.raises(ValueError, match="use 'auto', 'fused' or 'eager'"):
+            clrp.attribute(model, random_tokens(1), objective, memory=memory, attention="flash")  # type: ignore[arg-type]
 
 
 def eager_and_deferred(written: Any) -> tuple[Tensor, Tensor, list[bool]]:

@@ -95,7 +95,8 @@ def attribute(
             already begins with it, such as the output of a chat template. Ids are taken as they
             are.
         prefilled: A forward of this prompt under these rules that has already been run
-            (``engine.prefilled.prefill_prompt``); it also fixes ``memory`` and ``tile``.
+            (``engine.prefilled.prefill_prompt``); it also fixes ``memory`` and
+            ``tile``, and is eager.
 
     Returns:
         An ``Attribution`` with relevance in logits, on the CPU: of the tokens [pos], hidden states

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..inputs.facts import ObjectiveFacts
 from ..rules.rule_sets import RuleSet
-from .fused import AttentionKind
+from .fused import AttentionKind, is_worth
 from .memory import Memory, MemoryPlan, plan_memory, run_as_planned
 from .plain import RunResult, forward, run_each
 from .prefilled import Prefilled
@@ -29,6 +29,9 @@ class RunOptions:
     progress: bool = True
     checkpoint_dir: str | os.PathLike[str] | None = None
     attention: AttentionKind = "auto"
+
+    def __post_init__(self) -> None:
+        is_worth(self.attention, 0)  # refuses an unknown kind, also where tiles run
 
     def plan(self, model: Any, length: int, prefilled: Prefilled | None = None) -> MemoryPlan:
         """The plan for one prompt, or that of the forward that has already been run.
