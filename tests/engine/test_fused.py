@@ -22,7 +22,9 @@ from truth.rounding import PROMISED
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.engine import fused as fused_room
-from tl_contrastive_lrp.rules.deferred import DeferringMode, MaskMemory
+from tl_contrastive_lrp.rules import query_tiles, visible
+from tl_contrastive_lrp.rules.deferred import DeferringMode
+from tl_contrastive_lrp.rules.visible import MaskMemory
 
 RULES = tuple(clrp.RULE_SETS)
 # Attention that TransformerLens writes out with HookPoints, without soft-caps and sinks.
@@ -56,7 +58,7 @@ def test_every_family(name: str, rules: str) -> None:
 
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "gemma3"])
-def test_rule_sets(name: str, rules: str) -> None:
+def test_rule_sets(name: str, rules: str, small_tiles: None) -> None:  # noqa: ARG001
     model, ids = boot(name), random_tokens(1, 40)
     with true_float64(model):
         eager, fused = both(model, ids, clrp.logit_diff(model, 7, 11, pos=30), rules=rules)
@@ -80,8 +82,16 @@ def test_neurons_ledger_and_several_objectives() -> None:
             assert row.biases == pytest.approx(expected.biases, abs=1e-9)
 
 
-def test_the_pattern_is_never_computed() -> None:
-    """No tensor of [query, key] is made on the way, but for the mask and its comparison."""
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of a few queries, so that short prompts have several."""
+    monkeypatch.setattr(query_tiles, "_TILES", (5, 5))
+    monkeypatch.setattr(query_tiles, "_FORWARD_TILE", 6)
+    monkeypatch.setattr(visible, "_ROWS", 7)
+
+
+def test_the_pattern_is_never_computed(small_tiles: None) -> None:  # noqa: ARG001
+    """No tensor of [query, key] is made on the way, not even a mask."""
     model, n = boot("qwen3", torch.float32), 61
     ids, squares = random_tokens(1, n), []
 
@@ -90,8 +100,7 @@ def test_the_pattern_is_never_computed() -> None:
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             out = func(*args, **(kwargs or {}))
-            square = isinstance(out, Tensor) and out.ndim == 4 and out.shape[-2:] == (n, n)
-            if square and out.shape[1] > 1:  # by head, so it is no mask
+            if isinstance(out, Tensor) and out.shape[-2:] == (n, n):
                 squares.append(str(func))
             return out
 
@@ -139,7 +148,7 @@ def test_hooks_elsewhere_are_honoured_too() -> None:
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
-def test_windows(name: str) -> None:
+def test_windows(name: str, small_tiles: None) -> None:  # noqa: ARG001
     """More tokens than a sliding window holds."""
     model, ids = boot(name), random_tokens(1, 48)
     with true_float64(model):
@@ -148,11 +157,23 @@ def test_windows(name: str) -> None:
     assert_same(fused, eager, 1e-9)
 
 
-def test_soft_caps_and_sinks_stay_eager() -> None:
-    for name in ("gemma2", "gpt_oss"):
-        model, ids = zoo.boot(name, torch.float32), zoo.random_tokens(11)
-        result = clrp.attribute(model, ids, clrp.logit_diff(model, 7, 12), attention="fused")
-        assert result.attention == "eager"
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("name", ["gemma2", "mpt"])
+def test_soft_caps_and_position_biases(name: str, rules: str, small_tiles: None) -> None:  # noqa: ARG001
+    model, ids = zoo.boot(name, torch.float64), zoo.random_tokens(21)
+    with true_float64(model):
+        eager, fused = both(model, ids, clrp.logit_diff(model, 7, 12), rules=rules)
+    assert fused.attention == "fused"
+    assert_same(fused, eager, 1e-9)
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_sinks(rules: str, small_tiles: None) -> None:  # noqa: ARG001
+    """Torch multiplies the experts of this model in float32 at most."""
+    model, ids = zoo.boot("gpt_oss", torch.float32), zoo.random_tokens(21)
+    eager, fused = both(model, ids, clrp.logit_diff(model, 7, 12), rules=rules)
+    assert fused.attention == "fused"
+    assert_same(fused, eager, PROMISED[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

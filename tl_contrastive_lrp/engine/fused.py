@@ -1,9 +1,9 @@
 """Fused attention for the scope of a forward, wherever nobody needs the scores or the pattern.
 
 In each block whose attention TransformerLens writes out, the product of queries and keys is
-deferred (``rules/deferred.py``), so that z comes from torch's fused attention. A block keeps its
-eager attention if a hook of the user's or a reading is at its scores or its pattern, or if a rule
-needs them: soft-caps, sinks, and components that compute attention without HookPoints.
+deferred (``rules/deferred.py``), so that z is computed without them. A block keeps its eager
+attention if a hook of the user's or a reading is at its scores or its pattern, or if its component
+computes attention without HookPoints.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import torch
 from ..hooks.attach import Attachment
 from ..hooks.user_hooks import UserHook
 from ..inputs.bridge import components
-from ..rules.deferred import DeferredAttention, DeferringMode, MaskMemory
+from ..rules.deferred import DeferredAttention, DeferringMode
 from ..rules.threads import active_in, mine
+from ..rules.visible import MaskMemory
+from .masks import lazy_masks
 from .reading import Reading
 
 AttentionKind = Literal["auto", "fused", "eager"]
@@ -49,6 +51,7 @@ class FusedBlocks:
 
     Attributes:
         candidates: Paths of the attention components that may.
+        rows: By path, what is called in the backward with the rows of the attention.
         done: Those whose attention was computed fused in the last forward.
     """
 
@@ -64,26 +67,30 @@ class FusedBlocks:
         operations: dict[str, set[str]] = {}
         for attachment in attachments:
             operations.setdefault(attachment.site.path, set()).add(attachment.site.operation)
-        read = {reading.name for reading in readings}
+        read = {reading.name for reading in readings if reading.how != "rows"}
         hooked = {id(hook.module) for hook in hooks}
         parts = components(model)
         self.candidates = [
             path
             for path, of_path in operations.items()
             if "softmax" in of_path
-            and "softcap" not in of_path
-            and getattr(parts[path].original_component, "sinks", None) is None
             and not any(f"{path}.{name}" in read for name in _NEEDED)
             and not any(id(part) in hooked for part in _watched(parts[path]))
         ]
+        self.rows = {
+            reading.name.rpartition(".")[0]: reading.sink
+            for reading in readings
+            if reading.how == "rows"
+        }
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Defer the candidates' attention inside the ``with`` block, in this thread only."""
         parts, memory = components(self.model), MaskMemory()
         with ExitStack() as stack:
+            stack.enter_context(lazy_masks())
             for path in self.candidates:
-                mode = DeferringMode(memory, partial(self.done.add, path))
+                mode = DeferringMode(memory, partial(self.done.add, path), self.rows.get(path))
                 stack.enter_context(active_in(mode, parts[path]))
                 handle = parts[path].register_forward_hook(mine(_without_pattern))
                 stack.callback(handle.remove)

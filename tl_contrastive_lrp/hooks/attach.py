@@ -31,7 +31,7 @@ from ..inputs.devices import loaded
 from ..rules import functions as rules
 from ..rules.deferred import DeferredAttention
 from ..rules.rule_sets import RuleSet
-from ..rules.softcap import correct_softcap, softcap, softcap_replaced
+from ..rules.softcap import correct_softcap, identity_softcap, softcap_replaced
 from ..rules.softmax import sink_temperature, softmax_temperature, was_changed
 from ..rules.threads import PerThread, mine
 from .by_operation.mode import OperationRules
@@ -406,7 +406,10 @@ def _softmax(site: Site, rule_set: RuleSet) -> Attachment:
 
     def at_pattern(pattern: Tensor | DeferredAttention) -> Tensor | DeferredAttention:
         if isinstance(pattern, DeferredAttention):
-            return pattern.tempered(temperature, lambda p: softmax_temperature(p, temperature))
+            return pattern.tempered(temperature, actual)
+        return actual(pattern)
+
+    def actual(pattern: Tensor) -> Tensor:
         if sinks or was_changed(pattern):
             return sink_temperature(pattern, temperature, name)
         return softmax_temperature(pattern, temperature)
@@ -441,16 +444,13 @@ def _softcap(site: Site, rule_set: RuleSet) -> Attachment:
         v = torch.atanh(tanh.clamp(-1.0, 1.0))
         return correct_softcap(tensor, v, tanh, name, before=False)
 
-    def rule(y: Tensor, x: Tensor, cap: float) -> Tensor:
-        return softcap(y, x, cap) if x.requires_grad else y
-
     hooks = ((name, edit(correct)),)
     return Attachment(
         site,
         "identity",
         f"at the operand {attribute}",
         hooks,
-        scoped=lambda: softcap_replaced(site.module, attribute, rule),
+        scoped=lambda: softcap_replaced(site.module, attribute, identity_softcap),
     )
 
 

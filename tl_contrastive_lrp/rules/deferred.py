@@ -1,13 +1,12 @@
 """Attention scores and patterns that are known by what they are computed from, not computed.
 
-A component writes attention out step by step: scores = q·kᵀ, scaled, masked; pattern = softmax;
-z = pattern·v. None of the rules needs a number of the scores or the pattern, so all steps can be
-recorded, and z be computed by torch's fused attention, in memory linear in the prompt:
+A component writes attention out step by step: scores = q·kᵀ, scaled, capped, masked; pattern =
+softmax; z = pattern·v. None of the rules needs a number of the scores or the pattern, so all steps
+can be recorded, and z be computed without them (``query_tiles.py``), in memory linear in the prompt:
 
 - the uniform rule at the scores halves the gradients that arrive at q and k;
 - a constant pattern is one of detached q and k;
-- the gradient of a softmax at temperature T, p_T ⊙ (g − Σ p_T g), is T times the backward of
-  attention with scores divided by T, which fused attention computes (values detached).
+- soft-caps, sinks and a softmax with its gradient at a temperature are what its backward knows.
 
 ``DeferredAttention`` stands for the scores and then for the pattern. It records the steps that it
 knows how to fuse. Asked for anything else, it computes the actual tensor by running the recorded
@@ -22,41 +21,39 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .functions import scale_gradient
+from .query_tiles import Attention, RowSink, Softcap, attend
+from .softcap import CapOperand, identity_softcap
+from .visible import MaskMemory, VisibleKeys
 
 Step = Callable[[Tensor], Tensor]
 
 
-class MaskMemory:
-    """Remembers which masks are causal while they live, since blocks are given the same ones."""
+@dataclass(frozen=True, eq=False)
+class Product:
+    """The product of queries and keys that a component took, and what to do with it.
 
-    def __init__(self) -> None:
-        self._causal = WeakTensorKeyDictionary()
+    Attributes:
+        q: Queries, [batch, head, query, d_head].
+        k_t: Keys, transposed, [batch, head, d_head, key].
+        memory: Remembers masks.
+        repeated: Remembers which keys and values were repeated for grouped queries, and from what.
+        fused: Called when the attention is computed fused.
+        rows: Called in the backward with the rows of the attention.
+    """
 
-    def is_causal(self, mask: Tensor) -> bool:
-        """Whether a mask (bool: True is visible; else added to scores) is the causal one alone."""
-        if mask not in self._causal:
-            self._causal[mask] = self._compare(mask)
-        return bool(self._causal[mask])
-
-    @staticmethod
-    def _compare(mask: Tensor) -> bool:
-        queries, keys = mask.shape[-2:]
-        if queries != keys or mask.requires_grad:
-            return False
-        below = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril_()
-        if mask.dtype != torch.bool:
-            hidden = mask <= torch.finfo(mask.dtype).min
-            if bool(((mask != 0) & ~hidden).any()):
-                return False
-            mask = ~hidden
-        return bool((mask == below).all())
+    q: Float[Tensor, "batch head query d_head"]
+    k_t: Float[Tensor, "batch head d_head key"]
+    memory: MaskMemory
+    repeated: Repeated
+    fused: Callable[[], object]
+    rows: RowSink | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,27 +61,31 @@ class DeferredAttention:
     """Scores, or after the softmax the pattern, [batch, head, query, key], of one attention.
 
     Attributes:
-        q: Queries, [batch, head, query, d_head].
-        k_t: Keys, transposed, [batch, head, d_head, key].
-        memory: Remembers masks.
-        steps: What turns q·kᵀ into the tensor, as the component wrote it.
-        scale: Factor on the scores so far.
-        visible: Which keys each query may see; None for all.
-        bias: What is added to the scores.
+        product: q·kᵀ.
+        steps: What turns it into the tensor, as the component wrote it.
+        scale: Factor on the product.
+        operand: The number that the product was divided by for a soft-cap, as it was written.
+        softcap: The soft-cap; its factor is 1 until the component has multiplied by it.
+        terms: What has been added to the scores.
+        hidden: The keys that stay visible, and the number that the other scores became.
+        sinks: Logits that joined the scores as one more key, [head].
+        has_sink_key: Whether that key is still there.
         is_pattern: Whether the softmax has been taken.
+        factor: Factor on the gradients of queries and keys.
         temperature: At which the softmax has its gradient; None for the ordinary one.
-        fused: Called when the attention is computed fused.
     """
 
-    q: Float[Tensor, "batch head query d_head"]
-    k_t: Float[Tensor, "batch head d_head key"]
-    memory: MaskMemory
-    fused: Callable[[], object]
+    product: Product
     steps: tuple[Step, ...] = ()
     scale: float = 1.0
-    visible: Bool[Tensor, "..."] | None = None
-    bias: Float[Tensor, "..."] | None = None
+    operand: CapOperand | None = None
+    softcap: Softcap | None = None
+    terms: tuple[Float[Tensor, "..."], ...] = ()
+    hidden: tuple[Tensor, float] | None = None
+    sinks: Float[Tensor, " head"] | None = None
+    has_sink_key: bool = False
     is_pattern: bool = False
+    factor: float = 1.0
     temperature: float | None = None
     computed: list[Tensor] = field(default_factory=list)
 
@@ -92,28 +93,31 @@ class DeferredAttention:
 
     @property
     def shape(self) -> torch.Size:
-        """[batch, head, query, key]."""
-        return torch.Size((*self.q.shape[:-1], self.k_t.shape[-1]))
+        """[batch, head, query, key]; a sink is one more key."""
+        keys = self.product.k_t.shape[-1] + self.has_sink_key
+        return torch.Size((*self.product.q.shape[:-1], keys))
 
     @property
     def dtype(self) -> torch.dtype:
         """The queries' dtype."""
-        return self.q.dtype
+        return self.product.q.dtype
 
     @property
     def device(self) -> torch.device:
         """The queries' device."""
-        return self.q.device
+        return self.product.q.device
 
     @property
     def requires_grad(self) -> bool:
-        """Whether queries or keys require gradients."""
-        return self.q.requires_grad or self.k_t.requires_grad
+        """Whether queries or keys require gradients, and the rules let one through."""
+        return bool(self.factor) and (
+            self.product.q.requires_grad or self.product.k_t.requires_grad
+        )
 
     def tensor(self) -> Tensor:
         """The actual scores or pattern, computed by the recorded steps."""
         if not self.computed:
-            x = self.q @ self.k_t  # not torch.matmul, which DeferringMode defers
+            x = self.product.q @ self.product.k_t  # not torch.matmul, which DeferringMode defers
             for step in self.steps:
                 x = step(x)
             self.computed.append(x)
@@ -129,34 +133,102 @@ class DeferredAttention:
             return step(self.computed[0])
         return replace(self, steps=(*self.steps, step), computed=[], **changes)
 
+    @property
+    def _is_raw(self) -> bool:
+        """Whether nothing but factors has been applied to the product."""
+        return self._takes_factors and self.softcap is None
+
+    @property
+    def _takes_factors(self) -> bool:
+        changed = self.terms or self.hidden is not None or self.sinks is not None
+        return not (self.is_pattern or changed)
+
     def __mul__(self, factor: Any) -> Any:
-        plain = isinstance(factor, int | float) and self.bias is None and self.visible is None
-        if self.is_pattern or not plain:
-            return self.tensor() * factor
-        return self._then(lambda x: x * factor, scale=self.scale * factor)
+        number = isinstance(factor, int | float)
+        if self._is_raw and number and self.operand is None:
+            return self._then(lambda x: x * factor, scale=self.scale * factor)
+        if self._takes_factors and self.softcap == Softcap(1.0, "gradient"):
+            if number and self.operand is None:
+                return self._then(lambda x: x * factor, softcap=Softcap(factor, "gradient"))
+            if factor is not None and factor is self.operand and factor.rule is identity_softcap:
+                return self._then(
+                    lambda x: x * factor, softcap=Softcap(factor.cap, "identity"), operand=None
+                )
+        return self.tensor() * factor
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> Any:
-        plain = isinstance(divisor, int | float) and self.bias is None and self.visible is None
-        if self.is_pattern or not plain:
-            return self.tensor() / divisor
-        return self._then(lambda x: x / divisor, scale=self.scale / divisor)
+        if self._is_raw and self.operand is None:
+            if isinstance(divisor, int | float):
+                return self._then(lambda x: x / divisor, scale=self.scale / divisor)
+            if isinstance(divisor, CapOperand):
+                scale = self.scale / divisor.cap
+                return self._then(lambda x: x / divisor, scale=scale, operand=divisor)
+        return self.tensor() / divisor
+
+    def _tanh(self, step: Step) -> Any:
+        if not self._is_raw:
+            return step(self.tensor())
+        return self._then(step, softcap=Softcap(1.0, "gradient"))
 
     def __add__(self, other: Any) -> Any:
         fits = isinstance(other, Tensor) and other.is_floating_point() and not other.requires_grad
-        if self.is_pattern or not fits or other.ndim < 2 or self.bias is not None:
+        fits = fits and other.ndim >= 2 and self._fits(other)
+        if self.is_pattern or not fits or self.sinks is not None:
             return self.tensor() + other
-        return self._then(lambda x: x + other, bias=other)
+        return self._then(lambda x: x + other, terms=(*self.terms, other))
 
     __radd__ = __add__
+
+    def _fits(self, term: Tensor) -> bool:
+        """Whether a term has one row or all, and all keys, so that it can be cut to a tile."""
+        queries, keys = self.shape[-2:]
+        return term.shape[-2] in (1, queries) and term.shape[-1] == keys and self.operand is None
 
     def masked_fill(self, mask: Tensor, value: Any) -> Any:
         """Hide keys from queries, if ``value`` is the lowest number; otherwise compute."""
         lowest = isinstance(value, int | float) and value <= torch.finfo(self.dtype).min
-        if self.is_pattern or not lowest or self.visible is not None:
+        known = self.hidden is None and self.sinks is None and self._fits(mask)
+        if self.is_pattern or not lowest or not known:
             return self.tensor().masked_fill(mask, value)
-        return self._then(lambda x: x.masked_fill(mask, value), visible=~mask)
+        return self._then(lambda x: x.masked_fill(mask, value), hidden=(~mask, float(value)))
+
+    def max(self, *args: Any, **kwargs: Any) -> Any:
+        """The largest score of each row, if it is only subtracted again; otherwise computed."""
+        if self.is_pattern or args or kwargs != {"dim": -1, "keepdim": True}:
+            return self.tensor().max(*args, **kwargs)
+        return _Largest(self)
+
+    def __sub__(self, other: Any) -> Any:
+        if isinstance(other, _Largest) and other.of is self:  # a softmax does not change by it
+            return self._then(lambda x: x - x.max(dim=-1, keepdim=True).values)
+        return self.tensor() - (other.tensor() if isinstance(other, _Largest) else other)
+
+    def __getitem__(self, index: Any) -> Any:
+        if self.is_pattern and self.has_sink_key and index == (..., slice(None, -1)):
+            return self._then(lambda x: x[index], has_sink_key=False)
+        return self.tensor()[index]
+
+    def _with_sinks(self, column: Tensor) -> Any:
+        """The scores with one more key, whose score is the same for all queries."""
+
+        def joined(x: Tensor) -> Tensor:
+            return torch.cat([x, column], dim=-1)
+
+        same = all(size == 1 or stride == 0 for size, stride in zip(
+            (column.shape[0], column.shape[-2]), (column.stride(0), column.stride(-2)), strict=True
+        ))  # fmt: skip
+        fits = column.ndim == 4 and column.shape[-1] == 1 and column.shape[:-1] == self.shape[:-1]
+        if (
+            self.is_pattern
+            or self.sinks is not None
+            or not fits
+            or not same
+            or column.requires_grad
+        ):
+            return joined(self.tensor())
+        return self._then(joined, sinks=column[0, :, 0, 0], has_sink_key=True)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Nothing, where the dtype stays the same; otherwise compute."""
@@ -171,7 +243,14 @@ class DeferredAttention:
         """Record a softmax, compute a product with values fused, and anything else as written."""
         kwargs = kwargs or {}
         first = args[0] if args else None
+        if func is torch.cat and isinstance(first, list | tuple) and len(first) == 2:
+            scores, column = first
+            last = (*args[1:], *kwargs.values()) == (-1,) and kwargs.keys() <= {"dim"}
+            if isinstance(scores, cls) and isinstance(column, Tensor) and last:
+                return scores._with_sinks(column)
         if isinstance(first, cls):
+            if func is torch.tanh and len(args) == 1 and not kwargs:
+                return first._tanh(torch.tanh)
             if func.__name__ == "softmax" and first._is_own_softmax(args, kwargs):
                 return first._then(lambda x: func(x, *args[1:], **kwargs), is_pattern=True)
             if func is F.dropout and not kwargs.get("training", True):
@@ -199,16 +278,11 @@ class DeferredAttention:
 
     def uniform(self, rule: Step) -> Tensor | DeferredAttention:
         """The uniform rule at the scores: halving the gradients of q and k is the same."""
-        if self.computed:
-            return rule(self.computed[0])
-        q, k_t = scale_gradient(self.q, 0.5), scale_gradient(self.k_t, 0.5)
-        return replace(self, q=q, k_t=k_t, computed=[])
+        return self._then(rule, factor=0.5 * self.factor)
 
     def constant(self, rule: Step) -> Tensor | DeferredAttention:
         """The constant rule: q and k get no gradient."""
-        if self.computed:
-            return rule(self.computed[0])
-        return replace(self, q=self.q.detach(), k_t=self.k_t.detach(), computed=[])
+        return self._then(rule, factor=0.0)
 
     def tempered(self, temperature: float, rule: Step) -> Tensor | DeferredAttention:
         """The softmax's gradient at a temperature; ``rule`` does the same to an actual pattern."""
@@ -219,38 +293,84 @@ class DeferredAttention:
     def times(
         self, v: Float[Tensor, "batch head key d_v"]
     ) -> Float[Tensor, "batch head query d_v"]:
-        """The pattern times values, by torch's fused attention."""
-        if self.computed:
-            return torch.matmul(self.computed[0], v)
-        self.fused()
-        mask, causal = self._mask()
-        q, k = self.q, self.k_t.transpose(-2, -1)
+        """The pattern times values, without the pattern."""
+        if self.computed or self.has_sink_key or self.operand is not None:
+            return torch.matmul(self.tensor(), v)
+        product = self.product
+        product.fused()
+        k, values = product.repeated.originals(product.k_t, v)
+        q = product.q
+        if self.factor == 0.0:
+            q, k = q.detach(), k.detach()
+        elif self.factor != 1.0:
+            q, k = scale_gradient(q, self.factor), scale_gradient(k, self.factor)
+        keys = VisibleKeys(q.shape[-2], k.shape[-2], product.memory, self.terms, self.hidden)
+        attention = Attention(
+            keys, self.scale, self.softcap, self.sinks,
+            self.temperature if self.requires_grad else None, product.rows,
+        )  # fmt: skip
+        return attend(q, k, values, attention)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            return F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, scale=scale
-            )
 
-        if self.temperature is None or not self.requires_grad:
-            return attend(q, k, v, self.scale)
-        t = self.temperature
-        value = attend(q.detach(), k.detach(), v, self.scale)
-        moved = attend(scale_gradient(q, t), scale_gradient(k, t), v.detach(), self.scale / t)
-        z: Tensor = _WithGradientOf.apply(value, moved)
-        return z
+@dataclass(frozen=True, eq=False)
+class _Largest:
+    """The largest score of each row, as ``scores.max(dim=-1, keepdim=True)`` gives it."""
 
-    def _mask(self) -> tuple[Tensor | None, bool]:
-        """The mask for fused attention, and whether it is the causal one alone."""
-        masks = [m for m in (self.visible, self.bias) if m is not None]
-        others = [m for m in masks if not self.memory.is_causal(m)]
-        if not others:
-            return None, bool(masks)
-        if self.bias is None:
-            return self.visible, False
-        if self.visible is None:
-            return self.bias.to(self.dtype), False
-        lowest = torch.finfo(self.dtype).min
-        return self.bias.to(self.dtype).masked_fill(~self.visible, lowest), False
+    of: DeferredAttention
+
+    @property
+    def values(self) -> _Largest:
+        """Itself: what is subtracted from the scores."""
+        return self
+
+    def tensor(self) -> Tensor:
+        """The actual numbers."""
+        return self.of.tensor().max(dim=-1, keepdim=True).values
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.of.tensor().max(dim=-1, keepdim=True), name)
+
+
+class Repeated:
+    """Remembers which tensors are keys or values repeated for grouped queries, and of what.
+
+    Each key head is repeated for consecutive query heads, either as one expanded axis that is then
+    merged or by ``repeat_interleave``. Attention shares them instead (``query_tiles.py``).
+    """
+
+    def __init__(self) -> None:
+        self._expanded = WeakTensorKeyDictionary()
+        self._original = WeakTensorKeyDictionary()
+
+    def watch(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """Remember what an operation of the component did, if it is part of a repetition."""
+        x = args[0]
+        if func is Tensor.expand and x.ndim == 5 and x.shape[2] == 1:
+            if out.shape[:2] == x.shape[:2] and out.shape[3:] == x.shape[3:]:
+                self._expanded[out] = x
+        elif func is Tensor.reshape and x in self._expanded:
+            merged = (x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+            if out.shape == merged:
+                self._original[out] = self._expanded[x].squeeze(2), out._version, False
+        elif func in (Tensor.repeat_interleave, torch.repeat_interleave):
+            if x.ndim == 4 and isinstance(args[1], int) and kwargs == {"dim": 1}:
+                self._original[out] = x, out._version, False
+        elif func is Tensor.transpose and x in self._original:
+            original, version, turned = self._original[x]
+            if {a % 4 for a in args[1:]} == {2, 3} and len(args) == 3:
+                self._original[out] = original, version, not turned
+
+    def originals(self, k_t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values before they were repeated; as they are if either was not."""
+        k_from, v_from = self._original.get(k_t), self._original.get(v)
+        if k_from is not None and v_from is not None:
+            (k, k_version, turned), (values, v_version, as_it_was) = k_from, v_from
+            unchanged = k_version == k_t._version and v_version == v._version
+            if turned and not as_it_was and unchanged and k.shape[1] == values.shape[1]:
+                return k, values
+        return k_t.transpose(-2, -1), v
 
 
 def _of_the_tensor(name: str) -> Callable[..., Any]:
@@ -275,14 +395,13 @@ for _name in (
         setattr(DeferredAttention, f"__{_name}__", _of_the_tensor(f"__{_name}__"))
 
 
-class _WithGradientOf(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, moved: Tensor) -> Tensor:  # noqa: ARG004
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004
-        return g, g
+_REPEATING = (
+    Tensor.expand,
+    Tensor.reshape,
+    Tensor.repeat_interleave,
+    torch.repeat_interleave,
+    Tensor.transpose,
+)
 
 
 class DeferringMode(TorchFunctionMode):
@@ -292,9 +411,12 @@ class DeferringMode(TorchFunctionMode):
         armed: Whether the product is still to come.
     """
 
-    def __init__(self, memory: MaskMemory, fused: Callable[[], object]) -> None:
+    def __init__(
+        self, memory: MaskMemory, fused: Callable[[], object], rows: RowSink | None = None
+    ) -> None:
         super().__init__()
-        self.memory, self.fused, self.armed = memory, fused, True
+        self.memory, self.fused, self.rows, self.armed = memory, fused, rows, True
+        self.repeated = Repeated()
 
     def __enter__(self) -> DeferringMode:
         self.armed = True
@@ -315,5 +437,9 @@ class DeferringMode(TorchFunctionMode):
                 and q.shape[-1] == k_t.shape[-2]
             ):
                 self.armed = False
-                return DeferredAttention(q, k_t, self.memory, self.fused)
-        return func(*args, **(kwargs or {}))
+                product = Product(q, k_t, self.memory, self.repeated, self.fused, self.rows)
+                return DeferredAttention(product)
+        out = func(*args, **(kwargs or {}))
+        if func in _REPEATING and isinstance(args[0], Tensor):
+            self.repeated.watch(func, args, kwargs or {}, out)
+        return out

@@ -88,7 +88,12 @@ def correct_softcap(
     return out
 
 
-class _CapOperand:
+def identity_softcap(y: Tensor, x: Tensor, cap: float) -> Tensor:
+    """``softcap``, where there is a gradient at all."""
+    return softcap(y, x, cap) if x.requires_grad else y
+
+
+class CapOperand:
     """Stands in for the number c in ``c * tanh(x / c)`` and applies a rule to the result.
 
     In all threads except the one that created it, it acts as the number.
@@ -126,7 +131,7 @@ def softcap_replaced(
     """
     values = vars(holder)  # a config's own __setattr__ would refuse anything but a number
     cap = values[attribute]
-    values[attribute] = _CapOperand(cap, rule)
+    values[attribute] = CapOperand(cap, rule)
     try:
         yield
     finally:

@@ -1,0 +1,357 @@
+"""Attention whose pattern never exists as a whole: torch's fused forward, a backward by query tiles.
+
+With u = scale · q·kᵀ (or its soft-cap c·tanh u), p = softmax over the visible keys (and perhaps a
+sink's logit, which takes its share and is dropped), and z = p·v, a gradient g at z becomes
+
+    at p:    ĝ = g·vᵀ
+    at s:    p ⊙ (ĝ − Σ p ĝ),  or pᵀ ⊙ (ĝ − Σ pᵀ ĝ) for a softmax at temperature T
+    at q·kᵀ: that, times the derivative of the scores, which a rule may have changed (soft-caps)
+
+The backward recomputes the rows of u and p, a tile of queries at a time from the last to the first,
+from q, k and v, which is what fused attention's own backward does. All of these rows can be handed
+to a ``RowSink``: edges of the attribution graph are sums of their products, and cost little beside
+it. Rows are computed in float32 at least, on any device.
+
+Grouped queries share their keys in every product, so keys and values are never repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .functions import RuleNode, at_least_float32
+from .precision import LOW, WideGradient, plain
+from .softcap import softcap_ratio
+from .threads import Caller, acting_for, caller
+from .visible import TileKeys, VisibleKeys
+
+# Numbers of one [head, tile, key] tensor in the backward: several of them fit into a processor's
+# last cache, and into a small part of a GPU's memory.
+_NUMBERS = {"cpu": 1 << 21, "other": 1 << 27}
+_TILES = (16, 128)  # the smallest and the largest tile on a processor
+_FORWARD_TILE = 256  # queries in one call of fused attention, where keys are hidden otherwise
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows of one attention in the backward; buffers, valid only while a sink is called.
+
+    Attributes:
+        start, stop: The queries.
+        first: Index of the first key; the others follow.
+        q: The queries times the scale, [head, query, d_head].
+        g: The gradient at z, [head, query, d_v].
+        pattern: p, [head, query, key].
+        to_pattern: ĝ, the gradient at the pattern.
+        products: scale · q·kᵀ.
+        to_products: The gradient there; None where the rules send none.
+        share: p ⊙ ĝ.
+    """
+
+    start: int
+    stop: int
+    first: int
+    q: Float[Tensor, "head query d_head"]
+    g: Float[Tensor, "head query d_v"]
+    pattern: Float[Tensor, "head query key"]
+    to_pattern: Float[Tensor, "head query key"]
+    products: Float[Tensor, "head query key"]
+    to_products: Float[Tensor, "head query key"] | None
+    share: Float[Tensor, "head query key"]
+
+
+RowSink = Callable[[Rows], None]
+
+
+@dataclass(frozen=True)
+class Softcap:
+    """Scores c·tanh(u), and whether their gradient is that, or the identity rule's c·tanh(u)/u."""
+
+    cap: float
+    rule: Literal["gradient", "identity"]
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """What an attention computes from q, k and v, and how relevance goes back through it.
+
+    Attributes:
+        keys: What is added to the scores, and which keys are hidden.
+        scale: Factor on q·kᵀ.
+        softcap: The soft-cap of the scores, if they have one.
+        sinks: Logits by head that join every softmax and are dropped after it, [head].
+        temperature: At which the softmax has its gradient; None for the ordinary one.
+        rows: Called in the backward with all rows, from the last to the first.
+    """
+
+    keys: VisibleKeys
+    scale: float = 1.0
+    softcap: Softcap | None = None
+    sinks: Float[Tensor, " head"] | None = None
+    temperature: float | None = None
+    rows: RowSink | None = None
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether torch's fused attention computes it, forward and backward."""
+        whole = self.keys.is_all or self.keys.is_causal
+        return whole and not (self.softcap or self.rows or self.temperature) and self.sinks is None
+
+
+def attend(
+    q: Float[Tensor, "batch head query d_head"],
+    k: Float[Tensor, "batch kv_head key d_head"],
+    v: Float[Tensor, "batch kv_head key d_v"],
+    attention: Attention,
+) -> Float[Tensor, "batch head query d_v"]:
+    """The pattern times the values, without the pattern.
+
+    Args:
+        q, k, v: Queries, keys and values; a key head serves as many query heads as follow.
+        attention: What is computed.
+    """
+    if attention.is_torchs and q.dtype not in LOW:
+        return _fused(q, k, v, attention.scale, None, causal=attention.keys.is_causal)
+    z: Tensor = _ByQueryTiles.apply(q, k, v, attention)
+    return z
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, added: Tensor | None, *, causal: bool = False
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=added, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+    )
+
+
+class _ByQueryTiles(torch.autograd.Function):
+    audit = RuleNode((0, 1, 2), "product")
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.attention, ctx.caller = attention, caller()
+        keys, scale = attention.keys, attention.scale
+        if attention.softcap is not None or attention.sinks is not None:
+            return torch.cat(
+                [_rows_of_z(q, k, v, attention, *tile) for tile in _tiles(q, k)][::-1], dim=-2
+            )
+        if keys.is_all or keys.is_causal:
+            return _fused(q, k, v, scale, None, causal=not keys.is_all)
+        parts = []
+        for start in range(0, keys.queries, _FORWARD_TILE):
+            stop = min(start + _FORWARD_TILE, keys.queries)
+            seen = keys.tile(start, stop, q.dtype)
+            own = slice(seen.first, seen.stop)
+            parts.append(_fused(q[:, :, start:stop], k[:, :, own], v[:, :, own], scale, seen.added))
+        return torch.cat(parts, dim=-2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        q, k, v = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        sent = _Backward(q, k, v, ctx.attention, ctx.caller, needed[0] or needed[1], needed[2])
+        found = sent.run(at_least_float32(plain(g)))
+        wide = isinstance(g, WideGradient)
+        return (
+            *(
+                None if x is None or not need else WideGradient(x, g.dtype) if wide else x.to(y)
+                for x, y, need in zip(found, (q, k, v), needed, strict=False)
+            ),
+            None,
+        )
+
+
+def _tiles(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:
+    """The bounds of the tiles, from the last to the first."""
+    batch, heads, queries, _ = q.shape
+    least, most = _TILES
+    if q.device.type != "cpu":
+        most = queries
+    room = _NUMBERS.get(q.device.type, _NUMBERS["other"]) // (batch * heads * k.shape[-2])
+    size = max(least, min(most, room // least * least))
+    for stop in range(queries, 0, -size):
+        yield max(stop - size, 0), stop
+
+
+def _by_key_head(x: Tensor, kv_heads: int) -> Tensor:
+    """Queries (or gradients at them) by the key head that they share."""
+    return rearrange(
+        at_least_float32(x), "batch (kv group) query d -> (batch kv) (group query) d", kv=kv_heads
+    )
+
+
+def _scores(
+    products: Tensor, attention: Attention, seen: TileKeys, shape: tuple[int, ...], spare: Tensor
+) -> Tensor:
+    """The scores, with what is added and hidden, in the memory of ``spare``."""
+    if attention.softcap is None:
+        spare.copy_(products)
+    else:
+        torch.tanh(products, out=spare)
+        spare.mul_(attention.softcap.cap)
+    if seen.added is not None:
+        by_head = spare.view(shape)
+        by_head.add_(seen.added)
+    return spare
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor, Any]:
+    """The pattern, in place, and the sinks' share, [..., query, 1], or 0.0."""
+    if sinks is None:
+        return torch.softmax(scores, -1, out=scores), 0.0
+    by_head = scores.view(shape)
+    logits = sinks.to(scores).view(-1, 1, 1)
+    most = torch.maximum(by_head.amax(-1, keepdim=True), logits)
+    by_head.sub_(most).exp_()
+    share = (logits - most).exp_()
+    total = by_head.sum(-1, keepdim=True).add_(share)
+    by_head.div_(total)
+    return scores, share.div_(total).view(*scores.shape[:-1], 1)
+
+
+def _rows_of_z(
+    q: Tensor, k: Tensor, v: Tensor, attention: Attention, start: int, stop: int
+) -> Tensor:
+    """z of a tile of queries, where torch's fused attention has no form for it."""
+    batch, heads, _, _ = q.shape
+    kv_heads = k.shape[1]
+    seen = _seen(attention, start, stop, torch.promote_types(q.dtype, torch.float32))
+    tile = _by_key_head(q[:, :, start:stop], kv_heads) * attention.scale
+    keys, values = (at_least_float32(x[:, :, seen.first : seen.stop]).flatten(0, 1) for x in (k, v))
+    products = tile @ keys.mT
+    shape = (batch, heads, stop - start, seen.stop - seen.first)
+    scores = _scores(products, attention, seen, shape, torch.empty_like(products))
+    pattern, _ = _softmax(scores, attention.sinks, shape)
+    return rearrange(
+        pattern @ values,
+        "(batch kv) (group query) d -> batch (kv group) query d",
+        batch=batch,
+        query=stop - start,
+    ).to(q.dtype)
+
+
+def _seen(attention: Attention, start: int, stop: int, dtype: torch.dtype) -> TileKeys:
+    """The keys that a tile sees; in causal attention, only those up to its end."""
+    if not attention.keys.is_causal:
+        return attention.keys.tile(start, stop, dtype)
+    return TileKeys(0, stop, None)
+
+
+@dataclass(eq=False)
+class _Backward:
+    """The backward of one attention.
+
+    Attributes:
+        q, k, v: As they were in the forward.
+        attention: What was computed.
+        caller: The thread that ran the forward.
+        to_products: Whether queries or keys take a gradient.
+        to_values: Whether values do.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    attention: Attention
+    caller: Caller
+    to_products: bool
+    to_values: bool
+
+    def run(
+        self, g: Float[Tensor, "batch head query d_v"]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients at q, k and v."""
+        q, k, v, attention = self.q, self.k, self.v, self.attention
+        batch, heads, queries, _ = q.shape
+        kv_heads = k.shape[1]
+        keys, values = (at_least_float32(x).flatten(0, 1) for x in (k, v))
+        dq = torch.empty(q.shape, dtype=keys.dtype, device=q.device) if self.to_products else None
+        dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
+        tiles = list(_tiles(q, k))
+        size = max(stop - start for start, stop in tiles)
+        buffers = [
+            keys.new_empty(batch * heads * size * k.shape[-2])
+            for _ in range(5 if self.to_products else 4)
+        ]
+        causal = attention.keys.is_causal
+        corner = (
+            torch.ones(size, size, dtype=torch.bool, device=q.device).triu_(1) if causal else None
+        )
+        for start, stop in tiles:
+            seen = _seen(attention, start, stop, keys.dtype)
+            own = slice(seen.first, seen.stop)
+            shape = (batch, heads, stop - start, seen.stop - seen.first)
+            q_t = _by_key_head(q[:, :, start:stop], kv_heads) * attention.scale
+            g_t = _by_key_head(g[:, :, start:stop], kv_heads)
+            k_t, v_t = keys[:, own], values[:, own]
+            at = [
+                buffer[: q_t.shape[0] * q_t.shape[1] * shape[-1]].view(*q_t.shape[:2], shape[-1])
+                for buffer in buffers
+            ]
+            products = torch.bmm(q_t, k_t.mT, out=at[0])
+            scores = _scores(products, attention, seen, shape, at[1])
+            if corner is not None:
+                n = stop - start
+                scores.view(shape)[..., start:].masked_fill_(corner[:n, :n], -torch.inf)
+            pattern, sink = _softmax(scores, attention.sinks, shape)
+            to_pattern = torch.bmm(g_t, v_t.mT, out=at[2])
+            share = torch.mul(pattern, to_pattern, out=at[3])
+            if self.to_values:
+                dv[:, own].baddbmm_(pattern.mT, g_t)
+            to_products = None
+            if self.to_products and dq is not None:
+                to_products = self._through_softmax(pattern, to_pattern, share, sink, at[4])
+                if attention.softcap is not None:
+                    to_products.mul_(_slope(products, attention.softcap))
+                dq[:, :, start:stop] = rearrange(
+                    torch.bmm(to_products, k_t),
+                    "(batch kv) (group query) d -> batch (kv group) query d",
+                    batch=batch,
+                    query=stop - start,
+                ).mul_(attention.scale)
+                dk[:, own].baddbmm_(to_products.mT, q_t)
+            if attention.rows is not None:
+                by_head = (batch * heads, stop - start, -1)
+                rows = Rows(
+                    start, stop, seen.first,
+                    *(
+                        None if x is None else x.view(by_head)
+                        for x in (q_t, g_t, pattern, to_pattern, products, to_products, share)
+                    ),
+                )  # type: ignore[arg-type]  # fmt: skip
+                acting_for(self.caller, attention.rows, rows)
+        return dq, dk.view(k.shape), dv.view(v.shape)
+
+    def _through_softmax(
+        self, pattern: Tensor, to_pattern: Tensor, share: Tensor, sink: Any, out: Tensor
+    ) -> Tensor:
+        """The gradient at the scores, in the memory of ``out``."""
+        temperature = self.attention.temperature
+        if temperature is None:
+            return torch.addcmul(share, pattern, share.sum(-1, keepdim=True), value=-1.0, out=out)
+        tempered = torch.pow(pattern, 1.0 / temperature, out=out)
+        total = tempered.sum(-1, keepdim=True)
+        if self.attention.sinks is not None:
+            total += sink ** (1.0 / temperature)
+        tempered.div_(total.clamp_min_(torch.finfo(total.dtype).tiny))
+        mean = torch.linalg.vecdot(tempered, to_pattern).unsqueeze(-1)
+        return tempered.mul_(to_pattern - mean)
+
+
+def _slope(products: Tensor, softcap: Softcap) -> Tensor:
+    """The derivative of soft-capped scores by the products, as the rules have it."""
+    if softcap.rule == "identity":
+        return softcap_ratio(products).mul_(softcap.cap)
+    tanh = torch.tanh(products)
+    return (1.0 - tanh * tanh).mul_(softcap.cap)
