@@ -17,7 +17,7 @@ On the CPU time is processor time, with one thread unless ``--threads`` says mor
 wall time. Within each repeat the rows take turns, and the best of the repeats counts; before them
 each row runs once to measure memory, the high-water mark of its process's resident set (CPU) or
 torch's largest allocation (GPU). Rows whose estimated memory is not free are left out, with the
-reason below the table, where it also stands how each call of this package ran. A model of 135M
+reason above the table, where it also stands how each call of this package ran. A model of 135M
 parameters takes about twenty minutes with the defaults, most of them at 1,508 tokens;
 ``--lengths 8000 --repeats 1`` takes longer.
 """
