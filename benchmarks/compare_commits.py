@@ -8,7 +8,8 @@ own on the same random model; the calls alternate between the two, so that a bus
 alike. Prints a line for each call: the best time and the median of OLD in seconds, the ratios
 NEW / OLD of both, and how many Python functions each calls (which no other process can disturb),
 with the ratio of instructions where ``perf`` is installed. About two minutes by default; loading
-torch twice and the longer prompt dominate.
+torch twice and the longer prompt dominate. For prompts of thousands of tokens, and their peak
+memory, take ``long_context.py --against OLD``.
 """
 
 from __future__ import annotations
@@ -98,12 +99,18 @@ def instructions(run: Callable[[], object]) -> int | None:
     return int(count) if count.isdigit() else None
 
 
-def serve(checkout: str, short: int, long: int) -> None:
-    """Answers each line of standard input, a question and a call, with a line of JSON."""
+def require_from(checkout: str | Path) -> None:
+    """Exit unless the package is the one of this checkout: no other is measured by mistake."""
     import tl_contrastive_lrp
 
     where = Path(tl_contrastive_lrp.__file__).resolve()
-    assert where.is_relative_to(Path(checkout).resolve()), f"{where} was imported, not {checkout}"
+    if not where.is_relative_to(Path(checkout).resolve()):
+        sys.exit(f"{where} was imported, not the package in {checkout}.")
+
+
+def serve(checkout: str, short: int, long: int) -> None:
+    """Answers each line of standard input, a question and a call, with a line of JSON."""
+    require_from(checkout)
     runs = calls(short, long)
     print(json.dumps(list(runs)), flush=True)
     for line in sys.stdin:

@@ -2,15 +2,21 @@
 
     python benchmarks/long_context.py                 # 1k to 16k tokens; plain as far as it fits
     python benchmarks/long_context.py --lengths 1024 2048 --device cuda --shape qwen3-0.6b
+    python benchmarks/long_context.py --lengths 4096 --against main     # before and after
 
 Random weights; shapes are what costs. Peak memory is the process's (CPU) or torch's (CUDA), above
 what it was with the model loaded. Prints a line for each run. The defaults take about four minutes
 by the table of docs/long_prompts.md; the longest prompt is more than half of it.
+
+``--against`` takes a commit of this repository, or a folder with a checkout: each run is made with
+it and with the checkout that this script is in, in turns, ``--repeats`` times each, and a line says
+what became of the best time and of the peak (``compare_commits.py`` does so for short prompts).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -21,9 +27,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from compare_commits import ROOT, checkout_of, require_from
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 64,
+    },
     "small": {
         "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32, "vocab_size": 1024,
@@ -64,6 +76,7 @@ def one(args: argparse.Namespace) -> None:
 
     import tl_contrastive_lrp as clrp
 
+    require_from(args.checkout)
     torch.set_num_threads(args.threads)
     model = build(args.shape, args.device, args.dtype)
     n = args.lengths[0]
@@ -109,24 +122,54 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--against", help="a commit, or the folder of a checkout")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each kind")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--checkout", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         one(args)
         return
-    for n in args.lengths:
-        ways = ["tiled", "plain"] if args.memory == "both" else [args.memory]
-        for way in ways:
-            if way == "plain" and n > args.plain_up_to:
-                continue
-            command = [sys.executable, str(Path(__file__).resolve()), "--one", "--lengths", str(n),
-                       "--memory", way, "--what", args.what, "--mass", str(args.mass),
-                       "--shape", args.shape, "--device", args.device, "--dtype", args.dtype,
-                       "--threads", str(args.threads),
-                       "--objectives", str(args.objectives)]  # fmt: skip
-            command += ["--tile", str(args.tile)] if args.tile and way == "tiled" else []
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            print(done.stdout.strip() or f"{n} {way}: {done.stderr.strip()[-300:]}", flush=True)
+    with contextlib.ExitStack() as stack:
+        sides = {"": ROOT}
+        if args.against:
+            sides = {"before": stack.enter_context(checkout_of(args.against)), "after": ROOT}
+        for n in args.lengths:
+            for way in ["tiled", "plain"] if args.memory == "both" else [args.memory]:
+                if way == "plain" and n > args.plain_up_to:
+                    continue
+                compare(args, sides, n, way)
+
+
+def compare(args: argparse.Namespace, sides: dict[str, Path], n: int, way: str) -> None:
+    """Print a line for each run, and with two sides one that compares them."""
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for turn in range(args.repeats):
+        for side in list(sides) if turn % 2 == 0 else reversed(list(sides)):
+            done = run(args, sides[side], n, way)
+            line = done.stdout.strip() or f"{n} {way}: {done.stderr.strip()[-300:]}"
+            print(f"{side} {line}".strip(), flush=True)
+            if done.returncode == 0:
+                found[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
+    if len(sides) == 2 and all(found.values()):
+        old, new = ({key: min(run[key] for run in found[side]) for key in ("seconds", "peak_mib")}
+                    for side in sides)  # fmt: skip
+        ratios = ", ".join(f"{key} {new[key] / max(old[key], 0.01):.2f}" for key in old)
+        print(f"{n} {way}, after / before: {ratios}", flush=True)
+
+
+def run(
+    args: argparse.Namespace, checkout: Path, n: int, way: str
+) -> subprocess.CompletedProcess[str]:
+    """One run in a process of its own, with the package of this checkout."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--one", "--lengths", str(n),
+               "--memory", way, "--what", args.what, "--mass", str(args.mass),
+               "--shape", args.shape, "--device", args.device, "--dtype", args.dtype,
+               "--threads", str(args.threads), "--objectives", str(args.objectives),
+               "--checkout", str(checkout)]  # fmt: skip
+    command += ["--tile", str(args.tile)] if args.tile and way == "tiled" else []
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 if __name__ == "__main__":
