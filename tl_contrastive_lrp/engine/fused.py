@@ -61,6 +61,7 @@ class FusedBlocks:
         attachments: Iterable[Attachment],
         readings: Iterable[Reading],
         hooks: Iterable[UserHook],
+        without: Iterable[str] = (),
     ) -> None:
         self.model = model
         self.done: set[str] = set()
@@ -74,6 +75,7 @@ class FusedBlocks:
             path
             for path, of_path in operations.items()
             if "softmax" in of_path
+            and path not in without
             and not any(f"{path}.{name}" in read for name in _NEEDED)
             and not any(id(part) in hooked for part in _watched(parts[path]))
         ]
@@ -90,7 +92,9 @@ class FusedBlocks:
         with ExitStack() as stack:
             stack.enter_context(lazy_masks())
             for path in self.candidates:
-                mode = DeferringMode(memory, partial(self.done.add, path), self.rows.get(path))
+                mode = DeferringMode(
+                    memory, partial(self.done.add, path), self.rows.get(path), path
+                )
                 stack.enter_context(active_in(mode, parts[path]))
                 handle = parts[path].register_forward_hook(mine(_without_pattern))
                 stack.callback(handle.remove)

@@ -27,6 +27,7 @@ from ..hooks.placement import attached, check_ready, check_single, embedding_lea
 from ..hooks.user_hooks import restarted, user_hooks
 from ..inputs.facts import ObjectiveFacts
 from ..rules.functions import writable
+from ..rules.deferred import PatternNeededError
 from ..rules.precision import first_gradient
 from ..rules.rule_sets import RuleSet, get_rule_set
 from ..rules.threads import frozen_parameters
@@ -173,15 +174,38 @@ def forward(
     check_ready(model, "Relevance")
     check_single(model)
     _refuse_cached_tokens(forward_kwargs.get("past_key_values"))
+    readings, scopes = list(readings), list(scopes)
+    eager: set[str] = set()
+    while True:
+        try:
+            return _forward(
+                model, tokens, rule_set, readings, scopes, hook_watch, attention, eager,
+                forward_kwargs,
+            )  # fmt: skip
+        except PatternNeededError as needed:  # its code does something to it that is not known
+            eager.add(needed.path)
+
+
+def _forward(
+    model: Any,
+    tokens: Tensor,
+    rule_set: str | RuleSet,
+    readings: list[Reading],
+    scopes: list[AbstractContextManager[None]],
+    hook_watch: HookWatch | None,
+    attention: AttentionKind,
+    eager: set[str],
+    forward_kwargs: dict[str, Any],
+) -> Forward:
+    """Run one forward with these attention components eager, whatever ``attention`` says."""
     attachments, coverage = plan(model, rule_set)
     leaves: dict[str, Tensor] = {}
 
-    readings = list(readings)
     before, after = arranged(model, attachments, readings)
     starts = embedding_leaves(model, leaves)
     hooks = user_hooks(model)
     worth = is_worth(attention, tokens.shape[-1])
-    fused = FusedBlocks(model, attachments, readings, hooks) if worth else None
+    fused = FusedBlocks(model, attachments, readings, hooks, eager) if worth else None
     with (
         frozen_parameters(model),
         ExitStack() as stack,

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from ..hooks.attach import Attachment, HookFn
 from ..inputs.bridge import hook_points, is_kind
+from ..rules.deferred import DeferredAttention
 from ..rules.functions import RuleNode, at_least_float32, handed_on, is_writable
 from ..rules.precision import NOTABLE, plain, underflow
 from ..rules.threads import acting_for, caller, mine
 
-Sink = Callable[[Tensor, Tensor], None]
+Sink = Callable[..., None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,15 +39,19 @@ class Reading:
         how: "branch" reads the gradient that flows through the HookPoint itself; "tensor" reads the
             gradient of the tensor that arrives there, through all of its consumers (as for the
             residual stream at ``hook_resid_mid``). Where returning a value would count as an edit,
-            only "tensor" is possible.
+            only "tensor" is possible. "rows", at a ``hook_pattern``, reads the rows of an attention
+            whose scores and pattern are not computed; its sink receives ``query_tiles.Rows``.
         fired: Called in the forward with the activation, if it can have a gradient at all. The sink
             is not called where the rules let no gradient through; relevance is then 0.
+        eager: Of a reading of rows, the readings that replace it where scores and pattern are
+            computed.
     """
 
     name: str
     sink: Sink
-    how: Literal["branch", "tensor"] = "branch"
+    how: Literal["branch", "tensor", "rows"] = "branch"
     fired: Callable[[Tensor], None] | None = None
+    eager: tuple[Reading, ...] = ()
 
 
 def relevance_of(x: Tensor, g: Tensor) -> Tensor:
@@ -129,6 +134,13 @@ class RelevanceSums:
 
         self.readings.append(Reading(name, sink))
 
+    def by_position(self, name: str) -> Float[Tensor, " pos"]:
+        """The relevance kept under ``name`` so far in this backward, by position."""
+        kept = self._kept.get(name, self._zeros.get(name))
+        assert kept is not None, f"{name} has not been read."
+        at = pos_axis(self.axes, name)
+        return kept.movedim(at, 0).flatten(1).sum(1) if kept.ndim > 1 else kept
+
     def take(self) -> dict[str, Tensor]:
         """The sums of the last backward, by name; 0 where the rules pass no relevance."""
         sums = {**self._zeros, **self._kept}
@@ -165,6 +177,13 @@ def pos_axis(axes: Mapping[str, str], name: str) -> int:
     return axes[name].rpartition("->")[2].split().index("pos")
 
 
+def _each(readings: Iterable[Reading]) -> Iterator[Reading]:
+    """The readings, and those that may replace a reading of rows."""
+    for reading in readings:
+        yield reading
+        yield from reading.eager
+
+
 class Slots:
     """HookPoints at which a forward is prepared to be read; sinks are bound before each backward.
 
@@ -187,19 +206,20 @@ class Slots:
             self._slot(reading)
             for reading in {(reading.name, reading.how): reading for reading in readings}.values()
         ]
-        self._places = {(reading.name, reading.how) for reading in self.readings}
+        self._places = {(reading.name, reading.how) for reading in _each(self.readings)}
 
     def _slot(self, reading: Reading) -> Reading:
         place = (reading.name, reading.how)
 
-        def sink(x: Tensor, g: Tensor) -> None:
+        def sink(*values: Any) -> None:
             for bound in self._bound.get(place, ()):
-                bound.sink(x, g)
+                bound.sink(*values)
 
         def fired(x: Tensor) -> None:
             self._seen[place] = x
 
-        return Reading(reading.name, sink, reading.how, fired)
+        eager = tuple(map(self._slot, reading.eager))
+        return Reading(reading.name, sink, reading.how, fired, eager)
 
     def require_left(self) -> None:
         """Refuse a result beyond those that were planned.
@@ -228,7 +248,7 @@ class Slots:
             ValueError: the forward was not prepared for one of them, or is used up.
         """
         self.require_left()
-        readings = list(readings)
+        readings = list(_each(readings))
         for reading in readings:
             if (reading.name, reading.how) not in self._places:
                 raise ValueError(
@@ -269,7 +289,10 @@ def tap(x: Float[Tensor, "*shape"], sink: Sink) -> Float[Tensor, "*shape"]:
 
 
 def _read_hook(reading: Reading) -> HookFn:
-    def hook_fn(tensor: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
+    def hook_fn(tensor: Any, hook: Any) -> Tensor | None:  # noqa: ARG001
+        if isinstance(tensor, DeferredAttention):
+            tensor.leave_to_rows()
+            return None
         if not isinstance(tensor, Tensor) or not tensor.requires_grad:
             return None
         value = tensor.detach()
@@ -293,6 +316,11 @@ def arranged(
     (``Attachment.live``).
     """
     attachments, hook_dict = tuple(attachments), hook_points(model)
+    readings = [
+        reading
+        for given in readings
+        for reading in (given.eager if given.how == "rows" else (given,))
+    ]
     captures = {name for a in attachments if a.scoped is None for name in a.captures}
     captured_points = {id(hook_dict[name]) for name in captures}
     before: list[tuple[str, HookFn]] = []

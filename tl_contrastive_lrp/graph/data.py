@@ -75,6 +75,7 @@ class GraphData:
         head_relevance: Relevance of every head's output, [layer, head, pos], if details were
             requested.
         memory: "plain", or "tiled (tile N)" if the backward ran on N positions at a time.
+        attention: How attention was computed: "eager", "fused", or in how many blocks it was fused.
         prepended_bos: Whether a BOS token that is not in the text was put before it; None if ids
             were given (or the graph was saved by a version that did not record it).
         earlier_final_pos: The other explained positions, rising, if the objective is a function
@@ -121,6 +122,7 @@ class GraphData:
     neurons: Float[Tensor, "layer pos d_mlp"] | None = None
     head_relevance: Float[Tensor, "layer head pos"] | None = None
     memory: str = "plain"
+    attention: str = "eager"
     prepended_bos: bool | None = None
     earlier_final_pos: tuple[int, ...] = ()
 

@@ -38,6 +38,8 @@ def save(graph: GraphData, path: str | os.PathLike[str]) -> Path:
         del rest["prepended_bos"]  # the first files did not have this field
     rest["coverage"] = asdict(graph.coverage)
     rest["history"] = [asdict(step) for step in graph.history]
+    if graph.attention == "eager":  # as version 0.1 writes and reads it
+        del rest["attention"]
     if not graph.earlier_final_pos:  # as version 0.1 writes and reads it
         del rest["earlier_final_pos"]
     return write_result(path, _FILE, tensors, rest)

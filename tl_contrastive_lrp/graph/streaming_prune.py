@@ -66,6 +66,7 @@ class StreamingSelection:
     _parts: list[tuple[Tensor, ...]] = field(default_factory=list)  # rows, columns, ..., weights
     _bin_masses: Tensor | None = None
     _bin_counts: Tensor | None = None
+    _in_order: bool = True  # whether the parts, from the last to the first, are
 
     def add(
         self, matrix: Float[Tensor, "row column *slot"], row: int, column: int, unseen: int
@@ -84,11 +85,7 @@ class StreamingSelection:
         """
         matrix = with_float64(matrix)
         size = matrix.abs()
-        total = float(size.sum(dtype=torch.float64))
-        if not np.isfinite(total):
-            raise NonFiniteError("The weight of an edge is NaN or infinite.")
-        self.edges += int(torch.count_nonzero(size))
-        self.mass += total
+        total = self._seen(size)
         # Compared in float64: rounded to the type of the weights, an edge at τ could pass.
         threshold = self.rule.threshold
         mask = size > 0 if threshold is None else size.double() > threshold
@@ -98,7 +95,39 @@ class StreamingSelection:
         weights = matrix[index]
         self._count(weights.abs(), total)
         self._tau = max(self._tau, self._bound(unseen, matrix.dtype))
-        part = tuple(x.to(torch.int32) for x in (rows + row, columns + column, *slots))
+        self._hold((rows + row, columns + column, *slots), weights)
+
+    def add_diagonal(self, weights: Float[Tensor, " pos"], *, slots: bool) -> None:
+        """Add the diagonal of the whole transition, after all rows have been added without it.
+
+        Args:
+            weights: Its weights in logits; 0 is not an edge.
+            slots: Whether edges have a slot; the diagonal's is 0.
+
+        Raises:
+            NonFiniteError: A weight is NaN or infinite.
+        """
+        size = weights.abs()
+        total = self._seen(size)
+        threshold = self.rule.threshold
+        mask = size > 0 if threshold is None else size.double() > threshold
+        (at,) = torch.nonzero(mask, as_tuple=True)
+        self._count(size[at], total)
+        self._hold((at, at, torch.zeros_like(at)) if slots else (at, at), weights[at])
+        self._in_order = False
+
+    def _seen(self, size: Tensor) -> float:
+        """Count entries, and return their mass."""
+        total = float(size.sum(dtype=torch.float64))
+        if not np.isfinite(total):
+            raise NonFiniteError("The weight of an edge is NaN or infinite.")
+        self.edges += int(torch.count_nonzero(size))
+        self.mass += total
+        return total
+
+    def _hold(self, index: tuple[Tensor, ...], weights: Tensor) -> None:
+        """Hold those of the entries that can still be kept."""
+        part = tuple(x.to(torch.int32) for x in index)
         self._parts.append(tuple(x.cpu() for x in self._candidates((*part, weights))))
         self._held += len(self._parts[-1][-1])
         if self._held > max(1.5 * self._held_when_compacted, _COMPACT_ABOVE):
@@ -153,6 +182,9 @@ class StreamingSelection:
         candidates = [self._candidates(part) for part in reversed(self._parts)]
         self._parts = []  # released before the copy
         part = tuple(torch.cat(x) for x in zip(*candidates, strict=True))
+        if not self._in_order:
+            order = torch.from_numpy(np.lexsort([x.numpy() for x in part[-2::-1]]))
+            part, self._in_order = tuple(x[order] for x in part), True
         size = part[-1].abs()
         mask = largest(size, self.rule.count(size, self.mass))
         self._parts = [tuple(x[mask] for x in part)]

@@ -46,6 +46,8 @@ class Product:
         repeated: Remembers which keys and values were repeated for grouped queries, and from what.
         fused: Called when the attention is computed fused.
         rows: Called in the backward with the rows of the attention.
+        path: Path of the attention component.
+        left_to_rows: Not empty once a reading of scores or pattern has been left to ``rows``.
     """
 
     q: Float[Tensor, "batch head query d_head"]
@@ -54,6 +56,20 @@ class Product:
     repeated: Repeated
     fused: Callable[[], object]
     rows: RowSink | None = None
+    path: str = ""
+    left_to_rows: list[bool] = field(default_factory=list)
+
+
+class PatternNeededError(Exception):
+    """Scores or pattern are needed after a reading of them has been left to the rows.
+
+    Attributes:
+        path: Path of the attention component.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"The scores or the pattern of {path} are needed after all.")
+        self.path = path
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,13 +131,29 @@ class DeferredAttention:
         )
 
     def tensor(self) -> Tensor:
-        """The actual scores or pattern, computed by the recorded steps."""
+        """The actual scores or pattern, computed by the recorded steps.
+
+        Raises:
+            PatternNeededError: a reading of them has been left to the rows, which will not come.
+        """
+        if self.product.left_to_rows:
+            raise PatternNeededError(self.product.path)
         if not self.computed:
             x = self.product.q @ self.product.k_t  # not torch.matmul, which DeferringMode defers
             for step in self.steps:
                 x = step(x)
             self.computed.append(x)
         return self.computed[0]
+
+    def leave_to_rows(self) -> None:
+        """Leave a reading of the scores or the pattern to the rows in the backward.
+
+        Raises:
+            PatternNeededError: nobody reads the rows.
+        """
+        if self.product.rows is None:
+            raise PatternNeededError(self.product.path)
+        self.product.left_to_rows.append(True)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -395,6 +427,18 @@ for _name in (
         setattr(DeferredAttention, f"__{_name}__", _of_the_tensor(f"__{_name}__"))
 
 
+def is_product(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a torch function is an attention's product of queries and transposed keys.
+
+    It is the first product of two tensors with four axes in the component.
+    """
+    if func is not torch.matmul or len(args) != 2 or kwargs:
+        return False
+    q, k_t = args
+    both = isinstance(q, Tensor) and isinstance(k_t, Tensor) and q.ndim == k_t.ndim == 4
+    return both and q.shape[-1] == k_t.shape[-2]
+
+
 _REPEATING = (
     Tensor.expand,
     Tensor.reshape,
@@ -412,10 +456,15 @@ class DeferringMode(TorchFunctionMode):
     """
 
     def __init__(
-        self, memory: MaskMemory, fused: Callable[[], object], rows: RowSink | None = None
+        self,
+        memory: MaskMemory,
+        fused: Callable[[], object],
+        rows: RowSink | None = None,
+        path: str = "",
     ) -> None:
         super().__init__()
-        self.memory, self.fused, self.rows, self.armed = memory, fused, rows, True
+        self.memory, self.fused, self.rows, self.path = memory, fused, rows, path
+        self.armed = True
         self.repeated = Repeated()
 
     def __enter__(self) -> DeferringMode:
@@ -427,18 +476,13 @@ class DeferringMode(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Record the product of queries and keys; run everything else."""
-        if self.armed and func is torch.matmul and len(args) == 2 and not kwargs:
+        if self.armed and is_product(func, args, kwargs):
             q, k_t = args
-            if (
-                isinstance(q, Tensor)
-                and isinstance(k_t, Tensor)
-                and q.ndim == k_t.ndim == 4
-                and q.dtype == k_t.dtype
-                and q.shape[-1] == k_t.shape[-2]
-            ):
+            if q.dtype == k_t.dtype:
                 self.armed = False
-                product = Product(q, k_t, self.memory, self.repeated, self.fused, self.rows)
-                return DeferredAttention(product)
+                return DeferredAttention(
+                    Product(q, k_t, self.memory, self.repeated, self.fused, self.rows, self.path)
+                )
         out = func(*args, **(kwargs or {}))
         if func in _REPEATING and isinstance(args[0], Tensor):
             self.repeated.watch(func, args, kwargs or {}, out)

@@ -11,7 +11,7 @@ from truth import zoo
 from truth.families import FAMILIES, boot, random_tokens
 
 import tl_contrastive_lrp as clrp
-from tl_contrastive_lrp.graph.assembly.tiled import _diagonal
+from tl_contrastive_lrp.graph.assembly.selected import _diagonal
 from tl_contrastive_lrp.graph.pruning import PruneRule
 
 COLUMNS = ("target_site", "source_site", "target_pos", "source_pos", "head", "path")

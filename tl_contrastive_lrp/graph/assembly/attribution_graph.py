@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ...engine.fused import AttentionKind
 from ...engine.memory import (
     Memory,
     MemoryPlan,
@@ -64,6 +65,7 @@ def attribution_graph(
     memory: Memory = "auto",
     tile: int | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
+    attention: AttentionKind = "auto",
     prepend_bos: bool | None = None,
     prefilled: Prefilled | None = None,
 ) -> AttributionGraph:
@@ -104,6 +106,8 @@ def attribution_graph(
         memory: "auto", "plain" or "tiled", as for ``attribute``. Tiles need adjacent sites.
         tile: Positions per tile, as for ``attribute``.
         checkpoint_dir: A folder of its own for finished blocks, as for ``attribute``.
+        attention: "auto", "fused" or "eager", as for ``attribute``. Where attention is fused, edges
+            are computed from its rows, a tile of positions at a time.
         prepend_bos: Whether a text begins with the BOS token, as for ``attribute``.
         prefilled: As for ``attribute``. Transitions that span several blocks run forwards of their
             own.
@@ -135,7 +139,7 @@ def attribution_graph(
         model, rules, granularity=granularity, layers=layers, heads=heads, details=details
     )
     request = GraphQuestion(objectives, PruneRule(mass, threshold, top_k).single(), node_threshold)
-    options = RunOptions(memory, tile, progress, checkpoint_dir)
+    options = RunOptions(memory, tile, progress, checkpoint_dir, attention)
     return _graphs(plan, facts, request, options, prefilled)[0]
 
 
@@ -158,6 +162,7 @@ def attribution_graphs(
     memory: Memory = "auto",
     tile: int | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
+    attention: AttentionKind = "auto",
     prepend_bos: bool | None = None,
     prefilled: Prefilled | None = None,
 ) -> list[AttributionGraph]:
@@ -183,6 +188,8 @@ def attribution_graphs(
         memory: "auto", "plain" or "tiled", as for ``attribute``.
         tile: Positions per tile, as for ``attribute``.
         checkpoint_dir: A folder of its own for finished blocks, as for ``attribute``.
+        attention: "auto", "fused" or "eager", as for ``attribute``. Where attention is fused, edges
+            are computed from its rows, a tile of positions at a time.
         prepend_bos: Whether a text begins with the BOS token, as for ``attribute``.
         prefilled: As for ``attribute``.
 
@@ -211,7 +218,7 @@ def attribution_graphs(
         model, rules, granularity=granularity, layers=layers, heads=heads, details=details
     )
     request = GraphQuestion(each, PruneRule(mass, threshold, top_k).single(), node_threshold)
-    options = RunOptions(memory, tile, progress, checkpoint_dir)
+    options = RunOptions(memory, tile, progress, checkpoint_dir, attention)
     return _graphs(plan, facts, request, options, prefilled)
 
 
@@ -235,7 +242,7 @@ def _graphs(
         return tiled_graphs(plan, prompt, question, memory_plan, options, prefilled)
 
     def plain(_: MemoryPlan) -> list[AttributionGraph]:
-        return plain_graphs(plan, prompt, question, progress=options.progress, prefilled=prefilled)
+        return plain_graphs(plan, prompt, question, options, prefilled)
 
     return run_as_planned(memory_plan, tiled, plain)
 

@@ -1,4 +1,9 @@
-"""Graphs from the plain engine: the whole matrix of every transition, from one forward."""
+"""Graphs from the plain engine, from one forward and a backward for each objective.
+
+Where attention is fused, the edges of a block are selected while its backward computes their rows
+(``edges/streamed.py``); where scores and pattern are computed, the block's whole matrix is filled
+first (``edges/closed_form.py``). Both are pruned by the same selection.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +17,21 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...engine.plain import Forward, RunResult, run_each
-from ...engine.reading import BlockCall, Reading
+from ...engine.plain import Forward, RunResult, forward, run_each
+from ...engine.reading import BlockCall, Reading, RelevanceSums
+from ...engine.run import RunOptions
 from ...hooks.hook_rules import HookWatch
 from ...hooks.user_hooks import user_hooks
 from ...inputs.facts import ObjectiveFacts, PromptFacts
-from ..columns import EdgeColumns
+from ..columns import slots
 from ..edges.batched import batched_edges
 from ..edges.check import HookedEdges, require_closed_form
 from ..edges.closed_form import BlockEdges, HookedBlock, biased_blocks, edge_readings
+from ..edges.streamed import StreamedEdges
 from ..graph import AttributionGraph
+from ..streaming_prune import StreamingSelection
 from .plan import GraphPlan, GraphQuestion, NodeRelevance, Step
+from .selected import selected_graph, selection_of
 
 if TYPE_CHECKING:
     from ...engine.prefilled import Prefilled
@@ -32,17 +41,17 @@ def plain_graphs(
     plan: GraphPlan,
     prompt: PromptFacts,
     question: GraphQuestion,
-    *,
-    progress: bool = False,
+    options: RunOptions,
     prefilled: Prefilled | None = None,
 ) -> list[AttributionGraph]:
-    """Compute a graph for each objective, and prune it.
+    """Compute a graph for each objective, keeping only the edges that the rule keeps.
 
     Args:
         plan: What the graphs hold.
         prompt: The prompt.
         question: The objectives, and which edges to keep.
-        progress: Show a progress bar over transitions that span several blocks.
+        options: Whether to show progress over transitions that span several blocks, and how
+            attention may be computed.
         prefilled: The forward, if it has already been run.
 
     Raises:
@@ -55,10 +64,15 @@ def plain_graphs(
     shared, calls = _shared_forward(edges, prefilled, hooked)
     checks = _HookChecks(plan, edges) if hooked else None
     sums, heads = plan.sums()
+    streams = _Streams(plan, question, prompt.tokens.shape[1], sums)
     readings = [
         *sums.readings,
-        *_edge_readings(plan, edges, calls, {} if checks is None else checks.hooked),
-    ]
+        *_edge_readings(
+            plan, edges, calls,
+            hooked={} if checks is None else checks.hooked,
+            streams=None if hooked else streams,
+        ),
+    ]  # fmt: skip
     scopes: list[AbstractContextManager[None]] = [
         call.recorded(model.blocks[block]) for block, call in calls.items()
     ]
@@ -68,9 +82,10 @@ def plain_graphs(
     if edges:
         require_closed_form(model, plan.rule_set)
     nodes: list[NodeRelevance] = []
-    columns: list[EdgeColumns] = []
+    selections: list[dict[tuple[int, int], StreamingSelection]] = []
 
     def prepare(which: int) -> None:
+        streams.begin()
         for block in edges.values():
             block.again = which + 1 < len(objectives)
 
@@ -80,32 +95,82 @@ def plain_graphs(
         relevance = nodes[-1].relevance
         if checks is not None:
             checks.require(relevance)
-        columns.append(_columns(plan, edges, relevance, question.node_threshold))
+        selections.append(streams.selections(edges, relevance))
         for block in edges.values():
             block.clear()
         prepare(which + 1)
 
     prepare(0)
-    logits, values, coverage = run_each(
-        model, prompt.tokens, objectives, plan.rule_set, readings, scopes, then=take,
-        hook_watch=None if checks is None else checks.watch, shared=shared,
+    run = shared or forward(
+        model, prompt.tokens, plan.rule_set, readings, scopes,
+        None if checks is None else checks.watch, options.attention,
     )  # fmt: skip
+    logits, values, coverage = run_each(
+        model, prompt.tokens, objectives, plan.rule_set, readings, then=take, shared=run
+    )
     sums.warn_of_underflow()
     graphs = []
     for which, objective in enumerate(objectives):
-        _add_batched(
-            plan, prompt, question, columns[which], nodes[which].relevance, which, progress
+        selections[which] |= _batched(
+            plan, prompt, question, nodes[which].relevance, which, options.progress
         )
         facts = ObjectiveFacts.of(objective, logits, values[which], prompt.tokens.shape[1])
-        result = RunResult(facts, {}, coverage, "plain")
-        graph = plan.graph(prompt, result, nodes[which], columns[which], question.node_threshold)
-        rule = question.rule
+        result = RunResult(facts, {}, coverage, "plain", run.attention)
         graphs.append(
-            graph.prune(mass=rule.mass, threshold=rule.threshold, top_k=rule.top_k)
-            if rule
-            else graph
+            selected_graph(plan, prompt, question, result, nodes[which], selections[which])
         )
     return graphs
+
+
+class _Streams:
+    """The edges of fused attentions, of one backward at a time.
+
+    Attributes:
+        plan, question: What the graphs hold, and which edges to keep.
+        length: Number of positions.
+        sums: The relevance of the nodes, as far as the backward has come.
+    """
+
+    def __init__(
+        self, plan: GraphPlan, question: GraphQuestion, length: int, sums: RelevanceSums
+    ) -> None:
+        self.plan, self.question, self.length, self.sums = plan, question, length, sums
+        self._now: dict[int, StreamedEdges] = {}
+
+    def begin(self) -> None:
+        """Prepare for a backward."""
+        plan, heads = self.plan, int(self.plan.model.cfg.n_heads) if self.plan.heads else 0
+        self._now = {
+            step.block: StreamedEdges(
+                self.question.rule, self.length, heads, self.question.node_threshold,
+                partial(self.sums.by_position, plan.sites[step.target]),
+            )
+            for step in plan.attention_steps
+        }  # fmt: skip
+
+    def of(self, block: int) -> StreamedEdges:
+        """What takes the edges of a block in this backward."""
+        return self._now[block]
+
+    def selections(
+        self, edges: dict[int, BlockEdges], relevance: Float[Tensor, "site pos"]
+    ) -> dict[tuple[int, int], StreamingSelection]:
+        """The edges of a backward that has ended, also of blocks whose attention was not fused.
+
+        Args:
+            edges: The edges of those.
+            relevance: The relevance of the nodes.
+        """
+        found = {}
+        for step in self.plan.attention_steps:
+            source, target = relevance[step.source], relevance[step.target]
+            block = edges[step.block]
+            if block.total is None:
+                selection = self._now[step.block].finished(source, target)
+            else:
+                selection = _selection(block, source, target, self.plan.heads, self.question)
+            found[step.source, step.target] = selection
+        return found
 
 
 def graph_readings(plan: GraphPlan, calls: dict[int, BlockCall]) -> list[Reading]:
@@ -128,7 +193,9 @@ def _edge_readings(
     plan: GraphPlan,
     edges: dict[int, BlockEdges],
     calls: dict[int, BlockCall],
+    *,
     hooked: Mapping[int, HookedBlock] = MappingProxyType({}),
+    streams: _Streams | None = None,
 ) -> list[Reading]:
     model, biased = plan.model, biased_blocks(plan.model)
     return [
@@ -137,6 +204,7 @@ def _edge_readings(
         for reading in edge_readings(
             model, block, plan.covered, plan.rule_set, calls[number], biased,
             hooked=hooked.get(number),
+            target=None if streams is None else partial(streams.of, number),
         )
     ]  # fmt: skip
 
@@ -211,49 +279,29 @@ class _HookChecks:
         return _matrix(None if total is None else total.cpu().clone(), relevance)
 
 
-def _columns(
-    plan: GraphPlan,
-    edges: dict[int, BlockEdges],
-    relevance: Float[Tensor, "site pos"],
-    node_threshold: float,
-) -> EdgeColumns:
-    """The edges of all transitions except those that span several blocks."""
-    columns = EdgeColumns(with_heads=plan.heads)
-    for step in plan.steps:
-        # A target without relevance passes none on; subtraction would leave rounding errors there.
-        live = relevance[step.target].abs() > node_threshold
-        ends = step.source, step.target
-        if step.kind == "position":
-            # The edge's weight is what the source passes on, also where a target adds up to 0.
-            live = live if node_threshold > 0 else torch.ones_like(live)
-            columns.add_diagonal(*ends, relevance[step.source], live)
-        elif step.kind == "attention":
-            block = edges[step.block]
-            if node_threshold == 0 and block.total is not None:
-                live = live | passes_on(block.total).cpu()
-            _add_block(columns, ends, block, relevance[step.source], live)
-    return columns
-
-
-def _add_batched(
+def _batched(
     plan: GraphPlan,
     prompt: PromptFacts,
     question: GraphQuestion,
-    columns: EdgeColumns,
     relevance: Float[Tensor, "site pos"],
     which: int,
     progress: bool,
-) -> None:
-    """Add the transitions that span several blocks."""
+) -> dict[tuple[int, int], StreamingSelection]:
+    """The edges of transitions that span several blocks."""
     steps = [step for step in plan.steps if step.kind == "batched"]
     ends = [(plan.sites[step.source], plan.sites[step.target]) for step in steps]
     matrices = batched_edges(
         plan.model, prompt.tokens, question.objectives[which], plan.rule_set, ends,
         node_threshold=question.node_threshold, progress=progress,
     )  # fmt: skip
-    for step, names in zip(steps, ends, strict=True):
-        live = relevance[step.target].abs() > question.node_threshold
-        columns.add_dense(step.source, step.target, matrices[names], live)
+    return {
+        (step.source, step.target): selection_of(
+            question.rule,
+            matrices[names],
+            relevance[step.target].abs() > question.node_threshold,
+        )
+        for step, names in zip(steps, ends, strict=True)
+    }
 
 
 def passes_on(edges: Float[Tensor, "target source"]) -> Bool[Tensor, " target"]:
@@ -261,27 +309,25 @@ def passes_on(edges: Float[Tensor, "target source"]) -> Bool[Tensor, " target"]:
     return (edges != 0).any(-1)
 
 
-def _add_block(
-    columns: EdgeColumns,
-    ends: tuple[int, int],
+def _selection(
     block: BlockEdges,
-    relevance: Float[Tensor, " source"],
-    live: Bool[Tensor, " target"],
-) -> None:
-    """Add a block's transition: what its attention passes on, and the rest on the diagonal."""
-    n = len(relevance)
-    total = relevance.new_zeros(n, n) if block.total is None else block.total.cpu()
-    if not columns.with_heads:
-        columns.add_dense(*ends, _matrix(total, relevance), live)
-        return
-    any_path = block.value if block.value is not None else block.key
-    if any_path is None:  # no relevance reaches the attention of this block
-        columns.add_diagonal(*ends, relevance, live)
-        return
-    value, key = (
-        x if x is not None else torch.zeros_like(any_path) for x in (block.value, block.key)
-    )
-    columns.add_split(*ends, value, key, relevance - total.sum(0), live)
+    source: Float[Tensor, " pos"],
+    target: Float[Tensor, " pos"],
+    heads: bool,
+    question: GraphQuestion,
+) -> StreamingSelection:
+    """Select edges of a block: what its attention passes on, and the rest on the diagonal."""
+    assert block.total is not None
+    # A target without relevance passes none on; subtraction would leave rounding errors there.
+    live = target.abs() > question.node_threshold
+    if question.node_threshold == 0:
+        live = live | passes_on(block.total).cpu()
+    total = block.total.cpu()
+    if heads:
+        matrix = slots(block.value, block.key, source - total.sum(0))
+    else:
+        matrix = _matrix(total, source)
+    return selection_of(question.rule, matrix, live)
 
 
 def _matrix(

@@ -217,6 +217,7 @@ class GraphPlan:
             rules=result.coverage.rules,
             coverage=result.coverage,
             memory=result.memory,
+            attention=result.attention,
             history=history,
         )
 

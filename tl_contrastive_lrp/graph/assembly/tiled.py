@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from ...engine.memory import MemoryPlan
-from ...engine.plain import RunResult
 from ...engine.prefilled import Prefilled
 from ...engine.run import RunOptions
 from ...engine.tiled.checkpoint import checkpoint_of
 from ...engine.tiled.run import run_tiled
 from ...inputs.facts import PromptFacts
-from ..columns import EdgeColumns
 from ..edges.tiled import TiledEdges
 from ..graph import AttributionGraph
-from ..prune_history import TransitionKept
-from ..pruning import PruneRule
-from ..streaming_prune import StreamingSelection
 from .plan import GraphPlan, GraphQuestion
+from .selected import selected_graph
 
 
 def tiled_graphs(
@@ -58,47 +51,11 @@ def tiled_graphs(
         shared=None if prefilled is None else prefilled.tiled,
     )  # fmt: skip
     sums.warn_of_underflow()
+    ends = {step.block: (step.source, step.target) for step in plan.attention_steps}
     return [
-        _graph(plan, prompt, question, result, selections, heads)
+        selected_graph(
+            plan, prompt, question, result, plan.nodes(result.relevance, heads),
+            {ends[block]: selection for block, selection in selections.items()},
+        )
         for result, selections in zip(results, edges.selections, strict=True)
-    ]
-
-
-def _graph(
-    plan: GraphPlan,
-    prompt: PromptFacts,
-    question: GraphQuestion,
-    result: RunResult,
-    selections: dict[int, StreamingSelection],
-    heads: list[str],
-) -> AttributionGraph:
-    rule, nodes = question.rule, plan.nodes(result.relevance, heads)
-    columns, accounts = EdgeColumns(with_heads=plan.heads), list[TransitionKept]()
-    for step in plan.steps:
-        if step.kind == "attention":
-            selection = selections[step.block]
-        else:
-            ends = nodes.relevance[step.source], nodes.relevance[step.target]
-            selection = _diagonal(rule, *ends, question.node_threshold)
-        rows, sources, *slots, weights = selection.kept()
-        slot = (slots[0] if slots else torch.zeros_like(rows)) if plan.heads else None
-        columns.add_edges(step.source, step.target, rows, sources, weights, slot)
-        accounts.append(selection.account(step.source, step.target, weights))
-    history = (rule.step(accounts, result.objective.delta),) if rule else ()
-    return plan.graph(prompt, result, nodes, columns, question.node_threshold, history)
-
-
-def _diagonal(
-    rule: PruneRule, source: Tensor, target: Tensor, node_threshold: float
-) -> StreamingSelection:
-    """Select edges of a transition that mixes no positions: its edges are a diagonal.
-
-    Rows are added in parts, from the last to the first. At threshold 0, a target whose relevance
-    adds up to 0 still has its edge, since the edge's weight is what the source passes on.
-    """
-    live = target.abs() > node_threshold if node_threshold else torch.ones_like(target.bool())
-    selection, values = StreamingSelection(rule), torch.where(live, source, 0)
-    for stop in range(len(values), 0, -512):
-        start = max(stop - 512, 0)
-        selection.add(torch.diag(values[start:stop]), start, start, start)
-    return selection
+    ]  # fmt: skip

@@ -162,9 +162,9 @@ class HookedEdges:
     def listening(self, reading: Reading) -> Reading:
         """The same reading, except that it ignores the backwards of this check."""
 
-        def sink(x: Tensor, g: Tensor) -> None:
+        def sink(*values: Any) -> None:
             if not self.quiet:
-                reading.sink(x, g)
+                reading.sink(*values)
 
         return replace(reading, sink=sink)
 

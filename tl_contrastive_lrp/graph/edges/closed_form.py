@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
-from einops import einsum, repeat
+from einops import einsum, rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -38,9 +38,10 @@ from ...hooks.sites import Site, scores_are_biased
 from ...inputs.bridge import bias_of, components, hook_points
 from ...rules.functions import at_least_float32
 from ...rules.precision import plain
+from ...rules.query_tiles import Rows
 from ...rules.rule_sets import RuleSet
 from ...rules.threads import mine
-from .tangents import Tangents, block_tangents
+from .tangents import ProductTangents, Tangents, block_tangents, product_tangents
 
 
 @dataclass(eq=False)
@@ -78,6 +79,10 @@ class BlockEdges:
     def captured(self, name: str) -> Tensor:
         """A captured activation, which is released unless another backward needs it."""
         return self._captured[name] if self.again else self._captured.pop(name)
+
+    def has(self, name: str) -> bool:
+        """Whether an activation has been captured under ``name``."""
+        return name in self._captured
 
     def clear(self) -> None:
         """Discard the edges of the last backward."""
@@ -205,6 +210,10 @@ class AttentionInputs(Protocol):
         """The derivatives ṽ and S̃, as ``block_tangents`` gives them."""
         ...
 
+    def product_tangents(self) -> ProductTangents:
+        """The derivatives ṽ and k̃, as they enter the two products."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class PromptInputs:
@@ -237,9 +246,33 @@ class PromptInputs:
         """The derivatives ṽ and S̃, from running the block once more."""
         return block_tangents(self.model, self.edges.layer, self.call, self.sites, self.rule_set)
 
+    def product_tangents(self) -> ProductTangents:
+        """The derivatives ṽ and k̃, from running the block once more up to its scores."""
+        return product_tangents(self.model, self.edges.layer, self.call, self.sites, self.rule_set)
+
 
 def ignore_gradient(x: Tensor, g: Tensor) -> None:
     """The sink of a reading that only captures the activation."""
+
+
+class RowTarget(Protocol):
+    """What takes edges a tile of target positions at a time (``StreamedEdges``)."""
+
+    @property
+    def heads(self) -> int:
+        """How many heads edges are split by; 0 for none."""
+        ...
+
+    def add(
+        self,
+        start: int,
+        first: int,
+        total: Float[Tensor, "target source"],
+        value: Float[Tensor, "head target source"] | None = None,
+        key: Float[Tensor, "head target source"] | None = None,
+    ) -> None:
+        """Add the edges of a tile, which lies above all added so far."""
+        ...
 
 
 @dataclass(eq=False)
@@ -256,6 +289,8 @@ class AttentionReader:
         hooked: The block, if the user has hooks on it. What a hook adds to keys, values or scores
             takes no relevance, as biases do not, so derivatives are needed where one edits; and
             the gradient at pattern·v is read before a hook changes it.
+        target: Returns what takes the edges where the attention is fused, so that ``edges`` stays
+            empty; None if edges are read from scores and pattern only.
     """
 
     edges: BlockEdges
@@ -264,9 +299,19 @@ class AttentionReader:
     tangents: bool
     by_operation: bool
     hooked: HookedBlock | None = None
+    target: Callable[[], RowTarget] | None = None
+    _products: ProductTangents | None = None
 
     def readings(self) -> list[Reading]:
         """What to read, and where."""
+        eager = self._eager()
+        if self.target is None or self.hooked is not None or self.by_operation:
+            return eager
+        point = f"blocks.{self.edges.layer}.attn.hook_pattern"
+        return [Reading(point, self._at_rows, "rows", eager=tuple(eager))]
+
+    def _eager(self) -> list[Reading]:
+        """What to read where scores and pattern are computed."""
         prefix = f"blocks.{self.edges.layer}.attn."
         readings = []
         if self.tangents or self.rule_set.softmax == "constant" or self.hooked is not None:
@@ -299,6 +344,8 @@ class AttentionReader:
 
     def _at_z(self, _: Tensor, g: Tensor) -> None:
         """The value path, from the gradient at attention's output."""
+        if self.target is not None and not self.edges.has("pattern"):
+            return  # its rows have come instead
         if self._uses_tangents():
             v, scores = self.inputs.tangents()
             if self.rule_set.softmax != "constant":
@@ -331,6 +378,44 @@ class AttentionReader:
             scores = self.inputs.tangents().scores if tangent is None else tangent
         self.edges.add("key", scores, g[0], 0.5 if self.rule_set.qk == "half" else 1.0)
 
+    def _at_rows(self, rows: Rows) -> None:
+        """Both paths of some target positions, from the rows of fused attention."""
+        assert self.target is not None
+        target = self.target()
+        factor = 0.5 if self.rule_set.qk == "half" else 1.0
+        value, products = rows.share, rows.products
+        if self.tangents:
+            if self._products is None:
+                self._products = self.inputs.product_tangents()
+            own = slice(rows.first, rows.first + rows.pattern.shape[-1])
+            value = _by_group(rows.g, self._products.v[:, own]).mul_(rows.pattern)
+            products = _by_group(rows.q, self._products.keys[:, own])
+        if rows.start == 0:  # the last tile
+            self._products = None
+        split = target.heads > 0
+        by_value = value.clone() if split and value is rows.share else value
+        key = None if rows.to_products is None else rows.to_products * products if split else None
+        if key is not None:
+            key.mul_(factor)
+            total = by_value.sum(0).add_(key.sum(0))
+        elif rows.to_products is None:
+            total = value.sum(0)
+        else:
+            total = value.addcmul_(rows.to_products, products, value=factor).sum(0)
+        if not split:
+            target.add(rows.start, rows.first, total)
+        else:
+            target.add(rows.start, rows.first, total, by_value, key)
+
+
+def _by_group(
+    x: Float[Tensor, "head target d"], y: Float[Tensor, "kv_head source d"]
+) -> Float[Tensor, "head target source"]:
+    """⟨x, y⟩ for each head, whose key head several heads share."""
+    heads, targets, _ = x.shape
+    groups = rearrange(x, "(kv group) target d -> kv (group target) d", kv=len(y))
+    return torch.bmm(groups, y.mT).view(heads, targets, -1)
+
 
 def edge_readings(
     model: Any,
@@ -342,6 +427,7 @@ def edge_readings(
     *,
     inputs: AttentionInputs | None = None,
     hooked: HookedBlock | None = None,
+    target: Callable[[], RowTarget] | None = None,
 ) -> list[Reading]:
     """What to read in a backward so that a block's edges are filled.
 
@@ -355,6 +441,7 @@ def edge_readings(
         biased: ``biased_blocks(model)``.
         inputs: Where values and their derivatives come from; by default, from the whole prompt.
         hooked: The block, if the user has hooks on it.
+        target: Returns what takes the edges where the attention is fused.
     """
     reader = AttentionReader(
         edges,
@@ -363,5 +450,6 @@ def edge_readings(
         tangents=needs_tangents(edges.layer, sites, rule_set, biased),
         by_operation=attention_by_operation(edges.layer, sites),
         hooked=hooked,
+        target=target,
     )
     return reader.readings()

@@ -17,6 +17,7 @@ import torch.autograd.forward_ad as forward_ad
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ...engine.reading import BlockCall
 from ...errors import UncoveredComponentError
@@ -26,9 +27,12 @@ from ...hooks.by_operation.patterns import NORMS, NormCall, is_root
 from ...hooks.placement import own_hooks
 from ...hooks.sites import Site
 from ...inputs.bridge import hook_points, public_name
+from ...rules.deferred import is_product
+from ...rules.functions import at_least_float32
 from ...rules.precision import plain, wide
 from ...rules.rule_sets import RuleSet
 from ...rules.softcap import softcap_ratio, softcap_replaced
+from ...rules.threads import active_in
 
 
 class Tangents(NamedTuple):
@@ -41,6 +45,18 @@ class Tangents(NamedTuple):
 
     v: Float[Tensor, "source kv_head d_head"]
     scores: Float[Tensor, "head target source"]
+
+
+class ProductTangents(NamedTuple):
+    """Derivatives along the residual vector of what enters the two products of attention.
+
+    Attributes:
+        v: The values' derivative ṽ.
+        keys: The keys' derivative k̃.
+    """
+
+    v: Float[Tensor, "kv_head source d_head"]
+    keys: Float[Tensor, "kv_head source d_head"]
 
 
 class _Stop(Exception):
@@ -148,6 +164,22 @@ class _AttentionTangents(_Linearised):
         return func(*first, _primal(query), key, **kwargs)
 
 
+class _AtProduct(TorchFunctionMode):
+    """Stops a component at its product of queries and keys, and reads k̃ there."""
+
+    def __init__(self, read: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.read = read
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if is_product(func, args, kwargs):
+            self.read["keys"] = at_least_float32(plain(tangent_of(args[1])))[0].mT
+            raise _Stop
+        return func(*args, **(kwargs or {}))
+
+
 def block_tangents(
     model: Any, layer: int, call: BlockCall, sites: tuple[Site, ...], rule_set: RuleSet
 ) -> Tangents:
@@ -168,8 +200,43 @@ def block_tangents(
     Raises:
         UncoveredComponentError: A user's hook in the block has no derivative in forward mode.
     """
-    prefix = f"blocks.{layer}."
     read: dict[str, Tensor] = {}
+    _run_with_tangents(model, layer, call, sites, rule_set, read)
+    return Tangents(read["v"], read["scores"])
+
+
+def product_tangents(
+    model: Any, layer: int, call: BlockCall, sites: tuple[Site, ...], rule_set: RuleSet
+) -> ProductTangents:
+    """The derivatives ṽ and k̃ of a block whose attention is fused, for the first row of its batch.
+
+    Args:
+        model: The bridge, without rules attached.
+        layer: Index of the block.
+        call: The arguments of the block.
+        sites: ``find_sites(model)``.
+        rule_set: The rules, which say which of the block's norms are linearised.
+
+    Raises:
+        UncoveredComponentError: As ``block_tangents``.
+    """
+    read: dict[str, Tensor] = {}
+    with active_in(_AtProduct(read), model.blocks[layer].attn):
+        _run_with_tangents(model, layer, call, sites, rule_set, read)
+    v = rearrange(at_least_float32(read["v"]), "source kv_head d -> kv_head source d")
+    return ProductTangents(v, read["keys"])
+
+
+def _run_with_tangents(
+    model: Any,
+    layer: int,
+    call: BlockCall,
+    sites: tuple[Site, ...],
+    rule_set: RuleSet,
+    read: dict[str, Tensor],
+) -> None:
+    """Run a block in forward mode until ``read`` has what is wanted."""
+    prefix = f"blocks.{layer}."
 
     def start(tensor: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         return dual(_primal(tensor), wide(_primal(tensor).clone()))
@@ -212,7 +279,7 @@ def block_tangents(
             args, kwargs = call.again()
             model.blocks[layer](*args, **kwargs)
         except _Stop:
-            return Tangents(read["v"], read["scores"])
+            return
         except NotImplementedError as error:
             raise UncoveredComponentError(
                 f"No graph of blocks.{layer} with your hooks on it: one of those before its "
