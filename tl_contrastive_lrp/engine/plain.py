@@ -11,9 +11,9 @@ bias has, and none of it flows on to the source of the value that it replaces.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,12 +26,13 @@ from ..hooks.hook_rules import HookWatch, rules_in_hooks
 from ..hooks.placement import attached, check_ready, check_single, embedding_leaves, reading_hooks
 from ..hooks.user_hooks import restarted, user_hooks
 from ..inputs.facts import ObjectiveFacts
-from ..rules.functions import writable
+from ..inputs.objective import Objective, position_of
 from ..rules.deferred import PatternNeededError
+from ..rules.functions import writable
 from ..rules.precision import first_gradient
 from ..rules.rule_sets import RuleSet, get_rule_set
-from ..rules.threads import frozen_parameters
-from .fused import AttentionKind, FusedBlocks, is_worth
+from ..rules.threads import frozen_parameters, mine
+from .fused import AttentionKind, FusedBlocks, is_worth, saves_logits
 from .reading import Reading, Slots, arranged
 
 
@@ -84,11 +85,12 @@ class Forward:
 
     Attributes:
         model: The bridge.
-        logits: [batch, pos, vocab], on their graph.
+        logits: [batch, pos, vocab], on their graph; or those of the positions in ``read`` only.
         coverage: Which component got which rule.
         ends: The tensors at which gradients end: embeddings, and constants with which a user's
             hook replaced computed values.
         attention: How attention was computed, as results record it.
+        read: The positions whose logits there are, rising; None for all.
         keep_graph: Whether the autograd graph is also kept after the last backward.
         slots: Where readings can be bound, if they were not given with the forward.
     """
@@ -100,6 +102,8 @@ class Forward:
     keep_graph: bool = False
     attention: str = "eager"
     slots: Slots | None = None
+    read: tuple[int, ...] | None = None
+    length: int = 0
 
     def pass_over(self) -> None:
         """Count one of the planned results as done, although it did not use this forward."""
@@ -114,7 +118,24 @@ class Forward:
         Raises:
             ModelStateError: it is not one differentiable number.
         """
-        return check_value(objective(self.logits), [self.logits])
+        logits, local = self._evaluation(objective)
+        return check_value(local(logits), [self.logits])
+
+    def facts(self, objective: Callable[[Tensor], Tensor], value: Tensor) -> ObjectiveFacts:
+        """The facts about an objective whose value ``value`` returned."""
+        logits, local = self._evaluation(objective)
+        own = None if local is objective else local
+        return ObjectiveFacts.of(objective, logits.detach(), value, self.length, own)
+
+    def _evaluation(
+        self, objective: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The logits that an objective reads, and the objective as a function of those."""
+        if self.read is None:
+            return self.logits, objective
+        assert isinstance(objective, Objective)
+        row = self.read.index(position_of(objective, self.length))
+        return self.logits[:, row : row + 1], replace(objective, pos=0)
 
     def backward(self, value: Tensor, *, more: bool) -> None:
         """Send the gradient of a value back to the embeddings; sinks are called on the way.
@@ -149,6 +170,7 @@ def forward(
     scopes: Iterable[AbstractContextManager[None]] = (),
     hook_watch: HookWatch | None = None,
     attention: AttentionKind = "eager",
+    read: tuple[int, ...] | None = None,
     **forward_kwargs: Any,
 ) -> Forward:
     """Run one forward, with rules and readings for the backwards that start at it.
@@ -165,6 +187,8 @@ def forward(
         hook_watch: Records what the user's hook functions do. If one edits, or is called in the
             backward, the autograd graph is also kept after the last backward.
         attention: "eager", or "fused" where a block allows it.
+        read: The positions whose logits are needed, rising; None for all. Where attention is fused,
+            the logits of no others are computed, unless a hook of the user's could see them.
         **forward_kwargs: Passed to the model's forward.
 
     Raises:
@@ -179,8 +203,8 @@ def forward(
     while True:
         try:
             return _forward(
-                model, tokens, rule_set, readings, scopes, hook_watch, attention, eager,
-                forward_kwargs,
+                model, tokens, rule_set, readings, scopes, hook_watch, attention, read,
+                eager, forward_kwargs,
             )  # fmt: skip
         except PatternNeededError as needed:  # its code does something to it that is not known
             eager.add(needed.path)
@@ -194,6 +218,7 @@ def _forward(
     scopes: list[AbstractContextManager[None]],
     hook_watch: HookWatch | None,
     attention: AttentionKind,
+    read: tuple[int, ...] | None,
     eager: set[str],
     forward_kwargs: dict[str, Any],
 ) -> Forward:
@@ -204,8 +229,13 @@ def _forward(
     before, after = arranged(model, attachments, readings)
     starts = embedding_leaves(model, leaves)
     hooks = user_hooks(model)
-    worth = is_worth(attention, tokens.shape[-1])
+    length = tokens.shape[-1]
+    worth = is_worth(attention, length) or (
+        attention == "auto" and saves_logits(model, read, length)
+    )
     fused = FusedBlocks(model, attachments, readings, hooks, eager) if worth else None
+    if not worth or any(hook.name.startswith("unembed") for hook in hooks):
+        read = None
     with (
         frozen_parameters(model),
         ExitStack() as stack,
@@ -216,6 +246,7 @@ def _forward(
         attached(model, attachments),
         reading_hooks(model, after),
         nullcontext() if fused is None else fused.active(),
+        nullcontext() if read is None else unembedded(model, read),
     ):
         for scope in scopes:
             stack.enter_context(scope)
@@ -224,7 +255,7 @@ def _forward(
     keep_graph = hook_watch is not None and (bool(hook_watch.edits) or hook_watch.of_backward)
     ends = [*leaves.values(), *constants]
     kind = "eager" if fused is None else fused.kind
-    return Forward(model, logits, coverage, ends, keep_graph, kind)
+    return Forward(model, logits, coverage, ends, keep_graph, kind, read=read, length=length)
 
 
 def run_each(
@@ -319,6 +350,20 @@ def _require_of_logits(value: Tensor, logits: Iterable[Tensor]) -> None:
                 "its argument, and .detach() everything else that it uses."
             )
         pending += [earlier for earlier, _ in node.next_functions]
+
+
+@contextmanager
+def unembedded(model: Any, read: tuple[int, ...]) -> Iterator[None]:
+    """Have this thread's forwards compute the logits of some positions only."""
+
+    def cut(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: ARG001
+        return (args[0][:, list(read)], *args[1:])
+
+    handle = model.unembed.register_forward_pre_hook(mine(cut))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _require_whole(logits: object, tokens: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..inputs.facts import ObjectiveFacts
+from ..inputs.objective import positions_read
 from ..rules.rule_sets import RuleSet
 from .fused import AttentionKind, is_worth
 from .memory import Memory, MemoryPlan, plan_memory, run_as_planned
@@ -90,13 +90,16 @@ def run(
         relevance: list[dict[str, Tensor]] = []
         shared = prefilled.plain if prefilled is not None else None
         if shared is None:
-            shared = forward(model, tokens, rule_set, sums.readings, attention=options.attention)
-        logits, values, coverage = run_each(
+            shared = forward(
+                model, tokens, rule_set, sums.readings, attention=options.attention,
+                read=positions_read(objectives, tokens.shape[1]),
+            )  # fmt: skip
+        _, values, coverage = run_each(
             model, tokens, objectives, rule_set, sums.readings,
             then=lambda _: relevance.append(sums.take()), shared=shared,
         )  # fmt: skip
         facts = [
-            ObjectiveFacts.of(objective, logits, value, tokens.shape[1])
+            shared.facts(objective, value)
             for objective, value in zip(objectives, values, strict=True)
         ]
         return [

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import NonFiniteError
@@ -39,11 +39,11 @@ def _bins(size: Tensor) -> tuple[Tensor, int]:
     return size.view(torch.int32) >> 18, 1 << 13
 
 
-def _lower_end(index: int, dtype: torch.dtype) -> float:
-    """The smallest number of a bin."""
+def _lower_ends(index: Int[Tensor, " bin"], dtype: torch.dtype) -> Float[Tensor, " bin"]:
+    """The smallest number of each bin, in float64."""
     if dtype == torch.float64:
-        return float(np.int64(index << 47).view(np.float64))
-    return float(np.int32(index << 18).view(np.float32))
+        return (index.long() << 47).view(torch.float64)
+    return (index.int() << 18).view(torch.float32).double()
 
 
 @dataclass(eq=False)
@@ -158,12 +158,12 @@ class StreamingSelection:
         if self.rule.top_k is not None:
             reached = self._bin_counts.flip(0).cumsum(0).flip(0)
             enough = torch.nonzero(reached >= max(self.rule.top_k, 1))
-            return _lower_end(int(enough[-1]), dtype) if len(enough) else 0.0
+            return float(_lower_ends(enough[-1], dtype)) if len(enough) else 0.0
         assert self.rule.mass is not None
         spare = (1 - self.rule.mass) * self.mass * _SLACK - 1e-12 * self.mass
         below = self._bin_masses.cumsum(0) - self._bin_masses + self._mass_below
         filled = torch.nonzero(self._bin_counts)[:, 0]  # candidates for τ: lower ends of these
-        ends = torch.tensor([_lower_end(int(i), dtype) for i in filled], dtype=torch.float64)
+        ends = _lower_ends(filled, dtype)
         fits = torch.nonzero(below[filled] + unseen * ends < spare)
         return float(ends[int(fits[-1])]) if len(fits) else 0.0
 

@@ -329,6 +329,24 @@ def positions_of(
     return tuple(positions)
 
 
+def position_of(objective: Callable[[Tensor], Tensor], length: int) -> int | None:
+    """The one position whose logits an objective reads, from 0; None if it is not known."""
+    if not isinstance(objective, Objective) or not isinstance(objective.pos, int):
+        return None
+    if not -length <= objective.pos < length:
+        return None  # evaluating the objective raises the error
+    return objective.pos % length
+
+
+def positions_read(
+    objectives: Sequence[Callable[[Tensor], Tensor]], length: int
+) -> tuple[int, ...] | None:
+    """The positions whose logits the objectives read, rising; None if it is not known of one."""
+    positions = {position_of(objective, length) for objective in objectives}
+    known = {pos for pos in positions if pos is not None}
+    return tuple(sorted(known)) if known == positions else None
+
+
 def in_words(positions: Sequence[int], most: int = 6) -> str:
     """Ascending positions as text, "3, 5-8", shortened in the middle if there are too many."""
     runs: list[list[int]] = []

@@ -21,7 +21,7 @@ from ...hooks.context import plan
 from ...hooks.coverage import Coverage
 from ...hooks.placement import attached, check_ready, check_single, embedding_leaves, reading_hooks
 from ...inputs.facts import ObjectiveFacts
-from ...inputs.objective import Objective
+from ...inputs.objective import Objective, position_of
 from ...rules.functions import at_least_float32
 from ...rules.precision import first_gradient, plain
 from ...rules.rule_sets import RuleSet
@@ -36,7 +36,6 @@ from .tiles import (
     BackwardState,
     Range,
     TileAccumulator,
-    position_of,
     read_ranges,
     tile_bounds,
 )

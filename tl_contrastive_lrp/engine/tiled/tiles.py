@@ -14,20 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...inputs.objective import Objective
+from ...inputs.objective import positions_read
 from ..reading import pos_axis
 
 Range = tuple[int, int]
 _PACKED_FROM = 4096  # elements; smaller tensors are kept as they are
-
-
-def position_of(objective: Callable[[Tensor], Tensor], length: int) -> int | None:
-    """The one position whose logits an objective reads, from 0; None if it is not known."""
-    if not isinstance(objective, Objective) or not isinstance(objective.pos, int):
-        return None
-    if not -length <= objective.pos < length:
-        return None  # evaluating the objective raises the error
-    return objective.pos % length
 
 
 def read_ranges(objectives: Sequence[Callable[[Tensor], Tensor]], length: int) -> tuple[Range, ...]:
@@ -35,10 +26,8 @@ def read_ranges(objectives: Sequence[Callable[[Tensor], Tensor]], length: int) -
 
     One position per objective, or all positions if it is not known which ones an objective reads.
     """
-    positions = [position_of(objective, length) for objective in objectives]
-    if any(pos is None for pos in positions):
-        return ((0, length),)
-    return tuple((pos, pos + 1) for pos in sorted({pos for pos in positions if pos is not None}))
+    read = positions_read(objectives, length)
+    return ((0, length),) if read is None else tuple((pos, pos + 1) for pos in read)
 
 
 def tile_bounds(length: int, tile: int, ranges: Sequence[Range]) -> tuple[Range, ...]:

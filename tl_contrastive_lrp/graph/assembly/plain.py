@@ -22,7 +22,8 @@ from ...engine.reading import BlockCall, Reading, RelevanceSums
 from ...engine.run import RunOptions
 from ...hooks.hook_rules import HookWatch
 from ...hooks.user_hooks import user_hooks
-from ...inputs.facts import ObjectiveFacts, PromptFacts
+from ...inputs.facts import PromptFacts
+from ...inputs.objective import positions_read
 from ..columns import slots
 from ..edges.batched import batched_edges
 from ..edges.check import HookedEdges, require_closed_form
@@ -104,8 +105,9 @@ def plain_graphs(
     run = shared or forward(
         model, prompt.tokens, plan.rule_set, readings, scopes,
         None if checks is None else checks.watch, options.attention,
+        positions_read(objectives, prompt.tokens.shape[1]),
     )  # fmt: skip
-    logits, values, coverage = run_each(
+    _, values, coverage = run_each(
         model, prompt.tokens, objectives, plan.rule_set, readings, then=take, shared=run
     )
     sums.warn_of_underflow()
@@ -114,7 +116,7 @@ def plain_graphs(
         selections[which] |= _batched(
             plan, prompt, question, nodes[which].relevance, which, options.progress
         )
-        facts = ObjectiveFacts.of(objective, logits, values[which], prompt.tokens.shape[1])
+        facts = run.facts(objective, values[which])
         result = RunResult(facts, {}, coverage, "plain", run.attention)
         graphs.append(
             selected_graph(plan, prompt, question, result, nodes[which], selections[which])
