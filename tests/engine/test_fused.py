@@ -7,12 +7,14 @@ in float64 throughout, so that nothing can hide in rounding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from support.grids import diagonal
+from support.small_tiles import small_query_tiles
 from support.zoo_expected import COVERED
 from torch import Tensor
 from truth import zoo
@@ -22,7 +24,6 @@ from truth.rounding import PROMISED
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.engine import fused as fused_room
-from tl_contrastive_lrp.rules import query_tiles, visible
 from tl_contrastive_lrp.rules.deferred import DeferringMode
 from tl_contrastive_lrp.rules.visible import MaskMemory
 
@@ -85,11 +86,9 @@ def test_neurons_ledger_and_several_objectives() -> None:
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of a few queries, so that short prompts have several."""
-    monkeypatch.setattr(query_tiles, "_TILES", (5, 5))
-    monkeypatch.setattr(query_tiles, "_FORWARD_TILE", 6)
-    monkeypatch.setattr(visible, "_ROWS", 7)
+def small_tiles() -> Iterator[None]:
+    with small_query_tiles():
+        yield
 
 
 def test_the_pattern_is_never_computed(small_tiles: None) -> None:  # noqa: ARG001

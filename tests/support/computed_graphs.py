@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from support.small_tiles import small_query_tiles
 from torch import Tensor
 from truth import circuit_truth
 from truth.edge_truth import CONTRAST, TARGET, TOKENS
@@ -26,8 +27,17 @@ def graph_of(
 
 
 @functools.cache
-def graph(name: str, rules: str, granularity: str = "block", heads: bool = False) -> Any:
-    return graph_of(boot(name), rules, granularity=granularity, heads=heads)
+def graph(
+    name: str,
+    rules: str,
+    granularity: str = "block",
+    heads: bool = False,
+    attention: str = "eager",
+) -> Any:
+    with small_query_tiles():
+        return graph_of(
+            boot(name), rules, granularity=granularity, heads=heads, attention=attention
+        )
 
 
 def circuit_graph(name: str, **how: Any) -> Any:

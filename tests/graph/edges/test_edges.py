@@ -39,17 +39,19 @@ import tl_contrastive_lrp as clrp
 
 LAST = "blocks.3"  # of the demo model
 GRANULARITIES = ("block", "sublayer")
+# Granularities, each with both ways to compute attention and its edges.
+WAYS = tuple((size, kind) for kind in ("eager", "fused") for size in GRANULARITIES)
 SLIDING = ("mistral", "gemma2", "gemma3", "qwen2-window")
 
 
 # every family, every rule set
 
 
-@pytest.mark.parametrize(
-    ("name", "rules", "granularity"), grid(ALL, RULE_SETS, turns=GRANULARITIES)
-)
-def test_float64(name: str, rules: str, granularity: str) -> None:
-    true, g = truth(name, rules), graph(name, rules, granularity)
+@pytest.mark.parametrize(("name", "rules", "way"), grid(ALL, RULE_SETS, turns=WAYS))
+def test_float64(name: str, rules: str, way: tuple[str, str]) -> None:
+    granularity, attention = way
+    true, g = truth(name, rules), graph(name, rules, granularity, attention=attention)
+    assert attention in g.attention
     sites = true.sites(granularity)
     assert g.sites == sites
     assert g.relevance.dtype == torch.float64
@@ -172,13 +174,14 @@ def test_the_model_is_left_as_found(snapshot: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "granularity", "rules"),
-    grid([*FAMILIES, "qwen3-bias", "llama-mha"], GRANULARITIES, turns=tuple(RULE_SETS)),
+    ("name", "way", "rules"),
+    grid([*FAMILIES, "qwen3-bias", "llama-mha"], WAYS, turns=tuple(RULE_SETS)),
 )
-def test_heads_and_paths(name: str, rules: str, granularity: str) -> None:
+def test_heads_and_paths(name: str, rules: str, way: tuple[str, str]) -> None:
     """Each head's values and keys, and what stays in place, against gradients cut to it."""
-    true, g = truth(name, rules), graph(name, rules, granularity, heads=True)
-    plain = graph(name, rules, granularity)
+    granularity, attention = way
+    true, g = truth(name, rules), graph(name, rules, granularity, heads=True, attention=attention)
+    plain = graph(name, rules, granularity, attention=attention)
     errors = {}
     for s, t in pairs(true.sites(granularity)):
         whole, actual = matrix(name, rules, s, t), g.matrix(s, t)
