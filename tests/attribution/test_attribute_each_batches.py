@@ -190,11 +190,11 @@ def test_batches_are_full_enough_and_fit() -> None:
 
     assert batches([29, 40, 24]) == [[1, 0, 2]]
     assert batches([29, 40, 20]) == [[1, 0], [2]]
-    assert batches([40, 40, 40, 40, 19]) == [[0, 1, 2, 3], [4]]  # more than half of its row
+    assert batches([40, 40, 40, 40, 19]) == [[0, 1, 2, 3], [4]]  # half of its row
     assert batches([10, 40, 10, 11]) == [[1], [3, 0, 2]]
     assert batches([10, 40, 10, 11], size=2) == [[1, 3], [0, 2]]
     assert batches([10, 10, 10], size=1) == [[0], [1], [2]]
-    # Each row needs 10 MB and the gradient of its logits; 62 MB are free, of which half may be used.
+    # A row needs 10 MB and the gradient of its logits; 62 MB are free, and half may be used.
     assert batches([10] * 7, free=62 * 10**6) == [[0, 1, 2], [3, 4, 5], [6]]
     assert batches([10] * 300)[0] == list(range(107))  # 1 GiB on a CPU
     tiles = memory.MemoryPlan(16, 100, 10**12)
@@ -272,7 +272,7 @@ def test_either_check_finds_that_positions_see_later_ones(
 ) -> None:
     """An encoder that is taken for causal, with one of the two checks alone."""
     model = zoo.boot("bert", torch.float32)
-    monkeypatch.setattr(batched, "_may_be_rows", lambda model: True)
+    monkeypatch.setattr(batched, "_may_be_rows", lambda _: True)
     if check == "relevance":
         monkeypatch.setattr(batched, "_require_same_logits", lambda *_: None)
     else:
@@ -352,7 +352,7 @@ def constant(logits: Tensor) -> Tensor:
     return logits.detach().sum() + torch.nn.Parameter(torch.ones(()))
 
 
-def broken(logits: Tensor) -> Tensor:
+def broken(logits: Tensor) -> Tensor:  # noqa: ARG001
     raise KeyError("of the user's own")
 
 
@@ -393,7 +393,7 @@ def test_the_prompt_at_fault_is_named() -> None:
 
 def test_what_is_wrong_with_the_model_is_no_prompts_fault() -> None:
     model = boot("qwen3", torch.float32)
-    with torch.no_grad(), pytest.raises(ModelStateError, match="^Relevance needs gradients"):
+    with torch.no_grad(), pytest.raises(ModelStateError, match=r"^Relevance needs gradients"):
         clrp.attribute_each(model, prompts_of(9, 12), five(model)[:2])
 
 

@@ -233,7 +233,7 @@ def _run_batch(
         )
         _require_same_logits(model, batch, prompts[-1])
     # Split once: a slice for each row would have a gradient of the size of all logits for each.
-    parts = batch.logits.split(1)
+    parts = torch.split(batch.logits, 1)
     rows = [part[:, :length] for part, length in zip(parts, lengths, strict=True)]
     values, gradients = list[Tensor](), list[Tensor]()
     for which, objective, row in zip(numbers, objectives, rows, strict=True):

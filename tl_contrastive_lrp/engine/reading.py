@@ -95,7 +95,6 @@ class RelevanceSums:
                 kept.
             stream: Read the whole residual stream there, not only the branch through the HookPoint.
         """
-
         by_row = _by_row(pattern)
 
         def sink(x: Tensor, g: Tensor) -> None:
