@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -307,6 +310,27 @@ def test_rows_that_affect_each_other_are_found(shapes: list[Any]) -> None:
         handle.remove()
 
 
+def test_angles_that_depend_on_the_length_of_the_batch(shapes: list[Any]) -> None:
+    """Rotations stretched beyond 10 tokens: a prompt of 9 turns otherwise if padded to 17."""
+    row = zoo.ROWS["phi3"]
+    half = 4
+    settings = {
+        "rope_type": "longrope", "rope_theta": 80.0,
+        "short_factor": [1.0] * half, "long_factor": [3.0 + i for i in range(half)],
+    }  # fmt: skip
+    kwargs = {
+        **row.kwargs, "rope_parameters": settings, "original_max_position_embeddings": 10,
+    }  # fmt: skip
+    stretched = dataclasses.replace(row, name="phi3-longrope", kwargs=kwargs)
+    with mock.patch.dict(zoo.ROWS, {stretched.name: stretched}):
+        model = zoo.boot(stretched.name, torch.float32)
+    assert_within_one_at_a_time(model, (12, 17))
+    assert shapes == [(2, 17)]
+    shapes.clear()
+    assert_one_at_a_time(model, prompts_of(9, 17), five(model)[:2])
+    assert shapes == []
+
+
 def assert_within_one_at_a_time(model: Any, lengths: tuple[int, ...]) -> None:
     objectives = five(model)[: len(lengths)]
     found = clrp.attribute_each(model, prompts_of(*lengths), objectives)
@@ -397,6 +421,14 @@ def test_what_is_wrong_with_the_model_is_no_prompts_fault() -> None:
         clrp.attribute_each(model, prompts_of(9, 12), five(model)[:2])
 
 
+def test_numbers_that_overflow_stay_in_their_row() -> None:
+    model, prompts = boot("qwen3", torch.float32), prompts_of(17, 12)
+    one = clrp.logit_diff(model, 7, 11)
+    found = clrp.attribute_each(model, prompts, [one, lambda logits: one(logits) * math.inf])
+    assert_same(clrp.attribute(model, prompts[0], one), found[0])
+    assert not found[1].resid.isfinite().all()
+
+
 def test_an_objective_is_given_its_own_row_alone() -> None:
     model, seen = boot("qwen3", torch.float32), []
 
@@ -408,14 +440,16 @@ def test_an_objective_is_given_its_own_row_alone() -> None:
     assert {shape[:2] for shape in seen} == {(1, 15), (1, 17)}
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_underflow_is_said_of_each_prompt(size: int) -> None:
-    """As often, and as much of it, in a batch as one at a time."""
+@pytest.mark.parametrize("way", ["one at a time", "batch", "batch that fails"])
+def test_underflow_is_said_of_each_prompt(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As often in a batch as one at a time, and not of a batch that is not used."""
+    if way == "batch that fails":
+        monkeypatch.setattr(batched.RelevanceSums, "take_rows", lambda *_: None)
     model, prompts = shrunk("llama", 1e-6, torch.float16), prompts_of(12, 12)
     objectives = [clrp.logit_diff(model, 7, 12), clrp.logit_diff(model, 9, 5)]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        clrp.attribute_each(model, prompts, objectives, batch_size=size)
+        clrp.attribute_each(model, prompts, objectives, batch_size=1 + way.startswith("batch"))
     assert sum("too small for float16" in str(warning.message) for warning in said) == 2
 
 

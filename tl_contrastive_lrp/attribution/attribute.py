@@ -228,11 +228,9 @@ def attribute_each(
     reads = _Reads.of(model, neurons)
     tokens = [facts.tokens for facts in all_facts]
     results = run_prompts(model, tokens, each, rules, reads.sums, options, batch_size)
-    attributions: list[Attribution] = []
-    for which, (facts, result) in enumerate(zip(all_facts, results, strict=True)):
-        with naming(f"prompts[{which}] with objectives[{which}]"):
-            attributions.append(reads.attribution(facts, result))
-    return attributions
+    return [
+        reads.attribution(facts, result) for facts, result in zip(all_facts, results, strict=True)
+    ]
 
 
 def _attributions(

@@ -14,6 +14,7 @@ run one at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,7 @@ from ..errors import LrpError, UncoveredComponentError, is_out_of_memory
 from ..hooks.placement import check_ready, check_single
 from ..hooks.user_hooks import user_hooks
 from ..inputs.facts import ObjectiveFacts
+from ..inputs.tokens import model_device
 from ..rules.precision import LOW, first_gradient
 from ..rules.rule_sets import RuleSet
 from ..rules.threads import frozen_parameters
@@ -127,6 +129,7 @@ def run_prompts(
     todo.reverse()
     while todo:
         batch, too_large = todo.pop(), False
+        sums.reset()  # of a batch that failed
         if len(batch) == 1:
             run_alone(batch[0])
             continue
@@ -175,11 +178,21 @@ def _batches(
     for which, length in enumerate(lengths):
         if plans[which].tile is None:
             by_kind.setdefault(is_worth(options.attention, length), []).append(which)
+    vocab, on_cpu = int(model.cfg.d_vocab), model_device(model).type == "cpu"
+    most_bytes = _BYTES_ON_CPU if on_cpu else math.inf
     batches: list[list[int]] = []
     for numbers in by_kind.values():
         batch: list[int] = []
         for which in sorted(numbers, key=lambda i: lengths[i], reverse=True):
-            if batch and _has_room(model, batch, which, lengths, plans[batch[0]], size):
+            if not batch:
+                is_full = True
+            elif size is not None:
+                is_full = len(batch) == size
+            else:
+                is_full = not _has_room(
+                    [lengths[i] for i in (*batch, which)], plans[batch[0]], vocab, most_bytes
+                )
+            if not is_full:
                 batch.append(which)
             else:
                 batch = [which]
@@ -187,27 +200,21 @@ def _batches(
     return [*batches, *([which] for which in in_tiles)]
 
 
-def _has_room(
-    model: Any,
-    batch: list[int],
-    which: int,
-    lengths: Sequence[int],
-    plan: MemoryPlan,
-    size: int | None,
-) -> bool:
-    """Whether a shorter prompt may join a batch, whose longest has that plan."""
-    rows, longest = len(batch) + 1, lengths[batch[0]]
-    if size is not None:
-        return rows <= size
-    tokens = sum(lengths[i] for i in batch) + lengths[which]
-    if lengths[which] < (1 - _PADDING_OF_ROW) * longest or tokens < (1 - _PADDING) * rows * longest:
+def _has_room(lengths: Sequence[int], plan: MemoryPlan, vocab: int, most_bytes: float) -> bool:
+    """Whether a batch fits into memory and its last prompt is similar in length to the others.
+
+    Args:
+        lengths: The number of tokens of each prompt, the longest first.
+        plan: That of the longest alone.
+        vocab: Number of logits per position.
+        most_bytes: How much a batch may need, however much is free.
+    """
+    rows, longest, last = len(lengths), lengths[0], lengths[-1]
+    if last < (1 - _PADDING_OF_ROW) * longest or sum(lengths) < (1 - _PADDING) * rows * longest:
         return False
     # Besides what one prompt needs, each row keeps the gradient of its logits until the backward.
-    need = rows * (plan.plain_bytes + 4 * longest * int(model.cfg.d_vocab))
-    free = _SHARE * plan.free_bytes
-    if model.cfg.device is None or torch.device(model.cfg.device).type == "cpu":
-        free = min(free, _BYTES_ON_CPU)
-    return need <= free
+    need = rows * (plan.plain_bytes + 4 * longest * vocab)
+    return need <= min(_SHARE * plan.free_bytes, most_bytes)
 
 
 def _run_batch(
@@ -226,7 +233,6 @@ def _run_batch(
         _NotItsOwnError: the rows are not what the prompts are alone.
     """
     lengths = [tokens.shape[1] for tokens in prompts]
-    sums.clear()
     with _failing_as_a_batch():
         batch = forward(
             model, _padded(prompts), rule_set, sums.readings, attention=options.attention

@@ -178,6 +178,12 @@ class RelevanceSums:
         self._kept.clear()
         self._zeros.clear()
 
+    def reset(self) -> None:
+        """Discard everything, also what ``warn_of_underflow`` would say."""
+        self.clear()
+        self._lost.clear()
+        self._mass.clear()
+
     def warn_of_underflow(self) -> None:
         """Warn where float16 activations are so small that relevance may have been lost.
 
