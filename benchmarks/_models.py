@@ -58,10 +58,10 @@ def bridge_in_memory(hf: Any) -> TransformerBridge:
 
 
 def random_bridge(
-    layers: int, d_model: int, heads: int, positions: int, vocab: int = 512
+    layers: int, d_model: int, heads: int, positions: int, vocab: int = 512, family: str = "Qwen3"
 ) -> TransformerBridge:
-    """A random bias-free Qwen3 with grouped-query attention, in evaluation mode, float32."""
-    config = transformers.Qwen3Config(
+    """A random bias-free model with grouped-query attention, in evaluation mode, float32."""
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=vocab,
         hidden_size=d_model,
         intermediate_size=3 * d_model,

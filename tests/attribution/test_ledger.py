@@ -7,6 +7,9 @@ import math
 import pytest
 import torch
 from support.grids import grid
+from support.hooking import reader
+from torch import Tensor
+from truth import zoo
 from truth.families import ALL, FAMILIES, boot, random_tokens, saved, true_float64
 
 import tl_contrastive_lrp as clrp
@@ -60,6 +63,27 @@ def test_nothing_is_lost_under_cplrp(name: str, objective: str) -> None:
         assert abs(row.other) < 1e-9 * scale, row
     parts = sum(row.biases + row.positions for row in result.ledger.rows)
     assert math.isclose(result.ledger.rows[0].total + parts, result.delta, rel_tol=1e-8)
+
+
+def test_biases_of_experts_are_accounted_for() -> None:
+    """Shared experts are given the tokens as one list, without an axis for the batch."""
+    model, ids = zoo.boot("ernie4_5_moe", torch.float32), random_tokens()
+    objective, kept, biases = clrp.logit_diff(model, 7, 11), dict[str, Tensor](), {}
+    for name, point in model.hook_dict.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf == "hook_out" and path.startswith("blocks.1."):
+            linear = getattr(model.get_submodule(path), "original_component", None)
+            if isinstance(getattr(linear, "bias", None), Tensor) and point.name == name:
+                biases[name] = linear.bias.detach()
+    assert sum("shared_experts" in name for name in biases) == 3
+    with clrp.lrp(model), model.hooks(fwd_hooks=[reader(kept, name) for name in biases]):
+        objective(model(ids)).backward()
+    wanted = sum(
+        float((kept[name].grad.reshape(-1, len(bias)) * bias).sum())  # type: ignore[union-attr]
+        for name, bias in biases.items()
+    )
+    found = clrp.attribute(model, ids, objective).ledger.rows[2].biases
+    assert found == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("folded", [False, True], ids=["no processing", "folded"])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..engine.batched import check_batch_size, naming, run_prompts
 from ..engine.fused import AttentionKind
 from ..engine.memory import Memory
 from ..engine.plain import RunResult
@@ -153,11 +154,17 @@ def attribute_each(
     attention: AttentionKind = "auto",
     prepend_bos: bool | None = None,
     prefilled: Prefilled | None = None,
+    batch_size: int | None = None,
 ) -> list[Attribution]:
     """Explain several predictions: of one prompt, or one of each prompt.
 
     Objectives of the same prompt share its forward and, in tiles, the second run of every block, so
     each further one costs only a backward.
+
+    Prompts of similar length share a forward and a backward, padded on the right; each result is
+    that of its prompt alone, up to rounding. Prompts run one at a time instead in models that are
+    not causal, or where padding or other rows would affect a result, which is checked; where hooks
+    of yours are on the model, which would see a batch; and in tiles.
 
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
@@ -173,9 +180,12 @@ def attribute_each(
         attention: "auto", "fused" or "eager", as for ``attribute``.
         prepend_bos: Whether texts begin with the BOS token, as for ``attribute``.
         prefilled: As for ``attribute``; for one prompt only.
+        batch_size: Prompts per forward, where they are batched at all; None for as many as fit into
+            the free memory and are similar in length, 1 for one at a time.
 
     Returns:
-        One ``Attribution`` per objective, in their order, equal to what ``attribute`` gives.
+        One ``Attribution`` per objective, in their order, equal to what ``attribute`` gives, up to
+        rounding.
 
     Warns:
         SpecialTokenWarning: as ``attribute``.
@@ -183,9 +193,10 @@ def attribute_each(
     Raises:
         TypeError: ``objectives`` is not a list of functions.
         ValueError: no objectives; another number of prompts than of objectives; ``checkpoint_dir``
-            or ``prefilled`` with a list of prompts; or as ``attribute``.
+            or ``prefilled`` with a list of prompts; a wrong ``batch_size``; or as ``attribute``.
         TokenError, PromptError, ModelStateError, UncoveredComponentError, FileFormatError: as
-            ``attribute``.
+            ``attribute``. With a list of prompts, the message begins with the place in the list of
+            the prompt or objective at fault.
 
     Example:
         >>> second = clrp.target_logit(model, case.target)
@@ -196,6 +207,7 @@ def attribute_each(
     require_bridge(model)
     each = require_objectives(objectives)
     options = RunOptions(memory, tile, progress, checkpoint_dir, attention)
+    check_batch_size(batch_size)
     if isinstance(prompts, str | Tensor):
         facts = PromptFacts.of(model, prompts, prepend_bos)
         return _attributions(model, facts, each, rules, neurons, options, prefilled)
@@ -209,10 +221,15 @@ def attribute_each(
             "checkpoint_dir= and prefilled= belong to one prompt; leave them out, or call "
             "clrp.attribute for each prompt."
         )
-    all_facts = [PromptFacts.of(model, prompt, prepend_bos) for prompt in prompts]
+    all_facts: list[PromptFacts] = []
+    for which, prompt in enumerate(prompts):
+        with naming(f"prompts[{which}]"):
+            all_facts.append(PromptFacts.of(model, prompt, prepend_bos))
+    reads = _Reads.of(model, neurons)
+    tokens = [facts.tokens for facts in all_facts]
+    results = run_prompts(model, tokens, each, rules, reads.sums, options, batch_size)
     return [
-        _attributions(model, facts, [one], rules, neurons, options)[0]
-        for facts, one in zip(all_facts, each, strict=True)
+        reads.attribution(facts, result) for facts, result in zip(all_facts, results, strict=True)
     ]
 
 

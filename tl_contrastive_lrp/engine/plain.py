@@ -155,11 +155,15 @@ class Forward:
                 torch.autograd.grad(value, ends, begin, allow_unused=True, retain_graph=more)[0]
                 is None
             ):
-                raise ModelStateError(
-                    "The objective's value does not depend on the logits it was given (or the "
-                    "logits not on the input), so there is nothing to explain. Compute it from its "
-                    "argument."
-                )
+                raise independent()
+
+
+def independent() -> ModelStateError:
+    """The error for an objective's value that does not depend on the logits."""
+    return ModelStateError(
+        "The objective's value does not depend on the logits it was given (or the logits not on "
+        "the input), so there is nothing to explain. Compute it from its argument."
+    )
 
 
 def forward(

@@ -2,14 +2,15 @@
 
 A ``Reading`` names a HookPoint and a sink, which receives (activation, gradient) while the backward
 runs. ``RelevanceSums`` are readings that reduce relevance, activation × gradient, to sums given by
-einops patterns, so that nothing of the size of all activations outlives its layer. ``Slots`` let
+einops patterns, so that nothing of the size of all activations outlives its layer. Every sum has
+the batch as its first axis, and only ``take`` and ``take_rows`` separate the rows. ``Slots`` let
 one forward serve several results, whose sinks are bound before each backward.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -59,12 +60,18 @@ def relevance_of(x: Tensor, g: Tensor) -> Tensor:
     return at_least_float32(x) * at_least_float32(g)
 
 
-# Relevance [1, pos, ...] at a HookPoint, and what is kept of it. Axes left out are summed over.
-BY_POSITION = "1 pos d_model -> pos"
-BY_DIMENSION = "1 pos d_model -> pos d_model"
-BY_NEURON = "1 pos d_mlp -> pos d_mlp"
-BY_HEAD = "1 pos head d_head -> head pos"
-_BY_HEAD_OF_PRODUCT = "1 head pos d_head -> head pos"  # z as pattern · v gives it, before hook_z
+# Relevance of one prompt at a HookPoint, and what is kept of it. Axes left out are summed over.
+BY_POSITION = "pos d_model -> pos"
+BY_DIMENSION = "pos d_model -> pos d_model"
+BY_NEURON = "pos d_mlp -> pos d_mlp"
+BY_HEAD = "pos head d_head -> head pos"
+_BY_HEAD_OF_PRODUCT = "head pos d_head -> head pos"  # z as pattern · v gives it, before hook_z
+
+
+def _by_row(pattern: str) -> str:
+    """The einops pattern that does to each row of a batch what ``pattern`` does to one prompt."""
+    before, _, after = pattern.partition("->")
+    return f"batch {before.strip()} -> batch {after.strip()}"
 
 
 class RelevanceSums:
@@ -72,8 +79,8 @@ class RelevanceSums:
 
     Attributes:
         readings: What to read, for the engine.
-        axes: By name, the einops pattern of what is kept: its right side names the axes. A sum
-            without axes has none.
+        axes: By name, the einops pattern of what is kept of one prompt: its right side names the
+            axes. A sum without axes has none.
     """
 
     def __init__(self) -> None:
@@ -89,21 +96,23 @@ class RelevanceSums:
 
         Args:
             name: The HookPoint.
-            pattern: An einops pattern from relevance [1, pos, ...] to what is kept.
+            pattern: An einops pattern from the relevance of one prompt, [pos, ...], to what is
+                kept.
             stream: Read the whole residual stream there, not only the branch through the HookPoint.
         """
+        by_row = _by_row(pattern)
 
         def sink(x: Tensor, g: Tensor) -> None:
             relevance = relevance_of(x, g)
-            self._kept[name] = reduce(relevance, pattern, "sum").cpu()
+            self._kept[name] = reduce(relevance, by_row, "sum").cpu()
             if x.dtype == torch.float16:
-                lost, mass = underflow(x, g), relevance.abs().sum().cpu()
+                lost, mass = underflow(x, g), relevance.abs().flatten(1).sum(1).cpu()
                 self._lost[name] = self._lost.get(name, torch.zeros(())) + lost
                 self._mass[name] = self._mass.get(name, torch.zeros(())) + mass
 
         def fired(x: Tensor) -> None:
             zero = torch.zeros((), dtype=torch.float32).expand(x.shape)
-            self._zeros[name] = reduce(zero, pattern, "sum")
+            self._zeros[name] = reduce(zero, by_row, "sum")
 
         self.axes[name] = pattern
         self.readings.append(Reading(name, sink, "tensor" if stream else "branch", fired))
@@ -129,20 +138,48 @@ class RelevanceSums:
         """Keep the relevance of a bias: the sum of bias ⊙ gradient where it is added."""
 
         def sink(x: Tensor, g: Tensor) -> None:  # noqa: ARG001
-            total = g.to(torch.promote_types(g.dtype, torch.float32)).flatten(0, 1).sum(0)
-            self._kept[name] = (total.flatten() * bias.detach().to(total)).sum().cpu()
+            rows = len(g) if g.ndim > 2 else 1  # experts get the tokens of all rows as one list
+            wide = g.to(torch.promote_types(g.dtype, torch.float32))
+            total = wide.reshape(rows, -1, bias.numel()).sum(1)
+            self._kept[name] = (total * bias.detach().to(total)).sum(1).cpu()
 
         self.readings.append(Reading(name, sink))
 
     def by_position(self, name: str) -> Float[Tensor, " pos"]:
-        """The relevance kept under ``name`` so far in this backward, by position."""
-        kept = self._kept.get(name, self._zeros.get(name))
-        assert kept is not None, f"{name} has not been read."
+        """One prompt's relevance kept under ``name`` so far in this backward, by position."""
+        (kept,) = self._kept[name] if name in self._kept else self._zeros[name]
         at = pos_axis(self.axes, name)
         return kept.movedim(at, 0).flatten(1).sum(1) if kept.ndim > 1 else kept
 
     def take(self) -> dict[str, Tensor]:
-        """The sums of the last backward, by name; 0 where the rules pass no relevance."""
+        """The sums of one prompt's last backward, by name; 0 where the rules pass no relevance."""
+        return {name: one for name, (one,) in self._taken().items()}
+
+    def take_rows(self, lengths: Sequence[int]) -> list[dict[str, Tensor]] | None:
+        """The sums of each row of a batch whose prompts are padded on the right, as ``take``.
+
+        Args:
+            lengths: The number of tokens of each row, without its padding.
+
+        Returns:
+            One dictionary per row, its sums cut to the row's positions; None if they are not the
+            rows' own: the model has an activation without an axis for the batch, or padding has
+            relevance.
+        """
+        pos = torch.arange(max(lengths))
+        is_padding = pos >= torch.tensor(lengths)[:, None]
+        rows = [dict[str, Tensor]() for _ in lengths]
+        for name, kept in self._taken().items():
+            at = 1 + pos_axis(self.axes, name) if name in self.axes else None
+            if len(kept) != len(lengths) or (at is not None and kept.shape[at] != len(pos)):
+                return None
+            if at is not None and bool(kept.movedim(at, 1)[is_padding].any()):
+                return None
+            for row, one, length in zip(rows, kept.unbind(), lengths, strict=True):
+                row[name] = one if at is None else one.narrow(at - 1, 0, length).clone()
+        return rows
+
+    def _taken(self) -> dict[str, Float[Tensor, "batch ..."]]:
         sums = {**self._zeros, **self._kept}
         self._kept.clear()
         return sums
@@ -152,24 +189,36 @@ class RelevanceSums:
         self._kept.clear()
         self._zeros.clear()
 
+    def reset(self) -> None:
+        """Discard everything, also what ``warn_of_underflow`` would say."""
+        self.clear()
+        self._lost.clear()
+        self._mass.clear()
+
     def warn_of_underflow(self) -> None:
-        """Warn once where float16 activations are so small that relevance may have been lost.
+        """Warn where float16 activations are so small that relevance may have been lost.
 
         The gradient is float32, so only the activation can have underflowed. The relevance that
-        this may have lost at a HookPoint is compared with that at the HookPoint that holds most.
+        this may have lost at a HookPoint is compared with that at the HookPoint that holds most,
+        for each prompt by itself.
         """
         if not self._lost:
             return
-        worst = max(self._lost, key=lambda name: float(self._lost[name]))
-        lost, mass = float(self._lost[worst]), max(map(float, self._mass.values()))
-        if lost > NOTABLE * mass:
-            share = f"up to {lost / mass:.0%} of the relevance" if mass else "all relevance"
-            warnings.warn(
-                f"Activations at {worst} are too small for float16: {share} may have been lost to "
-                "underflow there. Load the model in bfloat16 or float32, or explain it inside "
-                "`with clrp.in_float32(model):`.",
-                stacklevel=5,
-            )
+        names = list(self._lost)
+        losses = torch.stack([self._lost[name] for name in names], dim=1)
+        masses = torch.stack([self._mass[name] for name in names], dim=1).amax(1)
+        self._lost.clear()
+        self._mass.clear()
+        for of_prompt, mass in zip(losses, masses.tolist(), strict=True):
+            lost, worst = float(of_prompt.max()), names[int(of_prompt.argmax())]
+            if lost > NOTABLE * mass:
+                share = f"up to {lost / mass:.0%} of the relevance" if mass else "all relevance"
+                warnings.warn(
+                    f"Activations at {worst} are too small for float16: {share} may have been lost "
+                    "to underflow there. Load the model in bfloat16 or float32, or explain it "
+                    "inside `with clrp.in_float32(model):`.",
+                    stacklevel=5,
+                )
 
 
 def pos_axis(axes: Mapping[str, str], name: str) -> int:

@@ -182,15 +182,15 @@ def underflow(x: Tensor, g: Tensor) -> Tensor:
     much.
 
     Args:
-        x: Activations of any shape.
+        x: Activations [batch, ...].
         g: Their gradient, of the same shape.
 
     Returns:
-        The sum of these bounds, [], on the CPU.
+        The sum of these bounds in each row, [batch], on the CPU.
     """
     limits = torch.finfo(x.dtype)
     at_risk: Tensor = plain(g).abs().float().masked_fill(x.abs() >= limits.tiny, 0.0)
-    return at_risk.sum().cpu() * (0.5 * limits.tiny * limits.eps)
+    return at_risk.flatten(1).sum(1).cpu() * (0.5 * limits.tiny * limits.eps)
 
 
 class _Watch(torch.autograd.Function):
@@ -203,7 +203,7 @@ class _Watch(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         if not isinstance(g, WideGradient):
-            lost, mass = underflow(g, x), (x.float() * g.float()).abs().sum().cpu()
+            lost, mass = underflow(g, x).sum(), (x.float() * g.float()).abs().sum().cpu()
             if bool(lost > NOTABLE * mass):
                 warnings.warn(
                     "Gradients underflow in this float16 model: relevance at its input may be "

@@ -72,7 +72,7 @@ def relevance_at_sites(
             totals[name] = r.sum(-1).cpu().double()
             finite.append(bool(torch.isfinite(r).all()))
             zeros[name] = (r == 0).cpu()
-            underflows[name], mass[name] = float(underflow(x, g)), float(r.abs().sum())
+            underflows[name], mass[name] = float(underflow(x, g).sum()), float(r.abs().sum())
             if other is not None and name in other.zeros and mass[name] > 0:
                 lost = r.abs().masked_fill(~other.zeros[name].to(r.device), 0.0)
                 vanished.append(float(lost.sum()) / mass[name])
