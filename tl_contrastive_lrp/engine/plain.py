@@ -36,13 +36,17 @@ from .fused import AttentionKind, FusedBlocks, is_worth, saves_logits
 from .reading import Reading, Slots, arranged
 
 
+# Makes a context manager; called again if the forward has to be run again.
+Scope = Callable[[], AbstractContextManager[None]]
+
+
 def run(
     model: Any,
     tokens: Tensor,
     objective: Callable[[Tensor], Tensor],
     rule_set: str | RuleSet,
     readings: Iterable[Reading],
-    scopes: Iterable[AbstractContextManager[None]] = (),
+    scopes: Iterable[Scope] = (),
     **forward_kwargs: Any,
 ) -> tuple[Tensor, Tensor, Coverage]:
     """``run_each`` with one objective.
@@ -171,7 +175,7 @@ def forward(
     tokens: Tensor,
     rule_set: str | RuleSet,
     readings: Iterable[Reading],
-    scopes: Iterable[AbstractContextManager[None]] = (),
+    scopes: Iterable[Scope] = (),
     hook_watch: HookWatch | None = None,
     attention: AttentionKind = "eager",
     read: tuple[int, ...] | None = None,
@@ -187,7 +191,7 @@ def forward(
         tokens: Token ids, [batch, pos].
         rule_set: Name of a rule set, or a ``RuleSet``.
         readings: What to read in the backwards.
-        scopes: Context managers to enter around the forward.
+        scopes: Make context managers to enter around the forward.
         hook_watch: Records what the user's hook functions do. If one edits, or is called in the
             backward, the autograd graph is also kept after the last backward.
         attention: "eager", or "fused" where a block allows it.
@@ -219,7 +223,7 @@ def _forward(
     tokens: Tensor,
     rule_set: str | RuleSet,
     readings: list[Reading],
-    scopes: list[AbstractContextManager[None]],
+    scopes: list[Scope],
     hook_watch: HookWatch | None,
     attention: AttentionKind,
     read: tuple[int, ...] | None,
@@ -253,7 +257,7 @@ def _forward(
         nullcontext() if read is None else unembedded(model, read),
     ):
         for scope in scopes:
-            stack.enter_context(scope)
+            stack.enter_context(scope())
         logits = model(tokens, **forward_kwargs)
         _require_whole(logits, tokens)
     keep_graph = hook_watch is not None and (bool(hook_watch.edits) or hook_watch.of_backward)
@@ -268,7 +272,7 @@ def run_each(
     objectives: Sequence[Callable[[Tensor], Tensor]],
     rule_set: str | RuleSet,
     readings: Iterable[Reading],
-    scopes: Iterable[AbstractContextManager[None]] = (),
+    scopes: Iterable[Scope] = (),
     then: Callable[[int], None] | None = None,
     hook_watch: HookWatch | None = None,
     shared: Forward | None = None,
@@ -282,7 +286,7 @@ def run_each(
         objectives: Functions of the logits.
         rule_set: Name of a rule set, or a ``RuleSet``.
         readings: What to read in the backwards.
-        scopes: Context managers to enter around the forward.
+        scopes: Make context managers to enter around the forward.
         then: Called after each backward, with the number of its objective.
         hook_watch: Records what the user's hook functions do. If one edits, the autograd graph is
             kept for ``then``, also after the last backward.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,7 +139,7 @@ def prefill_prompt(
 
     def without_tiles(plan: MemoryPlan) -> Prefilled:
         slots = Slots(readings, uses)
-        scopes = [call.recorded(model.blocks[block]) for block, call in calls.items()]
+        scopes = [partial(call.recorded, model.blocks[block]) for block, call in calls.items()]
         forward = plain_forward(model, tokens, rule_set, slots.readings, scopes)
         forward.slots = slots
         logits = forward.logits[0, at].detach().clone()

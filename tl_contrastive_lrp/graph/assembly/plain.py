@@ -8,7 +8,6 @@ first (``edges/closed_form.py``). Both are pruned by the same selection.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...engine.plain import Forward, RunResult, forward, run_each
+from ...engine.plain import Forward, RunResult, Scope, forward, run_each
 from ...engine.reading import BlockCall, Reading, RelevanceSums
 from ...engine.run import RunOptions
 from ...hooks.hook_rules import HookWatch
@@ -74,8 +73,8 @@ def plain_graphs(
             streams=None if hooked else streams,
         ),
     ]  # fmt: skip
-    scopes: list[AbstractContextManager[None]] = [
-        call.recorded(model.blocks[block]) for block, call in calls.items()
+    scopes: list[Scope] = [
+        partial(call.recorded, model.blocks[block]) for block, call in calls.items()
     ]
     if checks is not None:
         readings = [checks.edges.listening(reading) for reading in readings]
@@ -253,11 +252,14 @@ class _HookChecks:
             if any(name.startswith(prefix := f"blocks.{block}.") for name in points)
         }
 
-    def scopes(self) -> list[AbstractContextManager[None]]:
-        """The context managers to enter around the forward."""
+    def scopes(self) -> list[Scope]:
+        """What makes the context managers to enter around the forward."""
         blocks = [block for block in self.hooked.values() if block.at_z is not None]
         model = self.plan.model
-        return [*(block.before_hooks(model) for block in blocks), self.edges.recorded(model)]
+        return [
+            *(partial(block.before_hooks, model) for block in blocks),
+            partial(self.edges.recorded, model),
+        ]
 
     def require(self, relevance: Float[Tensor, "site pos"]) -> None:
         """Check the edges of one backward, if a hook edits.

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -68,7 +69,7 @@ def closed_form_errors(model: Any, rule_set: RuleSet) -> list[float]:
         for reading in edge_readings(model, edges, sites, rule_set, call, biased)
     ]
     scopes = [
-        call.recorded(model.blocks[edges.layer])
+        partial(call.recorded, model.blocks[edges.layer])
         for edges, call in zip(edges_by_block, calls, strict=True)
     ]
     with hooks_aside(model), same_random_numbers(model):
