@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -220,22 +220,39 @@ class DeferredAttention:
 
     def masked_fill(self, mask: Tensor, value: Any) -> Any:
         """Hide keys from queries, if ``value`` is the lowest number; otherwise compute."""
+        if isinstance(mask, _Derived):
+            if mask.what == "row is -inf" and self._shows_every_row(mask.of):
+                return self
+            return self.tensor().masked_fill(mask.tensor(), value)
         lowest = isinstance(value, int | float) and value <= torch.finfo(self.dtype).min
         known = self.hidden is None and self.sinks is None and self._fits(mask)
         if self.is_pattern or not lowest or not known:
             return self.tensor().masked_fill(mask, value)
         return self._then(lambda x: x.masked_fill(mask, value), hidden=(~mask, float(value)))
 
+    def _shows_every_row(self, scores: DeferredAttention) -> bool:
+        """Whether every query sees a key, by the masks of the scores that these are or came from.
+
+        TransformerLens' compatibility mode asks this of its scores, and looks for NaN afterwards.
+        """
+        same = scores.product is self.product and not scores.is_pattern
+        return same and self._keys.shows_every_query
+
+    @property
+    def _keys(self) -> VisibleKeys:
+        queries, keys = self.product.q.shape[-2], self.product.k_t.shape[-1]
+        return VisibleKeys(queries, keys, self.product.memory, self.terms, self.hidden)
+
     def max(self, *args: Any, **kwargs: Any) -> Any:
         """The largest score of each row, if it is only subtracted again; otherwise computed."""
         if self.is_pattern or args or kwargs != {"dim": -1, "keepdim": True}:
             return self.tensor().max(*args, **kwargs)
-        return _Largest(self)
+        return _Derived("largest", self, lambda x: x.max(dim=-1, keepdim=True).values)
 
     def __sub__(self, other: Any) -> Any:
-        if isinstance(other, _Largest) and other.of is self:  # a softmax does not change by it
-            return self._then(lambda x: x - x.max(dim=-1, keepdim=True).values)
-        return self.tensor() - (other.tensor() if isinstance(other, _Largest) else other)
+        if isinstance(other, _Derived) and other.what == "largest" and other.of is self:
+            return self._then(lambda x: x - other.compute(x))  # a softmax does not change by it
+        return self.tensor() - _actual(other)
 
     def __getitem__(self, index: Any) -> Any:
         if self.is_pattern and self.has_sink_key and index == (..., slice(None, -1)):
@@ -248,17 +265,9 @@ class DeferredAttention:
         def joined(x: Tensor) -> Tensor:
             return torch.cat([x, column], dim=-1)
 
-        same = all(size == 1 or stride == 0 for size, stride in zip(
-            (column.shape[0], column.shape[-2]), (column.stride(0), column.stride(-2)), strict=True
-        ))  # fmt: skip
-        fits = column.ndim == 4 and column.shape[-1] == 1 and column.shape[:-1] == self.shape[:-1]
-        if (
-            self.is_pattern
-            or self.sinks is not None
-            or not fits
-            or not same
-            or column.requires_grad
-        ):
+        fits = column.ndim == 4 and column.shape == (*self.shape[:-1], 1)
+        same = fits and all(column.shape[i] == 1 or column.stride(i) == 0 for i in (0, 2))
+        if self.is_pattern or self.sinks is not None or not same or column.requires_grad:
             return joined(self.tensor())
         return self._then(joined, sinks=column[0, :, 0, 0], has_sink_key=True)
 
@@ -281,6 +290,10 @@ class DeferredAttention:
             if isinstance(scores, cls) and isinstance(column, Tensor) and last:
                 return scores._with_sinks(column)
         if isinstance(first, cls):
+            if func is torch.isneginf and not first.is_pattern:
+                return _Derived("is -inf", first, torch.isneginf)
+            if first.is_pattern and func in (torch.isnan, torch.zeros_like) and len(args) == 1:
+                return _Derived("is nan" if func is torch.isnan else "zeros", first, func)
             if func is torch.tanh and len(args) == 1 and not kwargs:
                 return first._tanh(torch.tanh)
             if func.__name__ == "softmax" and first._is_own_softmax(args, kwargs):
@@ -290,10 +303,7 @@ class DeferredAttention:
             if func is torch.matmul and first.is_pattern and isinstance(args[1], Tensor):
                 return first.times(args[1])
 
-        def actual(x: Any) -> Any:
-            return x.tensor() if isinstance(x, cls) else x
-
-        return func(*tree_map(actual, tuple(args)), **tree_map(actual, kwargs))
+        return func(*_actual(tuple(args)), **_actual(kwargs))
 
     def _is_own_softmax(self, args: Any, kwargs: dict[str, Any]) -> bool:
         """Whether a softmax is over keys, and its dtype that of fused attention's own."""
@@ -336,33 +346,78 @@ class DeferredAttention:
             q, k = q.detach(), k.detach()
         elif self.factor != 1.0:
             q, k = scale_gradient(q, self.factor), scale_gradient(k, self.factor)
-        keys = VisibleKeys(q.shape[-2], k.shape[-2], product.memory, self.terms, self.hidden)
         attention = Attention(
-            keys, self.scale, self.softcap, self.sinks,
+            self._keys, self.scale, self.softcap, self.sinks,
             self.temperature if self.requires_grad else None, product.rows,
         )  # fmt: skip
         return attend(q, k, values, attention)
 
 
 @dataclass(frozen=True, eq=False)
-class _Largest:
-    """The largest score of each row, as ``scores.max(dim=-1, keepdim=True)`` gives it."""
+class _Derived:
+    """What a component derives from scores or pattern only to put it back where it belongs.
 
+    Such as the largest score of each row, to be subtracted before a softmax. As long as nothing
+    else happens to it, the numbers are not needed.
+
+    Attributes:
+        what: Its meaning.
+        of: The scores or the pattern.
+        compute: Computes it from the actual scores or pattern.
+    """
+
+    what: Literal["largest", "is -inf", "row is -inf", "is nan", "zeros"]
     of: DeferredAttention
-
-    @property
-    def values(self) -> _Largest:
-        """Itself: what is subtracted from the scores."""
-        return self
+    compute: Step
 
     def tensor(self) -> Tensor:
         """The actual numbers."""
-        return self.of.tensor().max(dim=-1, keepdim=True).values
+        return self.compute(self.of.tensor())
+
+    @property
+    def values(self) -> Any:
+        """Of the largest scores: themselves, as ``scores.max(dim=-1, keepdim=True)`` has them."""
+        return self if self.what == "largest" else self.tensor().values
+
+    def all(self, *args: Any, **kwargs: Any) -> Any:
+        """Of what is -inf: whether whole rows are."""
+        if self.what == "is -inf" and not args and kwargs == {"dim": -1, "keepdim": True}:
+            return _Derived("row is -inf", self.of, lambda x: self.compute(x).all(-1, keepdim=True))
+        return self.tensor().all(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.of.tensor().max(dim=-1, keepdim=True), name)
+        return getattr(self.tensor(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Leave out a scrub of NaN; compute anything else with the actual numbers."""
+        if func is torch.where and len(args) == 3 and _is_scrub(*args):
+            return args[2]
+        return func(*_actual(tuple(args)), **_actual(kwargs or {}))
+
+
+def _is_scrub(is_nan: Any, zeros: Any, pattern: Any) -> bool:
+    """Whether ``torch.where`` puts zeros where a pattern is NaN, which rows with a key never are.
+
+    A NaN that comes from queries or keys is kept, so that a result that is NaN is refused.
+    """
+    derived = isinstance(is_nan, _Derived) and isinstance(zeros, _Derived)
+    return (
+        derived
+        and (is_nan.what, zeros.what) == ("is nan", "zeros")
+        and is_nan.of is zeros.of is pattern
+    )
+
+
+def _actual(values: Any) -> Any:
+    """The same arguments, with actual tensors."""
+    return tree_map(
+        lambda x: x.tensor() if isinstance(x, DeferredAttention | _Derived) else x, values
+    )
 
 
 class Repeated:

@@ -32,6 +32,7 @@ class LazyMask(Tensor):
     """An additive mask [batch, 1, query, key] whose rows are computed when they are needed."""
 
     _visible: Callable[[int, int], Tensor]
+    _hidden: float
     _made: list[Tensor]
 
     @staticmethod
@@ -41,6 +42,7 @@ class LazyMask(Tensor):
         dtype: torch.dtype,
         device: torch.device,
         visible: Callable[[int, int], Tensor],
+        hidden: float | None = None,
     ) -> LazyMask:
         """Make a mask.
 
@@ -50,9 +52,11 @@ class LazyMask(Tensor):
             device: The device that it would be on.
             visible: Gives the rows from a first query to before another, bool, [batch or 1, 1,
                 query, key or 1]; True is visible.
+            hidden: What the mask has where a key is hidden; by default the lowest number.
         """
         mask: LazyMask = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         mask._visible, mask._made = visible, []
+        mask._hidden = torch.finfo(dtype).min if hidden is None else hidden
         return mask
 
     def visible(self, start: int, stop: int) -> Bool[Tensor, "batch 1 query key"]:
@@ -63,7 +67,8 @@ class LazyMask(Tensor):
     def made(self) -> Float[Tensor, "batch 1 query key"]:
         """The actual mask, as transformers makes it."""
         if not self._made:
-            self._made.append(_added(self.visible(0, self.shape[-2]), self.dtype))
+            visible = self.visible(0, self.shape[-2])
+            self._made.append(_added(visible, self.dtype, self._hidden))
         return self._made[0]
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -82,6 +87,11 @@ class LazyMask(Tensor):
                     return func(*args, **kwargs)
             if name in _UNCHANGED or (name == "to" and _is_its_own(args, kwargs)):
                 return args[0]
+            if name in ("le", "__le__") and args[1] == args[0]._hidden:
+                return _IsHidden(args[0])
+            if name == "masked_fill" and isinstance(args[1], _IsHidden) and args[1].of is args[0]:
+                mask = args[0]
+                return cls(tuple(mask.shape), mask.dtype, mask.device, mask._visible, args[2])
             if name == "__getitem__" and _is_whole(args[0].shape, args[1]):
                 return args[0]
         return func(*tree_map(_actual, tuple(args)), **tree_map(_actual, kwargs))
@@ -94,7 +104,28 @@ class LazyMask(Tensor):
         return func(*tree_map(_actual, args), **tree_map(_actual, kwargs or {}))
 
 
+@dataclass(frozen=True, eq=False)
+class _IsHidden:
+    """Where a lazy mask hides keys, as ``mask <= lowest`` asks in order to put another number."""
+
+    of: LazyMask
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(_actual(self), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function on what this stands for; torch takes it for a tensor because of this."""
+        return func(*tree_map(_actual, tuple(args)), **tree_map(_actual, kwargs or {}))
+
+
 def _actual(x: Any) -> Any:
+    if isinstance(x, _IsHidden):
+        return x.of.made() <= x.of._hidden
     return x.made() if isinstance(x, LazyMask) else x
 
 
@@ -120,10 +151,12 @@ def _is_whole(shape: torch.Size, index: Any) -> bool:
     )
 
 
-def _added(visible: Bool[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
-    """What transformers adds to scores: 0 where a key is visible, else the lowest number."""
+def _added(
+    visible: Bool[Tensor, "*shape"], dtype: torch.dtype, hidden: float
+) -> Float[Tensor, "*shape"]:
+    """What is added to scores: 0 where a key is visible, else a number."""
     zero = torch.zeros((), dtype=dtype, device=visible.device)
-    return torch.where(visible, zero, torch.finfo(dtype).min)
+    return torch.where(visible, zero, hidden)
 
 
 class Bounds(NamedTuple):
@@ -240,6 +273,14 @@ class VisibleKeys:
         return bool(self._masks) and all(self.memory.is_causal(mask) for mask in self._masks)
 
     @property
+    def shows_every_query(self) -> bool:
+        """Whether every query certainly sees a key."""
+        bounds = [self.memory.bounds(mask) for mask in self._masks]
+        first = [max(each) for each in zip(*(b.first for b in bounds), strict=False)]
+        last = [min(each) for each in zip(*(b.last for b in bounds), strict=False)]
+        return len(bounds) <= 1 and all(a <= b for a, b in zip(first, last, strict=True))
+
+    @property
     def _masks(self) -> tuple[Tensor, ...]:
         return self.terms if self.hidden is None else (*self.terms, self.hidden[0])
 
@@ -280,7 +321,7 @@ class VisibleKeys:
         self, term: Tensor, start: int, stop: int, cut: slice, dtype: torch.dtype
     ) -> Float[Tensor, "..."]:
         if isinstance(term, LazyMask):
-            return _added(term.visible(start, stop)[..., cut], dtype)
+            return _added(term.visible(start, stop)[..., cut], dtype, torch.finfo(dtype).min)
         rows = term if term.shape[-2] == 1 else term[..., start:stop, :]
         lowest = torch.finfo(term.dtype).min
         part = rows[..., cut]
