@@ -19,7 +19,7 @@ from ...hooks.user_hooks import user_hooks
 from ...inputs.facts import ObjectiveFacts, PromptFacts
 from ..columns import EdgeColumns
 from ..edges.batched import batched_edges
-from ..edges.check import HookedEdges, require_closed_form
+from ..edges.check import RecordedSites, require_closed_form
 from ..edges.closed_form import BlockEdges, HookedBlock, biased_blocks, edge_readings
 from ..graph import AttributionGraph
 from .plan import GraphPlan, GraphQuestion, NodeRelevance, Step
@@ -174,7 +174,7 @@ class _HookChecks:
 
     def __init__(self, plan: GraphPlan, edges: dict[int, BlockEdges]) -> None:
         self.plan, self.block_edges = plan, edges
-        self.edges = HookedEdges(plan.sites)
+        self.edges = RecordedSites(plan.sites)
         self.watch = HookWatch(quiet=lambda: self.edges.quiet)
         points = {f"{hook.name}." for hook in user_hooks(plan.model)}
         self.hooked = {
@@ -187,7 +187,7 @@ class _HookChecks:
         """The context managers to enter around the forward."""
         blocks = [block for block in self.hooked.values() if block.at_z is not None]
         model = self.plan.model
-        return [*(block.before_hooks(model) for block in blocks), self.edges.recorded(model)]
+        return [*(block.before_hooks(model) for block in blocks), self.edges.recording(model)]
 
     def require(self, relevance: Float[Tensor, "site pos"]) -> None:
         """Check the edges of one backward, if a hook edits.
