@@ -75,7 +75,7 @@ class RelevanceSums:
         self.readings: list[Reading] = []
         self.axes: dict[str, str] = {}
         self._kept: dict[str, Tensor] = {}
-        self._zeros: dict[str, Tensor] = {}
+        self._shapes: dict[str, torch.Size] = {}  # of the activations, in the last forward
         self._lost: dict[str, Tensor] = {}
         self._mass: dict[str, Tensor] = {}
 
@@ -90,15 +90,16 @@ class RelevanceSums:
 
         def sink(x: Tensor, g: Tensor) -> None:
             relevance = relevance_of(x, g)
-            self._kept[name] = reduce(relevance, pattern, "sum").cpu()
+            kept = reduce(relevance, pattern, "sum")
+            # To move it from a GPU means to wait for it, so that what is small is moved at the end.
+            self._kept[name] = kept.cpu() if kept.numel() == x.numel() else kept
             if x.dtype == torch.float16:
                 lost, mass = underflow(x, g), relevance.abs().sum().cpu()
                 self._lost[name] = self._lost.get(name, torch.zeros(())) + lost
                 self._mass[name] = self._mass.get(name, torch.zeros(())) + mass
 
         def fired(x: Tensor) -> None:
-            zero = torch.zeros((), dtype=torch.float32).expand(x.shape)
-            self._zeros[name] = reduce(zero, pattern, "sum")
+            self._shapes[name] = x.shape
 
         self.axes[name] = pattern
         self.readings.append(Reading(name, sink, "tensor" if stream else "branch", fired))
@@ -125,20 +126,24 @@ class RelevanceSums:
 
         def sink(x: Tensor, g: Tensor) -> None:  # noqa: ARG001
             total = g.to(torch.promote_types(g.dtype, torch.float32)).flatten(0, 1).sum(0)
-            self._kept[name] = (total.flatten() * bias.detach().to(total)).sum().cpu()
+            self._kept[name] = (total.flatten() * bias.detach().to(total)).sum()
 
         self.readings.append(Reading(name, sink))
 
     def take(self) -> dict[str, Tensor]:
         """The sums of the last backward, by name; 0 where the rules pass no relevance."""
-        sums = {**self._zeros, **self._kept}
+        sums = {name: kept.cpu() for name, kept in self._kept.items()}
+        for name, shape in self._shapes.items():
+            if name not in sums:
+                zero = torch.zeros((), dtype=torch.float32).expand(shape)
+                sums[name] = reduce(zero, self.axes[name], "sum")
         self._kept.clear()
         return sums
 
     def clear(self) -> None:
         """Discard the last forward and backward."""
         self._kept.clear()
-        self._zeros.clear()
+        self._shapes.clear()
 
     def warn_of_underflow(self) -> None:
         """Warn once where float16 activations are so small that relevance may have been lost.

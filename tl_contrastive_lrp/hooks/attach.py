@@ -194,9 +194,11 @@ def _at_wrapped_norm(component: Any, path: str, live: list[HookFn]) -> Iterator[
             handles += [
                 component.register_forward_pre_hook(mine(clear)),
                 component.hook_scale.register_forward_hook(mine(at_scale)),
-                component.hook_normalized.register_forward_hook(mine(at_normalized)),
                 component.register_forward_hook(mine(at_end)),
             ]
+        if native and live:  # only those who read it see the value itself
+            point = component.hook_normalized
+            handles.append(point.register_forward_hook(mine(at_normalized)))
         for handle in handles:
             stack.callback(handle.remove)
         yield
@@ -216,15 +218,13 @@ def _linear(
     wrapped, centred = component.original_component, not component.uses_rms_norm
     eps, y = norm_eps(component), y.detach()  # nothing else uses the norm's own graph
     weight = norm_weight(component, rules.at_least_float32(x.detach()))
-    with torch.no_grad():
-        row = rules.at_least_float32(x.flatten(0, -2)[:1])
-        expected = (row - row.mean(-1, keepdim=True) if centred else row) * weight
-        expected = expected / rules.norm_scale(row, eps, centred)
-        with loaded(component):
-            bias = getattr(wrapped, "bias", None)
-            expected = expected if bias is None else expected + bias
-        same = is_same(expected.to(y.dtype), y.flatten(0, -2)[:1])
-    if not same:
+    row = rules.at_least_float32(x.detach().flatten(0, -2)[:1])
+    expected = (row - row.mean(-1, keepdim=True) if centred else row) * weight
+    expected = expected / rules.norm_scale(row, eps, centred)
+    with loaded(component):
+        bias = getattr(wrapped, "bias", None)
+        expected = expected if bias is None else expected + bias.detach()
+    if not is_same(expected.to(y.dtype), y.flatten(0, -2)[:1]):
         formula = f"weight · x/√(mean x² + {eps:g}){' with x centred' if centred else ''}"
         raise refusal(
             path, wrapped, f"it does not compute {formula}, as its component says it does."

@@ -67,7 +67,8 @@ def require_one_place(model: Any) -> None:
     Raises:
         ModelStateError: The message lists the devices and says how to load the model.
     """
-    devices = sorted({str(device) for device in {p.device for p in wrapped_parameters(model)}})
+    places = {p.device for p in wrapped_parameters(model)}
+    devices = sorted(str(device) for device in places)
     if len(devices) < 2 and devices != ["meta"]:
         return
     if any(getattr(hook, "execution_device", None) is not None for hook in _hooks(model)):
