@@ -87,19 +87,20 @@ class RelevanceSums:
             pattern: An einops pattern from relevance [1, pos, ...] to what is kept.
             stream: Read the whole residual stream there, not only the branch through the HookPoint.
         """
+        # The functions refer to these, not to ``self``: no cycle keeps the sums in memory.
+        kept, shapes, lost, mass = self._kept, self._shapes, self._lost, self._mass
 
         def sink(x: Tensor, g: Tensor) -> None:
             relevance = relevance_of(x, g)
-            kept = reduce(relevance, pattern, "sum")
+            total = reduce(relevance, pattern, "sum")
             # To move it from a GPU means to wait for it, so that what is small is moved at the end.
-            self._kept[name] = kept.cpu() if kept.numel() == x.numel() else kept
+            kept[name] = total.cpu() if total.numel() == x.numel() else total
             if x.dtype == torch.float16:
-                lost, mass = underflow(x, g), relevance.abs().sum().cpu()
-                self._lost[name] = self._lost.get(name, torch.zeros(())) + lost
-                self._mass[name] = self._mass.get(name, torch.zeros(())) + mass
+                lost[name] = lost.get(name, torch.zeros(())) + underflow(x, g)
+                mass[name] = mass.get(name, torch.zeros(())) + relevance.abs().sum().cpu()
 
         def fired(x: Tensor) -> None:
-            self._shapes[name] = x.shape
+            shapes[name] = x.shape
 
         self.axes[name] = pattern
         self.readings.append(Reading(name, sink, "tensor" if stream else "branch", fired))
@@ -123,10 +124,11 @@ class RelevanceSums:
 
     def add_bias(self, name: str, bias: Tensor) -> None:
         """Keep the relevance of a bias: the sum of bias ⊙ gradient where it is added."""
+        kept = self._kept
 
         def sink(x: Tensor, g: Tensor) -> None:  # noqa: ARG001
             total = g.to(torch.promote_types(g.dtype, torch.float32)).flatten(0, 1).sum(0)
-            self._kept[name] = (total.flatten() * bias.detach().to(total)).sum()
+            kept[name] = (total.flatten() * bias.detach().to(total)).sum()
 
         self.readings.append(Reading(name, sink))
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -26,7 +25,7 @@ from ..errors import Message, UncoveredComponentError, Wording
 from ..inputs.bridge import components, is_component, is_kind, require_bridge
 from ..rules import functions as rules
 from ..rules.activations import ACTIVATIONS, PARAMETRIC, ratio_of
-from ..rules.threads import named_under, once_per_call, wrapped_modules
+from ..rules.threads import once_per_call, paths_under, wrapped_modules
 from .families import (
     _ATTENTION,
     _BIASED_SCORES,
@@ -155,7 +154,7 @@ def _mlp_activation(path: str, mlp: Any) -> Iterator[Site]:
         return
     activations = [
         module
-        for _, module in named_under(mlp.original_component)
+        for module in paths_under(mlp.original_component)
         if ratio_of(module) is not None and not is_component(module)
     ]
     if len(activations) == 1:  # otherwise it is not at this MLP's HookPoints; see _outside
@@ -184,7 +183,7 @@ def _outside(model: Any, sites: list[Site]) -> Iterator[Site]:
         if site.operation == "activation" and site.module is None:  # a function in its place
             known.update(map(id, site.component.original_component.modules()))
     kinds = {*WRITTEN_OUT, *ACTIVATIONS, *PARAMETRIC}
-    for path, module in wrapped_modules(model):
+    for module, path in wrapped_modules(model).items():
         if type(module).__name__ not in kinds:
             continue
         ratio = ratio_of(module)
@@ -391,14 +390,16 @@ def _shown(path: str) -> str:
     return path.replace("._original_component", "")
 
 
-@cache  # every call asks about every component
-def _why(component: type, wrapped_class: type) -> str | None:
-    bridges = [base.__name__ for base in component.__mro__]
-    wrapped = wrapped_class.__name__
-    for name, why in UNCOVERED.items():
-        if name in bridges or wrapped.endswith(name):
-            return why
-    return None
+_why_by_classes: dict[tuple[type, type], str | None] = {}  # every call asks of every component
+
+
+def _why(component: Any) -> str | None:
+    classes = type(component), type(component.original_component)
+    if classes not in _why_by_classes:
+        bridges, wrapped = [base.__name__ for base in classes[0].__mro__], classes[1].__name__
+        reasons = (w for n, w in UNCOVERED.items() if n in bridges or wrapped.endswith(n))
+        _why_by_classes[classes] = next(reasons, None)
+    return _why_by_classes[classes]
 
 
 def refuse_known(model: Any, by_path: Mapping[str, Any]) -> None:
@@ -413,7 +414,7 @@ def refuse_known(model: Any, by_path: Mapping[str, Any]) -> None:
     """
     _refuse_shape(model, by_path)
     config = getattr(model.original_model, "config", None)
-    for path, module in wrapped_modules(model):
+    for module, path in wrapped_modules(model).items():
         if module._parameters or module._buffers or _library_of(type(module)) is not None:
             _refuse_quantised(path, module, config)
         if path.endswith(_UNCOVERED_PARTS):
@@ -422,6 +423,6 @@ def refuse_known(model: Any, by_path: Mapping[str, Any]) -> None:
                 raise refusal(_shown(path), module, why)
     for path, component in by_path.items():
         _refuse_replaced(path, component)
-        why = _why(type(component), type(component.original_component))
+        why = _why(component)
         if why is not None:
             raise refusal(path, component.original_component, why)

@@ -88,7 +88,7 @@ def module_names(model: Any) -> Mapping[nn.Module, str]:
     paths = {id(component): path for path, component in components(model).items()}
     names: dict[nn.Module, str] = {}
     translated: dict[str, str] = {"": ""}
-    for raw, module in wrapped_modules(model):
+    for module, raw in wrapped_modules(model).items():
         head, _, last = raw.rpartition(".")
         above = translated.get(head, head)
         if id(module) in paths:

@@ -40,7 +40,7 @@ def loaded(module: Any) -> Iterator[None]:
 
 def _hooks(model: Any) -> Iterator[Any]:
     """The hooks of accelerate, outermost module first."""
-    for _, module in wrapped_modules(model):
+    for module in wrapped_modules(model):
         hook = getattr(module, "_hf_hook", None)
         if hook is not None:
             yield from getattr(hook, "hooks", (hook,))

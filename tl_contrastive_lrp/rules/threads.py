@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -94,7 +94,8 @@ def mine(function: Callable[..., Any]) -> Callable[..., Any]:
     def hook(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs) if _threads.caller is me else None
 
-    hook.__dict__.update(getattr(function, "__dict__", {}))
+    if marks := getattr(function, "__dict__", None):
+        hook.__dict__.update(marks)
     return hook
 
 
@@ -338,13 +339,17 @@ def modules_of(model: Any) -> tuple[nn.Module, ...]:
 
 
 @once_per_call
-def wrapped_modules(model: Any) -> tuple[tuple[str, nn.Module], ...]:
+def wrapped_modules(model: Any) -> Mapping[nn.Module, str]:
     """Every module of the wrapped model with its path there, computed once per public call."""
-    return named_under(model.original_model)
+    return paths_under(model.original_model)
 
 
-def named_under(root: nn.Module) -> tuple[tuple[str, nn.Module], ...]:
-    """``root.named_modules()``, in a loop: its nested generators take twice as long."""
+def paths_under(root: nn.Module) -> Mapping[nn.Module, str]:
+    """The modules and paths of ``root.named_modules()``, in the same order.
+
+    It is a loop, since nested generators take twice as long, and returns one mapping instead of
+    thousands of pairs, which Python's garbage collector would look through.
+    """
     found: dict[nn.Module, str] = {}
     stack: list[tuple[str, nn.Module]] = [("", root)]
     while stack:
@@ -356,7 +361,7 @@ def named_under(root: nn.Module) -> tuple[tuple[str, nn.Module], ...]:
             above = f"{path}." if path else ""
             below = reversed(module._modules.items())
             stack += [(above + name, child) for name, child in below if child is not None]
-    return tuple((path, module) for module, path in found.items())
+    return found
 
 
 def wrapped_parameters(model: Any) -> list[nn.Parameter]:
@@ -365,7 +370,7 @@ def wrapped_parameters(model: Any) -> list[nn.Parameter]:
     The walk over modules is shared within a public call, but the parameters are not, because
     accelerate replaces them while a module runs.
     """
-    own = [m._parameters for _, m in wrapped_modules(model) if m._parameters]
+    own = [m._parameters for m in wrapped_modules(model) if m._parameters]
     return [p for parameters in own for p in parameters.values() if p is not None]
 
 

@@ -311,7 +311,7 @@ def _signature(model: Any) -> object:
     )
     modules = [
         (id(type(module)), own.get("_use_processed_weights"), "forward" in own)
-        for _, module in wrapped_modules(model)
+        for module in wrapped_modules(model)
         for own in (module.__dict__,)
     ]
     config = getattr(model.original_model, "config", None)
