@@ -8,10 +8,18 @@ import pytest
 import torch
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
+from truth import zoo
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.inputs.bridge import bias_of, components, hook_points, module_names
-from tl_contrastive_lrp.rules.threads import acting_for, caller, modules_of, shared_views
+from tl_contrastive_lrp.rules.threads import (
+    acting_for,
+    caller,
+    modules_of,
+    paths_under,
+    shared_views,
+    wrapped_modules,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +51,26 @@ def test_a_call_builds_the_table_of_hook_points_once(
     builds.clear()
     clrp.attribute(model, case.prompt, objective, **settings)
     assert len(builds) == 1
+
+
+def test_paths_are_those_of_torch(model: TransformerBridge) -> None:
+    shared, tree = nn.Linear(2, 2), nn.Sequential()
+    tree.first = nn.Sequential(nn.ReLU(), shared)
+    tree.second = nn.ModuleDict({"again": shared, "other": nn.Sequential(nn.Tanh())})
+    tree.register_module("none", None)
+    tree.second["up"] = tree.first  # reached by two paths
+    for root in (tree, model, model.original_model, nn.ReLU()):
+        assert [(path, m) for m, path in paths_under(root).items()] == list(root.named_modules())
+    assert wrapped_modules(model) == paths_under(model.original_model)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "mixtral"])
+def test_components_are_what_their_paths_name(name: str) -> None:
+    bridge = zoo.boot(name)
+    found = components(bridge)
+    assert len(found) > 5 * int(bridge.cfg.n_layers)
+    for path, component in found.items():
+        assert bridge.get_submodule(path) is component, path
 
 
 @pytest.mark.parametrize("view", [hook_points, components, module_names, modules_of])

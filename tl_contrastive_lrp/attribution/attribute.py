@@ -366,8 +366,11 @@ def _biases(model: Any) -> dict[str, Tensor]:
     hook_dict = hook_points(model)
     biases: dict[str, Tensor] = {}
     for path, component in components(model).items():
+        wrapped = component.original_component
+        if bias_of(wrapped) is None or f"{path}.hook_out" not in hook_dict:
+            continue
         with loaded(component):
-            bias = bias_of(component.original_component)
-            if bias is not None and f"{path}.hook_out" in hook_dict and bias.any():
+            bias = bias_of(wrapped)
+            if bias is not None and bias.any():
                 biases[f"{path}.hook_out"] = bias.detach()
     return biases

@@ -87,7 +87,7 @@ class RelevanceSums:
         self.readings: list[Reading] = []
         self.axes: dict[str, str] = {}
         self._kept: dict[str, Tensor] = {}
-        self._zeros: dict[str, Tensor] = {}
+        self._shapes: dict[str, torch.Size] = {}  # of the activations, in the last forward
         self._lost: dict[str, Tensor] = {}
         self._mass: dict[str, Tensor] = {}
 
@@ -101,18 +101,21 @@ class RelevanceSums:
             stream: Read the whole residual stream there, not only the branch through the HookPoint.
         """
         by_row = _by_row(pattern)
+        # The functions refer to these, not to ``self``: no cycle keeps the sums in memory.
+        kept, shapes, lost, mass = self._kept, self._shapes, self._lost, self._mass
 
         def sink(x: Tensor, g: Tensor) -> None:
             relevance = relevance_of(x, g)
-            self._kept[name] = reduce(relevance, by_row, "sum").cpu()
+            total = reduce(relevance, by_row, "sum")
+            # To move it from a GPU means to wait for it, so that what is small is moved at the end.
+            kept[name] = total.cpu() if total.numel() == x.numel() else total
             if x.dtype == torch.float16:
-                lost, mass = underflow(x, g), relevance.abs().flatten(1).sum(1).cpu()
-                self._lost[name] = self._lost.get(name, torch.zeros(())) + lost
-                self._mass[name] = self._mass.get(name, torch.zeros(())) + mass
+                of_row = relevance.abs().flatten(1).sum(1).cpu()
+                lost[name] = lost.get(name, torch.zeros(())) + underflow(x, g)
+                mass[name] = mass.get(name, torch.zeros(())) + of_row
 
         def fired(x: Tensor) -> None:
-            zero = torch.zeros((), dtype=torch.float32).expand(x.shape)
-            self._zeros[name] = reduce(zero, by_row, "sum")
+            shapes[name] = x.shape
 
         self.axes[name] = pattern
         self.readings.append(Reading(name, sink, "tensor" if stream else "branch", fired))
@@ -136,20 +139,26 @@ class RelevanceSums:
 
     def add_bias(self, name: str, bias: Tensor) -> None:
         """Keep the relevance of a bias: the sum of bias ⊙ gradient where it is added."""
+        kept = self._kept
 
         def sink(x: Tensor, g: Tensor) -> None:  # noqa: ARG001
             rows = len(g) if g.ndim > 2 else 1  # experts get the tokens of all rows as one list
             wide = g.to(torch.promote_types(g.dtype, torch.float32))
             total = wide.reshape(rows, -1, bias.numel()).sum(1)
-            self._kept[name] = (total * bias.detach().to(total)).sum(1).cpu()
+            kept[name] = (total * bias.detach().to(total)).sum(1)
 
         self.readings.append(Reading(name, sink))
 
     def by_position(self, name: str) -> Float[Tensor, " pos"]:
         """One prompt's relevance kept under ``name`` so far in this backward, by position."""
-        (kept,) = self._kept[name] if name in self._kept else self._zeros[name]
+        (kept,) = self._kept[name] if name in self._kept else self._zero(name)
         at = pos_axis(self.axes, name)
         return kept.movedim(at, 0).flatten(1).sum(1) if kept.ndim > 1 else kept
+
+    def _zero(self, name: str) -> Float[Tensor, "batch ..."]:
+        """The sums at a HookPoint which no gradient has reached."""
+        zero = torch.zeros((), dtype=torch.float32).expand(self._shapes[name])
+        return reduce(zero, _by_row(self.axes[name]), "sum")
 
     def take(self) -> dict[str, Tensor]:
         """The sums of one prompt's last backward, by name; 0 where the rules pass no relevance."""
@@ -180,14 +189,15 @@ class RelevanceSums:
         return rows
 
     def _taken(self) -> dict[str, Float[Tensor, "batch ..."]]:
-        sums = {**self._zeros, **self._kept}
+        sums = {name: kept.cpu() for name, kept in self._kept.items()}
+        sums |= {name: self._zero(name) for name in self._shapes if name not in sums}
         self._kept.clear()
         return sums
 
     def clear(self) -> None:
         """Discard the last forward and backward."""
         self._kept.clear()
-        self._zeros.clear()
+        self._shapes.clear()
 
     def reset(self) -> None:
         """Discard everything, also what ``warn_of_underflow`` would say."""

@@ -18,8 +18,9 @@ that delegate, so that one file shows where a rule set puts each rule. The last 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class Attachment:
             only read there, or cut the gradient off.
         scoped: The same rule as a context manager, where it has that form.
         scoped_hooks: Hooks that ``scoped`` needs in addition to itself, in place of ``hooks``.
+        make_hooks: Makes ``hooks`` where they are many and ``scoped`` is there to be preferred.
         live: Lists of hook functions, by HookPoint, that the attachment calls at the value itself
             where TransformerLens' own HookPoint fires too late to be read or changed.
     """
@@ -66,12 +68,17 @@ class Attachment:
     captures: tuple[str, ...] = ()
     scoped: Scoped | None = None
     scoped_hooks: tuple[tuple[str, HookFn], ...] = ()
+    make_hooks: Callable[[], tuple[tuple[str, HookFn], ...]] | None = None
     live: Mapping[str, list[HookFn]] = field(default_factory=dict)
 
     @property
     def needs_scope(self) -> bool:
         """Whether no list of hooks can carry the rule."""
-        return self.scoped is not None and not self.hooks
+        return self.scoped is not None and not self.hooks and self.make_hooks is None
+
+    def listed(self) -> tuple[tuple[str, HookFn], ...]:
+        """The rule as (path of HookPoint, hook function) pairs alone, without ``scoped``."""
+        return self.hooks if self.make_hooks is None else self.make_hooks()
 
 
 def edit(function: Callable[[Any], Any]) -> HookFn:
@@ -136,25 +143,60 @@ def attach_norm(site: Site, rule_set: RuleSet) -> Attachment:
     component, path = site.component, site.path
     live: list[HookFn] = []
 
-    def scoped() -> AbstractContextManager[None]:
-        return _at_wrapped_norm(component, path, live)
-
+    scoped = partial(_at_wrapped_norm, component, path, live)
     if not uses_native_norm(component):
         hook = (f"{path}.hook_scale", edit(rules.constant))
         how = "scale detached at hook_scale"
         return Attachment(site, "LN", how, (hook,), scoped=scoped, scoped_hooks=(hook,))
-    hooks = _native_hooks(component, path)
     return Attachment(
         site,
         "LN",
         "linear form at the wrapped norm",
-        hooks,
         scoped=scoped,
+        make_hooks=partial(_native_hooks, component, path),
         live={f"{path}.hook_normalized": live},
     )
 
 
 # ---------------------------------------------------------------- norms: at the wrapped module
+
+
+class _NormAtWork:
+    """One norm under the LN-rule, from when its component is entered until it is left.
+
+    Args:
+        component: The norm's component.
+        path: Its path.
+        live: Functions that read or change the normalised value.
+    """
+
+    __slots__ = ("_component", "_done", "_live", "_normalized", "_path")
+
+    def __init__(self, component: Any, path: str, live: list[HookFn]) -> None:
+        self._component, self._path, self._live = component, path, live
+        self._normalized: Tensor | None = None
+        self._done = False
+
+    def clear(self, *_: Any) -> None:
+        self._normalized, self._done = None, False
+
+    def at_scale(self, module: Any, args: tuple[Any, ...], scale: Tensor) -> Tensor | None:  # noqa: ARG002
+        if self._component.hook_scale.bwd_hooks or self._component.hook_normalized.bwd_hooks:
+            self._done = True
+            return rules.constant(scale)  # TransformerLens computes the norm itself then
+        return None
+
+    def at_normalized(self, module: Any, args: tuple[Any, ...], normalized: Tensor) -> None:  # noqa: ARG002
+        self._normalized = normalized
+
+    def at_output(self, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:  # noqa: ARG002
+        self._done = True
+        return _linear(self._component, self._path, output, args[0], self._normalized, self._live)
+
+    def at_end(self, *_: Any) -> None:
+        if not self._done:  # a hook edited the statistics, so the wrapped norm never ran
+            raise _norm_edited(self._path)
+        self.clear()
 
 
 @contextmanager
@@ -164,42 +206,22 @@ def _at_wrapped_norm(component: Any, path: str, live: list[HookFn]) -> Iterator[
     It uses torch hooks only: hook functions on hook_scale and hook_normalized would make
     TransformerLens compute a norm's statistics with an autograd graph that is not needed.
     """
-    wrapped, seen = component.original_component, dict[str, Tensor]()
-    native = uses_native_norm(component)
-
-    def clear(*_: Any) -> None:
-        seen.clear()
-
-    def at_scale(module: Any, args: tuple[Any, ...], scale: Tensor) -> Tensor | None:  # noqa: ARG001
-        if component.hook_scale.bwd_hooks or component.hook_normalized.bwd_hooks:
-            seen["done"] = scale
-            return rules.constant(scale)  # TransformerLens computes the norm itself then
-        return None
-
-    def at_normalized(module: Any, args: tuple[Any, ...], normalized: Tensor) -> None:  # noqa: ARG001
-        seen["normalized"] = normalized
-
-    def at_output(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:  # noqa: ARG001
-        seen["done"] = output
-        return _linear(component, path, output, args[0], seen.get("normalized"), live)
-
-    def at_end(*_: Any) -> None:
-        if "done" not in seen:  # a hook edited the statistics, so the wrapped norm never ran
-            raise _norm_edited(path)
-        seen.clear()
-
-    with ExitStack() as stack:
-        handles = [wrapped.register_forward_hook(mine(at_output))]
-        if native:
-            handles += [
-                component.register_forward_pre_hook(mine(clear)),
-                component.hook_scale.register_forward_hook(mine(at_scale)),
-                component.hook_normalized.register_forward_hook(mine(at_normalized)),
-                component.register_forward_hook(mine(at_end)),
-            ]
-        for handle in handles:
-            stack.callback(handle.remove)
+    norm = _NormAtWork(component, path, live)
+    handles = [component.original_component.register_forward_hook(mine(norm.at_output))]
+    if uses_native_norm(component):
+        handles += [
+            component.register_forward_pre_hook(mine(norm.clear)),
+            component.hook_scale.register_forward_hook(mine(norm.at_scale)),
+            component.register_forward_hook(mine(norm.at_end)),
+        ]
+        if live:  # only those who read it see the value itself
+            point = component.hook_normalized
+            handles.append(point.register_forward_hook(mine(norm.at_normalized)))
+    try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _linear(
@@ -216,15 +238,13 @@ def _linear(
     wrapped, centred = component.original_component, not component.uses_rms_norm
     eps, y = norm_eps(component), y.detach()  # nothing else uses the norm's own graph
     weight = norm_weight(component, rules.at_least_float32(x.detach()))
-    with torch.no_grad():
-        row = rules.at_least_float32(x.flatten(0, -2)[:1])
-        expected = (row - row.mean(-1, keepdim=True) if centred else row) * weight
-        expected = expected / rules.norm_scale(row, eps, centred)
-        with loaded(component):
-            bias = getattr(wrapped, "bias", None)
-            expected = expected if bias is None else expected + bias
-        same = is_same(expected.to(y.dtype), y.flatten(0, -2)[:1])
-    if not same:
+    row = rules.at_least_float32(x.detach().flatten(0, -2)[:1])
+    expected = (row - row.mean(-1, keepdim=True) if centred else row) * weight
+    expected = expected / rules.norm_scale(row, eps, centred)
+    with loaded(component):
+        bias = getattr(wrapped, "bias", None)
+        expected = expected if bias is None else expected + bias.detach()
+    if not is_same(expected.to(y.dtype), y.flatten(0, -2)[:1]):
         formula = f"weight · x/√(mean x² + {eps:g}){' with x centred' if centred else ''}"
         raise refusal(
             path, wrapped, f"it does not compute {formula}, as its component says it does."
@@ -317,7 +337,7 @@ def _require_same(expected: Tensor, value: Tensor, path: str) -> None:
 def _activation(site: Site, rule_set: RuleSet) -> Attachment:
     if rule_set.activation == "gradient":
         return gradient(site, rule_set)
-    ratio, mlp, path = site.ratio, site.component, site.path
+    ratio = site.ratio
     assert ratio is not None
 
     def torch_hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:  # noqa: ARG001
@@ -331,37 +351,53 @@ def _activation(site: Site, rule_set: RuleSet) -> Attachment:
         finally:
             handle.remove()
 
-    if mlp is None:
+    if site.component is None:
         return Attachment(site, "identity", "at the activation module", scoped=scoped)
+    post_name, captures, make = _hooks_around(site, ratio)
+    if site.module is None:
+        return Attachment(site, "identity", f"at {post_name}", make(), captures)
+    how = "at the wrapped activation"
+    return Attachment(site, "identity", how, captures=captures, scoped=scoped, make_hooks=make)
+
+
+def _hooks_around(
+    site: Site, ratio: rules.Ratio
+) -> tuple[str, tuple[str, ...], Callable[[], tuple[tuple[str, HookFn], ...]]]:
+    """The rule from the values at HookPoints before and after an activation, checked for edits.
+
+    Returns:
+        The HookPoint after it, those before it, and a function that makes the hooks.
+    """
+    mlp, path = site.component, site.path
     gated = is_kind(mlp, "GatedMLPBridge")
     pre_name = f"{path}.{'gate' if gated else 'in'}.hook_out"
     up_name, post_name = f"{path}.in.hook_out", f"{path}.out.hook_in"
-    per_thread = PerThread()
-
-    def capture(name: str) -> HookFn:
-        def hook_fn(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
-            per_thread.seen[name] = tensor
-
-        return hook_fn
-
-    def at_post(post: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
-        pre = per_thread.seen.pop(pre_name)
-        up = per_thread.seen.pop(up_name) if gated else None
-        if not pre.requires_grad:
-            return None
-        with torch.no_grad():
-            expected = (ratio(rules.at_least_float32(pre)) * pre).to(post.dtype)
-            _require_same(expected if up is None else expected * up, post, pre_name)
-        if up is None:
-            return rules.identity(post, pre, ratio)
-        return rules.gated_product(post, pre, up, ratio)
-
     captures = (pre_name, up_name) if gated else (pre_name,)
-    hooks = (*((name, capture(name)) for name in captures), (post_name, at_post))
-    if site.module is None:
-        return Attachment(site, "identity", f"at {post_name}", hooks, captures)
 
-    return Attachment(site, "identity", "at the wrapped activation", hooks, captures, scoped)
+    def make() -> tuple[tuple[str, HookFn], ...]:
+        per_thread = PerThread()
+
+        def capture(name: str) -> HookFn:
+            def hook_fn(tensor: Tensor, hook: Any) -> None:  # noqa: ARG001
+                per_thread.seen[name] = tensor
+
+            return hook_fn
+
+        def at_post(post: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
+            pre = per_thread.seen.pop(pre_name)
+            up = per_thread.seen.pop(up_name) if gated else None
+            if not pre.requires_grad:
+                return None
+            with torch.no_grad():
+                expected = (ratio(rules.at_least_float32(pre)) * pre).to(post.dtype)
+                _require_same(expected if up is None else expected * up, post, pre_name)
+            if up is None:
+                return rules.identity(post, pre, ratio)
+            return rules.gated_product(post, pre, up, ratio)
+
+        return (*((name, capture(name)) for name in captures), (post_name, at_post))
+
+    return post_name, captures, make
 
 
 def _gate(site: Site, rule_set: RuleSet) -> Attachment:

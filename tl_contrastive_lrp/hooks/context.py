@@ -112,7 +112,7 @@ def lrp_hooks(model: Any, rules: str | RuleSet = DEFAULT_RULES) -> list[tuple[st
                 )
 
     hook_dict = hook_points(model)
-    hooks = [("embed.hook_out", refuse_forks), *(pair for a in attachments for pair in a.hooks)]
+    hooks = [("embed.hook_out", refuse_forks), *(pair for a in attachments for pair in a.listed())]
     return [(public_name(hook_dict, name), marked(fn)) for name, fn in hooks]
 
 

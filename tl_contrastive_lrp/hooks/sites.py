@@ -24,8 +24,8 @@ from torch import nn
 from ..errors import Message, UncoveredComponentError, Wording
 from ..inputs.bridge import components, is_component, is_kind, require_bridge
 from ..rules import functions as rules
-from ..rules.activations import ACTIVATIONS, ratio_of
-from ..rules.threads import wrapped_modules
+from ..rules.activations import ACTIVATIONS, PARAMETRIC, ratio_of
+from ..rules.threads import once_per_call, paths_under, wrapped_modules
 from .families import (
     _ATTENTION,
     _BIASED_SCORES,
@@ -154,7 +154,7 @@ def _mlp_activation(path: str, mlp: Any) -> Iterator[Site]:
         return
     activations = [
         module
-        for module in mlp.original_component.modules()
+        for module in paths_under(mlp.original_component)
         if ratio_of(module) is not None and not is_component(module)
     ]
     if len(activations) == 1:  # otherwise it is not at this MLP's HookPoints; see _outside
@@ -182,15 +182,19 @@ def _outside(model: Any, sites: list[Site]) -> Iterator[Site]:
     for site in sites:
         if site.operation == "activation" and site.module is None:  # a function in its place
             known.update(map(id, site.component.original_component.modules()))
-    for path, module in wrapped_modules(model):
+    kinds = {*WRITTEN_OUT, *ACTIVATIONS, *PARAMETRIC}
+    for module, path in wrapped_modules(model).items():
+        if type(module).__name__ not in kinds:
+            continue
         ratio = ratio_of(module)
         if type(module).__name__ in WRITTEN_OUT and id(module) not in wrapped:
-            yield Site(path.replace("._original_component", ""), "wrapped", None, module)
+            yield Site(_shown(path), "wrapped", None, module)
         if ratio is not None and not is_component(module) and id(module) not in known:
             known.add(id(module))
-            yield Site(path.replace("._original_component", ""), "activation", None, module, ratio)
+            yield Site(_shown(path), "activation", None, module, ratio)
 
 
+@once_per_call
 def find_sites(model: Any) -> tuple[Site, ...]:
     """Every operation of ``model`` that needs a rule, according to the tables.
 
@@ -324,7 +328,7 @@ def _refuse_quantised(path: str, module: nn.Module, config: object) -> None:
     quantisation = quantised(module)
     if quantisation is None:
         return
-    what, library = quantisation
+    path, (what, library) = _shown(path) or "model", quantisation
     method = getattr(getattr(config, "quantization_config", None), "quant_method", "")
     by = library or str(getattr(method, "value", method))
     remedy = (
@@ -367,8 +371,9 @@ def _refuse_shape(model: Any, by_path: Mapping[str, Any]) -> None:
 def _refuse_replaced(path: str, component: nn.Module) -> None:
     """Refuse a module that replaces a HookPoint, such as the autoencoders of SAELens' bridge."""
     for name, module in component._modules.items():
-        point = name.startswith("hook_") and isinstance(module, nn.Module)
-        if point and not hasattr(module, "fwd_hooks"):
+        if module is None or "fwd_hooks" in module.__dict__ or not name.startswith("hook_"):
+            continue
+        if not hasattr(module, "fwd_hooks"):
             raise UncoveredComponentError(
                 f"{path}.{name} is no HookPoint: a {type(module).__name__} has replaced it, so "
                 "nothing can be read and no rule applied there. Put the HookPoint back (SAELens: "
@@ -377,13 +382,24 @@ def _refuse_replaced(path: str, component: nn.Module) -> None:
             )
 
 
+_UNCOVERED_PARTS = tuple(UNCOVERED_PARTS)
+
+
+def _shown(path: str) -> str:
+    """A path in the wrapped model, without what the bridge inserts."""
+    return path.replace("._original_component", "")
+
+
+_why_by_classes: dict[tuple[type, type], str | None] = {}  # every call asks of every component
+
+
 def _why(component: Any) -> str | None:
-    bridges = [base.__name__ for base in type(component).__mro__]
-    wrapped = type(component.original_component).__name__
-    for name, why in UNCOVERED.items():
-        if name in bridges or wrapped.endswith(name):
-            return why
-    return None
+    classes = type(component), type(component.original_component)
+    if classes not in _why_by_classes:
+        bridges, wrapped = [base.__name__ for base in classes[0].__mro__], classes[1].__name__
+        reasons = (w for n, w in UNCOVERED.items() if n in bridges or wrapped.endswith(n))
+        _why_by_classes[classes] = next(reasons, None)
+    return _why_by_classes[classes]
 
 
 def refuse_known(model: Any, by_path: Mapping[str, Any]) -> None:
@@ -397,12 +413,14 @@ def refuse_known(model: Any, by_path: Mapping[str, Any]) -> None:
         UncoveredComponentError: The message names the component and says what to do instead.
     """
     _refuse_shape(model, by_path)
-    for path, module in wrapped_modules(model):
-        path = path.replace("._original_component", "")
-        _refuse_quantised(path or "model", module, getattr(model.original_model, "config", None))
-        why = UNCOVERED_PARTS.get(path.rpartition(".")[2])
-        if why is not None:
-            raise refusal(path, module, why)
+    config = getattr(model.original_model, "config", None)
+    for module, path in wrapped_modules(model).items():
+        if module._parameters or module._buffers or _library_of(type(module)) is not None:
+            _refuse_quantised(path, module, config)
+        if path.endswith(_UNCOVERED_PARTS):
+            why = UNCOVERED_PARTS.get(_shown(path).rpartition(".")[2])
+            if why is not None:
+                raise refusal(_shown(path), module, why)
     for path, component in by_path.items():
         _refuse_replaced(path, component)
         why = _why(component)

@@ -172,9 +172,10 @@ def _user_hooks(
     points_of: Callable[[Any], Mapping[str, Any]],
 ) -> tuple[UserHook, ...]:
     hooked = {
-        id(m): m
+        id(m): (m, found)
         for m in modules
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        if (found := _users_on(m))
     }
     if not hooked:
         return ()
@@ -183,15 +184,22 @@ def _user_hooks(
         points.setdefault(id(point), []).append(name)
     order = [hooked.pop(which) for which in points if which in hooked]
     names, hooks = _named(model, points), list[UserHook]()
-    for module in (*order, *hooked.values()):
-        for kind, attribute in _TABLES.items():
-            for key, registered in vars(module)[attribute].items():
-                fn = behind(module, key, registered)
-                if fn is not None:
-                    first, *rest = names(module)
-                    on_point = id(module) in points
-                    hooks.append(UserHook(first, tuple(rest), module, kind, key, fn, on_point))
+    for module, found in (*order, *hooked.values()):
+        first, *rest = names(module)
+        on_point = id(module) in points
+        for kind, key, fn in found:
+            hooks.append(UserHook(first, tuple(rest), module, kind, key, fn, on_point))
     return tuple(hooks)
+
+
+def _users_on(module: nn.Module) -> list[tuple[Kind, int, Callable[..., Any]]]:
+    """The user's functions in torch's tables of a module, with their tables and keys."""
+    return [
+        (kind, key, fn)
+        for kind, attribute in _TABLES.items()
+        for key, registered in vars(module)[attribute].items()
+        if (fn := behind(module, key, registered)) is not None
+    ]
 
 
 def require_no_new(model: Any, known: Iterable[UserHook]) -> None:

@@ -66,17 +66,17 @@ def is_component(module: object) -> bool:
 @once_per_call
 def components(model: Any) -> Mapping[str, Any]:
     """Every TransformerLens component of the model by path, in the order of its HookPoints."""
-    by_path: dict[str, Any] = {}
-    for hook_name in hook_points(model):
-        path = hook_name.rpartition(".")[0]
-        if not path or path in by_path:
-            continue
-        component: Any = model
-        for part in path.split("."):
-            component = component[int(part)] if part.isdigit() else getattr(component, part)
-        if is_component(component):
-            by_path[path] = component
-    return by_path
+    at: dict[str, Any] = {"": model}
+
+    def found(path: str) -> Any:
+        if path not in at:
+            above, _, part = path.rpartition(".")
+            holder = found(above)
+            at[path] = holder[int(part)] if part.isdigit() else getattr(holder, part)
+        return at[path]
+
+    paths = dict.fromkeys(hook_name.rpartition(".")[0] for hook_name in hook_points(model))
+    return {path: found(path) for path in paths if path and is_component(found(path))}
 
 
 @once_per_call
@@ -88,7 +88,7 @@ def module_names(model: Any) -> Mapping[nn.Module, str]:
     paths = {id(component): path for path, component in components(model).items()}
     names: dict[nn.Module, str] = {}
     translated: dict[str, str] = {"": ""}
-    for raw, module in wrapped_modules(model):
+    for module, raw in wrapped_modules(model).items():
         head, _, last = raw.rpartition(".")
         above = translated.get(head, head)
         if id(module) in paths:

@@ -40,7 +40,7 @@ def loaded(module: Any) -> Iterator[None]:
 
 def _hooks(model: Any) -> Iterator[Any]:
     """The hooks of accelerate, outermost module first."""
-    for _, module in wrapped_modules(model):
+    for module in wrapped_modules(model):
         hook = getattr(module, "_hf_hook", None)
         if hook is not None:
             yield from getattr(hook, "hooks", (hook,))
@@ -67,7 +67,8 @@ def require_one_place(model: Any) -> None:
     Raises:
         ModelStateError: The message lists the devices and says how to load the model.
     """
-    devices = sorted({str(device) for device in {p.device for p in wrapped_parameters(model)}})
+    places = {p.device for p in wrapped_parameters(model)}
+    devices = sorted(str(device) for device in places)
     if len(devices) < 2 and devices != ["meta"]:
         return
     if any(getattr(hook, "execution_device", None) is not None for hook in _hooks(model)):

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -94,7 +94,8 @@ def mine(function: Callable[..., Any]) -> Callable[..., Any]:
     def hook(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs) if _threads.caller is me else None
 
-    hook.__dict__.update(getattr(function, "__dict__", {}))
+    if marks := getattr(function, "__dict__", None):
+        hook.__dict__.update(marks)
     return hook
 
 
@@ -326,7 +327,8 @@ def all_modules(model: Any) -> tuple[nn.Module, ...]:
         module = stack.pop()
         if id(module) not in modules:
             modules[id(module)] = module
-            stack += [m for m in reversed(module._modules.values()) if m is not None]
+            if module._modules:
+                stack += [m for m in reversed(module._modules.values()) if m is not None]
     return tuple(modules.values())
 
 
@@ -337,9 +339,29 @@ def modules_of(model: Any) -> tuple[nn.Module, ...]:
 
 
 @once_per_call
-def wrapped_modules(model: Any) -> tuple[tuple[str, nn.Module], ...]:
+def wrapped_modules(model: Any) -> Mapping[nn.Module, str]:
     """Every module of the wrapped model with its path there, computed once per public call."""
-    return tuple(model.original_model.named_modules())
+    return paths_under(model.original_model)
+
+
+def paths_under(root: nn.Module) -> Mapping[nn.Module, str]:
+    """The modules and paths of ``root.named_modules()``, in the same order.
+
+    It is a loop, since nested generators take twice as long, and returns one mapping instead of
+    thousands of pairs, which Python's garbage collector would look through.
+    """
+    found: dict[nn.Module, str] = {}
+    stack: list[tuple[str, nn.Module]] = [("", root)]
+    while stack:
+        path, module = stack.pop()
+        if module in found:
+            continue
+        found[module] = path
+        if module._modules:
+            above = f"{path}." if path else ""
+            below = reversed(module._modules.items())
+            stack += [(above + name, child) for name, child in below if child is not None]
+    return found
 
 
 def wrapped_parameters(model: Any) -> list[nn.Parameter]:
@@ -348,8 +370,8 @@ def wrapped_parameters(model: Any) -> list[nn.Parameter]:
     The walk over modules is shared within a public call, but the parameters are not, because
     accelerate replaces them while a module runs.
     """
-    modules = wrapped_modules(model)
-    return [p for _, m in modules for p in m._parameters.values() if p is not None]
+    own = [m._parameters for m in wrapped_modules(model) if m._parameters]
+    return [p for parameters in own for p in parameters.values() if p is not None]
 
 
 # ---------------------------------------------------------------- effects on all threads
@@ -425,6 +447,7 @@ def frozen_parameters(model: Any) -> Iterator[None]:
     parameters = {
         id(p): p
         for module in modules_of(model)
+        if module._parameters
         for p in module._parameters.values()
         if p is not None and p.requires_grad
     }

@@ -44,6 +44,21 @@ def test_every_family_is_clean(name: str) -> None:
     require_clean(model)
 
 
+def test_a_clean_twin_vouches_for_no_other_model() -> None:
+    """Another model of the same classes and configuration is examined itself, block by block."""
+    twin, model = fresh("qwen3"), fresh("qwen3")
+    assert audit(twin).clean
+    last = int(model.cfg.n_layers) - 1
+    wrapped = model.blocks[last].mlp.original_component
+    forward = wrapped.forward
+    wrapped.forward = lambda x: torch.atan(forward(x))
+    (finding,) = audit(model).findings
+    assert (finding.component, finding.operation) == (f"blocks.{last}.mlp", "Atan")
+    with pytest.raises(UncoveredComponentError, match=rf"blocks\.{last}\.mlp"):
+        require_clean(model)
+    assert audit(twin).clean
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_rule_that_is_missing_is_found_and_named(name: str) -> None:
     model = boot(name, torch.float32)

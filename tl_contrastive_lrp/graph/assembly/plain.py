@@ -25,7 +25,7 @@ from ...inputs.facts import PromptFacts
 from ...inputs.objective import positions_read
 from ..columns import slots
 from ..edges.batched import batched_edges
-from ..edges.check import HookedEdges, require_closed_form
+from ..edges.check import RecordedSites, require_closed_form
 from ..edges.closed_form import BlockEdges, HookedBlock, biased_blocks, edge_readings
 from ..edges.streamed import StreamedEdges
 from ..graph import AttributionGraph
@@ -243,7 +243,7 @@ class _HookChecks:
 
     def __init__(self, plan: GraphPlan, edges: dict[int, BlockEdges]) -> None:
         self.plan, self.block_edges = plan, edges
-        self.edges = HookedEdges(plan.sites)
+        self.edges = RecordedSites(plan.sites)
         self.watch = HookWatch(quiet=lambda: self.edges.quiet)
         points = {f"{hook.name}." for hook in user_hooks(plan.model)}
         self.hooked = {
@@ -258,7 +258,7 @@ class _HookChecks:
         model = self.plan.model
         return [
             *(partial(block.before_hooks, model) for block in blocks),
-            partial(self.edges.recorded, model),
+            partial(self.edges.recording, model),
         ]
 
     def require(self, relevance: Float[Tensor, "site pos"]) -> None:

@@ -181,34 +181,6 @@ def batched_edges(
     return result
 
 
-def edges_by_position(
-    model: Any,
-    tokens: Int[Tensor, "1 pos"],
-    objective: Callable[[Tensor], Tensor],
-    rule_set: RuleSet,
-    transitions: Sequence[tuple[str, str]],
-) -> list[Float[Tensor, "target source"]]:
-    """As ``batched_edges``, but with one ordinary backward per target.
-
-    It works whatever the model computes, and is meant for a few tokens.
-
-    Args:
-        model: The bridge.
-        tokens: The prompt's token ids.
-        objective: The objective, a function of the logits.
-        rule_set: The rules.
-        transitions: Pairs (source, target) of residual-stream HookPoint names.
-
-    Raises:
-        ModelStateError: As for ``lrp``.
-        UncoveredComponentError: As for ``lrp``.
-    """
-    names = list(dict.fromkeys(name for pair in transitions for name in pair))
-    rows = torch.arange(tokens.shape[1])
-    with _recorded(model, tokens, objective, rule_set, names) as (seen, at):
-        return [_transition(seen[s], seen[t], at[t], rows, 1, None) for s, t in transitions]
-
-
 def _expanded(h: Tensor, g: Tensor, threshold: float) -> Int[Tensor, " row"]:
     """The target positions whose |relevance| is above a threshold; all of them if it is 0."""
     relevance = (at_least_float32(h.detach()) * at_least_float32(plain(g))).sum(-1)[0]

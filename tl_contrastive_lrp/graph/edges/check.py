@@ -5,8 +5,8 @@ values of the block's attention. A block that also mixes tokens elsewhere (a con
 recurrence, a shift of its keys) may have a rule for every operation, and therefore relevance, and
 still break the closed form.
 Here every block's edges are compared with those of autograd, one target position at a time, under
-the same rules, and a model on which they differ is refused. ``HookedEdges`` checks the edges of a
-run in which the user's hooks change values.
+the same rules, and a model on which they differ is refused. Both come from one forward, whose graph
+``RecordedSites`` keeps. It also checks the edges of a run in which the user's hooks change values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...engine.plain import run
+from ...engine.plain import forward
 from ...engine.reading import BlockCall, Reading
 from ...errors import UncoveredComponentError
 from ...hooks.attach import HookFn
@@ -36,7 +36,6 @@ from ...inputs.bridge import residual_sites
 from ...rules.functions import at_least_float32
 from ...rules.precision import is_low, plain
 from ...rules.rule_sets import RuleSet
-from .batched import edges_by_position
 from .closed_form import BlockEdges, biased_blocks, edge_readings
 
 # Largest error, relative to the largest edge of the transition. Rounding is far below it, a missing
@@ -44,7 +43,7 @@ from .closed_form import BlockEdges, biased_blocks, edge_readings
 _LIMIT = 1e-3
 _LIMIT_LOW = 3e-2  # bfloat16 and float16 forwards
 
-# How many sums may follow each other where ``HookedEdges`` bounds rounding.
+# How many sums may follow each other where ``RecordedSites`` bounds rounding.
 _LAYERS_OF_SUMS = 64
 
 # By model: the audit at the time, and the rule sets under which the closed form was found to hold.
@@ -61,10 +60,11 @@ def _objective(logits: Float[Tensor, "1 pos vocab"]) -> Float[Tensor, ""]:
 def closed_form_errors(model: Any, rule_set: RuleSet) -> list[float]:
     """The closed form's largest error in each block, relative to the block's largest edge."""
     tokens, sites = some_tokens(model), find_sites(model)
+    recorded = RecordedSites(residual_sites(model))
     edges_by_block = [BlockEdges(i, by_head=False) for i in range(int(model.cfg.n_layers))]
     calls, biased = [BlockCall() for _ in edges_by_block], biased_blocks(model)
     readings = [
-        reading
+        recorded.listening(reading)
         for edges, call in zip(edges_by_block, calls, strict=True)
         for reading in edge_readings(model, edges, sites, rule_set, call, biased)
     ]
@@ -73,9 +73,11 @@ def closed_form_errors(model: Any, rule_set: RuleSet) -> list[float]:
         for edges, call in zip(edges_by_block, calls, strict=True)
     ]
     with hooks_aside(model), same_random_numbers(model):
-        run(model, tokens, _objective, rule_set, readings, scopes)
-        steps = list(pairwise(residual_sites(model)))
-        exact_by_block = edges_by_position(model, tokens, _objective, rule_set, steps)
+        one = forward(
+            model, tokens, rule_set, readings, [*scopes, partial(recorded.recording, model)]
+        )
+        one.backward(one.value(_objective), more=True)
+        exact_by_block = [recorded.exact(*step) for step in pairwise(recorded.sites)]
     errors = []
     for edges, exact in zip(edges_by_block, exact_by_block, strict=True):
         total = torch.zeros_like(exact) if edges.total is None else edges.total.cpu()
@@ -115,11 +117,13 @@ def require_closed_form(model: Any, rule_set: RuleSet) -> None:
 
 
 @dataclass(eq=False)
-class HookedEdges:
-    """Checks the edges of one run, in which the user's hooks edit, against its autograd graph.
+class RecordedSites:
+    """The residual stream of one run on its autograd graph, to check the run's edges against it.
 
-    A hook may move values between positions in ways that the closed form misses. With random
-    weights w_j for the target positions, Σ_j w_j A[j, i] must equal
+    ``exact`` sends a backward signal for each target position, which suits a few tokens. For the
+    prompts of users, ``require`` checks all targets at once. A user's hook may move values between
+    positions in ways that the closed form misses. With random weights w_j for the target positions,
+    Σ_j w_j A[j, i] must equal
 
         Σ_d x_s[i, d] · ∂⟨w ⊙ g_t, x_t⟩/∂x_s[i, d],
 
@@ -142,7 +146,7 @@ class HookedEdges:
     _gradients: dict[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
-    def recorded(self, model: Any) -> Iterator[None]:
+    def recording(self, model: Any) -> Iterator[None]:
         """Keep each site's tensor and, in the backward, its gradient; enter it last."""
 
         def keep(name: str) -> HookFn:
@@ -169,6 +173,37 @@ class HookedEdges:
 
         return replace(reading, sink=sink)
 
+    def exact(self, source: str, target: str) -> Float[Tensor, "target source"]:
+        """The edges of a transition, from one backward signal for each target position.
+
+        Args:
+            source: The source site.
+            target: The target site.
+        """
+        h = at_least_float32(self._at[source].detach())[0]
+        edges = h.new_zeros(len(h), len(h))
+        if target not in self._gradients:  # no relevance arrives there
+            return edges.cpu()
+        g = self._gradients[target]
+        for j in range(len(h)):
+            here = torch.zeros(len(h), 1, dtype=plain(g).dtype, device=g.device)
+            here[j] = 1.0
+            back = self._back(source, target, g * here)
+            if back is not None:
+                edges[j] = (h * back).sum(-1)
+        return edges.cpu()
+
+    def _back(self, source: str, target: str, signal: Tensor) -> Tensor | None:
+        """The gradient [pos, d_model] at ``source`` of a signal that starts at ``target``."""
+        self.quiet = True
+        try:
+            (back,) = torch.autograd.grad(
+                self._at[target], self._at[source], signal, retain_graph=True, allow_unused=True
+            )
+        finally:
+            self.quiet = False
+        return None if back is None else at_least_float32(plain(back))[0]
+
     def error(
         self, source: str, target: str, edges: Float[Tensor, "target source"]
     ) -> tuple[float, int]:
@@ -190,23 +225,16 @@ class HookedEdges:
         h = at_least_float32(x.detach())[0]
         generator = torch.Generator().manual_seed(pos)
         worst = 0.0
-        self.quiet = True
-        try:
-            for _ in range(2):
-                w = torch.randn(pos, generator=generator, dtype=torch.float64)
-                weights = w.to(device=g.device, dtype=plain(g).dtype)[None, :, None]
-                back = torch.autograd.grad(
-                    self._at[target], x, g * weights, retain_graph=True, allow_unused=True
-                )[0]
-                back = torch.zeros_like(h) if back is None else at_least_float32(plain(back))[0]
-                terms = (h * back).cpu().double()
-                passed = w[:, None] * edges.double()
-                difference = (terms.sum(-1) - passed.sum(0)).abs().max()
-                size = (terms.abs().sum(-1) + passed.abs().sum(0)).max()
-                error = float(difference / size.clamp_min(1e-30))
-                worst = max(worst, error if math.isfinite(error) else math.inf)
-        finally:
-            self.quiet = False
+        for _ in range(2):
+            w = torch.randn(pos, generator=generator, dtype=torch.float64)
+            weights = w.to(device=g.device, dtype=plain(g).dtype)[None, :, None]
+            back = self._back(source, target, g * weights)
+            terms = (torch.zeros_like(h) if back is None else h * back).cpu().double()
+            passed = w[:, None] * edges.double()
+            difference = (terms.sum(-1) - passed.sum(0)).abs().max()
+            size = (terms.abs().sum(-1) + passed.abs().sum(0)).max()
+            error = float(difference / size.clamp_min(1e-30))
+            worst = max(worst, error if math.isfinite(error) else math.inf)
         return worst, max(pos, x.shape[-1])
 
     def require(

@@ -309,15 +309,11 @@ def _signature(model: Any) -> object:
         for name, value in sorted(vars(model.cfg).items())
         if name.startswith("use_") and isinstance(value, bool)
     )
-    own = [(type(module), vars(module)) for _, module in wrapped_modules(model)]
-    modules = tuple(
-        (
-            id(kind),
-            values.get("_use_processed_weights"),
-            "forward" in values,
-        )
-        for kind, values in own
-    )
+    modules = [
+        (id(type(module)), own.get("_use_processed_weights"), "forward" in own)
+        for module in wrapped_modules(model)
+        for own in (module.__dict__,)
+    ]
     config = getattr(model.original_model, "config", None)
     attention = getattr(config, "_attn_implementation", None)
     return flags, getattr(model, "compatibility_mode", None), attention, modules

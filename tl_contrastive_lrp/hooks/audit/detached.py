@@ -10,7 +10,7 @@ under every rule; values that this package itself detaches belong to a rule.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -61,8 +61,8 @@ class DetachedValues(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        takes = (args[:1],) if name in _FIRST_ONLY else (args, tuple(kwargs.values()))
-        inputs = [] if name in _VALUE_FREE else list(_tensors(takes))
+        takes = args[:1] if name in _FIRST_ONLY else (*args, *kwargs.values())
+        inputs = [] if name in _VALUE_FREE else _tensors(takes)
         computed = any(self._computed(x) for x in inputs)
         # A tensor that carries a gradient by now is the result of an autograd Function.
         hidden = [x for x in inputs if not x.requires_grad]
@@ -85,12 +85,15 @@ class DetachedValues(TorchFunctionMode):
             self._cut.update({id(y): (y, cut) for y in hidden})
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, tuple | list):
-        for value in values:
-            yield from _tensors(value)
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among these values and in lists and tuples of them, in their order."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += _tensors(value)
+    return found
 
 
 def _is_ours() -> bool:
