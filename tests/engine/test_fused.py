@@ -18,7 +18,7 @@ from support.small_tiles import small_query_tiles
 from support.zoo_expected import COVERED
 from torch import Tensor
 from truth import zoo
-from truth.families import boot, random_tokens
+from truth.families import _boot, boot, random_tokens
 from truth.float64 import true_float64
 from truth.rounding import PROMISED
 
@@ -175,6 +175,17 @@ def test_sinks(rules: str, small_tiles: None) -> None:  # noqa: ARG001
     eager, fused = both(model, ids, clrp.logit_diff(model, 7, 12), rules=rules)
     assert fused.attention == "fused"
     assert_same(fused, eager, PROMISED[torch.float32])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "gemma3", "qwen3"])
+def test_compatibility_mode(name: str, small_tiles: None) -> None:  # noqa: ARG001
+    """It looks for rows without a key and for NaN, which deferred attention answers by masks."""
+    model, ids = _boot.__wrapped__(name, torch.float32, 0), random_tokens(1, 31)  # one of its own
+    model.enable_compatibility_mode(disable_warnings=True)
+    for rules in ("gim", "cplrp"):
+        eager, fused = both(model, ids, clrp.logit_diff(model, 7, 11), rules=rules)
+        assert fused.attention == "fused"
+        assert_same(fused, eager, PROMISED[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

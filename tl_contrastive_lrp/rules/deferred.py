@@ -468,18 +468,17 @@ def _of_the_tensor(name: str) -> Callable[..., Any]:
 
 
 # Operators are looked up on the class, so that ``__getattr__`` does not see them.
-for _name in (
+_BOTH_SIDES = (
     "add", "sub", "mul", "truediv", "floordiv", "matmul", "pow", "mod", "and", "or", "xor",
-):  # fmt: skip
-    for _operator in (f"__{_name}__", f"__r{_name}__"):
-        if _operator not in vars(DeferredAttention):
-            setattr(DeferredAttention, _operator, _of_the_tensor(_operator))
-for _name in (
+)  # fmt: skip
+_ONE_SIDE = (
     "neg", "abs", "invert", "lt", "le", "gt", "ge", "eq", "ne", "getitem", "setitem", "len", "iter",
     "bool", "float", "int", "array", "contains",
-):  # fmt: skip
-    if f"__{_name}__" not in vars(DeferredAttention):
-        setattr(DeferredAttention, f"__{_name}__", _of_the_tensor(f"__{_name}__"))
+)  # fmt: skip
+for _class in (DeferredAttention, _Derived):
+    for _name in (*_BOTH_SIDES, *(f"r{name}" for name in _BOTH_SIDES), *_ONE_SIDE):
+        if f"__{_name}__" not in vars(_class):
+            setattr(_class, f"__{_name}__", _of_the_tensor(f"__{_name}__"))
 
 
 def is_product(func: Any, args: Any, kwargs: Any) -> bool:

@@ -201,8 +201,11 @@ def _scores(
         torch.tanh(products, out=spare)
         spare.mul_(attention.softcap.cap)
     if seen.added is not None:
-        by_head = spare.view(shape)
-        by_head.add_(seen.added)
+        spare.view(shape).add_(seen.added)
+    elif attention.keys.is_causal:  # all before the tile is visible; within it, a triangle
+        n = shape[-2]
+        later = torch.ones(n, n, dtype=torch.bool, device=spare.device).triu_(1)
+        spare.view(shape)[..., -n:].masked_fill_(later, -torch.inf)
     return spare
 
 
@@ -273,7 +276,7 @@ class _Backward:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients at q, k and v."""
         q, k, v, attention = self.q, self.k, self.v, self.attention
-        batch, heads, queries, _ = q.shape
+        batch, heads, _, _ = q.shape
         kv_heads = k.shape[1]
         keys, values = (at_least_float32(x).flatten(0, 1) for x in (k, v))
         dq = torch.empty(q.shape, dtype=keys.dtype, device=q.device) if self.to_products else None
@@ -284,10 +287,6 @@ class _Backward:
             keys.new_empty(batch * heads * size * k.shape[-2])
             for _ in range(5 if self.to_products else 4)
         ]
-        causal = attention.keys.is_causal
-        corner = (
-            torch.ones(size, size, dtype=torch.bool, device=q.device).triu_(1) if causal else None
-        )
         for start, stop in tiles:
             seen = _seen(attention, start, stop, keys.dtype)
             own = slice(seen.first, seen.stop)
@@ -301,9 +300,6 @@ class _Backward:
             ]
             products = torch.bmm(q_t, k_t.mT, out=at[0])
             scores = _scores(products, attention, seen, shape, at[1])
-            if corner is not None:
-                n = stop - start
-                scores.view(shape)[..., start:].masked_fill_(corner[:n, :n], -torch.inf)
             pattern, sink = _softmax(scores, attention.sinks, shape)
             to_pattern = torch.bmm(g_t, v_t.mT, out=at[2])
             share = torch.mul(pattern, to_pattern, out=at[3])

@@ -104,23 +104,35 @@ class LazyMask(Tensor):
         return func(*tree_map(_actual, args), **tree_map(_actual, kwargs or {}))
 
 
-@dataclass(frozen=True, eq=False)
-class _IsHidden:
+class _IsHidden(Tensor):
     """Where a lazy mask hides keys, as ``mask <= lowest`` asks in order to put another number."""
 
     of: LazyMask
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(_actual(self), name)
+    @staticmethod
+    def __new__(cls, of: LazyMask) -> _IsHidden:  # noqa: D102
+        where: _IsHidden = Tensor._make_wrapper_subclass(
+            cls, of.shape, dtype=torch.bool, device=of.device
+        )
+        where.of = of
+        return where
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run a function on what this stands for; torch takes it for a tensor because of this."""
+        """Answer what needs no numbers; run anything else on the actual ones."""
+        if getattr(func, "__name__", "") in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
         return func(*tree_map(_actual, tuple(args)), **tree_map(_actual, kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation on the actual numbers."""
+        return func(*tree_map(_actual, args), **tree_map(_actual, kwargs or {}))
 
 
 def _actual(x: Any) -> Any:
