@@ -17,8 +17,9 @@ from support.grids import diagonal
 from support.small_tiles import small_query_tiles
 from support.zoo_expected import COVERED
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 from truth import zoo
-from truth.families import _boot, boot, random_tokens
+from truth.families import boot, random_tokens, saved
 from truth.float64 import true_float64
 from truth.rounding import PROMISED
 
@@ -180,7 +181,8 @@ def test_sinks(rules: str, small_tiles: None) -> None:  # noqa: ARG001
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "gemma3", "qwen3"])
 def test_compatibility_mode(name: str, small_tiles: None) -> None:  # noqa: ARG001
     """It looks for rows without a key and for NaN, which deferred attention answers by masks."""
-    model, ids = _boot.__wrapped__(name, torch.float32, 0), random_tokens(1, 31)  # one of its own
+    ids = random_tokens(1, 31)
+    model = TransformerBridge.boot_transformers(str(saved(name)), device="cpu", dtype=torch.float32)
     model.enable_compatibility_mode(disable_warnings=True)
     for rules in ("gim", "cplrp"):
         eager, fused = both(model, ids, clrp.logit_diff(model, 7, 11), rules=rules)

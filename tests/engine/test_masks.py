@@ -51,7 +51,7 @@ def test_what_is_not_known_stays_transformers_own() -> None:
     with lazy_masks():
         bidirectional = masks("bidirectional", torch.float32, PADDED)
         overlaid = masking_utils.create_causal_mask(
-            config(), torch.zeros(1, 5, 4), None, None, and_mask_function=lambda b, h, q, k: k > 1
+            config(), torch.zeros(1, 5, 4), None, None, and_mask_function=lambda *at: at[-1] > 1
         )
     assert not isinstance(bidirectional, LazyMask)
     assert not isinstance(overlaid, LazyMask)

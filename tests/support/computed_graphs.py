@@ -7,13 +7,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from support.small_tiles import small_query_tiles
 from torch import Tensor
 from truth import circuit_truth
 from truth.edge_truth import CONTRAST, TARGET, TOKENS
 from truth.families import boot, true_float64
 
 import tl_contrastive_lrp as clrp
+from support.small_tiles import small_query_tiles
 
 
 def graph_of(

@@ -35,7 +35,6 @@ from ..rules.threads import frozen_parameters, mine
 from .fused import AttentionKind, FusedBlocks, is_worth, saves_logits
 from .reading import Reading, Slots, arranged
 
-
 # Makes a context manager; called again if the forward has to be run again.
 Scope = Callable[[], AbstractContextManager[None]]
 

@@ -158,7 +158,8 @@ class RelevanceSums:
     def _zero(self, name: str) -> Float[Tensor, "batch ..."]:
         """The sums at a HookPoint which no gradient has reached."""
         zero = torch.zeros((), dtype=torch.float32).expand(self._shapes[name])
-        return reduce(zero, _by_row(self.axes[name]), "sum")
+        zeros: Tensor = reduce(zero, _by_row(self.axes[name]), "sum")
+        return zeros
 
     def take(self) -> dict[str, Tensor]:
         """The sums of one prompt's last backward, by name; 0 where the rules pass no relevance."""

@@ -2,7 +2,8 @@
 
 A component writes attention out step by step: scores = q·kᵀ, scaled, capped, masked; pattern =
 softmax; z = pattern·v. None of the rules needs a number of the scores or the pattern, so all steps
-can be recorded, and z be computed without them (``query_tiles.py``), in memory linear in the prompt:
+can be recorded, and z be computed without them (``query_tiles.py``), in memory linear in the
+prompt:
 
 - the uniform rule at the scores halves the gradients that arrive at q and k;
 - a constant pattern is one of detached q and k;
@@ -182,9 +183,10 @@ class DeferredAttention:
         if self._takes_factors and self.softcap == Softcap(1.0, "gradient"):
             if number and self.operand is None:
                 return self._then(lambda x: x * factor, softcap=Softcap(factor, "gradient"))
-            if factor is not None and factor is self.operand and factor.rule is identity_softcap:
+            operand = self.operand
+            if operand is not None and factor is operand and operand.rule is identity_softcap:
                 return self._then(
-                    lambda x: x * factor, softcap=Softcap(factor.cap, "identity"), operand=None
+                    lambda x: x * factor, softcap=Softcap(operand.cap, "identity"), operand=None
                 )
         return self.tensor() * factor
 

@@ -1,4 +1,4 @@
-"""Attention whose pattern never exists as a whole: torch's fused forward, a backward by query tiles.
+"""Attention whose pattern never exists as a whole: a fused forward, a backward by query tiles.
 
 With u = scale · q·kᵀ (or its soft-cap c·tanh u), p = softmax over the visible keys (and perhaps a
 sink's logit, which takes its share and is dropped), and z = p·v, a gradient g at z becomes
@@ -54,7 +54,7 @@ class Rows:
         to_pattern: ĝ, the gradient at the pattern.
         products: scale · q·kᵀ.
         to_products: The gradient there; None where the rules send none.
-        share: p ⊙ ĝ.
+        share: p ⊙ ĝ; a sink may write into it.
     """
 
     start: int
@@ -116,12 +116,14 @@ def attend(
     """The pattern times the values, without the pattern.
 
     Args:
-        q, k, v: Queries, keys and values; a key head serves as many query heads as follow.
+        q: Queries.
+        k: Keys; each key head serves as many consecutive query heads as there are for each.
+        v: Values.
         attention: What is computed.
     """
     if attention.is_torchs and q.dtype not in LOW:
         return _fused(q, k, v, attention.scale, None, causal=attention.keys.is_causal)
-    z: Tensor = _ByQueryTiles.apply(q, k, v, attention)
+    z: Tensor = _ByQueryTiles.apply(q, k, v, attention)  # type: ignore[no-untyped-call]
     return z
 
 
@@ -226,7 +228,7 @@ def _softmax(scores: Tensor, sinks: Tensor | None, shape: tuple[int, ...]) -> tu
 def _rows_of_z(
     q: Tensor, k: Tensor, v: Tensor, attention: Attention, start: int, stop: int
 ) -> Tensor:
-    """z of a tile of queries, where torch's fused attention has no form for it."""
+    """The output z of a tile of queries, where torch's fused attention has no form for it."""
     batch, heads, _, _ = q.shape
     kv_heads = k.shape[1]
     seen = _seen(attention, start, stop, torch.promote_types(q.dtype, torch.float32))
@@ -320,12 +322,17 @@ class _Backward:
             if attention.rows is not None:
                 by_head = (batch * heads, stop - start, -1)
                 rows = Rows(
-                    start, stop, seen.first,
-                    *(
-                        None if x is None else x.view(by_head)
-                        for x in (q_t, g_t, pattern, to_pattern, products, to_products, share)
-                    ),
-                )  # type: ignore[arg-type]  # fmt: skip
+                    start=start,
+                    stop=stop,
+                    first=seen.first,
+                    q=q_t.view(by_head),
+                    g=g_t.view(by_head),
+                    pattern=pattern.view(by_head),
+                    to_pattern=to_pattern.view(by_head),
+                    products=products.view(by_head),
+                    to_products=None if to_products is None else to_products.view(by_head),
+                    share=share.view(by_head),
+                )
                 acting_for(self.caller, attention.rows, rows)
         return dq, dk.view(k.shape), dv.view(v.shape)
 

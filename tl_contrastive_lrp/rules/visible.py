@@ -47,6 +47,7 @@ class LazyMask(Tensor):
         """Make a mask.
 
         Args:
+            cls: The class.
             shape: [batch, 1, query, key].
             dtype: The floating-point type that the mask would have.
             device: The device that it would be on.
@@ -110,7 +111,8 @@ class _IsHidden(Tensor):
     of: LazyMask
 
     @staticmethod
-    def __new__(cls, of: LazyMask) -> _IsHidden:  # noqa: D102
+    def __new__(cls, of: LazyMask) -> _IsHidden:
+        """Make it for a mask."""
         where: _IsHidden = Tensor._make_wrapper_subclass(
             cls, of.shape, dtype=torch.bool, device=of.device
         )
@@ -300,7 +302,8 @@ class VisibleKeys:
         """The keys that the queries from ``start`` to before ``stop`` see.
 
         Args:
-            start, stop: The tile.
+            start: The first query of the tile.
+            stop: The query after its last.
             dtype: The type of ``added``.
         """
         if self.is_all:

@@ -96,10 +96,9 @@ class StreamedEdges:
             source: The relevance of the source site's positions.
             target: That of the target site's.
         """
+        live = target.abs() > self.node_threshold  # where no relevance reaches its attention
         if self._alive:
             live = torch.cat(self._alive[::-1])
-        else:  # no relevance reaches this block's attention
-            live = target.abs() > self.node_threshold
         position = source - self._passed.to(source)
         position = torch.where(live, position, torch.zeros_like(position))
         self._selection.add_diagonal(position, slots=bool(self.heads))
