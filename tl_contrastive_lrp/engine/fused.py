@@ -4,11 +4,13 @@ In each block whose attention TransformerLens writes out, the product of queries
 deferred (``rules/deferred.py``), so that z comes from torch's fused attention. A block keeps its
 eager attention if a hook of the user's or a reading is at its scores or its pattern, or if a rule
 needs them: soft-caps, sinks, and components that compute attention without HookPoints.
+
+What is planned (``fused_blocks``) is what memory is planned by; what was fused is recorded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
@@ -16,15 +18,20 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..hooks.attach import Attachment
-from ..hooks.user_hooks import UserHook
+from ..hooks.placement import place
+from ..hooks.user_hooks import UserHook, user_hooks
 from ..inputs.bridge import components
 from ..rules.deferred import DeferredAttention, DeferringMode, MaskMemory
+from ..rules.rule_sets import RuleSet
 from ..rules.threads import active_in, mine
 from .reading import Reading
 
 AttentionKind = Literal["auto", "fused", "eager"]
 
 _NEEDED = ("hook_attn_scores", "hook_pattern")
+# Components whose code computes with scores or pattern before the values come: biases by distance,
+# and casts. Deferred attention would compute them too; without it, memory is planned as it is used.
+_COMPUTED = {"ALiBiJointQKVAttentionBridge", "BloomAttentionBridge", "CodeGenAttentionBridge"}
 # Below so many tokens eager attention is a small share of a forward, and as fast.
 _WORTH_FROM = 1024
 
@@ -73,6 +80,8 @@ class FusedBlocks:
             if "softmax" in of_path
             and "softcap" not in of_path
             and getattr(parts[path].original_component, "sinks", None) is None
+            and type(parts[path]).__name__ not in _COMPUTED
+            and not getattr(parts[path], "compatibility_mode", False)  # looks for rows of -inf
             and not any(f"{path}.{name}" in read for name in _NEEDED)
             and not any(id(part) in hooked for part in _watched(parts[path]))
         ]
@@ -92,10 +101,37 @@ class FusedBlocks:
     @property
     def kind(self) -> str:
         """What results record: "eager", "fused", or how many blocks were fused."""
-        if not self.done:
-            return "eager"
-        n = int(self.model.cfg.n_layers)
-        return "fused" if len(self.done) == n else f"fused in {len(self.done)} of {n} blocks"
+        return kind_of(self.model, self.done)
+
+
+def kind_of(model: Any, done: Collection[str]) -> str:
+    """What results record, if the attention of the components in ``done`` was fused."""
+    if not done:
+        return "eager"
+    n = int(model.cfg.n_layers)
+    return "fused" if len(done) == n else f"fused in {len(done)} of {n} blocks"
+
+
+def fused_blocks(
+    model: Any, rules: str | RuleSet, attention: AttentionKind, length: int, *, hooked: bool = True
+) -> int:
+    """In how many blocks attention would be fused, for a plan of the memory.
+
+    Args:
+        model: The bridge.
+        rules: Name of a rule set, or a ``RuleSet``.
+        attention: What the caller asked for.
+        length: Number of tokens in the prompt.
+        hooked: Whether the user's hooks would be on; tiles set them aside.
+
+    Raises:
+        ValueError: an unknown kind of attention.
+        UncoveredComponentError: a component that is known to have no rule.
+    """
+    if not is_worth(attention, length):
+        return 0
+    hooks = user_hooks(model) if hooked else ()
+    return len(FusedBlocks(model, place(model, rules)[0], (), hooks).candidates)
 
 
 def _watched(component: Any) -> list[Any]:

@@ -83,6 +83,7 @@ def run(
             model, tokens, objectives, rule_set, sums, tile,
             progress=options.progress, checkpoint=checkpoint,
             shared=prefilled.tiled if prefilled is not None else None,
+            attention=options.attention,
         )  # fmt: skip
 
     def plain(plan: MemoryPlan) -> list[RunResult]:

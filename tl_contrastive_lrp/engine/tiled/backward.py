@@ -12,7 +12,8 @@ Rules and readings are those of the plain engine; sums are assembled from the ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from ...hooks.attach import Attachment, HookFn
 from ...hooks.placement import attached, reading_hooks
 from ...rules.functions import at_least_float32
 from ...rules.precision import LOW, WideGradient, plain
+from ..fused import FusedBlocks, kind_of
 from ..memory import trim_heap
 from ..reading import Reading, RelevanceSums, arranged
 from .cache import Enough, ReplayCache
@@ -120,6 +122,13 @@ class Backward:
         self.model, self.attachments, self.sums, self.reader = model, attachments, sums, reader
         self.forward, self.signals, self.step = forward, signals, step
         self.again = again  # whether the forward serves another run after this one
+        self.fused: FusedBlocks | None = None  # of the current block
+        self._eager: set[str] = set()  # where what is read needs the scores or the pattern
+
+    @property
+    def attention(self) -> str:
+        """How attention was computed, as results record it."""
+        return kind_of(self.model, (self.forward.fused or frozenset()) - self._eager)
 
     def layer(self, layer: int) -> None:
         """Send the gradient of every objective from the block's output back to its input."""
@@ -131,6 +140,10 @@ class Backward:
         readings = [r for r in self.sums.readings if r.name.startswith(prefix)]
         readings += reader.readings(layer) if reader is not None else []
         hooks = arranged(self.model, own_rules, readings)
+        if forward.fused is not None:
+            self.fused = FusedBlocks(self.model, own_rules, readings, ())
+            own = {path for path in forward.fused if path.startswith(prefix)}
+            self._eager |= own.difference(self.fused.candidates)
         if reader is not None:
             reader.begin_layer(layer, forward)
         for tile in reversed(range(len(forward.bounds))):
@@ -192,6 +205,17 @@ class Backward:
                 self.reader.end_tile(layer, tile, read, which)
         self.sums.clear()
 
+    @contextmanager
+    def _fused(self, tile: int) -> Iterator[None]:
+        """Fused attention in the current block, whose value is that of the prefill."""
+        fused, kept = self.fused, self.forward.kept
+        if fused is None or kept is None:
+            yield
+            return
+        kept.tile = tile
+        with fused.active(), kept.used(self.model, fused.candidates):
+            yield
+
     def _replayed(
         self,
         layer: int,
@@ -207,6 +231,7 @@ class Backward:
             reading_hooks(self.model, hooks[0]),
             attached(self.model, own_rules),
             reading_hooks(self.model, hooks[1]),
+            self._fused(tile),
         ):
             try:
                 out = first_of(self.model.blocks[layer](*args, **kwargs))

@@ -22,6 +22,7 @@ from ...errors import NotTileableError
 from ...rules.threads import mine
 from ..memory import trim_heap
 from .cache import RecordingCache
+from .kept import KeptAttention
 from .tiles import BitMask, Range, is_read, tile_bounds
 
 _CACHE = object()  # stands for the cache among a block's recorded arguments
@@ -48,6 +49,9 @@ class Prefill:
         ranges: The positions whose logits are read, in whole tiles.
         finals: The outputs of those tiles as leaves, by tile.
         parts: Their logits, [1, tile, vocab], each on the graph of its tile's leaf.
+        fused: Paths of the attention components whose attention was computed fused; None if none
+            was to be.
+        kept: What their attention gave, for the second run of the blocks.
     """
 
     bounds: tuple[Range, ...]
@@ -61,6 +65,8 @@ class Prefill:
     outputs: list[Tensor] = field(default_factory=list)
     finals: dict[int, Tensor] = field(default_factory=dict)
     parts: list[Tensor] = field(default_factory=list)
+    fused: frozenset[str] | None = None
+    kept: KeptAttention | None = None
 
     @property
     def last(self) -> int:
@@ -189,6 +195,7 @@ def prefill(
     bounds: tuple[Range, ...],
     leaves: dict[str, Tensor],
     step: Callable[[], object] = lambda: None,
+    kept: KeptAttention | None = None,
 ) -> Prefill:
     """Run the model tile by tile, keeping the autograd graph only before and after the blocks.
 
@@ -200,6 +207,7 @@ def prefill(
         leaves: A dictionary in which the caller's hooks store the tensors at which the graph of
             each tile starts.
         step: Called after each tile.
+        kept: Told which tile runs.
 
     Raises:
         NotTileableError: a block does not work over a cache of keys and values.
@@ -219,6 +227,8 @@ def prefill(
                 step()
                 continue
             cache.begin(start, stop)
+            if kept is not None:
+                kept.tile = tile
             leaves.clear()
             with suppress(_AfterBlocks):
                 logits.append(model(tokens[:, start:stop], past_key_values=cache))
