@@ -17,12 +17,13 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from ..errors import UncoveredComponentError
 from ..hooks.attach import Attachment
 from ..hooks.placement import place
 from ..hooks.user_hooks import UserHook, user_hooks
-from ..inputs.bridge import components
+from ..inputs.bridge import components, hook_points
 from ..rules.deferred import DeferredAttention, DeferringMode, MaskMemory
-from ..rules.rule_sets import RuleSet
+from ..rules.rule_sets import DEFAULT_RULES
 from ..rules.threads import active_in, mine
 from .reading import Reading
 
@@ -71,7 +72,9 @@ class FusedBlocks:
         operations: dict[str, set[str]] = {}
         for attachment in attachments:
             operations.setdefault(attachment.site.path, set()).add(attachment.site.operation)
-        read = {reading.name for reading in readings}
+        points = hook_points(model)
+        names = {reading.name for reading in readings}
+        read = {id(points[name]) for name in names if name in points}  # one may have several names
         hooked = {id(hook.module) for hook in hooks}
         parts = components(model)
         self.candidates = [
@@ -82,7 +85,8 @@ class FusedBlocks:
             and getattr(parts[path].original_component, "sinks", None) is None
             and type(parts[path]).__name__ not in _COMPUTED
             and not getattr(parts[path], "compatibility_mode", False)  # looks for rows of -inf
-            and not any(f"{path}.{name}" in read for name in _NEEDED)
+            and not any(f"{path}.{name}" in names for name in _NEEDED)
+            and not any(id(getattr(parts[path], name, None)) in read for name in _NEEDED)
             and not any(id(part) in hooked for part in _watched(parts[path]))
         ]
 
@@ -112,26 +116,30 @@ def kind_of(model: Any, done: Collection[str]) -> str:
     return "fused" if len(done) == n else f"fused in {len(done)} of {n} blocks"
 
 
-def fused_blocks(
-    model: Any, rules: str | RuleSet, attention: AttentionKind, length: int, *, hooked: bool = True
-) -> int:
-    """In how many blocks attention would be fused, for a plan of the memory.
+def without_rules(model: Any, attention: AttentionKind, length: int) -> FusedBlocks | None:
+    """The attentions that may be fused in a forward without rules or readings.
 
     Args:
-        model: The bridge.
-        rules: Name of a rule set, or a ``RuleSet``.
+        model: The bridge; one that no rule covers computes attention as it does.
         attention: What the caller asked for.
         length: Number of tokens in the prompt.
-        hooked: Whether the user's hooks would be on; tiles set them aside.
 
     Raises:
         ValueError: an unknown kind of attention.
-        UncoveredComponentError: a component that is known to have no rule.
     """
     if not is_worth(attention, length):
-        return 0
-    hooks = user_hooks(model) if hooked else ()
-    return len(FusedBlocks(model, place(model, rules)[0], (), hooks).candidates)
+        return None
+    try:
+        attachments, _ = place(model, DEFAULT_RULES)
+    except UncoveredComponentError:
+        return None
+    return FusedBlocks(model, attachments, (), user_hooks(model))
+
+
+def fused_blocks(model: Any, attention: AttentionKind, length: int) -> int:
+    """In how many blocks attention would be fused, for a plan of the memory."""
+    fused = without_rules(model, attention, length)
+    return 0 if fused is None else len(fused.candidates)
 
 
 def _watched(component: Any) -> list[Any]:

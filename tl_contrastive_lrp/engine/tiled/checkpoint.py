@@ -118,8 +118,8 @@ class Checkpoint:
             raise FileFormatError(
                 Message(
                     f"{self.path} belongs to another run (prompt, model, objective, rules, "
-                    "attention or other settings differ, or the processor or number of threads, which round "
-                    "differently). Give another ",
+                    "attention or other settings differ, or the processor or number of threads, "
+                    "which round differently). Give another ",
                     Argument("checkpoint_dir"),
                     ", or delete that folder.",
                 )

@@ -96,13 +96,16 @@ class _Mode(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and len(args) == 3 and kwargs.keys() == _ARGUMENTS:
-            mask, causal, scale = kwargs["attn_mask"], kwargs["is_causal"], kwargs["scale"]
+        attends = func is F.scaled_dot_product_attention and len(args) == 3
+        if attends and kwargs.keys() == _ARGUMENTS:
+            (q, k, v), scale = args, kwargs["scale"]
+            mask, causal = kwargs["attn_mask"], kwargs["is_causal"]
             if self.again:
                 if (found := self.kept.attended(self.path, scale)) is not None:
-                    return _Again.apply(*args, *found, mask, causal)
-            elif _is_flash(*args, mask, causal, scale):
-                return self.kept.attend(self.path, *args, mask, causal, scale)
+                    z: Tensor = _Again.apply(q, k, v, *found, mask, causal)
+                    return z
+            elif _is_flash(q, k, v, mask, causal, scale):
+                return self.kept.attend(self.path, q, k, v, mask, causal, scale)
         return func(*args, **kwargs)
 
 
@@ -138,7 +141,5 @@ class _Again(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, z, sums, mask = ctx.saved_tensors
-        gradients = _BACKWARD(
-            g, q, k, v, z, sums, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale
-        )
+        gradients = _BACKWARD(g, q, k, v, z, sums, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale)
         return *gradients, None, None, None, None, None

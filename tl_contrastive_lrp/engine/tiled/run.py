@@ -150,7 +150,7 @@ def run_tiled(
         run.drop_unfinished()
         return _attempt(run, smaller, progress)
 
-    with observers_set_aside(model, tokens):
+    with observers_set_aside(model, tokens, fusing=fusing):
         if shared is None:
             check_tileable(model, tokens)
         return in_smaller_tiles(attempt, tile)
@@ -202,7 +202,7 @@ def forward_in_tiles(
             )
         return TiledForward(forward, smaller, slots, fusing)
 
-    with observers_set_aside(model, tokens):
+    with observers_set_aside(model, tokens, fusing=fusing):
         check_tileable(model, tokens)
         return in_smaller_tiles(attempt, tile)
 
@@ -264,9 +264,7 @@ def _attempt(run: _Run, tile: int, progress: bool) -> list[RunResult]:
         checkpoint, reader = run.checkpoint, run.reader
         if checkpoint is not None and run.todo == n_layers:
             names = [str(objective) for objective in run.objectives]
-            checkpoint.open(
-                run.tokens, values, run.coverage.rules, names, tile, fused=run.fusing
-            )
+            checkpoint.open(run.tokens, values, run.coverage.rules, names, tile, fused=run.fusing)
             run.todo = checkpoint.resume(n_layers, run.signals, reader)
             bar.update((n_layers - run.todo) * len(bounds))
         backward = Backward(
