@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...inputs.bridge import components
+from ...rules.deferred import DeferredAttention
 from ...rules.threads import active_in
 
 _ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -96,6 +97,9 @@ class _Mode(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.matmul and isinstance(args[0], DeferredAttention):
+            with self:  # inside a mode's own handler the mode is off, and attention is computed here
+                return DeferredAttention.__torch_function__(func, types, args, kwargs)
         attends = func is F.scaled_dot_product_attention and len(args) == 3
         if attends and kwargs.keys() == _ARGUMENTS:
             (q, k, v), scale = args, kwargs["scale"]
