@@ -98,7 +98,9 @@ class _Mode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.matmul and isinstance(args[0], DeferredAttention):
-            with self:  # inside a mode's own handler the mode is off, and attention is computed here
+            with (
+                self
+            ):  # inside a mode's own handler the mode is off, and attention is computed here
                 return DeferredAttention.__torch_function__(func, types, args, kwargs)
         attends = func is F.scaled_dot_product_attention and len(args) == 3
         if attends and kwargs.keys() == _ARGUMENTS:
