@@ -18,7 +18,6 @@ def random_bridge(
     layers: int, d_model: int, heads: int, positions: int, vocab: int = 512
 ) -> TransformerBridge:
     """A random bias-free Qwen3 with grouped-query attention, in evaluation mode, float32."""
-    torch.manual_seed(0)
     config = transformers.Qwen3Config(
         vocab_size=vocab,
         hidden_size=d_model,
@@ -29,6 +28,13 @@ def random_bridge(
         head_dim=d_model // heads,
         max_position_embeddings=max(positions, 64),
     )
+    return bridge_of(config)
+
+
+def bridge_of(config: Any) -> TransformerBridge:
+    """A random model of this configuration, in evaluation mode, float32."""
+    torch.manual_seed(0)
+    vocab = config.vocab_size
     words = {token: i for i, token in enumerate(["<unk>", "<pad>", "<bos>", "<eos>"])}
     words |= {f"w{i}": i for i in range(4, vocab)}
     tokenizer = transformers.PreTrainedTokenizerFast(
