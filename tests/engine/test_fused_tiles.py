@@ -31,8 +31,9 @@ from tl_contrastive_lrp.engine import memory
 from tl_contrastive_lrp.engine.plain import forward
 from tl_contrastive_lrp.engine.prefilled import prefill_prompt
 from tl_contrastive_lrp.engine.tiled import backward as tiled_backward
+from tl_contrastive_lrp.engine.tiled import prefill as prefill_room
 from tl_contrastive_lrp.engine.tiled.kept import KeptAttention
-from tl_contrastive_lrp.errors import FileFormatError, NotTileableError
+from tl_contrastive_lrp.errors import FileFormatError, ModelStateError, NotTileableError
 
 RULES = ("attnlrp", "cplrp", "gim", "gradient")
 EAGER: dict[str, Any] = {**PLAIN, "attention": "eager"}
@@ -55,7 +56,7 @@ def assert_same(found: clrp.Attribution, wanted: clrp.Attribution, bound: float)
 
 
 class Calls(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts fused attentions, and tensors of [.., head, query, key] for these numbers of keys."""
+    """Counts queries of fused attention, and tensors of [.., head, query, key] for so many keys."""
 
     def __init__(self, keys: int) -> None:
         super().__init__()
@@ -63,7 +64,7 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.attended += func is FLASH
+        self.attended += args[0].shape[-2] if func is FLASH else 0
         by_head = isinstance(out, Tensor) and out.ndim == 4 and out.shape[1] > 1  # not so a mask
         # Keys are also transposed, [head, d_head, key], for the product that is deferred.
         if by_head and out.shape[-1] >= self.keys and out.shape[-2] != 8:
@@ -157,10 +158,12 @@ def test_memory_is_linear_in_the_prompt(rules: str) -> None:
             assert calls.by_head
             continue
         assert calls.by_head == []
-        # GIM's gradient is that of another temperature, which the replays compute; the last block
-        # passes relevance on at the last position only.
-        again = (blocks - 1) * tiles + 1 if rules == "gim" else 0
-        assert calls.attended == blocks * tiles + again
+        # In a replay attention is compared at one position. GIM's gradient is that of another
+        # temperature, which the replays compute; the last block passes relevance on at the last
+        # position only.
+        replays, positions = (blocks - 1) * tiles + 1, (blocks - 1) * n + 1
+        again = positions if rules == "gim" else 0
+        assert calls.attended == blocks * n + replays + again
 
 
 def test_what_was_written_into_is_not_used_again() -> None:
@@ -172,6 +175,21 @@ def test_what_was_written_into_is_not_used_again() -> None:
     assert kept.attended("b", 0.5) is None
     z[0, 0, 0] = 0.0
     assert kept.attended("a", 0.5) is None
+
+
+def test_a_replay_that_attends_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was kept hides no difference between the prefill and the second run of a block."""
+    model, ids = boot("qwen3", torch.float32), random_tokens(1, 30)
+    call = prefill_room.Prefill.call
+
+    def turned(self: Any, layer: int, *more: Any) -> Any:
+        args, kwargs = call(self, layer, *more)
+        cos, sin = kwargs["position_embeddings"]
+        return args, {**kwargs, "position_embeddings": (sin, cos)}
+
+    monkeypatch.setattr(prefill_room.Prefill, "call", turned)
+    with pytest.raises(ModelStateError, match="gives a different output when it is run again"):
+        clrp.attribute(model, ids, clrp.logit_diff(model, 7, 11), **FUSED)
 
 
 def test_auto_fuses_long_prompts_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 The backward of fused attention needs z, the pattern times the values, and the logarithm of each
 query's sum of exponentials, besides the queries, keys and values that the replay computes anyway.
 Both are linear in the prompt, and with them the forward of attention, the part of a replay that
-grows with the square of the prompt, is left out. Torch gives the second number on CPUs only
-through the operation that its fused attention calls; elsewhere nothing is kept.
+grows with the square of the prompt, is left out. Attention at the tile's last position is computed
+all the same: if it is another than in the prefill, nothing kept is used, and the replay finds out
+that the block gives another output. Torch gives the second number on CPUs only through the
+operation that its fused attention calls; elsewhere nothing is kept.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ from torch.overrides import TorchFunctionMode
 
 from ...inputs.bridge import components
 from ...rules.deferred import DeferredAttention
+from ...rules.precision import LOW
 from ...rules.threads import active_in
 
 _ATTEND = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION, as torch chooses it
+_SLACK = 1e-3  # as for a block's output
+_SLACK_LOW = 2e-2  # a few roundings of bfloat16
 _ARGUMENTS = {"attn_mask", "is_causal", "scale"}  # what deferred attention gives by name
 
 # z [1, head, tile, d_head], the logarithms [1, head, tile], and the scale of the scores.
@@ -107,7 +112,8 @@ class _Mode(TorchFunctionMode):
             (q, k, v), scale = args, kwargs["scale"]
             mask, causal = kwargs["attn_mask"], kwargs["is_causal"]
             if self.again:
-                if (found := self.kept.attended(self.path, scale)) is not None:
+                found = self.kept.attended(self.path, scale)
+                if found is not None and _agrees(found[0], q, k, v, mask, scale):
                     z: Tensor = _Again.apply(q, k, v, *found, mask, causal)
                     return z
             elif _is_flash(q, k, v, mask, causal, scale):
@@ -123,6 +129,16 @@ def _is_flash(
         return False
     chosen: int = torch._fused_sdp_choice(q, k, v, mask, 0.0, causal, scale=scale)
     return chosen == _FLASH
+
+
+@torch.no_grad()
+def _agrees(z: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> bool:
+    """Whether attention at the last position, which sees all keys but masked ones, is as in z."""
+    last = None if mask is None else mask[..., -1:, :]
+    again = F.scaled_dot_product_attention(q[..., -1:, :], k, v, attn_mask=last, scale=scale)
+    expected = z[..., -1:, :]
+    slack = _SLACK_LOW if z.dtype in LOW else _SLACK
+    return bool((again - expected).abs().max() <= slack * expected.abs().max())
 
 
 class _Again(torch.autograd.Function):
