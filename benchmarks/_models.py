@@ -71,6 +71,11 @@ def random_bridge(
         head_dim=d_model // heads,
         max_position_embeddings=max(positions, 64),
     )
+    return bridge_of(config)
+
+
+def bridge_of(config: Any) -> TransformerBridge:
+    """A random model of this configuration, in evaluation mode, float32."""
     with tempfile.TemporaryDirectory() as directory:
         save_random(config, directory)
         model: Any = TransformerBridge.boot_transformers(directory, device="cpu")

@@ -42,6 +42,30 @@ def little(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 # ---- plain or tiled, and what is printed about it ----------------------------------------
 
 
+@pytest.mark.parametrize("tiles", [(), TILED])
+def test_attention_is_computed_as_asked_and_reported(
+    tiles: tuple[object, ...], run: Run, folder: Path
+) -> None:
+    eager, fused = (
+        run(*explained(folder, *tiles, "--attention", kind, "--json"))
+        for kind in ("eager", "fused")
+    )
+    assert (eager.json["attention"], fused.json["attention"]) == ("eager", "fused")
+    assert relevance(fused) == pytest.approx(relevance(eager), abs=1e-5)
+    assert fused.json["memory"]["way"] == eager.json["memory"]["way"]
+    assert fused.json["memory"]["plain_bytes"] < eager.json["memory"]["plain_bytes"]
+    edges = [
+        run("graph", *asked(folder, *tiles, "--attention", kind, "--json")[1:])
+        for kind in ("eager", "fused")
+    ]
+    mass = [done.json["full"]["mass"] for done in edges]
+    assert mass[1] == pytest.approx(mass[0], rel=1e-4)
+    if tiles:
+        done = run(*explained(folder, *tiles, "--attention", "fused"))
+        assert "Memory: tiled (tile 4), attention fused; the plain engine" in done.out
+    assert run(*explained(folder, "--attention", "flash")).code == USAGE
+
+
 def test_tiles_give_the_same_relevance_and_are_reported(
     run: Run, folder: Path, bridge: Any
 ) -> None:

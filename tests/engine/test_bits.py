@@ -23,7 +23,11 @@ from tl_contrastive_lrp.engine.tiled import backward as tiled_backward
 from tl_contrastive_lrp.engine.tiled.tiles import laid_out
 
 # Contractions, whose order of adding up is the kernel's own choice.
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "dot", "mv", "addmv", "convolution"}
+PRODUCTS = {
+    "mm", "addmm", "bmm", "baddbmm", "addbmm", "dot", "mv", "addmv", "convolution",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+}  # fmt: skip
 
 
 def products(calls: list[Call]) -> list[Call]:
@@ -68,7 +72,7 @@ def _rest_of(run: Any, block: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "gemma3"])
-@pytest.mark.parametrize("kind", ["nodes", "edges", "heads of two"])
+@pytest.mark.parametrize("kind", ["nodes", "fused nodes", "edges", "heads of two"])
 def test_what_a_checkpoint_brings_back_lies_as_what_was_computed(
     kind: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,8 +83,9 @@ def test_what_a_checkpoint_brings_back_lies_as_what_was_computed(
 
     def run() -> Any:
         how = {**TILED, "checkpoint_dir": folder}
-        if kind == "nodes":
-            return [clrp.attribute(model, ids, asked[0], **how)]
+        if kind.endswith("nodes"):
+            attention: Any = "fused" if kind == "fused nodes" else "auto"
+            return [clrp.attribute(model, ids, asked[0], attention=attention, **how)]
         if kind == "edges":
             return [clrp.attribution_graph(model, ids, asked[0], **more, **how)]
         return clrp.attribution_graphs(model, ids, asked, **more, **how)
@@ -91,9 +96,11 @@ def test_what_a_checkpoint_brings_back_lies_as_what_was_computed(
             (folder / f"block_{at}.safetensors").unlink()
         found, resumed = _rest_of(run, block, monkeypatch)
         assert products(undisturbed)
+        attended = {name for name, *_ in undisturbed if "attention" in name}
+        assert bool(attended) == (kind == "fused nodes")
         assert undisturbed == resumed
         for one, other in zip(wanted, found, strict=True):
-            for part in ("resid", "heads") if kind == "nodes" else ("relevance", "weight"):
+            for part in ("resid", "heads") if kind.endswith("nodes") else ("relevance", "weight"):
                 assert torch.equal(getattr(one, part), getattr(other, part)), part
         for path in folder.iterdir():
             path.unlink()

@@ -90,14 +90,14 @@ def attribute(
         attention: "eager" computes attention as TransformerLens does, bit for bit. "fused" uses
             torch's fused attention, whose values are the same up to rounding, in every block where
             no hook of yours and no rule needs the scores or the pattern. "auto" takes it where it
-            is faster. The result records which one ran. Runs in tiles are eager.
+            is faster. The result records which one ran.
         prepend_bos: Whether a text begins with the BOS token, as in ``model.to_tokens``. None: the
             model's default, ``model.cfg.default_prepend_bos``, but no second one before a text that
             already begins with it, such as the output of a chat template. Ids are taken as they
             are.
         prefilled: A forward of this prompt under these rules that has already been run
-            (``engine.prefilled.prefill_prompt``); it also fixes ``memory`` and
-            ``tile``, and is eager.
+            (``engine.prefilled.prefill_prompt``); it also fixes ``memory``, ``tile`` and
+            ``attention``.
 
     Returns:
         An ``Attribution`` with relevance in logits, on the CPU: of the tokens [pos], hidden states
@@ -111,9 +111,10 @@ def attribute(
     Raises:
         TypeError: ``model`` is not a bridge; neither or both of an objective and a target with
             contrast; an objective that is not a function; a ``prepend_bos`` that is not a bool.
-        ValueError: ``neurons`` for a model with experts; an unknown ``memory`` or a wrong ``tile``;
-            a ``prefilled`` of another prompt, rule set or state of the model, one that was not
-            prepared for this call, or one that has served all of its results.
+        ValueError: ``neurons`` for a model with experts; an unknown ``memory`` or ``attention``, or
+            a wrong ``tile``; a ``prefilled`` of another prompt, rule set, state of the model or
+            kind of attention, one that was not prepared for this call, or one that has served all
+            of its results.
         TokenError: a target or contrast that is not one token or is ambiguous, an id out of range,
             the same token on both sides, or a position that the prompt does not have.
         PromptError: a prompt that is empty, a batch, too long, or on another device.

@@ -6,6 +6,7 @@ position. In tiles it holds what ``engine/tiled/prefill.py`` keeps, which is lin
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..engine.fused import AttentionKind, fused_blocks, is_worth, without_rules
 from ..engine.memory import (
     Memory,
     MemoryPlan,
@@ -48,6 +50,7 @@ def logits_at(
     tile: int | None = None,
     *,
     progress: bool = True,
+    attention: AttentionKind = "auto",
 ) -> Float[Tensor, " vocab"]:
     """Compute the logits after one position, from one forward without gradients.
 
@@ -58,49 +61,58 @@ def logits_at(
         memory: As for ``attribute``; "auto" uses tiles where ``attribute`` would.
         tile: Positions per tile.
         progress: Show a progress bar in tiles.
+        attention: As for ``attribute``.
 
     Raises:
         TokenError: the prompt has no such position.
-        ValueError: an unknown ``memory`` or a wrong ``tile``.
+        ValueError: an unknown ``memory`` or ``attention``, or a wrong ``tile``.
         ModelStateError: the model cannot run in tiles, and the plain engine would not fit or was
             not allowed.
     """
     length = int(tokens.shape[1])
     pos = one_position(pos, length)
-    plan = plan_memory(model, length, memory, tile)
+    fused = fused_blocks(model, attention, length)
+    plan = plan_memory(model, length, memory, tile, fused=fused)
     # Finding out whether a user's hook works in tiles takes a forward without tiles, and nothing
     # more than that forward is needed here.
-    if memory == "auto" and user_hooks(model) and fits_forward(model, length):
+    if memory == "auto" and user_hooks(model) and fits_forward(model, length, fused=fused):
         plan = replace(plan, tile=None)
     # If tiles do not work, a forward without gradients is what has to fit.
-    plan = replace(plan, plain_bytes=forward_bytes(model, length))
+    plan = replace(plan, plain_bytes=forward_bytes(model, length, fused=fused))
 
     def in_tiles(plan: MemoryPlan) -> Float[Tensor, " vocab"]:
         assert plan.tile is not None
-        return _logits_in_tiles(model, tokens, pos, plan.tile, progress)
+        return _logits_in_tiles(model, tokens, pos, plan.tile, progress, attention)
 
     def without_tiles(_: MemoryPlan) -> Float[Tensor, " vocab"]:
-        with torch.no_grad():
+        with torch.no_grad(), _fused(model, attention, length):
             logits: Tensor = model(tokens)[0, pos]
             return logits.clone()  # a view would keep the logits of all positions
 
     return run_as_planned(plan, in_tiles, without_tiles)
 
 
+def _fused(model: Any, attention: AttentionKind, length: int) -> AbstractContextManager[None]:
+    blocks = without_rules(model, attention, length)
+    return nullcontext() if blocks is None else blocks.active()
+
+
 def _logits_in_tiles(
-    model: Any, tokens: Tensor, pos: int, tile: int, progress: bool
+    model: Any, tokens: Tensor, pos: int, tile: int, progress: bool, attention: AttentionKind
 ) -> Float[Tensor, " vocab"]:
-    ranges = ((pos, pos + 1),)
+    ranges, length = ((pos, pos + 1),), int(tokens.shape[1])
 
     def attempt(smaller: int) -> Float[Tensor, " vocab"]:
-        bounds = tile_bounds(tokens.shape[1], smaller, ranges)
+        bounds = tile_bounds(length, smaller, ranges)
         with (
             torch.no_grad(),
+            _fused(model, attention, length),
             tqdm(total=len(bounds), desc="Prompt", unit="tile", disable=not progress) as bar,
         ):
             return prefill(model, tokens, ranges, bounds, {}, bar.update).logits()[0, 0]
 
-    with observers_set_aside(model, tokens, backward=False):
+    fusing = is_worth(attention, length)
+    with observers_set_aside(model, tokens, backward=False, fusing=fusing):
         check_tileable(model, tokens)
         return in_smaller_tiles(attempt, tile)
 
@@ -134,6 +146,7 @@ def next_token_table(
     memory: Memory = "auto",
     tile: int | None = None,
     progress: bool = True,
+    attention: AttentionKind = "auto",
     prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """List the ``k`` most likely next tokens, to choose a contrast from.
@@ -146,6 +159,8 @@ def next_token_table(
         memory: As for ``attribute``. A long prompt is run in tiles, without gradients.
         tile: Positions per tile.
         progress: Show a progress bar in tiles.
+        attention: "auto", "fused" or "eager", as for ``attribute``. Fused attention gives the
+            model's logits up to rounding.
         prepend_bos: Whether a text begins with the BOS token, as for ``attribute``.
 
     Returns:
@@ -161,7 +176,7 @@ def next_token_table(
         PromptError: the prompt is empty, a batch, too long, or has ids out of range; or a BOS token
             cannot be put before it.
         TokenError: the prompt has no such position, or ``k`` is not a whole number above 0.
-        ValueError: an unknown ``memory`` or a wrong ``tile``.
+        ValueError: an unknown ``memory`` or ``attention``, or a wrong ``tile``.
         ModelStateError: the model cannot run in tiles, and the plain engine would not fit or was
             not allowed.
 
@@ -176,5 +191,5 @@ def next_token_table(
     if not isinstance(k, Integral) or k < 1:
         raise TokenError(f"k={k!r} lists no candidates; use a whole number, 1 or more.")
     tokens = to_single_prompt(model, prompt, prepend_bos)
-    logits = logits_at(model, tokens, pos, memory, tile, progress=progress)
+    logits = logits_at(model, tokens, pos, memory, tile, progress=progress, attention=attention)
     return candidate_table(model, logits, k)

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+from ..engine.fused import AttentionKind
 from ..engine.plain import run
 from ..engine.reading import Reading, relevance_of
 from ..errors import TokenError
@@ -137,6 +138,7 @@ def run_with_relevance(
     rules: str | RuleSet = DEFAULT_RULES,
     remove_batch_dim: bool = False,
     prepend_bos: bool | None = None,
+    attention: AttentionKind = "auto",
     **forward_kwargs: Any,
 ) -> tuple[Float[Tensor, "batch pos vocab"], ActivationCache]:
     """Run the model and return its logits and the relevance of every activation.
@@ -157,6 +159,8 @@ def run_with_relevance(
         rules: Name of a rule set, or a ``RuleSet``.
         remove_batch_dim: Drop the batch dimension of a single prompt from the cache.
         prepend_bos: Whether texts begin with the BOS token, as for ``attribute``.
+        attention: "auto", "fused" or "eager", as for ``attribute``. Blocks whose scores or pattern
+            are in the cache, by default all, are eager.
         **forward_kwargs: Passed to the model's forward, such as ``attention_mask`` [batch, pos].
 
     Returns:
@@ -168,7 +172,8 @@ def run_with_relevance(
     Raises:
         TypeError: a keyword that the model's forward does not name, or that would make it return
             something other than the logits of these tokens.
-        ValueError: a name that does not exist, or at which there is no relevance.
+        ValueError: a name that does not exist, or at which there is no relevance; an unknown
+            ``attention``.
         TokenError: the objective reads the logits of a padding token.
         PromptError, ModelStateError, UncoveredComponentError: as ``attribute``.
 
@@ -187,8 +192,9 @@ def run_with_relevance(
         objective = objective.with_mask(padded)
     cache: dict[str, Tensor] = {}
     logits, _, _ = run(
-        model, ids, objective, rule_set, _readings(model, names, cache), **forward_kwargs
-    )
+        model, ids, objective, rule_set, _readings(model, names, cache), attention=attention,
+        **forward_kwargs,
+    )  # fmt: skip
     if padded is not None:
         _refuse_padding(objective, logits, padded)
     ordered = {name: cache[name].contiguous() for name in names if name in cache}

@@ -119,15 +119,19 @@ def _next_logits(
 ) -> Tensor:
     """The logits [vocab] at a position, in tiles where the prompt would be explained in tiles."""
     from ..attribution.candidates import logits_at
+    from ..engine.fused import fused_blocks
     from ..engine.memory import plan_memory
 
-    plan = plan_memory(model, tokens.shape[1], memory.memory, memory.tile)
+    length = int(tokens.shape[1])
+    fused = fused_blocks(model, memory.attention, length)
+    plan = plan_memory(model, length, memory.memory, memory.tile, fused=fused)
     with progress(
         "Asking the model for its next token", output.shows_progress and plan.tile is None
     ):
         return logits_at(
-            model, tokens, pos, memory.memory, memory.tile, progress=output.shows_progress
-        )
+            model, tokens, pos, memory.memory, memory.tile, progress=output.shows_progress,
+            attention=memory.attention,
+        )  # fmt: skip
 
 
 def _notes(

@@ -98,6 +98,7 @@ def prepare(
             calls=calls,
             uses=1 + shared,
             progress=output.shows_progress,
+            attention=memory.attention,
         )
     return Prepared(prefilled, relevance, graph)
 

@@ -75,6 +75,7 @@ class GraphOptions(o.QuestionOptions):
     memory: o.MemoryOption = o.Memory.AUTO
     tile: o.TileOption = None
     checkpoint_dir: o.CheckpointDirOption = None
+    attention: o.AttentionOption = o.Attention.AUTO
     save: Annotated[
         Path | None,
         typer.Option(
@@ -204,6 +205,7 @@ def _prepare(
             pos=options.pos,
             calls=calls,
             progress=output.shows_progress,
+            attention=memory.attention,
         )
     return run, prefilled
 
@@ -242,7 +244,9 @@ def graph_command(options: GraphOptions) -> None:
         top_k=options.top_k,
         connected=not options.no_connected,
     )
-    memory = MemoryOptions(options.memory.value, options.tile, options.checkpoint_dir)
+    memory = MemoryOptions(
+        options.memory.value, options.tile, options.checkpoint_dir, options.attention.value
+    )
     with exit_codes(options.debug):
 
         def forward(model: Any, tokens: Tensor) -> tuple[Tensor, tuple[RunPlan, Prefilled]]:

@@ -69,6 +69,7 @@ class ExplainOptions(o.QuestionOptions):
     memory: o.MemoryOption = o.Memory.AUTO
     tile: o.TileOption = None
     checkpoint_dir: o.CheckpointDirOption = None
+    attention: o.AttentionOption = o.Attention.AUTO
     top: o.TopOption = 10
     json: o.JsonOption = False
     save: o.SaveOption = None
@@ -92,13 +93,16 @@ def explain_command(options: ExplainOptions) -> None:
     prompt); *tokens* (for each position *pos, id, token, relevance, share, greyed*); *top*
     (positions by |relevance|); *ledger* (for each site *site, total, biases, positions, other*);
     *candidates* (*rank, token, id, logit, probability, minus_top*); *memory* (*way*: plain or
-    tiled; *plain_bytes, free_bytes*: what the plain engine needs, and what was free); *report,
-    saved* (paths or null); *notes*. A share of Δℓ is null where Δℓ is 0. Without --contrast,
-    *status* is "needs_contrast", with *version, model, pos, candidates, command, notes*.
+    tiled; *plain_bytes, free_bytes*: what the plain engine needs, and what was free); *attention*
+    (eager, fused, or in how many blocks it was fused); *report, saved* (paths or null); *notes*. A
+    share of Δℓ is null where Δℓ is 0. Without --contrast, *status* is "needs_contrast", with
+    *version, model, pos, candidates, command, notes*.
     """
     options.check()
     output = Output(options.top, options.json, options.out, options.save, options.quiet)
-    memory = MemoryOptions(options.memory.value, options.tile, options.checkpoint_dir)
+    memory = MemoryOptions(
+        options.memory.value, options.tile, options.checkpoint_dir, options.attention.value
+    )
     rules = options.rules.value
     with exit_codes(options.debug):
 

@@ -19,12 +19,13 @@ from .output import Output, check_parent
 from .terminal import print_err
 
 if TYPE_CHECKING:
+    from ..engine.fused import AttentionKind
     from ..engine.memory import Memory, MemoryPlan
 
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """The options ``--memory``, ``--tile`` and ``--checkpoint-dir``.
+    """The options ``--memory``, ``--tile``, ``--checkpoint-dir`` and ``--attention``.
 
     Raises:
         typer.BadParameter: They contradict each other.
@@ -33,6 +34,7 @@ class MemoryOptions:
     memory: Memory = "auto"
     tile: int | None = None
     checkpoint_dir: Path | None = None
+    attention: AttentionKind = "auto"
 
     def __post_init__(self) -> None:
         if self.memory != "plain":
@@ -79,6 +81,7 @@ class MemoryOptions:
             FileFormatError: The folder holds something else.
             ModelStateError: The run cannot be tiled, and otherwise does not fit into memory.
         """
+        from ..engine.fused import fused_blocks
         from ..engine.memory import plan_memory, require_plain_fits
 
         options, folder = self, None if self.checkpoint_dir is None else self.checkpoint_dir / kind
@@ -89,8 +92,10 @@ class MemoryOptions:
             if (begun := Checkpoint(folder).tile()) is not None:
                 options = replace(self, memory="tiled", tile=self.tile or begun)
         plan = plan_memory(
-            model, length, options.memory, options.tile, graphs=graphs, by_head=by_head
-        )
+            model, length, options.memory, options.tile, graphs=graphs, by_head=by_head,
+            # The edges of a graph are computed from scores and patterns.
+            fused=0 if graphs else fused_blocks(model, self.attention, length),
+        )  # fmt: skip
         if why_plain and plan.tile is not None:
             plan = require_plain_fits(plan, why_plain)
         if plan.tile is None:
@@ -117,20 +122,22 @@ class RunPlan:
         """Whether the run is tiled."""
         return self.plan.tile is not None
 
-    def described(self, done: str | None = None) -> str:
+    def described(self, done: str | None = None, attention: str = "eager") -> str:
         """Describe the use of memory where that is of interest: tiles, or an explicit option.
 
         Args:
             done: What was actually done; a GPU without enough memory may have halved the tiles.
+            attention: How attention was computed.
         """
         if not self.is_tiled and self.options.memory == "auto":
             return ""
         from ..engine.memory import gib
 
         need, free = gib(self.plan.plain_bytes), gib(self.plan.free_bytes)
+        how = "" if attention == "eager" else f", attention {attention}"
         return (
-            f"Memory: {done or self.plan.memory}; the plain engine needs about {need}, {free} are "
-            "free."
+            f"Memory: {done or self.plan.memory}{how}; the plain engine needs about {need}, "
+            f"{free} are free."
         )
 
     @property

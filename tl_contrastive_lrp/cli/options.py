@@ -88,6 +88,14 @@ class Memory(str, Enum):
     TILED = "tiled"
 
 
+class Attention(str, Enum):
+    """How attention is computed; written out here because ``engine.fused`` imports torch."""
+
+    AUTO = "auto"
+    FUSED = "fused"
+    EAGER = "eager"
+
+
 ModelOption = Annotated[
     str | None,
     typer.Option(
@@ -171,6 +179,14 @@ MemoryOption = Annotated[
 ]
 TileOption = Annotated[
     int | None, typer.Option(min=1, help="Tokens per tile. Default: as many as fit into memory.")
+]
+AttentionOption = Annotated[
+    Attention,
+    typer.Option(
+        help="eager: as TransformerLens computes it, bit for bit. fused: torch's fused attention, "
+        "equal up to rounding, in each block where nothing needs the scores or the pattern, as a "
+        "graph does. auto: fused where it is faster."
+    ),
 ]
 CheckpointDirOption = Annotated[
     Path | None,

@@ -72,7 +72,7 @@ def print_question(
         f"{question.model_name}: {question.n_tokens:,} tokens, rules {result.rules}, "
         f"{question.dtype} on {question.device}"
     )
-    if description := run.described(result.memory):
+    if description := run.described(result.memory, getattr(result, "attention", "eager")):
         print_out(description)
     print_out(f"Why {target} and not {contrast}, {where}?")
     print_out(
@@ -180,6 +180,7 @@ def as_json(explained: Explained, output: Output) -> dict[str, Any]:
         "top": [int(pos) for pos in result.top(output.top)["pos"]],
         "ledger": [vars(row) for row in result.ledger.rows],
         "candidates": candidate_rows(explained.question.candidates),
+        "attention": result.attention,
         "report": None if output.out is None else str(output.out),
         "saved": None if output.save is None else str(output.save),
         "notes": list(explained.notes),

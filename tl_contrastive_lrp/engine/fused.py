@@ -4,21 +4,28 @@ In each block whose attention TransformerLens writes out, the product of queries
 deferred (``rules/deferred.py``), so that z is computed without them. A block keeps its eager
 attention if a hook of the user's or a reading is at its scores or its pattern, or if its component
 computes attention without HookPoints.
+
+What is planned (``fused_blocks``) is what memory is planned by; what was fused is recorded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 
+from ..errors import UncoveredComponentError
 from ..hooks.attach import Attachment
-from ..hooks.user_hooks import UserHook
-from ..inputs.bridge import components
+from ..hooks.placement import place
+from ..hooks.user_hooks import UserHook, user_hooks
+from ..inputs.bridge import components, hook_points
 from ..rules.deferred import DeferredAttention, DeferringMode
+from ..rules.query_tiles import Attend
+from ..rules.query_tiles import attend as plain_attend
+from ..rules.rule_sets import DEFAULT_RULES
 from ..rules.threads import active_in, mine
 from ..rules.visible import MaskMemory
 from .masks import lazy_masks
@@ -31,6 +38,9 @@ AttentionKind = Literal["auto", "fused", "eager"]
 _WORTH_LOGITS = 1 << 23
 
 _NEEDED = ("hook_attn_scores", "hook_pattern")
+# Components whose code computes with scores or pattern before the values come: biases by distance,
+# and casts. Deferred attention would compute them too; without it, memory is planned as it is used.
+_COMPUTED = {"ALiBiJointQKVAttentionBridge", "BloomAttentionBridge", "CodeGenAttentionBridge"}
 # Below so many tokens eager attention is a small share of a forward, and as fast.
 _WORTH_FROM = 256
 
@@ -81,7 +91,9 @@ class FusedBlocks:
         operations: dict[str, set[str]] = {}
         for attachment in attachments:
             operations.setdefault(attachment.site.path, set()).add(attachment.site.operation)
-        read = {reading.name for reading in readings if reading.how != "rows"}
+        points = hook_points(model)
+        names = {reading.name for reading in readings if reading.how != "rows"}
+        read = {id(points[name]) for name in names if name in points}  # one may have several names
         hooked = {id(hook.module) for hook in hooks}
         parts = components(model)
         self.candidates = [
@@ -89,7 +101,9 @@ class FusedBlocks:
             for path, of_path in operations.items()
             if "softmax" in of_path
             and path not in without
-            and not any(f"{path}.{name}" in read for name in _NEEDED)
+            and type(parts[path]).__name__ not in _COMPUTED
+            and not any(f"{path}.{name}" in names for name in _NEEDED)
+            and not any(id(getattr(parts[path], name, None)) in read for name in _NEEDED)
             and not any(id(part) in hooked for part in _watched(parts[path]))
         ]
         self.rows = {
@@ -99,14 +113,25 @@ class FusedBlocks:
         }
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Defer the candidates' attention inside the ``with`` block, in this thread only."""
-        parts, memory = components(self.model), MaskMemory()
+    def active(
+        self, memory: MaskMemory | None = None, attend: Callable[[str], Attend] | None = None
+    ) -> Iterator[None]:
+        """Defer the candidates' attention inside the ``with`` block, in this thread only.
+
+        Args:
+            memory: Remembers masks, if several forwards are given the same ones.
+            attend: By path, what computes the attention; by default ``query_tiles.attend``.
+        """
+        parts, memory = components(self.model), memory or MaskMemory()
         with ExitStack() as stack:
             stack.enter_context(lazy_masks())
             for path in self.candidates:
                 mode = DeferringMode(
-                    memory, partial(self.done.add, path), self.rows.get(path), path
+                    memory,
+                    partial(self.done.add, path),
+                    self.rows.get(path),
+                    path,
+                    plain_attend if attend is None else attend(path),
                 )
                 stack.enter_context(active_in(mode, parts[path]))
                 handle = parts[path].register_forward_hook(mine(_without_pattern))
@@ -116,10 +141,41 @@ class FusedBlocks:
     @property
     def kind(self) -> str:
         """What results record: "eager", "fused", or how many blocks were fused."""
-        if not self.done:
-            return "eager"
-        n = int(self.model.cfg.n_layers)
-        return "fused" if len(self.done) == n else f"fused in {len(self.done)} of {n} blocks"
+        return kind_of(self.model, self.done)
+
+
+def kind_of(model: Any, done: Collection[str]) -> str:
+    """What results record, if the attention of the components in ``done`` was fused."""
+    if not done:
+        return "eager"
+    n = int(model.cfg.n_layers)
+    return "fused" if len(done) == n else f"fused in {len(done)} of {n} blocks"
+
+
+def without_rules(model: Any, attention: AttentionKind, length: int) -> FusedBlocks | None:
+    """The attentions that may be fused in a forward without rules or readings.
+
+    Args:
+        model: The bridge; one that no rule covers computes attention as it does.
+        attention: What the caller asked for.
+        length: Number of tokens in the prompt.
+
+    Raises:
+        ValueError: an unknown kind of attention.
+    """
+    if not is_worth(attention, length):
+        return None
+    try:
+        attachments, _ = place(model, DEFAULT_RULES)
+    except UncoveredComponentError:
+        return None
+    return FusedBlocks(model, attachments, (), user_hooks(model))
+
+
+def fused_blocks(model: Any, attention: AttentionKind, length: int) -> int:
+    """In how many blocks attention would be fused, for a plan of the memory."""
+    fused = without_rules(model, attention, length)
+    return 0 if fused is None else len(fused.candidates)
 
 
 def _watched(component: Any) -> list[Any]:

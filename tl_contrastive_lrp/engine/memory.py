@@ -1,10 +1,11 @@
 """How much memory a run needs, how much is free, and which engine is planned for it.
 
 The plain engine (``plain.py``) keeps the attention of every block for one backward pass: some
-tensors of shape [head, pos, pos], and some of [pos, d_model] and [pos, d_mlp], per block. The tiled
-engine (``tiled/``) keeps only block inputs, keys and values, and the activations of one tile.
-``run_as_planned`` is the one place where a plan becomes a run in tiles, or a plain run where tiles
-do not work after all.
+tensors of shape [head, pos, pos], and some of [pos, d_model] and [pos, d_mlp], per block. Where
+attention is fused (``fused.py``), a block keeps none of the former, and the masks are what is left
+of the square of the prompt. The tiled engine (``tiled/``) keeps only block inputs, keys and values,
+with fused attention also what it gave, and the activations of one tile. ``run_as_planned`` is the
+one place where a plan becomes a run in tiles, or a plain run where tiles do not work after all.
 """
 
 from __future__ import annotations
@@ -36,12 +37,23 @@ _NEURONS = 8.0  # [pos, d_mlp] tensors per block
 # Float32 tensors of [head, pos, pos] that a forward without gradients holds at its peak. Measured
 # on eight heads: 2.5 such tensors in all at 2,048 tokens, 2.3 at 4,096; more with soft-caps.
 _FORWARD_PEAK = 4.0
+# Tensors of [pos, pos] (the model's mask, and what compares it) where all attention is fused.
+# Measured on two and six blocks of width 576 (attnlrp, gim): 653 and 1,746 MiB at 4,096 tokens,
+# 301 and 850 at 2,048, so 68 KB per block and position, of which widths and neurons below allow
+# 110, and 107 MiB, 1.6 such tensors, besides:
+#   attribute(model, ids, objective, memory="plain", attention="fused") with benchmarks/_models.py's
+#   random_bridge(2 or 6, 576, 8, n), resident memory before and at its highest
+_MASKS = 3.0
 _FORWARD_WIDTHS = 8.0  # [pos, d_model] tensors
 _FORWARD_NEURONS = 3.0  # [pos, d_mlp] tensors
 _SAFE = 0.7  # share of the free memory that may be used
 _BUDGET = 1 << 30  # bytes for the activations of one tile, where memory is plentiful
 _BY_TILE = 12.0  # [head, tile, pos] tensors alive in the backward of one tile
 _TILES = (16, 1024)  # the smallest and the largest tile chosen automatically
+# The largest where attention is fused, and a tile costs what its positions cost. Two blocks of
+# width 576, 4,097 tokens: 126, 202, 281, 475 MiB in tiles of 128, 1,024, 2,048, 4,096 positions,
+# and 1.40, 1.05, 1.00, 0.96 of the time.
+_LARGEST_FUSED = 2048
 _TRIMMED_EVERY = 4  # tiles
 _BY_EDGE = 40  # bytes per edge: its columns, and the copy made when they are concatenated
 
@@ -149,7 +161,9 @@ def trim_heap(tile: int = 0) -> None:
         trim(0)
 
 
-def plain_bytes(model: Any, length: int, *, graphs: int = 0, by_head: bool = False) -> int:
+def plain_bytes(
+    model: Any, length: int, *, graphs: int = 0, by_head: bool = False, fused: int = 0
+) -> int:
     """Estimate how many bytes the plain engine needs besides the model.
 
     Args:
@@ -158,13 +172,14 @@ def plain_bytes(model: Any, length: int, *, graphs: int = 0, by_head: bool = Fal
         graphs: Number of objectives for which edges are computed too: a [pos, pos] matrix per block
             and objective.
         by_head: Whether edges are split by head and path: 2 · head such matrices.
+        fused: Number of blocks whose attention is fused.
     """
     cfg = model.cfg
-    layers, heads, width = int(cfg.n_layers), int(cfg.n_heads), int(cfg.d_model)
-    neurons = int(getattr(cfg, "d_mlp", None) or 4 * width)
-    square = heads * length * length
-    numbers = layers * (_KEPT_BY_BLOCK * square + length * (_WIDTHS * width + _NEURONS * neurons))
-    numbers += _PEAK * square + 2 * length * int(cfg.d_vocab)
+    layers, heads = int(cfg.n_layers), int(cfg.n_heads)
+    square, eager = heads * length * length, max(layers - fused, 0)
+    numbers = layers * length * _by_position(model) + eager * _KEPT_BY_BLOCK * square
+    numbers += _PEAK * square if eager else _MASKS * length * length
+    numbers += 2 * length * int(cfg.d_vocab)
     if graphs:
         split = 2 * heads if by_head else 1
         # The matrices, and the columns of edges of every objective.
@@ -172,25 +187,49 @@ def plain_bytes(model: Any, length: int, *, graphs: int = 0, by_head: bool = Fal
     return int(4 * numbers)
 
 
-def forward_bytes(model: Any, length: int) -> int:
-    """Estimate how many bytes a forward without gradients and without tiles needs."""
+def _by_position(model: Any) -> float:
+    """Numbers that a block with gradients holds per position, besides attention's."""
+    width = int(model.cfg.d_model)
+    return _WIDTHS * width + _NEURONS * int(getattr(model.cfg, "d_mlp", None) or 4 * width)
+
+
+def forward_bytes(model: Any, length: int, *, fused: int = 0) -> int:
+    """Estimate how many bytes a forward without gradients and without tiles needs.
+
+    Args:
+        model: The bridge.
+        length: Number of tokens in the prompt.
+        fused: Number of blocks whose attention is fused.
+    """
     cfg = model.cfg
     width = int(cfg.d_model)
     neurons = int(getattr(cfg, "d_mlp", None) or 4 * width)
     by_position = _FORWARD_WIDTHS * width + _FORWARD_NEURONS * neurons + 2 * int(cfg.d_vocab)
-    return int(4 * length * (_FORWARD_PEAK * int(cfg.n_heads) * length + by_position))
+    all_fused = fused >= int(cfg.n_layers)
+    squares = _MASKS if all_fused else _FORWARD_PEAK * int(cfg.n_heads)
+    return int(4 * length * (squares * length + by_position))
 
 
-def fits_forward(model: Any, length: int) -> bool:
+def fits_forward(model: Any, length: int, *, fused: int = 0) -> bool:
     """Whether a forward without gradients and without tiles fits into the free memory."""
-    return forward_bytes(model, length) <= _SAFE * free_bytes(model_device(model))
+    return forward_bytes(model, length, fused=fused) <= _SAFE * free_bytes(model_device(model))
 
 
-def tile_for(model: Any, length: int, free: int) -> int:
-    """Positions per tile, a power of two, so that the activations of one tile fit the budget."""
+def tile_for(model: Any, length: int, free: int, *, fused: int = 0) -> int:
+    """Positions per tile, a power of two, so that the activations of one tile fit the budget.
+
+    Args:
+        model: The bridge.
+        length: Number of tokens in the prompt.
+        free: Bytes that the device has free.
+        fused: Number of blocks whose attention is fused.
+    """
     budget = min(_BUDGET, _SAFE * free / 2)
-    room = budget / (4 * _BY_TILE * int(model.cfg.n_heads) * length)
     least, most = _TILES
+    by_position = _BY_TILE * int(model.cfg.n_heads) * length
+    if fused >= int(model.cfg.n_layers):
+        by_position, most = _by_position(model) + _MASKS * length, _LARGEST_FUSED
+    room = budget / (4 * by_position)
     return max(least, min(most, 1 << int(math.log2(max(room, 1)))))
 
 
@@ -203,6 +242,7 @@ def plan_memory(
     graphs: int = 0,
     by_head: bool = False,
     plain_only: str = "",
+    fused: int = 0,
 ) -> MemoryPlan:
     """Plan a run: with or without tiles, and how large they are.
 
@@ -215,6 +255,7 @@ def plan_memory(
         graphs: Number of objectives for which edges are computed too.
         by_head: Whether edges are split by head and path.
         plain_only: Why the request cannot be computed in tiles, as a sentence; "" if it can.
+        fused: Number of blocks whose attention is fused (``fused.fused_blocks``).
 
     Raises:
         ValueError: an unknown ``memory``; a tile that is no positive number; "tiled" although
@@ -228,13 +269,12 @@ def plan_memory(
     if tile is not None and memory == "plain":
         raise ValueError("tile= belongs to memory='tiled' (or 'auto'); leave it out.")
     free = free_bytes(model_device(model))
-    need = plain_bytes(model, length, graphs=graphs, by_head=by_head)
+    need = plain_bytes(model, length, graphs=graphs, by_head=by_head, fused=fused)
     if memory == "plain" or (memory == "auto" and need <= _SAFE * free):
         return MemoryPlan(None, need, free)
     required, given = memory == "tiled", tile is not None
-    plan = MemoryPlan(
-        tile or tile_for(model, length, free), need, free, given=given, tiles_required=required
-    )
+    chosen = tile or tile_for(model, length, free, fused=fused)
+    plan = MemoryPlan(chosen, need, free, given=given, tiles_required=required)
     if not plain_only:
         return plan
     if required:

@@ -20,6 +20,7 @@ from ..errors import TokenError
 from ..hooks.user_hooks import user_hooks
 from ..rules.rule_sets import RuleSet, get_rule_set
 from ..rules.threads import one_at_a_time
+from .fused import AttentionKind, is_worth
 from .memory import MemoryPlan, run_as_planned
 from .plain import Forward
 from .plain import forward as plain_forward
@@ -44,6 +45,8 @@ class Prefilled:
         plain, tiled: The forward of the engine that ran it; the other is None.
         calls: The arguments of each block, for edges.
         state: The state of the model at that time, see ``state_of``.
+        fusing: Whether attention is fused where it can be, in this forward and, in tiles, in the
+            second run of the blocks.
     """
 
     model: Any
@@ -56,6 +59,21 @@ class Prefilled:
     tiled: TiledForward | None
     calls: dict[int, BlockCall]
     state: object = field(repr=False)
+    fusing: bool = False
+
+    def check_attention(self, attention: AttentionKind) -> None:
+        """Refuse a kind of attention that this forward does not have; "auto" takes what it has.
+
+        Raises:
+            ValueError: "fused" for an eager forward, or "eager" for a fused one.
+        """
+        length = int(self.tokens.shape[1])
+        if attention != "auto" and is_worth(attention, length) != self.fusing:
+            ran = "fused" if self.fusing else "eager"
+            raise ValueError(
+                f"prefilled= is a forward with {ran} attention, and attention={attention!r} was "
+                "given; leave attention= out, or run prefill_prompt again with it."
+            )
 
     def check(self, model: Any, tokens: Tensor, rules: str | RuleSet) -> None:
         """Refuse another model, prompt or rule set than the forward was run for.
@@ -101,6 +119,7 @@ def prefill_prompt(
     calls: dict[int, BlockCall] | None = None,
     uses: int = 1,
     progress: bool = False,
+    attention: AttentionKind = "auto",
 ) -> Prefilled:
     """Run the forward of a prompt once, for ``uses`` results.
 
@@ -114,8 +133,11 @@ def prefill_prompt(
         calls: By number, the blocks whose arguments are recorded, for the edges of a graph.
         uses: Number of results to come. The autograd graph is kept until the last.
         progress: Show a progress bar in tiles.
+        attention: "auto", "fused" or "eager", as for ``attribute``. A block whose scores or pattern
+            one of the readings needs stays eager.
 
     Raises:
+        ValueError: an unknown kind of attention.
         TokenError: the prompt has no such position.
         ModelStateError, UncoveredComponentError: as ``attribute``.
     """
@@ -123,26 +145,31 @@ def prefill_prompt(
     if not -length <= pos < length:
         raise TokenError(f"Position {pos} does not exist in a prompt of {length} tokens.")
     at, rule_set, state = pos % length, get_rule_set(rules), state_of(model)
+    fusing = is_worth(attention, length)
 
     def in_tiles(plan: MemoryPlan) -> Prefilled:
         assert plan.tile is not None
         forward = forward_in_tiles(
             model, tokens, ((at, at + 1),), rule_set, readings, plan.tile,
-            uses=uses, progress=progress,
+            uses=uses, progress=progress, attention=attention,
         )  # fmt: skip
         assert forward.prefill is not None
         logits = forward.prefill.logits()[0, 0].detach()
         actual_plan = replace(plan, tile=forward.tile)
         return Prefilled(
-            model, tokens, rule_set, at, logits, actual_plan, None, forward, calls, state
+            model, tokens, rule_set, at, logits, actual_plan, None, forward, calls, state, fusing
         )
 
     def without_tiles(plan: MemoryPlan) -> Prefilled:
         slots = Slots(readings, uses)
         scopes = [partial(call.recorded, model.blocks[block]) for block, call in calls.items()]
-        forward = plain_forward(model, tokens, rule_set, slots.readings, scopes)
+        forward = plain_forward(
+            model, tokens, rule_set, slots.readings, scopes, attention=attention
+        )
         forward.slots = slots
         logits = forward.logits[0, at].detach().clone()
-        return Prefilled(model, tokens, rule_set, at, logits, plan, forward, None, calls, state)
+        return Prefilled(
+            model, tokens, rule_set, at, logits, plan, forward, None, calls, state, fusing
+        )
 
     return run_as_planned(plan, in_tiles, without_tiles)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..inputs.objective import positions_read
 from ..rules.rule_sets import RuleSet
-from .fused import AttentionKind, is_worth
+from .fused import AttentionKind, fused_blocks, is_worth
 from .memory import Memory, MemoryPlan, plan_memory, run_as_planned
 from .plain import RunResult, forward, run_each
 from .prefilled import Prefilled
@@ -37,11 +37,13 @@ class RunOptions:
         """The plan for one prompt, or that of the forward that has already been run.
 
         Raises:
-            ValueError: as ``plan_memory``.
+            ValueError: as ``plan_memory``; another kind of attention than that forward's.
         """
         if prefilled is not None:
+            prefilled.check_attention(self.attention)
             return prefilled.plan
-        return plan_memory(model, length, self.memory, self.tile)
+        fused = fused_blocks(model, self.attention, length)
+        return plan_memory(model, length, self.memory, self.tile, fused=fused)
 
 
 def run(
@@ -83,6 +85,7 @@ def run(
             model, tokens, objectives, rule_set, sums, tile,
             progress=options.progress, checkpoint=checkpoint,
             shared=prefilled.tiled if prefilled is not None else None,
+            attention=options.attention,
         )  # fmt: skip
 
     def plain(plan: MemoryPlan) -> list[RunResult]:

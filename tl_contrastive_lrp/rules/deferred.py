@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .functions import scale_gradient
-from .query_tiles import Attention, RowSink, Softcap, attend
+from .query_tiles import Attend, Attention, RowSink, Softcap, attend
 from .softcap import CapOperand, identity_softcap
 from .visible import MaskMemory, VisibleKeys
 
@@ -48,6 +48,7 @@ class Product:
         fused: Called when the attention is computed fused.
         rows: Called in the backward with the rows of the attention.
         path: Path of the attention component.
+        attend: Computes the attention.
         left_to_rows: Not empty once a reading of scores or pattern has been left to ``rows``.
     """
 
@@ -58,6 +59,7 @@ class Product:
     fused: Callable[[], object]
     rows: RowSink | None = None
     path: str = ""
+    attend: Attend = attend
     left_to_rows: list[bool] = field(default_factory=list)
 
 
@@ -352,7 +354,7 @@ class DeferredAttention:
             self._keys, self.scale, self.softcap, self.sinks,
             self.temperature if self.requires_grad else None, product.rows,
         )  # fmt: skip
-        return attend(q, k, values, attention)
+        return product.attend(q, k, values, attention)
 
 
 @dataclass(frozen=True, eq=False)
@@ -517,9 +519,11 @@ class DeferringMode(TorchFunctionMode):
         fused: Callable[[], object],
         rows: RowSink | None = None,
         path: str = "",
+        attend: Attend = attend,
     ) -> None:
         super().__init__()
         self.memory, self.fused, self.rows, self.path = memory, fused, rows, path
+        self.attend = attend
         self.armed = True
         self.repeated = Repeated()
 
@@ -537,7 +541,16 @@ class DeferringMode(TorchFunctionMode):
             if q.dtype == k_t.dtype:
                 self.armed = False
                 return DeferredAttention(
-                    Product(q, k_t, self.memory, self.repeated, self.fused, self.rows, self.path)
+                    Product(
+                        q,
+                        k_t,
+                        self.memory,
+                        self.repeated,
+                        self.fused,
+                        self.rows,
+                        self.path,
+                        self.attend,
+                    )
                 )
         out = func(*args, **(kwargs or {}))
         if func in _REPEATING and isinstance(args[0], Tensor):

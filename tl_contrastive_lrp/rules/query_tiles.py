@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .functions import RuleNode, at_least_float32
+from .functions import RuleNode, at_least_float32, handed_on
 from .precision import LOW, WideGradient, plain
 from .softcap import softcap_ratio
 from .threads import Caller, acting_for, caller
@@ -101,10 +101,18 @@ class Attention:
     rows: RowSink | None = None
 
     @property
+    def is_square(self) -> bool:
+        """Whether attention is causal, and the queries are those of all positions."""
+        return self.keys.queries == self.keys.keys and self.keys.is_causal
+
+    @property
     def is_torchs(self) -> bool:
         """Whether torch's fused attention computes it, forward and backward."""
-        whole = self.keys.is_all or self.keys.is_causal
+        whole = self.keys.is_all or self.is_square
         return whole and not (self.softcap or self.rows or self.temperature) and self.sinks is None
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Attention], Tensor]
 
 
 def attend(
@@ -112,6 +120,7 @@ def attend(
     k: Float[Tensor, "batch kv_head key d_head"],
     v: Float[Tensor, "batch kv_head key d_v"],
     attention: Attention,
+    known: Float[Tensor, "batch head query d_v"] | None = None,
 ) -> Float[Tensor, "batch head query d_v"]:
     """The pattern times the values, without the pattern.
 
@@ -120,10 +129,11 @@ def attend(
         k: Keys; each key head serves as many consecutive query heads as there are for each.
         v: Values.
         attention: What is computed.
+        known: The result, if it is known, so that only its gradient is missing.
     """
-    if attention.is_torchs and q.dtype not in LOW:
-        return _fused(q, k, v, attention.scale, None, causal=attention.keys.is_causal)
-    z: Tensor = _ByQueryTiles.apply(q, k, v, attention)  # type: ignore[no-untyped-call]
+    if known is None and attention.is_torchs and q.dtype not in LOW:
+        return _fused(q, k, v, attention.scale, None, causal=attention.is_square)
+    z: Tensor = _ByQueryTiles.apply(q, k, v, attention, known)  # type: ignore[no-untyped-call]
     return z
 
 
@@ -139,15 +149,19 @@ class _ByQueryTiles(torch.autograd.Function):
     audit = RuleNode((0, 1, 2), "product")
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, attention: Attention, known: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.attention, ctx.caller = attention, caller()
         keys, scale = attention.keys, attention.scale
+        if known is not None:
+            return handed_on(known)
         if attention.softcap is not None or attention.sinks is not None:
             return torch.cat(
                 [_rows_of_z(q, k, v, attention, *tile) for tile in _tiles(q, k)][::-1], dim=-2
             )
-        if keys.is_all or keys.is_causal:
+        if keys.is_all or attention.is_square:
             return _fused(q, k, v, scale, None, causal=not keys.is_all)
         parts = []
         for start in range(0, keys.queries, _FORWARD_TILE):
@@ -170,6 +184,7 @@ class _ByQueryTiles(torch.autograd.Function):
                 None if x is None or not need else WideGradient(x, g.dtype) if wide else x.to(y)
                 for x, y, need in zip(found, (q, k, v), needed, strict=False)
             ),
+            None,
             None,
         )
 
@@ -225,6 +240,17 @@ def _softmax(scores: Tensor, sinks: Tensor | None, shape: tuple[int, ...]) -> tu
     return scores, share.div_(total).view(*scores.shape[:-1], 1)
 
 
+def last_row(
+    q: Float[Tensor, "batch head query d_head"],
+    k: Float[Tensor, "batch kv_head key d_head"],
+    v: Float[Tensor, "batch kv_head key d_v"],
+    attention: Attention,
+) -> Float[Tensor, "batch head 1 d_v"]:
+    """The result of ``attend`` at the last query alone, without a gradient."""
+    with torch.no_grad():
+        return _rows_of_z(q, k, v, attention, q.shape[-2] - 1, q.shape[-2])
+
+
 def _rows_of_z(
     q: Tensor, k: Tensor, v: Tensor, attention: Attention, start: int, stop: int
 ) -> Tensor:
@@ -248,9 +274,10 @@ def _rows_of_z(
 
 def _seen(attention: Attention, start: int, stop: int, dtype: torch.dtype) -> TileKeys:
     """The keys that a tile sees; in causal attention, only those up to its end."""
-    if not attention.keys.is_causal:
-        return attention.keys.tile(start, stop, dtype)
-    return TileKeys(0, stop, None)
+    keys = attention.keys
+    if not keys.is_causal:
+        return keys.tile(start, stop, dtype)
+    return TileKeys(0, keys.keys - keys.queries + stop, None)
 
 
 @dataclass(eq=False)

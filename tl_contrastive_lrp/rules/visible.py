@@ -72,6 +72,11 @@ class LazyMask(Tensor):
             self._made.append(_added(visible, self.dtype, self._hidden))
         return self._made[0]
 
+    def forget(self) -> LazyMask:
+        """Release the actual mask, if it was made; returns the lazy one."""
+        self._made.clear()
+        return self
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"LazyMask({tuple(self.shape)}, dtype={self.dtype})"
 
@@ -191,7 +196,11 @@ class MaskMemory:
         self._bounds = WeakTensorKeyDictionary()
 
     def is_causal(self, mask: Tensor) -> bool:
-        """Whether a mask (bool: True is visible; else added to scores) is the causal one alone."""
+        """Whether a mask is the causal one alone: each query sees all keys up to its own position.
+
+        The queries are those of the last positions. A bool mask is True where a key is visible;
+        any other is added to the scores.
+        """
         if mask not in self._causal:
             self._causal[mask] = _is_causal(mask)
         return bool(self._causal[mask])
@@ -220,15 +229,16 @@ def _parts(length: int) -> list[tuple[int, int]]:
 
 def _is_causal(mask: Tensor) -> bool:
     queries, keys = mask.shape[-2:]
-    if queries != keys or mask.requires_grad:
+    if queries > keys or mask.requires_grad:
         return False
     if not isinstance(mask, LazyMask) and mask.dtype != torch.bool:
         hidden = mask <= torch.finfo(mask.dtype).min
         if bool(((mask != 0) & ~hidden).any()):
             return False
     positions = torch.arange(keys, device=mask.device)
+    own = positions[keys - queries :]
     return all(
-        bool((_seen(mask, *part) == (positions <= positions[slice(*part), None])).all())
+        bool((_seen(mask, *part) == (positions <= own[slice(*part), None])).all())
         for part in _parts(queries)
     )
 
@@ -283,7 +293,10 @@ class VisibleKeys:
 
     @property
     def is_causal(self) -> bool:
-        """Whether each query sees itself and what comes before, and nothing else is added."""
+        """Whether each query sees itself and what comes before, and nothing else is added.
+
+        The queries are those of the last positions.
+        """
         return bool(self._masks) and all(self.memory.is_causal(mask) for mask in self._masks)
 
     @property

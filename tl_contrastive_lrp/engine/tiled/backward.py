@@ -12,7 +12,8 @@ Rules and readings are those of the plain engine; sums are assembled from the ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,11 +25,14 @@ from ...hooks.attach import Attachment, HookFn
 from ...hooks.placement import attached, reading_hooks
 from ...rules.functions import at_least_float32
 from ...rules.precision import LOW, WideGradient, plain
+from ..fused import FusedBlocks, kind_of
 from ..memory import trim_heap
 from ..reading import Reading, RelevanceSums, arranged
 from .cache import Enough, ReplayCache
 from .prefill import Prefill, first_of
 from .tiles import BackwardState, TileAccumulator, laid_out
+
+_TRIMMED_BLOCKS = 8  # where attention is fused; trimming after each block costs 7 % of the time
 
 
 class TileReader(Protocol):
@@ -120,6 +124,13 @@ class Backward:
         self.model, self.attachments, self.sums, self.reader = model, attachments, sums, reader
         self.forward, self.signals, self.step = forward, signals, step
         self.again = again  # whether the forward serves another run after this one
+        self.fused: FusedBlocks | None = None  # of the current block
+        self._eager: set[str] = set()  # where what is read needs the scores or the pattern
+
+    @property
+    def attention(self) -> str:
+        """How attention was computed, as results record it."""
+        return kind_of(self.model, (self.forward.fused or frozenset()) - self._eager)
 
     def layer(self, layer: int) -> None:
         """Send the gradient of every objective from the block's output back to its input."""
@@ -131,10 +142,16 @@ class Backward:
         readings = [r for r in self.sums.readings if r.name.startswith(prefix)]
         readings += reader.readings(layer) if reader is not None else []
         hooks = arranged(self.model, own_rules, readings)
+        if forward.fused is not None:
+            self.fused = FusedBlocks(self.model, own_rules, readings, ())
+            own = {path for path in forward.fused if path.startswith(prefix)}
+            self._eager |= own.difference(self.fused.candidates)
         if reader is not None:
             reader.begin_layer(layer, forward)
         for tile in reversed(range(len(forward.bounds))):
-            trim_heap(tile)
+            # Fused attention makes tensors of few sizes, whose memory is used again.
+            if self.fused is None or layer % _TRIMMED_BLOCKS == 0:
+                trim_heap(tile)
             self._tile(layer, tile, flows, own_rules, hooks)
             self.step()
         if reader is not None:
@@ -192,6 +209,17 @@ class Backward:
                 self.reader.end_tile(layer, tile, read, which)
         self.sums.clear()
 
+    @contextmanager
+    def _fused(self, tile: int) -> Iterator[None]:
+        """Fused attention in the current block, whose value is that of the prefill."""
+        fused, kept = self.fused, self.forward.kept
+        if fused is None or kept is None:
+            yield
+            return
+        kept.tile = tile
+        with fused.active(kept.memory, kept.using):
+            yield
+
     def _replayed(
         self,
         layer: int,
@@ -207,6 +235,7 @@ class Backward:
             reading_hooks(self.model, hooks[0]),
             attached(self.model, own_rules),
             reading_hooks(self.model, hooks[1]),
+            self._fused(tile),
         ):
             try:
                 out = first_of(self.model.blocks[layer](*args, **kwargs))

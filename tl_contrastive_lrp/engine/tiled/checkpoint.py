@@ -84,8 +84,9 @@ class Checkpoint:
             ) from error
 
     def open(
-        self, tokens: Tensor, values: Sequence[Tensor], rules: str, names: Sequence[str], tile: int
-    ) -> None:
+        self, tokens: Tensor, values: Sequence[Tensor], rules: str, names: Sequence[str], tile: int,
+        *, fused: bool = False,
+    ) -> None:  # fmt: skip
         """Begin a run, or confirm that this is the run that was begun here.
 
         Args:
@@ -94,13 +95,15 @@ class Checkpoint:
             rules: Name of the rule set.
             names: A description of each objective.
             tile: Positions per tile. Blocks finished with another tile still count.
+            fused: Whether attention is fused where it can be.
 
         Raises:
             FileFormatError: the folder belongs to another run.
         """
         digest = hashlib.sha256(tokens.cpu().numpy().tobytes())
         dtypes = [str(value.dtype) for value in values]
-        digest.update("\n".join((rules, *names, *dtypes, self.settings)).encode())
+        settings = f"{self.settings}, fused attention" if fused else self.settings
+        digest.update("\n".join((rules, *names, *dtypes, settings)).encode())
         question = digest.hexdigest()
         deltas = [float(value.detach()) for value in values]  # these identify the model
         begun = self._read()
@@ -114,9 +117,9 @@ class Checkpoint:
         ):
             raise FileFormatError(
                 Message(
-                    f"{self.path} belongs to another run (prompt, model, objective, rules or "
-                    "settings differ, or the processor or number of threads, which round "
-                    "differently). Give another ",
+                    f"{self.path} belongs to another run (prompt, model, objective, rules, "
+                    "attention or other settings differ, or the processor or number of threads, "
+                    "which round differently). Give another ",
                     Argument("checkpoint_dir"),
                     ", or delete that folder.",
                 )

@@ -20,8 +20,10 @@ from torch.utils._pytree import tree_map
 
 from ...errors import NotTileableError
 from ...rules.threads import mine
+from ...rules.visible import LazyMask
 from ..memory import trim_heap
 from .cache import RecordingCache
+from .kept import KeptAttention
 from .tiles import BitMask, Range, is_read, tile_bounds
 
 _CACHE = object()  # stands for the cache among a block's recorded arguments
@@ -48,6 +50,9 @@ class Prefill:
         ranges: The positions whose logits are read, in whole tiles.
         finals: The outputs of those tiles as leaves, by tile.
         parts: Their logits, [1, tile, vocab], each on the graph of its tile's leaf.
+        fused: Paths of the attention components whose attention was computed fused; None if none
+            was to be.
+        kept: What their attention gave, for the second run of the blocks.
     """
 
     bounds: tuple[Range, ...]
@@ -61,6 +66,8 @@ class Prefill:
     outputs: list[Tensor] = field(default_factory=list)
     finals: dict[int, Tensor] = field(default_factory=dict)
     parts: list[Tensor] = field(default_factory=list)
+    fused: frozenset[str] | None = None
+    kept: KeptAttention | None = None
 
     @property
     def last(self) -> int:
@@ -86,6 +93,8 @@ class Prefill:
                 return cache
             if value is _HIDDEN:
                 return hidden
+            if isinstance(value, LazyMask):
+                return value.forget()
             return value.unpacked() if isinstance(value, BitMask) else value
 
         args, kwargs = self.calls[layer][tile]
@@ -121,7 +130,7 @@ class _Recorder:
             return _HIDDEN
         if value is self.cache:
             return _CACHE
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or isinstance(value, LazyMask):
             return value
         if value.requires_grad:
             raise NotTileableError(
@@ -189,6 +198,7 @@ def prefill(
     bounds: tuple[Range, ...],
     leaves: dict[str, Tensor],
     step: Callable[[], object] = lambda: None,
+    kept: KeptAttention | None = None,
 ) -> Prefill:
     """Run the model tile by tile, keeping the autograd graph only before and after the blocks.
 
@@ -200,6 +210,7 @@ def prefill(
         leaves: A dictionary in which the caller's hooks store the tensors at which the graph of
             each tile starts.
         step: Called after each tile.
+        kept: Told which tile runs.
 
     Raises:
         NotTileableError: a block does not work over a cache of keys and values.
@@ -219,6 +230,8 @@ def prefill(
                 step()
                 continue
             cache.begin(start, stop)
+            if kept is not None:
+                kept.tile = tile
             leaves.clear()
             with suppress(_AfterBlocks):
                 logits.append(model(tokens[:, start:stop], past_key_values=cache))

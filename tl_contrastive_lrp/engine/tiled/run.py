@@ -26,11 +26,13 @@ from ...rules.functions import at_least_float32
 from ...rules.precision import first_gradient, plain
 from ...rules.rule_sets import RuleSet
 from ...rules.threads import frozen_parameters
+from ..fused import AttentionKind, FusedBlocks, is_worth
 from ..memory import in_smaller_tiles
 from ..plain import RunResult, check_value
 from ..reading import Reading, RelevanceSums, Slots, arranged
 from .backward import Backward, TileReader, as_gradient, is_of_block
 from .checkpoint import Checkpoint
+from .kept import KeptAttention
 from .prefill import Prefill, check_tileable, prefill
 from .tiles import (
     BackwardState,
@@ -52,11 +54,13 @@ class TiledForward:
         prefill: The forward; None once it has been dropped.
         tile: Positions per tile.
         slots: Where readings outside of the blocks can be bound.
+        fusing: Whether attention is fused where it can be, also when the blocks run again.
     """
 
     prefill: Prefill | None
     tile: int
     slots: Slots
+    fusing: bool = False
 
     def serving(self, tile: int, ranges: tuple[Range, ...]) -> Prefill | None:
         """The prefill, if it serves a run in these tiles; otherwise it is dropped."""
@@ -81,6 +85,7 @@ class _Run:
     attachments: tuple[Attachment, ...]
     coverage: Coverage
     todo: int
+    fusing: bool
     shared: TiledForward | None = None
     signals: list[BackwardState] = field(default_factory=list)
 
@@ -103,6 +108,7 @@ def run_tiled(
     progress: bool = False,
     checkpoint: Checkpoint | None = None,
     shared: TiledForward | None = None,
+    attention: AttentionKind = "eager",
 ) -> list[RunResult]:
     """Do what ``plain.run_each`` does, in tiles of ``tile`` positions.
 
@@ -121,6 +127,7 @@ def run_tiled(
         checkpoint: Where the results of finished blocks are kept, to resume from.
         shared: From ``forward_in_tiles``, for these tokens under these rules. If its tiles differ,
             the prefill is run again.
+        attention: "auto", "fused" or "eager"; that of ``shared``, if it is given.
 
     Returns:
         One result per objective.
@@ -133,13 +140,16 @@ def run_tiled(
     check_single(model)
     n_layers = int(model.cfg.n_layers)
     placed = plan(model, rule_set)
-    run = _Run(model, tokens, objectives, sums, reader, checkpoint, *placed, n_layers, shared)
+    fusing = is_worth(attention, tokens.shape[1]) if shared is None else shared.fusing
+    run = _Run(
+        model, tokens, objectives, sums, reader, checkpoint, *placed, n_layers, fusing, shared
+    )
 
     def attempt(smaller: int) -> list[RunResult]:
         run.drop_unfinished()
         return _attempt(run, smaller, progress)
 
-    with observers_set_aside(model, tokens):
+    with observers_set_aside(model, tokens, fusing=fusing):
         if shared is None:
             check_tileable(model, tokens)
         return in_smaller_tiles(attempt, tile)
@@ -155,6 +165,7 @@ def forward_in_tiles(
     *,
     uses: int,
     progress: bool = False,
+    attention: AttentionKind = "eager",
 ) -> TiledForward:
     """Run only the prefill of ``run_tiled``, to be shared by several results.
 
@@ -167,6 +178,7 @@ def forward_in_tiles(
         tile: Positions per tile; halved where a GPU runs out of memory.
         uses: Number of results to come.
         progress: Show a progress bar over tiles.
+        attention: "auto", "fused" or "eager", for the prefill and for the results.
 
     Raises:
         NotTileableError, ModelStateError, UncoveredComponentError: as ``run_tiled``.
@@ -175,6 +187,7 @@ def forward_in_tiles(
     check_single(model)
     attachments, _ = plan(model, rule_set)
     around = [r for r in readings if not r.name.startswith("blocks.")]
+    fusing = is_worth(attention, tokens.shape[1])
 
     def attempt(smaller: int) -> TiledForward:
         slots = Slots(around, uses)
@@ -184,11 +197,11 @@ def forward_in_tiles(
             tqdm(total=len(bounds), desc="Prompt", unit="tile", disable=not progress) as bar,
         ):
             forward = _prefill(
-                model, tokens, attachments, slots.readings, ranges, bounds, bar.update
+                model, tokens, attachments, slots.readings, ranges, bounds, bar.update, fusing
             )
-        return TiledForward(forward, smaller, slots)
+        return TiledForward(forward, smaller, slots, fusing)
 
-    with observers_set_aside(model, tokens):
+    with observers_set_aside(model, tokens, fusing=fusing):
         check_tileable(model, tokens)
         return in_smaller_tiles(attempt, tile)
 
@@ -201,6 +214,7 @@ def _prefill(
     ranges: tuple[Range, ...],
     bounds: tuple[Range, ...],
     step: Callable[[], object],
+    fusing: bool,
 ) -> Prefill:
     """Run the prefill with the rules and readings outside of the blocks attached."""
     outside = tuple(a for a in attachments if is_of_block(a.site.path, None))
@@ -208,8 +222,17 @@ def _prefill(
     leaves: dict[str, Tensor] = {}
 
     starts = embedding_leaves(model, leaves)
-    with _ordered(model, [*starts, *before], outside, after):
-        return prefill(model, tokens, ranges, bounds, leaves, step)
+    if not fusing:
+        with _ordered(model, [*starts, *before], outside, after):
+            return prefill(model, tokens, ranges, bounds, leaves, step)
+    fused, kept = FusedBlocks(model, attachments, (), ()), KeptAttention()
+    with (
+        _ordered(model, [*starts, *before], outside, after),
+        fused.active(kept.memory, kept.keeping),
+    ):
+        forward = prefill(model, tokens, ranges, bounds, leaves, step, kept)
+    forward.fused, forward.kept = frozenset(fused.done), kept
+    return forward
 
 
 def _attempt(run: _Run, tile: int, progress: bool) -> list[RunResult]:
@@ -228,7 +251,7 @@ def _attempt(run: _Run, tile: int, progress: bool) -> list[RunResult]:
         nullcontext() if slots is None else slots.bound(around),
     ):
         forward = prefilled or _prefill(
-            model, run.tokens, run.attachments, around, ranges, bounds, bar.update
+            model, run.tokens, run.attachments, around, ranges, bounds, bar.update, run.fusing
         )
         evaluations = [_evaluation(forward, objective, length) for objective in run.objectives]
         values = [check_value(local(logits), forward.parts) for logits, local in evaluations]
@@ -239,7 +262,7 @@ def _attempt(run: _Run, tile: int, progress: bool) -> list[RunResult]:
         checkpoint, reader = run.checkpoint, run.reader
         if checkpoint is not None and run.todo == n_layers:
             names = [str(objective) for objective in run.objectives]
-            checkpoint.open(run.tokens, values, run.coverage.rules, names, tile)
+            checkpoint.open(run.tokens, values, run.coverage.rules, names, tile, fused=run.fusing)
             run.todo = checkpoint.resume(n_layers, run.signals, reader)
             bar.update((n_layers - run.todo) * len(bounds))
         backward = Backward(
@@ -260,7 +283,7 @@ def _attempt(run: _Run, tile: int, progress: bool) -> list[RunResult]:
         )
     ]
     return [
-        RunResult(fact, signal.read.sums, run.coverage, f"tiled (tile {tile})")
+        RunResult(fact, signal.read.sums, run.coverage, f"tiled (tile {tile})", backward.attention)
         for fact, signal in zip(facts, run.signals, strict=True)
     ]
 

@@ -17,7 +17,7 @@ first, and may change them, so only the plain engine runs them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 from ...errors import NotTileableError
 from ...hooks.user_hooks import aside, observed, require_no_new, user_hooks
 from ...inputs.tokens import model_device
+from ..fused import without_rules
 from ..memory import fits_forward, forward_bytes, free_bytes, gib
 
 _WORDS = {
@@ -36,13 +37,17 @@ _WORDS = {
 
 
 @contextmanager
-def observers_set_aside(model: Any, tokens: Tensor, *, backward: bool = True) -> Iterator[None]:
+def observers_set_aside(
+    model: Any, tokens: Tensor, *, backward: bool = True, fusing: bool = False
+) -> Iterator[None]:
     """Set the user's hooks aside inside the ``with`` block, having checked that they only observe.
 
     Args:
         model: The bridge, without any of this package's hooks.
         tokens: Token ids, [1, pos].
         backward: Whether a backward is run inside the block.
+        fusing: Whether the hooks may be shown a forward with fused attention; those at scores and
+            patterns are shown these all the same.
 
     Raises:
         NotTileableError: a hook edits, or is called in the backward, or this cannot be determined.
@@ -57,16 +62,22 @@ def observers_set_aside(model: Any, tokens: Tensor, *, backward: bool = True) ->
         )
     if len(later) < len(hooks):
         length = int(tokens.shape[1])
-        if not fits_forward(model, length):
+        fused = without_rules(model, "fused", length) if fusing else None
+        n_fused = 0 if fused is None else len(fused.candidates)
+        if not fits_forward(model, length, fused=n_fused):
             raise NotTileableError(
                 f"The hook at {next(h for h in hooks if h.is_forward)} may change values, and in "
                 "tiles it would be given a few positions at a time, counted from the tile's start. "
                 "Finding out takes a forward of the whole prompt, which needs about "
-                f"{gib(forward_bytes(model, length))}; {gib(free_bytes(model_device(model)))} are "
-                "free. Without the hook, tiles work."
+                f"{gib(forward_bytes(model, length, fused=n_fused))}; "
+                f"{gib(free_bytes(model_device(model)))} are free. Without the hook, tiles work."
             )
         try:
-            with torch.no_grad(), observed(hooks, gradients=backward) as seen:
+            with (
+                torch.no_grad(),
+                nullcontext() if fused is None else fused.active(),
+                observed(hooks, gradients=backward) as seen,
+            ):
                 model(tokens)
         except RuntimeError as error:
             raise NotTileableError(
