@@ -14,7 +14,7 @@ import typer
 from . import options as o
 from .ask import ask
 from .errors import exit_codes
-from .make_graph import GraphShape, is_long, long_note, make_graph
+from .make_graph import LONG, GraphShape, is_long, long_note, make_graph
 from .memory import MemoryOptions, RunPlan
 from .output import Output, write
 from .print_attribution import print_json
@@ -185,7 +185,9 @@ def _prepare(
     if why_plain and memory.memory == "tiled":
         raise typer.BadParameter(why_plain)
     n, calls = int(tokens.shape[1]), dict[int, BlockCall]()
-    run = memory.plan(model, n, "graph", why_plain=why_plain, graphs=1, by_head=shape.heads)
+    run = memory.plan(
+        model, n, "graph", why_plain=why_plain, graphs=1, by_head=shape.heads, pruned=n > LONG
+    )
     plan = GraphPlan.of(
         model,
         rules,

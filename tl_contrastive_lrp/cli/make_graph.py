@@ -73,7 +73,7 @@ def long_note(question: Question, *, saves_full: bool) -> str:
 def report_run(model: Any, length: int, memory: MemoryOptions) -> RunPlan | str:
     """The memory plan for the report's graph, or the reason why the report has none."""
     try:
-        return memory.plan(model, length, "report_graph", graphs=1)
+        return memory.plan(model, length, "report_graph", graphs=1, pruned=length > LONG)
     except (ModelStateError, FileFormatError) as error:
         return message_of(error)
 

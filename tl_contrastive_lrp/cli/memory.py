@@ -66,6 +66,7 @@ class MemoryOptions:
         why_plain: str = "",
         graphs: int = 0,
         by_head: bool = False,
+        pruned: bool = False,
     ) -> RunPlan:
         """Decide how one run uses memory.
 
@@ -76,6 +77,7 @@ class MemoryOptions:
             why_plain: Why the run cannot be tiled, if that is known in advance.
             graphs: The number of objectives for which edges are computed too.
             by_head: Whether these edges are split by head and path.
+            pruned: Whether only the largest edges are kept.
 
         Raises:
             FileFormatError: The folder holds something else.
@@ -93,8 +95,7 @@ class MemoryOptions:
                 options = replace(self, memory="tiled", tile=self.tile or begun)
         plan = plan_memory(
             model, length, options.memory, options.tile, graphs=graphs, by_head=by_head,
-            # The edges of a graph are computed from scores and patterns.
-            fused=0 if graphs else fused_blocks(model, self.attention, length),
+            pruned=pruned, fused=fused_blocks(model, self.attention, length),
         )  # fmt: skip
         if why_plain and plan.tile is not None:
             plan = require_plain_fits(plan, why_plain)

@@ -228,3 +228,76 @@ def test_attention_without_rows_is_torchs_own() -> None:
     assert Attention(keys).is_torchs
     assert not Attention(keys, rows=lambda _: None).is_torchs
     assert not Attention(keys, temperature=2.0).is_torchs
+
+
+# ---------------------------------------------------------------- in tiles, and from one forward
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize(("how", "rules"), diagonal(({}, *PRUNED), RULES))
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma3"])
+def test_in_tiles(name: str, how: dict[str, Any], rules: str, heads: bool) -> None:
+    """GPT-2 has biases, so that its edges need derivatives; Gemma 3 has windows."""
+    model, ids = boot(name), random_tokens(1, 33)
+    objective = clrp.logit_diff(model, 7, 11, pos=30)
+    with true_float64(model):
+        whole, _ = both(model, ids, objective, rules=rules, heads=heads)
+        with small_query_tiles():
+            tiled = clrp.attribution_graph(
+                model, ids, objective, rules=rules, heads=heads, memory="tiled", tile=7,
+                attention="fused", progress=False, **how,
+            )  # fmt: skip
+    assert (tiled.memory, tiled.attention) == ("tiled (tile 7)", "fused")
+    if how:
+        assert_pruned_the_same(tiled, whole.prune(**how))
+    else:
+        assert_same(tiled, whole, 1e-10)
+
+
+def test_in_tiles_for_several_objectives() -> None:
+    model, ids = boot("qwen3"), random_tokens(1, 30)
+    objectives = [clrp.logit_diff(model, 7, 11), clrp.target_logit(model, 5, pos=12)]
+    with true_float64(model), small_query_tiles():
+        plain, tiled = (
+            clrp.attribution_graphs(
+                model, ids, objectives, details=True, granularity="sublayer", progress=False, **how
+            )
+            for how in (
+                {"memory": "plain", "attention": "eager"},
+                {"memory": "tiled", "tile": 7, "attention": "fused"},
+            )
+        )  # type: ignore[arg-type]
+    for one, other in zip(tiled, plain, strict=True):
+        assert one.attention == "fused"
+        assert_same(one, other, 1e-10)
+
+
+@pytest.mark.parametrize("tile", [None, 7])
+def test_from_a_forward_that_has_been_run(tile: int | None) -> None:
+    """One forward for relevance and graph: both are what they are by themselves."""
+    from tl_contrastive_lrp.attribution.attribute import relevance_readings
+    from tl_contrastive_lrp.engine.memory import plan_memory
+    from tl_contrastive_lrp.engine.prefilled import prefill_prompt
+    from tl_contrastive_lrp.engine.reading import BlockCall
+    from tl_contrastive_lrp.graph.assembly.plain import graph_readings
+    from tl_contrastive_lrp.graph.assembly.plan import GraphPlan
+
+    model, ids = boot("qwen3"), random_tokens(1, 30)
+    objective = clrp.logit_diff(model, 7, 11)
+    memory: Any = "plain" if tile is None else "tiled"
+    with true_float64(model), small_query_tiles():
+        calls: dict[int, BlockCall] = {}
+        readings = [*relevance_readings(model), *graph_readings(GraphPlan.of(model, "gim"), calls)]
+        prefilled = prefill_prompt(
+            model, ids, "gim", readings, plan_memory(model, 30, memory, tile),
+            calls=calls, uses=2, attention="fused",
+        )  # fmt: skip
+        relevance = clrp.attribute(model, ids, objective, rules="gim", prefilled=prefilled)
+        graph = clrp.attribution_graph(
+            model, ids, objective, rules="gim", prefilled=prefilled, mass=0.9, progress=False
+        )
+        own = clrp.attribute(model, ids, objective, rules="gim", attention="eager")
+        eager, _ = both(model, ids, objective, rules="gim", mass=0.9)
+    assert relevance.attention == graph.attention == "fused"
+    assert float((relevance.resid - own.resid).abs().max()) <= 1e-10 * float(own.resid.abs().max())
+    assert_pruned_the_same(graph, eager)

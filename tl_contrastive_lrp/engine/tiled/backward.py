@@ -143,8 +143,9 @@ class Backward:
         readings += reader.readings(layer) if reader is not None else []
         hooks = arranged(self.model, own_rules, readings)
         if forward.fused is not None:
-            self.fused = FusedBlocks(self.model, own_rules, readings, ())
             own = {path for path in forward.fused if path.startswith(prefix)}
+            others = {a.site.path for a in own_rules} - own
+            self.fused = FusedBlocks(self.model, own_rules, readings, (), others)
             self._eager |= own.difference(self.fused.candidates)
         if reader is not None:
             reader.begin_layer(layer, forward)

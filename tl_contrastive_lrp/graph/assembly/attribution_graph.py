@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ...engine.fused import AttentionKind
+from ...engine.fused import AttentionKind, fused_blocks
 from ...engine.memory import (
     Memory,
     MemoryPlan,
@@ -233,7 +233,7 @@ def _graphs(
     if prefilled is not None:
         prefilled.check(plan.model, prompt.tokens, plan.rule_set)
     length = prompt.tokens.shape[1]
-    memory_plan = _memory_plan(plan, length, len(question.objectives), options, prefilled)
+    memory_plan = _memory_plan(plan, length, question, options, prefilled)
 
     def tiled(memory_plan: MemoryPlan) -> list[AttributionGraph]:
         require_closed_form(plan.model, plan.rule_set)
@@ -248,20 +248,29 @@ def _graphs(
 
 
 def _memory_plan(
-    plan: GraphPlan, length: int, graphs: int, options: RunOptions, prefilled: Prefilled | None
+    plan: GraphPlan,
+    length: int,
+    question: GraphQuestion,
+    options: RunOptions,
+    prefilled: Prefilled | None,
 ) -> MemoryPlan:
     """The memory plan for a run with edges, whose forward may already have been run.
 
     Raises:
         ValueError, ModelStateError: as ``plan_memory``.
     """
+    graphs, pruned = len(question.objectives), bool(question.rule)
+    fused = fused_blocks(plan.model, options.attention, length)
     skipping = "layers=[...] that skip blocks cannot run in tiles." if plan.skips_blocks else ""
     if prefilled is None:
         return plan_memory(
             plan.model, length, options.memory, options.tile,
-            graphs=graphs, by_head=plan.heads, plain_only=skipping,
+            graphs=graphs, by_head=plan.heads, pruned=pruned, plain_only=skipping, fused=fused,
         )  # fmt: skip
-    need = plain_bytes(plan.model, length, graphs=graphs, by_head=plan.heads)
+    prefilled.check_attention(options.attention)
+    need = plain_bytes(
+        plan.model, length, graphs=graphs, by_head=plan.heads, pruned=pruned, fused=fused
+    )
     memory_plan = replace(prefilled.plan, plain_bytes=need)
     if memory_plan.tile is None:
         # The forward fell back to the plain engine; the edges have to fit as well.

@@ -7,7 +7,7 @@ first (``edges/closed_form.py``). Both are pruned by the same selection.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -26,7 +26,13 @@ from ...inputs.objective import positions_read
 from ..columns import slots
 from ..edges.batched import batched_edges
 from ..edges.check import RecordedSites, require_closed_form
-from ..edges.closed_form import BlockEdges, HookedBlock, biased_blocks, edge_readings
+from ..edges.closed_form import (
+    BlockEdges,
+    HookedBlock,
+    RowTarget,
+    biased_blocks,
+    edge_readings,
+)
 from ..edges.streamed import StreamedEdges
 from ..graph import AttributionGraph
 from ..streaming_prune import StreamingSelection
@@ -70,7 +76,7 @@ def plain_graphs(
         *_edge_readings(
             plan, edges, calls,
             hooked={} if checks is None else checks.hooked,
-            streams=None if hooked else streams,
+            target_of=None if hooked else streams.of,
         ),
     ]  # fmt: skip
     scopes: list[Scope] = [
@@ -183,7 +189,14 @@ def graph_readings(plan: GraphPlan, calls: dict[int, BlockCall]) -> list[Reading
     """
     edges = _block_edges(plan)
     calls |= {block: BlockCall() for block in edges if block not in calls}
-    return [*plan.sums()[0].readings, *_edge_readings(plan, edges, calls)]
+    return [
+        *plan.sums()[0].readings,
+        *_edge_readings(plan, edges, calls, target_of=_not_yet),
+    ]
+
+
+def _not_yet(block: int) -> RowTarget:
+    raise RuntimeError(f"The edges of block {block} were read before a graph asked for them.")
 
 
 def _block_edges(plan: GraphPlan) -> dict[int, BlockEdges]:
@@ -196,7 +209,7 @@ def _edge_readings(
     calls: dict[int, BlockCall],
     *,
     hooked: Mapping[int, HookedBlock] = MappingProxyType({}),
-    streams: _Streams | None = None,
+    target_of: Callable[[int], RowTarget] | None = None,
 ) -> list[Reading]:
     model, biased = plan.model, biased_blocks(plan.model)
     return [
@@ -205,7 +218,7 @@ def _edge_readings(
         for reading in edge_readings(
             model, block, plan.covered, plan.rule_set, calls[number], biased,
             hooked=hooked.get(number),
-            target=None if streams is None else partial(streams.of, number),
+            target=None if target_of is None else partial(target_of, number),
         )
     ]  # fmt: skip
 

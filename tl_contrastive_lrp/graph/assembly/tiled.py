@@ -48,7 +48,7 @@ def tiled_graphs(
     results = run_tiled(
         plan.model, prompt.tokens, question.objectives, plan.rule_set, sums, tile,
         reader=edges, progress=options.progress, checkpoint=checkpoint,
-        shared=None if prefilled is None else prefilled.tiled,
+        shared=None if prefilled is None else prefilled.tiled, attention=options.attention,
     )  # fmt: skip
     sums.warn_of_underflow()
     ends = {step.block: (step.source, step.target) for step in plan.attention_steps}

@@ -93,6 +93,36 @@ class BlockEdges:
         self.clear()
         self._captured.clear()
 
+    def put(
+        self,
+        shape: tuple[int, int],
+        start: int,
+        first: int,
+        total: Float[Tensor, "row source"],
+        value: Float[Tensor, "head row source"] | None,
+        key: Float[Tensor, "head row source"] | None,
+    ) -> None:
+        """Put some rows into the matrices, which are 0 elsewhere.
+
+        Args:
+            shape: That of the matrices, [target, source].
+            start: The first target of the rows.
+            first: The first source of the rows.
+            total: Sum over heads and paths.
+            value: The value path by head, if edges are split.
+            key: The key path by head, if edges are split and the rules give it relevance.
+        """
+        own = slice(start, start + len(total)), slice(first, first + total.shape[1])
+        if self.total is None:
+            self.total = total.new_zeros(shape)
+        self.total[own] = total
+        for name, rows in (("value", value), ("key", key)):
+            if rows is None:
+                continue
+            if getattr(self, name) is None:
+                setattr(self, name, rows.new_zeros(len(rows), *shape, device="cpu"))
+            getattr(self, name)[:, own[0], own[1]] = rows.cpu()
+
     def add(
         self,
         path: Literal["value", "key"],

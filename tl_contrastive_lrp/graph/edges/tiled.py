@@ -1,6 +1,7 @@
 """Edges from a backward in tiles: rows of each transition's matrix, pruned as they are computed.
 
-A tile's hooks see [head, tile, keys], its rows of the matrix. The diagonal is what remains of the
+A tile's hooks see [head, tile, keys], its rows of the matrix; where attention is fused, its
+backward hands these rows out, some at a time. The diagonal is what remains of the
 source's relevance after the column's other entries. By causality those all lie in later rows, and
 the backward goes from the last tile to the first, so a tile's diagonal is known by the time the
 tile is processed. No matrix of pos² numbers ever exists.
@@ -39,7 +40,10 @@ from .closed_form import (
     edge_readings,
     needs_tangents,
 )
-from .tangents import Tangents, block_tangents, dual, tangent_of
+from .tangents import ProductTangents, Tangents, block_tangents, dual, tangent_of
+
+# Entries that are selected from together, where each takes up to 28 bytes for that time.
+_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +81,12 @@ class _BlockTangents:
         """The positions before a tile that it sees, and its own."""
         start, stop = self.forward.bounds[tile]
         return slice(stop - self.forward.widths[self.layer][tile], start), slice(start, stop)
+
+    def of_products(self, tile: int) -> ProductTangents:
+        """The derivatives ṽ and k̃ of the positions that a tile sees."""
+        past, own = self.ranges(tile)
+        seen = slice(past.start, own.stop)
+        return ProductTangents(self.values[0, :, seen], self.keys[0, :, seen])
 
     def of_tile(self, tile: int) -> Tangents:
         """The derivatives ṽ of the positions that a tile sees, and its S̃."""
@@ -155,6 +165,11 @@ class _Tile:
         assert self.cache.values is not None
         return rearrange(self.cache.values[0], "kv_head source d_head -> source kv_head d_head")
 
+    def product_tangents(self) -> ProductTangents:
+        """The derivatives ṽ and k̃ of the positions that the tile sees."""
+        assert self._of_block is not None
+        return self._of_block.of_products(self.index)
+
     def tangents(self) -> Tangents:
         """The derivatives ṽ and S̃; computed once if several objectives need them."""
         if self._tangents is not None:
@@ -208,6 +223,28 @@ class _Block:
     def tangents(self) -> Tangents:
         """The derivatives ṽ and S̃ of the current tile."""
         return self.tile.tangents()
+
+    def product_tangents(self) -> ProductTangents:
+        """The derivatives ṽ and k̃ of what the current tile sees."""
+        return self.tile.product_tangents()
+
+    @property
+    def heads(self) -> int:
+        """How many heads edges are split by; 0 for none."""
+        return int(self.run.model.cfg.n_heads) if self.edges.by_head else 0
+
+    def add(
+        self,
+        start: int,
+        first: int,
+        total: Float[Tensor, "target source"],
+        value: Float[Tensor, "head target source"] | None = None,
+        key: Float[Tensor, "head target source"] | None = None,
+    ) -> None:
+        """Put rows of fused attention into the current tile's matrix."""
+        begin, stop = self.forward.bounds[self.tile.index]
+        seen = self.forward.widths[self.layer][self.tile.index]
+        self.edges.put((stop - begin, seen), start, first, total, value, key)
 
 
 def _by_position(relevance: Tensor | None) -> Tensor | None:
@@ -269,6 +306,7 @@ class TiledEdges:
             BlockCall(),
             self.biased,
             inputs=block,
+            target=lambda: block,
         )
 
     def begin_layer(self, layer: int, forward: Prefill) -> None:
@@ -303,18 +341,31 @@ class TiledEdges:
         if not bool(live.any()):
             return
         position = source - passed[start:stop].to(source)
-        unseen = start * (start + 1) // 2
         if total is None:  # no relevance reaches this block's attention
             first, total = start, source.new_zeros(stop - start, stop - start)
         if self.heads:
             rows = slots(*by_path, position.cpu(), start - first)
-            unseen *= rows.shape[-1]
         else:
             total.diagonal(start - first).copy_(position)
             rows = total
         if not bool(live.all()):
             rows[~live.to(rows.device)] = 0
-        self.selections[which][layer].add(rows, start, first, unseen)
+        self._select(self.selections[which][layer], rows, start, first)
+
+    @staticmethod
+    def _select(
+        selection: StreamingSelection,
+        rows: Float[Tensor, "target source *slot"],
+        start: int,
+        first: int,
+    ) -> None:
+        """Add a tile's rows, some at a time, from the last to the first."""
+        slots = rows.shape[-1] if rows.ndim > 2 else 1
+        size = max(_AT_ONCE // (rows.shape[1] * slots), 1)
+        for stop in range(len(rows), 0, -size):
+            begin = max(stop - size, 0)
+            at = start + begin
+            selection.add(rows[begin:stop], at, first, slots * at * (at + 1) // 2)
 
     def end_layer(self, layer: int) -> None:
         """Choose the edges to keep, so that only they stay in memory."""
