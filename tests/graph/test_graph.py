@@ -11,8 +11,11 @@ import torch
 from hypothesis import strategies as st
 from support.graphs import SPLIT, edge_lists, facts, given, listed, made, same
 
-from tl_contrastive_lrp.graph.columns import EdgeColumns, _sorted
+from tl_contrastive_lrp.graph.assembly.selected import selection_of
+from tl_contrastive_lrp.graph.columns import EdgeColumns, _sorted, slots
 from tl_contrastive_lrp.graph.graph import AttributionGraph
+from tl_contrastive_lrp.graph.pruning import PruneRule
+from tl_contrastive_lrp.graph.streaming_prune import StreamingSelection
 
 
 @given(edge_lists(), st.randoms())
@@ -89,8 +92,12 @@ def test_split_columns_equal_a_slow_loop() -> None:
     position, live = torch.randn(4), torch.tensor([True, False, True, True])
     key[1, 2, 0] = 0.0
     columns = EdgeColumns(with_heads=True)
-    columns.add_diagonal(1, 2, position)
-    columns.add_split(0, 1, value, key, position, live)
+    diagonal = StreamingSelection(PruneRule())
+    diagonal.add_diagonal(position, slots=True)
+    split = selection_of(PruneRule(), slots(value, key, position), live)
+    for ends, selection in (((1, 2), diagonal), ((0, 1), split)):
+        rows, sources, slot, weights = selection.kept()
+        columns.add_edges(*ends, rows, sources, weights, slot)
     graph = AttributionGraph.from_columns(**columns.columns(), **facts(3, 4))
     expected = [(2, 1, j, j, -1, 0, float(position[j])) for j in range(4)]
     for j in (0, 2, 3):
@@ -110,11 +117,14 @@ def test_split_columns_equal_a_slow_loop() -> None:
 
 def test_columns_refuse_what_does_not_fit() -> None:
     split, plain = EdgeColumns(with_heads=True), EdgeColumns()
-    with pytest.raises(ValueError, match="add_split"):
+    with pytest.raises(ValueError, match="add_edges"):
         split.add_dense(0, 1, torch.ones(2, 2))
-    with pytest.raises(ValueError, match="add_dense"):
-        plain.add_split(0, 1, torch.ones(1, 2, 2), torch.ones(1, 2, 2), torch.ones(2))
-    plain.add_diagonal(0, 1, torch.ones(2))
+    at, weights = torch.arange(2), torch.ones(2)
+    with pytest.raises(ValueError, match="only there"):
+        plain.add_edges(0, 1, at, at, weights, slot=at)
+    with pytest.raises(ValueError, match="only there"):
+        split.add_edges(0, 1, at, at, weights)
+    plain.add_edges(0, 1, at, at, weights)
     with pytest.raises(ValueError, match="twice"):
         plain.add_dense(0, 1, torch.ones(2, 2))
     with pytest.raises(ValueError, match=r"shape \(3,\) is no matrix"):

@@ -153,7 +153,8 @@ class RelevanceSums:
         """One prompt's relevance kept under ``name`` so far in this backward, by position."""
         (kept,) = self._kept[name] if name in self._kept else self._zero(name)
         at = pos_axis(self.axes, name)
-        return kept.movedim(at, 0).flatten(1).sum(1) if kept.ndim > 1 else kept
+        by_position: Tensor = kept.movedim(at, 0).reshape(kept.shape[at], -1).sum(1)
+        return by_position
 
     def _zero(self, name: str) -> Float[Tensor, "batch ..."]:
         """The sums at a HookPoint which no gradient has reached."""

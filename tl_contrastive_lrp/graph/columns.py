@@ -32,7 +32,7 @@ EDGE_KINDS = ("position", "value", "key")
 
 @dataclass
 class EdgeColumns:
-    """Collects the transitions of a graph, in any order, as dense matrices, diagonals or columns.
+    """Collects the transitions of a graph, in any order, as dense matrices or as columns.
 
     An entry that is exactly 0 is not an edge. Rows of targets that are not ``live`` (targets that
     were not expanded) are left out. Every transition is added once.
@@ -58,29 +58,14 @@ class EdgeColumns:
                 ``matrix`` does not have two axes.
         """
         if self.with_heads:
-            raise ValueError("Edges are split by heads here: give this transition by add_split.")
+            raise ValueError(
+                "Edges are split by heads here: give this transition by add_edges, with slots."
+            )
         if matrix.ndim != 2:
             raise ValueError(f"A transition of shape {tuple(matrix.shape)} is no matrix.")
         matrix = _live_rows(matrix.detach(), live)
         target_pos, source_pos = torch.nonzero(matrix, as_tuple=True)
         self._add(source, target, target_pos, source_pos, matrix[target_pos, source_pos])
-
-    def add_diagonal(
-        self,
-        source: int,
-        target: int,
-        values: Float[Tensor, " pos"],
-        live: Bool[Tensor, " pos"] | None = None,
-    ) -> None:
-        """Add a transition in which every position passes relevance to itself only.
-
-        Raises:
-            ValueError: The transition was added before.
-        """
-        values = _live_rows(values.detach(), live)
-        (pos,) = torch.nonzero(values, as_tuple=True)
-        head = torch.full_like(pos, -1)
-        self._add(source, target, pos, pos, values[pos], head, torch.zeros_like(pos))
 
     def add_edges(
         self,
@@ -101,36 +86,6 @@ class EdgeColumns:
             raise ValueError("Give slots where edges are split by heads, and only there.")
         head, path = (None, None) if slot is None else heads_and_paths(slot)
         self._add(source, target, target_pos, source_pos, weight, head, path)
-
-    def add_split(
-        self,
-        source: int,
-        target: int,
-        value: Float[Tensor, "head target_pos source_pos"],
-        key: Float[Tensor, "head target_pos source_pos"],
-        position: Float[Tensor, " pos"],
-        live: Bool[Tensor, " target_pos"] | None = None,
-    ) -> None:
-        """Add a transition split by heads.
-
-        Args:
-            source: Index of the source site.
-            target: Index of the target site.
-            value: Relevance that passes through attention's values.
-            key: Relevance that passes through attention's keys.
-            position: Relevance that stays at its position without passing through attention.
-            live: Targets that were expanded; all of them if None.
-
-        Raises:
-            ValueError: The graph's edges are not split by heads, or the transition was added
-                before.
-        """
-        if not self.with_heads:
-            raise ValueError("Edges are not split by heads here: give the sum by add_dense.")
-        by_slot = _live_rows(slots(value, key, position.detach()), live)
-        target_pos, source_pos, slot = at = torch.nonzero(by_slot, as_tuple=True)
-        head, path = heads_and_paths(slot)
-        self._add(source, target, target_pos, source_pos, by_slot[at], head, path)
 
     def _add(
         self,

@@ -26,6 +26,7 @@ from ...engine.memory import (
     run_as_planned,
 )
 from ...engine.run import RunOptions
+from ...hooks.user_hooks import user_hooks
 from ...inputs.bridge import require_bridge
 from ...inputs.facts import PromptFacts
 from ...inputs.objective import question as read_question
@@ -260,7 +261,9 @@ def _memory_plan(
         ValueError, ModelStateError: as ``plan_memory``.
     """
     graphs, pruned = len(question.objectives), bool(question.rule)
-    fused = fused_blocks(plan.model, options.attention, length)
+    # Under hooks of the user's, whole matrices are checked against the run's own graph.
+    hooked = bool(user_hooks(plan.model))
+    fused = 0 if hooked else fused_blocks(plan.model, options.attention, length)
     skipping = "layers=[...] that skip blocks cannot run in tiles." if plan.skips_blocks else ""
     if prefilled is None:
         return plan_memory(
