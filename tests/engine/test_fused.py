@@ -25,6 +25,7 @@ from truth.rounding import PROMISED
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.engine import fused as fused_room
+from tl_contrastive_lrp.hooks.user_hooks import as_own
 from tl_contrastive_lrp.rules.deferred import DeferringMode
 from tl_contrastive_lrp.rules.visible import MaskMemory
 
@@ -330,3 +331,71 @@ def test_whatever_a_component_writes_its_numbers_stay(written: Any, is_fused: bo
     eager, deferred, fused = eager_and_deferred(written)
     assert bool(fused) == is_fused
     assert torch.allclose(deferred, eager, rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------- logits that are read
+
+
+def unembedded_rows(model: Any, run: Any) -> list[int]:
+    """For how many positions each call of the unembedding computed logits."""
+    rows: list[int] = []
+
+    def look(module: Any, args: Any, output: Tensor) -> None:  # noqa: ARG001
+        rows.append(output.shape[1])
+
+    handle = model.unembed.original_component.register_forward_hook(as_own(look))
+    try:
+        run()
+    finally:
+        handle.remove()
+    return rows
+
+
+def test_only_the_logits_that_are_read_are_computed() -> None:
+    model, ids = boot("qwen3"), random_tokens(1, 30)
+    last, middle = clrp.logit_diff(model, 7, 11), clrp.target_logit(model, 5, pos=12)
+
+    def anything(logits: Tensor) -> Tensor:
+        return logits[0, 3:7, 5].sum()
+
+    clrp.attribute(model, ids, last)  # audits the model first
+
+    def rows(objectives: list[Any], kind: str) -> list[int]:
+        return unembedded_rows(
+            model,
+            lambda: clrp.attribute_each(model, ids, objectives, attention=kind),  # type: ignore[arg-type]
+        )
+
+    assert rows([last], "fused") == [1]
+    assert rows([last, middle, last], "fused") == [2]
+    assert rows([last, anything], "fused") == [30]
+    assert rows([last], "eager") == [30]
+    edit = [("unembed.hook_out", lambda x, hook: x * 2.0)]  # noqa: ARG005
+    with true_float64(model), model.hooks(fwd_hooks=edit):
+        assert 30 in rows([last], "fused")
+        eager, fused = both(model, ids, last)
+    assert_same(fused, eager, 1e-9)
+
+
+def test_auto_takes_it_for_the_logits_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large vocabulary makes most of a short forward."""
+    model, ids = boot("qwen3", torch.float32), random_tokens(1, 30)
+    objective = clrp.logit_diff(model, 7, 11)
+    left_out = 29 * model.cfg.d_vocab * model.cfg.d_model
+    kinds = []
+    for needed in (left_out // model.cfg.n_layers, left_out // model.cfg.n_layers + 1):
+        monkeypatch.setattr(fused_room, "_WORTH_LOGITS", needed)
+        kinds.append(clrp.attribute(model, ids, objective).attention)
+    assert kinds == ["fused", "eager"]
+
+
+@pytest.mark.parametrize("name", ["logit_minus_mean", "logit_minus_top_k", "target_logit"])
+def test_every_objective_of_one_position(name: str) -> None:
+    model, ids = boot("qwen3"), random_tokens(1, 30)
+    more = {"k": 5} if name == "logit_minus_top_k" else {}
+    objective = getattr(clrp, name)(model, 7, pos=17, **more)
+    with true_float64(model):
+        eager, fused = both(model, ids, objective)
+    assert fused.pos == eager.pos == 17
+    assert (fused.target, fused.target_is_top) == (eager.target, eager.target_is_top)
+    assert_same(fused, eager, 1e-9)
