@@ -68,7 +68,7 @@ def test_rule_sets(name: str, rules: str, small_tiles: None) -> None:  # noqa: A
     with true_float64(model):
         eager, fused = both(model, ids, clrp.logit_diff(model, 7, 11, pos=30), rules=rules)
     assert fused.attention == "fused"
-    assert_same(fused, eager, 1e-9)
+    assert_same(fused, eager, PROMISED[torch.float64])
 
 
 def test_neurons_ledger_and_several_objectives() -> None:
@@ -80,7 +80,7 @@ def test_neurons_ledger_and_several_objectives() -> None:
             for kind in ("eager", "fused")
         )
     for one, other in zip(fused, eager, strict=True):
-        assert_same(one, other, 1e-9)
+        assert_same(one, other, PROMISED[torch.float64])
         assert torch.allclose(one.neurons, other.neurons, atol=1e-9)
         for row, expected in zip(one.ledger.rows, other.ledger.rows, strict=True):
             assert row.total == pytest.approx(expected.total, abs=1e-9)
@@ -131,7 +131,7 @@ def test_a_hook_that_needs_the_pattern_is_honoured(point: str) -> None:
     with true_float64(model), model.hooks(fwd_hooks=[(name, edit)]):
         eager, fused = both(model, ids, objective)
     assert fused.attention == f"fused in {model.cfg.n_layers - 1} of {model.cfg.n_layers} blocks"
-    assert_same(fused, eager, 1e-9)
+    assert_same(fused, eager, PROMISED[torch.float64])
     watch = [(name, lambda x, hook: seen.append(tuple(x.shape)))]  # noqa: ARG005
     with model.hooks(fwd_hooks=watch):
         clrp.attribute(model, ids, objective, attention="fused")
@@ -147,7 +147,7 @@ def test_hooks_elsewhere_are_honoured_too() -> None:
     with true_float64(model), model.hooks(fwd_hooks=edits):
         eager, fused = both(model, ids, clrp.logit_diff(model, 7, 11))
     assert "fused" in fused.attention
-    assert_same(fused, eager, 1e-9)
+    assert_same(fused, eager, PROMISED[torch.float64])
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
@@ -157,7 +157,7 @@ def test_windows(name: str, small_tiles: None) -> None:  # noqa: ARG001
     with true_float64(model):
         eager, fused = both(model, ids, clrp.logit_diff(model, 7, 11))
     assert fused.attention == "fused"
-    assert_same(fused, eager, 1e-9)
+    assert_same(fused, eager, PROMISED[torch.float64])
 
 
 @pytest.mark.parametrize("rules", RULES)
@@ -167,7 +167,7 @@ def test_soft_caps_and_position_biases(name: str, rules: str, small_tiles: None)
     with true_float64(model):
         eager, fused = both(model, ids, clrp.logit_diff(model, 7, 12), rules=rules)
     assert fused.attention == "fused"
-    assert_same(fused, eager, 1e-9)
+    assert_same(fused, eager, PROMISED[torch.float64])
 
 
 @pytest.mark.parametrize("rules", RULES)
@@ -374,7 +374,7 @@ def test_only_the_logits_that_are_read_are_computed() -> None:
     with true_float64(model), model.hooks(fwd_hooks=edit):
         assert 30 in rows([last], "fused")
         eager, fused = both(model, ids, last)
-    assert_same(fused, eager, 1e-9)
+    assert_same(fused, eager, PROMISED[torch.float64])
 
 
 def test_auto_takes_it_for_the_logits_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,4 +398,4 @@ def test_every_objective_of_one_position(name: str) -> None:
         eager, fused = both(model, ids, objective)
     assert fused.pos == eager.pos == 17
     assert (fused.target, fused.target_is_top) == (eager.target, eager.target_is_top)
-    assert_same(fused, eager, 1e-9)
+    assert_same(fused, eager, PROMISED[torch.float64])
