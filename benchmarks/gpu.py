@@ -121,7 +121,8 @@ class Clock:
             raise OutOfTime
 
         before = signal.signal(signal.SIGALRM, ring)
-        signal.setitimer(signal.ITIMER_REAL, max(self.left, 0.01))
+        # Once a second: Python drops an exception that is raised in a callback of its own.
+        signal.setitimer(signal.ITIMER_REAL, max(self.left, 0.01), 1.0)
         try:
             yield
         finally:

@@ -24,6 +24,7 @@ from truth.rounding import PROMISED
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.engine import memory
+from tl_contrastive_lrp.engine.fused import fused_blocks
 from tl_contrastive_lrp.errors import ModelStateError, NotTileableError
 from tl_contrastive_lrp.inputs.bridge import without_neurons
 
@@ -274,8 +275,14 @@ def test_what_cannot_run_in_tiles_says_what_it_needs(
     objective = clrp.logit_diff(model, TARGET, CONTRAST)
     calls: list[tuple[Any, bool]] = [(clrp.attribute, False), (clrp.attribution_graph, True)]
     for call, edges in calls:
-        need = memory.gib(memory.plain_bytes(model, LENGTH, graphs=int(edges)))
+        fused = fused_blocks(model, "auto", LENGTH)
         pruned = {"mass": 0.9} if edges else {}
+        need, need_pruned = (
+            memory.gib(
+                memory.plain_bytes(model, LENGTH, graphs=int(edges), pruned=few, fused=fused)
+            )
+            for few in (False, bool(pruned))
+        )
         with pytest.raises(NotTileableError) as refused:
             call(model, IDS, objective, memory="tiled", tile=256, progress=False)
         assert str(refused.value).startswith("This model cannot run in tiles: ")
@@ -284,6 +291,6 @@ def test_what_cannot_run_in_tiles_says_what_it_needs(
         assert call(model, IDS, objective).memory == "plain"  # where it fits
         with monkeypatch.context() as scarce:
             scarce.setattr(memory, "free_bytes", lambda device: 1024)  # noqa: ARG005
-            with pytest.raises(ModelStateError, match=f"needs about {need} without tiles") as no:
+            with pytest.raises(ModelStateError, match=f"about {need_pruned} without tiles") as no:
                 call(model, IDS, objective, progress=False, **pruned)
         assert NOT_TILEABLE[name] in str(no.value)

@@ -11,8 +11,7 @@ import tl_contrastive_lrp as clrp
 # Constants that no component shows: biases in experts and heads, embeddings of types, XGLM's
 # positions. The ledger has what they take in "other".
 HIDDEN_CONSTANTS = frozenset(
-    {"gpt_oss", "ernie4_5_moe", "jetmoe", "bert", "bert-decoder", "roberta", "xglm"}
-    | {"modernbert_decoder"}
+    {"gpt_oss", "jetmoe", "bert", "bert-decoder", "roberta", "xglm"} | {"modernbert_decoder"}
 )
 
 
