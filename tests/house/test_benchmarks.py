@@ -199,7 +199,7 @@ def test_a_model_that_cannot_be_made_leaves_the_others(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_cell_is_ended_when_its_time_is_over() -> None:
-    """Also if the first alarm rings inside a callback of Python's own, which drops the exception."""
+    """Also if the first alarm rings inside a callback of Python's own, which drops it."""
     began = time.monotonic()
     cell = gpu.Cell("m", 1, "graph")
     clock = gpu.Clock(time.time() + 0.2)

@@ -103,7 +103,7 @@ class Attention:
     @property
     def is_square(self) -> bool:
         """Whether attention is causal, and the queries are those of all positions."""
-        return self.keys.queries == self.keys.keys and self.keys.is_causal
+        return self.keys.is_causal and self.keys.queries == self.keys.keys
 
     @property
     def is_torchs(self) -> bool:
