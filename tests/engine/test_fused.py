@@ -193,7 +193,7 @@ def test_compatibility_mode(name: str, small_tiles: None) -> None:  # noqa: ARG0
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype: torch.dtype) -> None:
-    """As close to float32 as eager attention is."""
+    """As close to float32 as eager attention is, and a few roundings of the type more."""
     ids = random_tokens(1, 30)
     truth = boot("qwen3", torch.float32)
     objective = clrp.logit_diff(truth, 7, 11)
@@ -202,7 +202,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
     scale = float(exact.resid.abs().max())
     off = [float((x.resid - exact.resid).abs().max()) / scale for x in (eager, fused)]
     assert fused.attention == "fused"
-    assert off[1] <= 3 * off[0] + 1e-3
+    assert off[1] <= 3 * off[0] + 4 * torch.finfo(dtype).eps
 
 
 def test_files_say_which_attention_ran(tmp_path: Any) -> None:
