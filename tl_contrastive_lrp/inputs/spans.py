@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import TokenError
 from ..rules.functions import at_least_float32
+from .bridge import require_bridge
 from .located import LocatedObjective
 from .tokens import str_tokens, to_single_prompt, to_token_ids, token_names, vocab_size
 
@@ -277,6 +278,7 @@ def span_logit(
         >>> result.positions == (n - 5, n - 4, n - 3, n - 2)
         True
     """
+    require_bridge(model)
     prompt = to_single_prompt(model, tokens, prepend_bos)[0].tolist()
     start, stop = _span(span, len(prompt))
     ids = tuple(prompt[start:stop])
