@@ -268,7 +268,7 @@ def test_circuits_are_run_for_a_span() -> None:
         for objective in (span, lambda logits: span(logits))
     )
     assert one == other
-    assert one.full == pytest.approx(float(span(model(IDS))), abs=1e-3)
+    assert one.delta_full == pytest.approx(float(span(model(IDS))), abs=1e-3)
 
 
 def test_two_prompts_at_once_and_saved_results(tmp_path: Any) -> None:
