@@ -184,7 +184,7 @@ def test_a_graph_has_several_final_positions(name: str, way: dict[str, Any]) -> 
 
 
 def test_no_other_logits_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fused, only the rows that predict the span; in tiles, a span is cut as other positions are."""
+    """Fused, only rows that predict the span; in tiles, a span is cut as other positions are."""
     model, widths, tiles = boot("qwen3"), [], []
     span = clrp.span_logit(model, IDS, SPAN)
     clrp.attribute(model, IDS, span)  # the audit's own forwards come first
@@ -240,9 +240,7 @@ def test_other_uses() -> None:
     corrupt[0, 3] = (corrupt[0, 3] + 5) % 40 + 4
     _, cache = model.run_with_cache(IDS)
     one_by_one = sum(
-        patching.get_relevance_patch_resid_pre(
-            model, corrupt, cache, one_token(model, "mean", i)
-        )
+        patching.get_relevance_patch_resid_pre(model, corrupt, cache, one_token(model, "mean", i))
         for i in range(len(WRITTEN))
     )
     together = patching.get_relevance_patch_resid_pre(model, corrupt, cache, span)
@@ -268,7 +266,7 @@ def test_circuits_are_run_for_a_span() -> None:
         for objective in (span, lambda logits: span(logits))
     )
     assert one == other
-    assert one.delta_full == pytest.approx(float(span(model(IDS))), abs=1e-3)
+    assert one.delta_full == pytest.approx(span(model(IDS)).item(), abs=1e-3)
 
 
 def test_two_prompts_at_once_and_saved_results(tmp_path: Any) -> None:
@@ -282,7 +280,13 @@ def test_two_prompts_at_once_and_saved_results(tmp_path: Any) -> None:
     results[0].save(path)
     assert clrp.Attribution.load(path).positions == results[0].positions
     assert "tokens 9-15" in results[0].objective
-    results[0].save_html(tmp_path / "r.html")
+    for more, words in (
+        ({}, "summed logit of "),
+        ({"logprob": True}, "summed log-probability of "),
+    ):
+        span = clrp.span_logit(model, IDS, SPAN, **more)
+        page = clrp.attribute(model, IDS, span).save_html(tmp_path / "r.html")
+        assert words in page.read_text("utf-8")
 
 
 def test_words() -> None:

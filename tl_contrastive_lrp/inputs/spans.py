@@ -28,6 +28,7 @@ from .tokens import str_tokens, to_single_prompt, to_token_ids, token_names, voc
 Against = Literal["tokens", "top_k", "mean", "none"]
 
 _KEYWORDS = ("none", "mean", "top_k")
+LOGPROB = "log-probability"  # how the words of an objective in log-probabilities begin
 _LABEL = 48  # characters of the span's text in labels
 
 
@@ -206,7 +207,7 @@ class SpanLogit(LocatedObjective):
         return _short(self.contrast_text) or (f"id:{min(ids)}" if len(ids) == 1 else "other tokens")
 
     def __str__(self) -> str:
-        quantity = "log-probability" if self.logprob else "logit"
+        quantity = LOGPROB if self.logprob else "logit"
         written = f"{_short(self.text)!r} ({self._tokens()})" if self.text else self._tokens()
         summed = f"{quantity} of {written}" + (", summed" if len(self.ids) > 1 else "")
         read = (self.first, self.first + len(self.ids) - 1)
