@@ -147,7 +147,7 @@ def _table(
 
     parts = [
         _judged(precise(rows.detach()), written.to(rows.device), k)
-        for rows, written in zip(logits.split(_ROWS), ids.split(_ROWS), strict=True)
+        for rows, written in zip(torch.split(logits, _ROWS), torch.split(ids, _ROWS), strict=True)
     ]
     logit, rank, logprob, best_ids, best = (
         torch.cat(column).cpu() for column in zip(*parts, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -199,7 +200,7 @@ def _row(listed: pd.DataFrame, row: int | None) -> int:
     return row
 
 
-def _command(model: Any, options: TokensOptions, text: str, row: dict[str, Any]) -> str:
+def _command(model: Any, options: TokensOptions, text: str, row: Mapping[Any, Any]) -> str:
     """The command that explains one token; its target is the one that the model prefers."""
     written, other = (token_word(model, int(row[name])) for name in ("id", "alternative_id"))
     preferred = (other, written) if row["delta"] > 0 else (written, other)

@@ -27,7 +27,7 @@ from .tokens import str_tokens, to_single_prompt, to_token_ids, token_names, voc
 
 Against = Literal["tokens", "top_k", "mean", "none"]
 
-_KEYWORDS = ("none", "mean", "top_k")
+_KEYWORDS: dict[str, Against] = {"none": "none", "mean": "mean", "top_k": "top_k"}
 LOGPROB = "log-probability"  # how the words of an objective in log-probabilities begin
 _LABEL = 48  # characters of the span's text in labels
 
@@ -295,7 +295,7 @@ def span_logit(
             raise TokenError(
                 f"k={k!r} must lie between 1 and the {vocab_size(model) - 1} other tokens."
             )
-        return replace(about, versus=against, k=int(k) if against == "top_k" else 0)
+        return replace(about, versus=_KEYWORDS[against], k=int(k) if against == "top_k" else 0)
     contrast = _contrast(model, against, len(ids))
     if contrast == ids:
         raise TokenError(
