@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .attribution import (
         Attribution,
+        answer_table,
         attribute,
         attribute_each,
         next_token_table,
@@ -33,9 +34,11 @@ if TYPE_CHECKING:
     from .hooks import Audit, Coverage, audit, coverage, lrp, lrp_hooks
     from .inputs import (
         Objective,
+        SpanLogit,
         logit_diff,
         logit_minus_mean,
         logit_minus_top_k,
+        span_logit,
         target_logit,
         top_logit,
     )
@@ -57,7 +60,9 @@ __all__ = [
     "FaithfulnessCurves",
     "Objective",
     "RuleSet",
+    "SpanLogit",
     "Verification",
+    "answer_table",
     "attribute",
     "attribute_each",
     "attribution_graph",
@@ -80,6 +85,7 @@ __all__ = [
     "model_lock",
     "next_token_table",
     "run_with_relevance",
+    "span_logit",
     "target_logit",
     "top_logit",
     "verify",
@@ -89,6 +95,7 @@ __all__ = [
 _ROOMS = {
     "attribution": (
         "Attribution",
+        "answer_table",
         "attribute",
         "attribute_each",
         "next_token_table",
@@ -112,9 +119,11 @@ _ROOMS = {
     "hooks": ("Audit", "Coverage", "audit", "coverage", "lrp", "lrp_hooks"),
     "inputs": (
         "Objective",
+        "SpanLogit",
         "logit_diff",
         "logit_minus_mean",
         "logit_minus_top_k",
+        "span_logit",
         "target_logit",
         "top_logit",
     ),

@@ -7,6 +7,7 @@ result; ``run_with_relevance`` does the same for every HookPoint, as Transformer
 
 from __future__ import annotations
 
+from .answer_table import answer_table
 from .attribute import attribute, attribute_each
 from .candidates import next_token_table
 from .ledger import Ledger
@@ -16,6 +17,7 @@ from .result import Attribution
 __all__ = [
     "Attribution",
     "Ledger",
+    "answer_table",
     "attribute",
     "attribute_each",
     "next_token_table",

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
         target_logit,
         top_logit,
     )
+    from .spans import SpanLogit, span_logit
 
 __all__ = [
     "Objective",
+    "SpanLogit",
     "logit_diff",
     "logit_minus_mean",
     "logit_minus_top_k",
+    "span_logit",
     "target_logit",
     "top_logit",
 ]
@@ -33,6 +36,6 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import objective
+    from . import objective, spans
 
-    return getattr(objective, name)
+    return getattr(spans if name in ("SpanLogit", "span_logit") else objective, name)
