@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .attribution import (
+        AnswerRelevance,
+        AnswerSide,
         Attribution,
         attribute,
         attribute_each,
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
     from .graph import AttributionGraph, attribution_graph, attribution_graphs
     from .hooks import Audit, Coverage, audit, coverage, lrp, lrp_hooks
     from .inputs import (
+        AnswerDiff,
         Objective,
+        answer_diff,
         logit_diff,
         logit_minus_mean,
         logit_minus_top_k,
@@ -46,6 +50,9 @@ __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_RULES",
     "RULE_SETS",
+    "AnswerDiff",
+    "AnswerRelevance",
+    "AnswerSide",
     "Attribution",
     "AttributionGraph",
     "Audit",
@@ -58,6 +65,7 @@ __all__ = [
     "Objective",
     "RuleSet",
     "Verification",
+    "answer_diff",
     "attribute",
     "attribute_each",
     "attribution_graph",
@@ -88,6 +96,8 @@ __all__ = [
 # Loaded at first use (PEP 562): the command line answers --help without importing torch.
 _ROOMS = {
     "attribution": (
+        "AnswerRelevance",
+        "AnswerSide",
         "Attribution",
         "attribute",
         "attribute_each",
@@ -111,7 +121,9 @@ _ROOMS = {
     "graph": ("AttributionGraph", "attribution_graph", "attribution_graphs"),
     "hooks": ("Audit", "Coverage", "audit", "coverage", "lrp", "lrp_hooks"),
     "inputs": (
+        "AnswerDiff",
         "Objective",
+        "answer_diff",
         "logit_diff",
         "logit_minus_mean",
         "logit_minus_top_k",

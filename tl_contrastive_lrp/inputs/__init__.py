@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .answers import AnswerDiff, answer_diff
     from .objective import (
         Objective,
         logit_diff,
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AnswerDiff",
     "Objective",
+    "answer_diff",
     "logit_diff",
     "logit_minus_mean",
     "logit_minus_top_k",
@@ -33,6 +36,6 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import objective
+    from . import answers, objective
 
-    return getattr(objective, name)
+    return getattr(answers if name in ("AnswerDiff", "answer_diff") else objective, name)

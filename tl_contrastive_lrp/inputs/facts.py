@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .objective import Objective, positions_of
+from .tail_logits import TailLogits
 from .tokens import model_name, single_prompt, special_ids, special_mask, str_tokens
 
 
@@ -108,6 +109,10 @@ class ObjectiveFacts:
             TokenError: the prompt lacks the position that the objective names.
             ModelStateError: its gradient is 0 at every logit, so no position is explained.
         """
+        if isinstance(objective, TailLogits):
+            *before, end = objective.positions
+            delta, is_top = float(value), objective.are_top(logits)
+            return cls(delta, delta, None, str(objective), "", "", end, tuple(before), is_top)
         *earlier, last = positions_of(objective, logits, length)
         top = int(logits[0, last if local is None else 0].argmax())
         delta = float(value)
