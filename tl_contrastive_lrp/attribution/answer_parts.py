@@ -113,7 +113,7 @@ def answer_from(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Answ
     """
     sides = {
         side: AnswerSide(
-            **{name: tensors[f"answer.{side}.{name}"] for name in _TENSORS},  # type: ignore[arg-type]
+            **{name: tensors[f"answer.{side}.{name}"] for name in _TENSORS},
             str_tokens=tuple(facts[side]["str_tokens"]),
             delta=float(facts[side]["delta"]),
         )

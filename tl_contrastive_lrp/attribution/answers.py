@@ -83,9 +83,10 @@ def _difference(
         ]
         return torch.stack(parts).sum(0)
 
+    sums: dict[str, Any] = {name: added(name) for name in ("tokens", "resid", "heads")}
     return replace(
         any_result,
-        **{name: added(name) for name in ("tokens", "resid", "heads")},
+        **sums,
         neurons=None if any_result.neurons is None else added("neurons"),
         token_ids=prompt.token_ids,
         special=prompt.special,

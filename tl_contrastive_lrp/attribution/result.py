@@ -342,7 +342,7 @@ def with_answers(result: Attribution) -> Attribution:
         for side in ("target", "contrast")
     ]
     length, more = len(result.str_tokens), sum(map(len, texts))
-    parts = {
+    parts: dict[str, Any] = {
         name: torch.cat([getattr(result, name), read_part(answer, name)], dim=-1)
         for name in ("tokens", "resid", "heads", "token_ids", "special")
     }

@@ -181,7 +181,7 @@ def answer_diff(
         )
     require_room(model, len(before) + common, tails)
     texts = [_text(model, [*before, *shared], tail) for tail in tails]
-    return AnswerDiff(*tails, shared=shared, logprob=logprob, texts=(texts[0], texts[1]))
+    return AnswerDiff(tails[0], tails[1], shared, logprob, (texts[0], texts[1]))
 
 
 def require_room(model: Any, length: int, tails: Sequence[Sequence[int]]) -> None:
