@@ -28,7 +28,8 @@ from tl_contrastive_lrp.errors import FileFormatError, ModelStateError, PromptEr
 
 RULES = tuple(clrp.RULE_SETS)
 TARGET, CONTRAST = [7, 12, 30], [9, 5]
-CAUSAL = tuple(name for name in COVERED if name not in ("bert", "roberta"))
+ENCODERS = ("bert", "bert-decoder", "roberta")  # as TransformerLens has it, all three
+CAUSAL = tuple(name for name in COVERED if name not in ENCODERS)
 SUMS = ("tokens", "resid", "heads")
 
 
@@ -411,7 +412,7 @@ def test_a_longer_prompt_than_they_were_made_for_is_checked_again() -> None:
         clrp.attribute(model, random_tokens(1, 63), answers)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta"])
+@pytest.mark.parametrize("name", ENCODERS)
 def test_encoders_take_one_token_only(name: str) -> None:
     model, ids = zoo.boot(name, torch.float32), zoo.random_tokens()
     answers = clrp.answer_diff(model, ids, target=TARGET, contrast=CONTRAST)
