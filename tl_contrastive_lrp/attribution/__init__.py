@@ -8,6 +8,7 @@ result; ``run_with_relevance`` does the same for every HookPoint, as Transformer
 from __future__ import annotations
 
 from .answer_parts import AnswerRelevance, AnswerSide
+from .answer_table import answer_table
 from .attribute import attribute, attribute_each
 from .candidates import next_token_table
 from .ledger import Ledger
@@ -19,6 +20,7 @@ __all__ = [
     "AnswerSide",
     "Attribution",
     "Ledger",
+    "answer_table",
     "attribute",
     "attribute_each",
     "next_token_table",

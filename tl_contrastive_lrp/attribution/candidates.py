@@ -69,8 +69,38 @@ def logits_at(
         ModelStateError: the model cannot run in tiles, and the plain engine would not fit or was
             not allowed.
     """
+    at = one_position(pos, int(tokens.shape[1]))
+    return logits_between(
+        model, tokens, (at, at + 1), memory, tile, progress=progress, attention=attention
+    )[0]
+
+
+@one_at_a_time
+def logits_between(
+    model: Any,
+    tokens: Tensor,
+    ends: tuple[int, int],
+    memory: Memory = "auto",
+    tile: int | None = None,
+    *,
+    progress: bool = True,
+    attention: AttentionKind = "auto",
+) -> Float[Tensor, "read vocab"]:
+    """Compute the logits at neighbouring positions, from one forward without gradients.
+
+    Args:
+        model: The bridge.
+        tokens: Token ids, [1, pos].
+        ends: The first position, from 0, and the one after the last.
+        memory: As for ``attribute``; "auto" uses tiles where ``attribute`` would.
+        tile: Positions per tile.
+        progress: Show a progress bar in tiles.
+        attention: As for ``attribute``.
+
+    Raises:
+        ValueError, ModelStateError: as ``logits_at``.
+    """
     length = int(tokens.shape[1])
-    pos = one_position(pos, length)
     fused = fused_blocks(model, attention, length)
     plan = plan_memory(model, length, memory, tile, fused=fused)
     # Finding out whether a user's hook works in tiles takes a forward without tiles, and nothing
@@ -80,13 +110,13 @@ def logits_at(
     # If tiles do not work, a forward without gradients is what has to fit.
     plan = replace(plan, plain_bytes=forward_bytes(model, length, fused=fused))
 
-    def in_tiles(plan: MemoryPlan) -> Float[Tensor, " vocab"]:
+    def in_tiles(plan: MemoryPlan) -> Float[Tensor, "read vocab"]:
         assert plan.tile is not None
-        return _logits_in_tiles(model, tokens, pos, plan.tile, progress, attention)
+        return _logits_in_tiles(model, tokens, ends, plan.tile, progress, attention)
 
-    def without_tiles(_: MemoryPlan) -> Float[Tensor, " vocab"]:
+    def without_tiles(_: MemoryPlan) -> Float[Tensor, "read vocab"]:
         with torch.no_grad(), _fused(model, attention, length):
-            logits: Tensor = model(tokens)[0, pos]
+            logits: Tensor = model(tokens)[0, slice(*ends)]
             return logits.clone()  # a view would keep the logits of all positions
 
     return run_as_planned(plan, in_tiles, without_tiles)
@@ -98,18 +128,23 @@ def _fused(model: Any, attention: AttentionKind, length: int) -> AbstractContext
 
 
 def _logits_in_tiles(
-    model: Any, tokens: Tensor, pos: int, tile: int, progress: bool, attention: AttentionKind
-) -> Float[Tensor, " vocab"]:
-    ranges, length = ((pos, pos + 1),), int(tokens.shape[1])
+    model: Any,
+    tokens: Tensor,
+    ends: tuple[int, int],
+    tile: int,
+    progress: bool,
+    attention: AttentionKind,
+) -> Float[Tensor, "read vocab"]:
+    ranges, length = (ends,), int(tokens.shape[1])
 
-    def attempt(smaller: int) -> Float[Tensor, " vocab"]:
+    def attempt(smaller: int) -> Float[Tensor, "read vocab"]:
         bounds = tile_bounds(length, smaller, ranges)
         with (
             torch.no_grad(),
             _fused(model, attention, length),
             tqdm(total=len(bounds), desc="Prompt", unit="tile", disable=not progress) as bar,
         ):
-            return prefill(model, tokens, ranges, bounds, {}, bar.update).logits()[0, 0]
+            return prefill(model, tokens, ranges, bounds, {}, bar.update).logits()[0]
 
     fusing = is_worth(attention, length)
     with observers_set_aside(model, tokens, backward=False, fusing=fusing):

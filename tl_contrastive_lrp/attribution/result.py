@@ -19,6 +19,7 @@ from ..graph.picture import view_of
 from ..hooks.coverage import Coverage, coverage_from
 from ..inputs.forced import labelled
 from ..inputs.objective import check_earlier, in_words
+from ..inputs.spans import LOGPROB
 from ..inputs.token_text import printed
 from ..render.report import Report, report_html
 from ..render.text import visible
@@ -55,7 +56,8 @@ class Attribution:
             A character of several tokens is at the first; the others are empty.
         sites: HookPoint name of each row of ``resid``.
         delta: Δℓ, the objective's value.
-        target_logit: The objective's target term (mean logit of the targets).
+        target_logit: The objective's target term (mean logit of the targets; of a span, the sum of
+            its logits or log-probabilities).
         contrast_logit: Its contrast term, if it has one.
         objective: The objective in words, with its sign.
         target: Name of the target token(s); given as a target, it means that token.
@@ -402,6 +404,7 @@ def report_of(
         contrast=(result.contrast,) if result.contrast else (),
         target_logit=result.target_logit,
         contrast_logit=result.contrast_logit,
+        quantity=_quantity(result),
         target_is_top=result.target_is_top,
         greyed=result.greyed,
         position=in_words(result.positions) if result.earlier_pos else result.pos,
@@ -429,6 +432,12 @@ def _typable(candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else row
         for row in candidates
     ]
+
+
+def _quantity(result: Attribution) -> str:
+    """What the objective's two terms are; a file has this in the objective's words only."""
+    quantity = "log-probability" if result.objective.startswith(LOGPROB) else "logit"
+    return f"summed {quantity}" if result.earlier_pos else quantity
 
 
 def _title(result: Attribution) -> str:

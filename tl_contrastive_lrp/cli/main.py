@@ -23,6 +23,7 @@ from .output import Output
 from .print_attribution import as_json, print_explained, print_json
 from .retype import PROGRAM
 from .terminal import print_out
+from .tokens import tokens_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +59,8 @@ def _root(
 
     Relevance of every prompt token for logit(target) − logit(contrast). Try **demo** first: a
     small model that comes with the package, without network. Then **explain** your own, and
-    see in **graph** how it flows between tokens and layers.
+    see in **graph** how it flows between tokens and layers. **tokens** lists an answer token by
+    token, to find the one that went wrong.
     """
 
 
@@ -127,6 +129,7 @@ def explain_command(options: ExplainOptions) -> None:
 
 
 app.command("graph", epilog=o.EXIT_CODES)(graph_command)
+app.command("tokens", epilog=o.EXIT_CODES)(tokens_command)
 app.command("check", epilog=o.EXIT_CODES)(check_command)
 
 

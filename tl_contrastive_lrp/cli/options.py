@@ -125,7 +125,11 @@ ChatOption = Annotated[
 ]
 SystemOption = Annotated[str | None, typer.Option(help="System message, with --chat.")]
 AnswerOption = Annotated[
-    str, typer.Option(help="What the assistant has written so far, with --chat.")
+    str,
+    typer.Option(
+        help="What the assistant (or, without --chat, the model) has written so far after the "
+        "prompt. --pos may lie in it."
+    ),
 ]
 PrependBosOption = Annotated[
     bool | None,
@@ -237,8 +241,8 @@ class QuestionOptions:
             raise typer.BadParameter("Missing option '--model'.")
         if (self.prompt is None) == (self.prompt_file is None):
             raise typer.BadParameter("Give the prompt with either --prompt or --prompt-file.")
-        if not self.chat and (self.system is not None or self.answer):
-            raise typer.BadParameter("--system and --answer go with --chat.")
+        if not self.chat and self.system is not None:
+            raise typer.BadParameter("A system message can only go with --chat.")
         if self.chat and self.prepend_bos is not None:
             raise typer.BadParameter(
                 "--bos and --no-bos are for a prompt without --chat: the chat template "

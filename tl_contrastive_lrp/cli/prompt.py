@@ -93,8 +93,8 @@ def prompt_ids(
         chat: Put the text into the tokenizer's chat template. The ids are the template's own: no
             BOS token is added to them.
         system: The system message, with ``chat``.
-        answer: What the assistant has written so far, with ``chat``. Its tokens follow the
-            template's, character by character as typed.
+        answer: What has been written so far. Its tokens follow the prompt's or the template's,
+            character by character as typed.
         prepend_bos: As for ``attribute``, without ``chat``.
 
     Returns:
@@ -107,7 +107,7 @@ def prompt_ids(
     import torch
 
     from ..inputs.bos import tokenised
-    from ..inputs.tokens import Prompt, model_device, to_single_prompt
+    from ..inputs.tokens import Prompt, continuation_ids, model_device, to_single_prompt
 
     if not text:
         to_single_prompt(model, text)  # raises, with a message of its own
@@ -116,6 +116,7 @@ def prompt_ids(
     else:
         tokens_of_text = tokenised(model, text, prepend_bos)
         ids, prepended = tokens_of_text.ids, tokens_of_text.prepended_bos
+        ids = [*ids, *continuation_ids(model.tokenizer, answer)] if answer else ids
     tokens = torch.tensor([ids], device=model_device(model))
     limit = int(model.cfg.n_ctx)
     if tokens.shape[1] > limit:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from ..hooks.hook_rules import HookWatch, rules_in_hooks
 from ..hooks.placement import attached, check_ready, check_single, embedding_leaves, reading_hooks
 from ..hooks.user_hooks import restarted, user_hooks
 from ..inputs.facts import ObjectiveFacts
-from ..inputs.objective import Objective, position_of
+from ..inputs.located import LocatedObjective
 from ..rules.deferred import PatternNeededError
 from ..rules.functions import writable
 from ..rules.precision import first_gradient
@@ -136,9 +136,8 @@ class Forward:
         """The logits that an objective reads, and the objective as a function of those."""
         if self.read is None:
             return self.logits, objective
-        assert isinstance(objective, Objective)
-        row = self.read.index(position_of(objective, self.length))
-        return self.logits[:, row : row + 1], replace(objective, pos=0)
+        assert isinstance(objective, LocatedObjective)
+        return self.logits, objective.at(self.read, self.length)
 
     def backward(self, value: Tensor, *, more: bool) -> None:
         """Send the gradient of a value back to the embeddings; sinks are called on the way.

@@ -20,14 +20,17 @@ if TYPE_CHECKING:
         target_logit,
         top_logit,
     )
+    from .spans import SpanLogit, span_logit
 
 __all__ = [
     "AnswerDiff",
     "Objective",
+    "SpanLogit",
     "answer_diff",
     "logit_diff",
     "logit_minus_mean",
     "logit_minus_top_k",
+    "span_logit",
     "target_logit",
     "top_logit",
 ]
@@ -36,6 +39,8 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import answers, objective
+    from . import answers, objective, spans
 
-    return getattr(answers if name in ("AnswerDiff", "answer_diff") else objective, name)
+    if name in ("AnswerDiff", "answer_diff"):
+        return getattr(answers, name)
+    return getattr(spans if name in ("SpanLogit", "span_logit") else objective, name)

@@ -13,8 +13,8 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .objective import Objective, positions_of
-from .tail_logits import TailLogits
+from .located import LocatedObjective
+from .objective import positions_of
 from .tokens import model_name, single_prompt, special_ids, special_mask, str_tokens
 
 
@@ -67,14 +67,15 @@ class ObjectiveFacts:
     """An objective's value on one prompt, and its description.
 
     Attributes:
-        delta: Δℓ, the objective's value in logits.
+        delta: Δℓ, the objective's value, in logits (or in what the objective is in).
         target_logit: Its target term; ``delta`` itself for a plain function.
         contrast_logit: Its contrast term, or None without one.
         objective: The objective in words, with its sign.
         target, contrast: Their texts for labels, "" for none.
         pos: The last position whose logits it depends on, from 0.
         earlier_pos: The others, rising.
-        target_is_top: Whether one of the target tokens has the highest logit at ``pos``.
+        target_is_top: Whether greedy decoding writes the target: one of the target tokens has the
+            highest logit at ``pos``, or each token of a span at its own position.
     """
 
     delta: float
@@ -100,27 +101,22 @@ class ObjectiveFacts:
 
         Args:
             objective: The objective.
-            logits: The prompt's logits: of all positions, or of one if ``local`` is given.
+            logits: The prompt's logits: of all positions, or of some if ``local`` is given.
             value: Δℓ.
             length: Number of tokens in the prompt.
-            local: The objective for ``logits``, where they are those of one position only.
+            local: The objective for ``logits``, where they are those of some positions only.
 
         Raises:
             TokenError: the prompt lacks the position that the objective names.
             ModelStateError: its gradient is 0 at every logit, so no position is explained.
         """
-        if isinstance(objective, TailLogits):
-            *before, end = objective.positions
-            delta, is_top = float(value), objective.are_top(logits)
-            return cls(delta, delta, None, str(objective), "", "", end, tuple(before), is_top)
         *earlier, last = positions_of(objective, logits, length)
-        top = int(logits[0, last if local is None else 0].argmax())
         delta = float(value)
-        if not isinstance(objective, Objective):
+        if not isinstance(objective, LocatedObjective):
             name = getattr(objective, "__name__", repr(objective))
             return cls(delta, delta, None, name, "", "", last, tuple(earlier), False)
         evaluated = objective if local is None else local
-        assert isinstance(evaluated, Objective)
+        assert isinstance(evaluated, LocatedObjective)
         target, contrast = evaluated.parts(logits)
         return cls(
             delta,
@@ -130,5 +126,5 @@ class ObjectiveFacts:
             *objective.texts(),
             pos=last,
             earlier_pos=tuple(earlier),
-            target_is_top=top in objective.target,
+            target_is_top=evaluated.target_is_top(logits),
         )

@@ -15,7 +15,7 @@ import torch
 from ..errors import ModelStateError
 from .answers import AnswerDiff, require_room
 from .facts import PromptFacts
-from .tail_logits import TailLogits
+from .spans import SpanLogit
 from .tokens import special_ids, special_mask, str_tokens
 
 Side = Literal["target", "contrast"]
@@ -36,7 +36,7 @@ class AnswerRun:
     side: Side
     sign: int
     prompt: PromptFacts
-    objective: TailLogits
+    objective: SpanLogit
 
 
 def extended(model: Any, prompt: PromptFacts, ids: tuple[int, ...]) -> PromptFacts:
@@ -84,7 +84,10 @@ def runs_of(
         AnswerRun(
             side, 1 if side == "target" else -1,
             extended(model, shared, tails[side][:-1]),
-            TailLogits(tails[side], length - 1, answers.logprob),
+            SpanLogit(
+                tails[side], length - 1, logprob=answers.logprob,
+                text=answers.texts[SIDES.index(side)],
+            ),
         )
         for side in SIDES
         if tails[side]

@@ -30,6 +30,7 @@ from torch import Tensor
 from ..errors import ModelStateError, TokenError
 from ..rules.functions import at_least_float32
 from ..rules.precision import LOW, WideGradient, plain
+from .located import LocatedObjective
 from .tokens import to_token_ids, token_names, vocab_size
 
 Contrast = Literal["tokens", "top_k", "mean", "none"]
@@ -38,7 +39,7 @@ Pos = int | Sequence[int]
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(LocatedObjective):
     """A contrastive objective in logits, as ``logit_diff`` and its relatives make it.
 
     Positive relevance supports the target, negative the contrast.
@@ -157,6 +158,52 @@ class Objective:
                 )
             positions.append(p if p >= 0 else tokens[p])
         return replace(self, pos=tuple(positions) if len(positions) > 1 else positions[0])
+
+    def positions(self, length: int) -> tuple[int, ...]:
+        """The one position whose logits are read, from 0.
+
+        Args:
+            length: How many tokens the prompt has.
+
+        Raises:
+            TokenError: The prompt has no such position, or there is one for each row of a batch.
+
+        Example:
+            >>> clrp.top_logit(pos=-2).positions(10)
+            (8,)
+        """
+        return (one_position(self.pos, length),)
+
+    def at(self, read: tuple[int, ...], length: int) -> Objective:
+        """The same objective as a function of some positions' logits, [1, len(read), vocab].
+
+        Args:
+            read: Rising positions from 0, the objective's own among them.
+            length: How many tokens the prompt has.
+
+        Raises:
+            TokenError: As ``positions``.
+
+        Example:
+            >>> clrp.top_logit(pos=-2).at((3, 8), 10).pos
+            1
+        """
+        return replace(self, pos=read.index(one_position(self.pos, length)))
+
+    def target_is_top(self, logits: Float[Tensor, "1 pos vocab"]) -> bool:
+        """Whether one of the target tokens has the highest logit.
+
+        Args:
+            logits: As the model returns them.
+
+        Raises:
+            TokenError: The position does not exist in these logits.
+
+        Example:
+            >>> objective.target_is_top(model(case.prompt))
+            True
+        """
+        return int(self._at_position(logits)[0].argmax()) in self.target
 
     def _by_row(self, batch: int) -> list[int]:
         positions = [self.pos] * batch if isinstance(self.pos, int) else list(self.pos)
@@ -305,20 +352,20 @@ def positions_of(
 ) -> tuple[int, ...]:
     """The positions that an objective of one prompt explains, ascending from 0.
 
-    An ``Objective`` names its own. For any other function they are the positions at whose logits
-    its gradient is not 0.
+    A ``LocatedObjective`` names its own. For any other function they are the positions at whose
+    logits its gradient is not 0.
 
     Args:
         objective: Any function logits → scalar.
-        logits: Those of the whole prompt; not used for an ``Objective``.
+        logits: Those of the whole prompt; not used for a ``LocatedObjective``.
         length: How many tokens the prompt has.
 
     Raises:
         TokenError: As ``one_position``.
         ModelStateError: Its gradient is 0 everywhere.
     """
-    if isinstance(objective, Objective):
-        return (one_position(objective.pos, length),)
+    if isinstance(objective, LocatedObjective):
+        return objective.positions(length)
     positions = torch.nonzero(read_rows(objective, logits)[0])[:, 0].tolist()
     if not positions:
         raise ModelStateError(
@@ -329,22 +376,19 @@ def positions_of(
     return tuple(positions)
 
 
-def position_of(objective: Callable[[Tensor], Tensor], length: int) -> int | None:
-    """The one position whose logits an objective reads, from 0; None if it is not known."""
-    if not isinstance(objective, Objective) or not isinstance(objective.pos, int):
-        return None
-    if not -length <= objective.pos < length:
-        return None  # evaluating the objective raises the error
-    return objective.pos % length
-
-
 def positions_read(
     objectives: Sequence[Callable[[Tensor], Tensor]], length: int
 ) -> tuple[int, ...] | None:
     """The positions whose logits the objectives read, rising; None if it is not known of one."""
-    positions = {position_of(objective, length) for objective in objectives}
-    known = {pos for pos in positions if pos is not None}
-    return tuple(sorted(known)) if known == positions else None
+    read: set[int] = set()
+    for objective in objectives:
+        if not isinstance(objective, LocatedObjective):
+            return None
+        try:
+            read |= {*objective.positions(length)}
+        except TokenError:
+            return None  # evaluating the objective raises the error
+    return tuple(sorted(read))
 
 
 def in_words(positions: Sequence[int], most: int = 6) -> str:

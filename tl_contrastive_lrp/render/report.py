@@ -50,6 +50,7 @@ class Report:
         contrast: The token that it should have preferred; likewise.
         target_logit: The target's logit (a set's mean), or ``None``.
         contrast_logit: The contrast's logit, or ``None``.
+        quantity: What these two are, in words.
         target_is_top: Whether the target is the token that greedy decoding writes, in which case
             the page says "the model wrote", else "why this rather than that".
         greyed: One bool per token, ``[pos]``: special tokens and the first token.
@@ -79,6 +80,7 @@ class Report:
     contrast: Sequence[str] = ()
     target_logit: float | None = None
     contrast_logit: float | None = None
+    quantity: str = "logit"
     target_is_top: bool = True
     greyed: Any = None
     position: int | str | None = None
@@ -154,6 +156,7 @@ def report_html(report: Report) -> str:
             target=_quoted(report.target),
             contrast=_quoted(report.contrast),
             delta=signed(delta),
+            quantity=report.quantity,
             target_logit=_optional(report.target_logit),
             contrast_logit=_optional(report.contrast_logit),
             total=signed(total),

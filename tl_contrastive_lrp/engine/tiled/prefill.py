@@ -24,7 +24,7 @@ from ...rules.visible import LazyMask
 from ..memory import trim_heap
 from .cache import RecordingCache
 from .kept import KeptAttention
-from .tiles import BitMask, Range, is_read, tile_bounds
+from .tiles import BitMask, Range, holds, is_read, tile_bounds
 
 _CACHE = object()  # stands for the cache among a block's recorded arguments
 _HIDDEN = object()  # stands for its input
@@ -78,12 +78,16 @@ class Prefill:
         """The logits that are read, [1, read positions, vocab], with their autograd graph."""
         return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=1)
 
-    def logits_at(self, pos: int | None) -> Tensor | None:
-        """The logits [1, 1, vocab] of a position that is a tile of its own, else None."""
-        for tile, part in zip(self.finals, self.parts, strict=True):
-            if pos is not None and self.bounds[tile] == (pos, pos + 1):
-                return part
-        return None
+    def logits_around(self, positions: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+        """The logits of the tiles that hold any of these positions, and whose they are, rising."""
+        held = [
+            (part, range(*self.bounds[tile]))
+            for tile, part in zip(self.finals, self.parts, strict=True)
+            if holds(self.bounds[tile], positions)
+        ]
+        parts = [part for part, _ in held]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return logits, tuple(pos for _, tile in held for pos in tile)
 
     def call(self, layer: int, tile: int, hidden: Tensor, cache: Any) -> tuple[Any, Any]:
         """The arguments for running a block again on a tile, with this input and this cache."""

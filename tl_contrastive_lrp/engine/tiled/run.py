@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ...hooks.context import plan
 from ...hooks.coverage import Coverage
 from ...hooks.placement import attached, check_ready, check_single, embedding_leaves, reading_hooks
 from ...inputs.facts import ObjectiveFacts
-from ...inputs.objective import Objective, position_of
+from ...inputs.located import LocatedObjective
 from ...rules.functions import at_least_float32
 from ...rules.precision import first_gradient, plain
 from ...rules.rule_sets import RuleSet
@@ -291,12 +291,11 @@ def _attempt(run: _Run, tile: int, progress: bool) -> list[RunResult]:
 def _evaluation(
     forward: Prefill, objective: Callable[[Tensor], Tensor], length: int
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The logits that an objective reads, and the objective as a function of those alone."""
-    alone = forward.logits_at(position_of(objective, length))
-    if alone is None:
+    """The logits around those that an objective reads, and it as a function of them alone."""
+    if not isinstance(objective, LocatedObjective):
         return forward.logits(), objective
-    assert isinstance(objective, Objective)
-    return alone, replace(objective, pos=0)
+    logits, positions = forward.logits_around(objective.positions(length))
+    return logits, objective.at(positions, length)
 
 
 def _first_signals(

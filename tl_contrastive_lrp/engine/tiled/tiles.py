@@ -6,6 +6,7 @@ masks, of which a forward keeps one per tile, are stored as bits.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,10 +25,18 @@ _PACKED_FROM = 4096  # elements; smaller tensors are kept as they are
 def read_ranges(objectives: Sequence[Callable[[Tensor], Tensor]], length: int) -> tuple[Range, ...]:
     """The ranges (start, stop) of positions whose logits the objectives read, in rising order.
 
-    One position per objective, or all positions if it is not known which ones an objective reads.
+    Positions beside each other are one range, so a span is cut into tiles as other positions are.
+    All positions are one range if it is not known which ones an objective reads.
     """
     read = positions_read(objectives, length)
-    return ((0, length),) if read is None else tuple((pos, pos + 1) for pos in read)
+    return ((0, length),) if read is None else runs(read)
+
+
+def runs(positions: Sequence[int]) -> tuple[Range, ...]:
+    """Rising positions as ranges (start, stop) without gaps."""
+    firsts = [p for i, p in enumerate(positions) if i == 0 or positions[i - 1] != p - 1]
+    lasts = [p for i, p in enumerate(positions) if positions[i + 1 : i + 2] != (p + 1,)]
+    return tuple((first, last + 1) for first, last in zip(firsts, lasts, strict=True))
 
 
 def tile_bounds(length: int, tile: int, ranges: Sequence[Range]) -> tuple[Range, ...]:
@@ -43,6 +52,11 @@ def tile_bounds(length: int, tile: int, ranges: Sequence[Range]) -> tuple[Range,
 def is_read(start: int, ranges: Sequence[Range]) -> bool:
     """Whether the logits of the tile that begins at ``start`` are read."""
     return any(first <= start < stop for first, stop in ranges)
+
+
+def holds(tile: Range, positions: Sequence[int]) -> bool:
+    """Whether any of some rising positions lies in a tile."""
+    return bisect_left(positions, tile[0]) < bisect_left(positions, tile[1])
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...errors import PromptError
 from ...hooks.sites import find_sites
-from ...inputs.objective import Objective, in_words, positions_of, read_rows
+from ...inputs.located import LocatedObjective
+from ...inputs.objective import in_words, positions_of, read_rows
 from ...inputs.tokens import model_device, to_tokens
 from .edge_space import EdgeSpace
 from .results import CircuitFaithfulness
@@ -109,7 +110,7 @@ class CircuitSetting:
         Raises:
             ValueError: On these logits the objective reads positions that are not explained.
         """
-        if not isinstance(self.objective, Objective):
+        if not isinstance(self.objective, LocatedObjective):
             read = torch.nonzero(read_rows(self.objective, logits)[0])[:, 0].tolist()
             other = sorted(set(read) - set(self.positions))
             if other:

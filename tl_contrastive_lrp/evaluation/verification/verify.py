@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...hooks.placement import check_ready, check_single
 from ...inputs.bridge import require_bridge
-from ...inputs.objective import Objective, for_one_prompt, logit_diff
+from ...inputs.located import LocatedObjective
+from ...inputs.objective import for_one_prompt, logit_diff
 from ...inputs.tokens import model_name, to_single_prompt
 from ...rules.rule_sets import DEFAULT_RULES, RuleSet, get_rule_set
 from ...rules.threads import one_at_a_time
@@ -102,7 +103,7 @@ def _number(figure: float) -> str:
 
 
 def _in_words(objective: object) -> str:
-    if isinstance(objective, Objective):
+    if isinstance(objective, LocatedObjective):
         return str(objective).partition(" (positive")[0]
     return str(getattr(objective, "__name__", repr(objective)))
 

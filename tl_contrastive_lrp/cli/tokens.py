@@ -1,0 +1,243 @@
+"""The command ``tokens``: an answer token by token, and how to explain the one that went wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options as o
+from .errors import CliError, Code, exit_codes, in_shell
+from .memory import MemoryOptions
+from .model import is_local, load_model, quiet_libraries
+from .print_attribution import candidate_rows, print_json
+from .prompt import check_text, prompt_ids, read_prompt, special_notes, token_word
+from .retype import retyped
+from .terminal import print_err, print_out, progress, table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+AnswerOption = Annotated[
+    str, typer.Option(help="The answer to list, as it follows the prompt. Needed.")
+]
+RowOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Print the command that explains this token of the answer (the column row). Default: "
+        "where the model most prefers another token, or is least sure.",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _AgainOptions(o.QuestionOptions):
+    """The options of the command that explains a token."""
+
+    memory: o.MemoryOption = o.Memory.AUTO
+    tile: o.TileOption = None
+    attention: o.AttentionOption = o.Attention.AUTO
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokensOptions:
+    """The options of ``tokens``."""
+
+    model: o.ModelOption = None
+    adapter: o.AdapterOption = None
+    prompt: o.PromptOption = None
+    prompt_file: o.PromptFileOption = None
+    strip_newline: o.StripNewlineOption = False
+    chat: o.ChatOption = False
+    system: o.SystemOption = None
+    answer: AnswerOption = ""
+    prepend_bos: o.PrependBosOption = None
+    row: RowOption = None
+    device: o.DeviceOption = None
+    dtype: o.DtypeOption = o.Dtype.FLOAT32
+    memory: o.MemoryOption = o.Memory.AUTO
+    tile: o.TileOption = None
+    attention: o.AttentionOption = o.Attention.AUTO
+    json: o.JsonOption = False
+    quiet: o.QuietOption = False
+    debug: o.DebugOption = False
+
+    def again(self, pos: int = -1) -> o.QuestionOptions:
+        """The same options for ``explain``, at a position."""
+        names = {field.name for field in fields(_AgainOptions)}
+        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
+        return _AgainOptions(**shared, pos=pos)
+
+    def check(self) -> None:
+        """Refuse options that contradict each other, before any file is read.
+
+        Raises:
+            typer.BadParameter: They contradict each other.
+        """
+        self.again().check()
+        if not self.answer:
+            raise typer.BadParameter("Give the answer to list with --answer.")
+
+
+@o.takes_options
+def tokens_command(options: TokensOptions) -> None:
+    """List an answer token by token, to find where it went wrong.
+
+    For each token of the answer: its rank and probability after the prompt and the tokens before
+    it, the best other token, and Δℓ = logit(other) − logit(written), positive where the model
+    prefers the other. Then the command that explains one of them.
+
+    **--json** prints one object. *status* is "listed", with *version, model*; *answer* (for each
+    token *pos, token, id, logit, rank* from 0, *logprob, probability, alternative, alternative_id,
+    delta*: Δℓ); *row* (the token that *command* explains); *command, notes*. The logits at *pos* −
+    1 predict the token at *pos*.
+    """
+    options.check()
+    shows_progress = not (options.quiet or options.json)
+    memory = MemoryOptions(options.memory.value, options.tile, None, options.attention.value)
+    with exit_codes(options.debug):
+        text = read_prompt(options.prompt, options.prompt_file, options.strip_newline)
+        check_text(options.system, "system message")
+        check_text(options.answer, "answer")
+        name = options.model or options.adapter or ""
+        remark = "" if is_local(name) else " (the first use downloads it)"
+        with progress(f"Loading {name}{remark}", shows_progress):
+            device = options.device.value if options.device else None
+            loaded = load_model(options.model, device, options.dtype.value, options.adapter)
+        model = loaded.bridge
+        with quiet_libraries():
+            before, after = _ids(model, options, text)
+        listed = _listed(model, before, after, memory, shows_progress)
+        row = _row(listed, options.row)
+        command = _command(model, options, text, listed.to_dict("records")[row])
+        notes = list(loaded.notes)
+        if not options.chat:
+            notes += special_notes(model, text, options.prepend_bos)
+        notes = [in_shell(note) for note in notes]
+        if options.json:
+            print_json(
+                {
+                    "status": "listed",
+                    "version": _version(),
+                    "model": loaded.name,
+                    "answer": candidate_rows(listed),
+                    "row": row,
+                    "command": command,
+                    "notes": notes,
+                }
+            )
+            return
+        if not options.quiet:
+            for note in notes:
+                print_err(f"Note: {note}")
+        _print(listed, row, command)
+
+
+def _version() -> str:
+    from .. import __version__
+
+    return __version__
+
+
+def _ids(model: Any, options: TokensOptions, text: str) -> tuple[Tensor, Tensor]:
+    """The ids of prompt and answer, as ``explain`` tokenises both.
+
+    Raises:
+        CliError: The answer changes the ids of the prompt, or has none.
+    """
+    before, both = (
+        prompt_ids(
+            model,
+            text,
+            chat=options.chat,
+            system=options.system,
+            answer=answer,
+            prepend_bos=options.prepend_bos,
+        ).tokens
+        for answer in ("", options.answer)
+    )
+    n = before.shape[1]
+    if both.shape[1] <= n or both[0, :n].tolist() != before[0].tolist():
+        raise CliError(Code.PROMPT, "The answer's tokens cannot be told from the prompt's.")
+    return before, both[:, n:]
+
+
+def _listed(
+    model: Any, before: Tensor, after: Tensor, memory: MemoryOptions, shows_progress: bool
+) -> pd.DataFrame:
+    """The table, with a spinner where there is no bar over tiles."""
+    from ..attribution.answer_table import answer_table
+    from ..engine.fused import fused_blocks
+    from ..engine.memory import plan_memory
+
+    length = before.shape[1] + after.shape[1]
+    fused = fused_blocks(model, memory.attention, length)
+    plan = plan_memory(model, length, memory.memory, memory.tile, fused=fused)
+    with progress("Reading the answer", shows_progress and plan.tile is None):
+        return answer_table(
+            model, before, after, memory=memory.memory, tile=memory.tile, progress=shows_progress,
+            attention=memory.attention,
+        )  # fmt: skip
+
+
+def _row(listed: pd.DataFrame, row: int | None) -> int:
+    """The row to explain: the one asked for, or that of the largest Δℓ.
+
+    Raises:
+        CliError: The answer has no such token.
+    """
+    if row is None:
+        return int(listed["delta"].to_numpy().argmax())
+    if row >= len(listed):
+        raise CliError(
+            Code.PROMPT, f"--row {row}: the answer has {len(listed)} tokens, counted from 0."
+        )
+    return row
+
+
+def _command(model: Any, options: TokensOptions, text: str, row: dict[str, Any]) -> str:
+    """The command that explains one token; its target is the one that the model prefers."""
+    written, other = (token_word(model, int(row[name])) for name in ("id", "alternative_id"))
+    preferred = (other, written) if row["delta"] > 0 else (written, other)
+    return retyped(
+        "explain",
+        options.again(int(row["pos"]) - 1),
+        text,
+        target=[preferred[0]],
+        contrast=[preferred[1]],
+    )
+
+
+def _print(listed: pd.DataFrame, row: int, command: str) -> None:
+    """Print the table, and the command for a row."""
+    from ..inputs.token_text import printed
+
+    columns = ("row", "pos", "token", "rank", "probability", "logit", "other", "Δℓ")
+    rows = listed.to_dict("records")
+    table(
+        [(name, name not in ("token", "other")) for name in columns],
+        [
+            (
+                str(i),
+                str(one["pos"]),
+                printed(one["token"], one["id"]),
+                str(one["rank"]),
+                f"{100 * one['probability']:.2f} %",
+                f"{one['logit']:.3f}",
+                printed(one["alternative"], one["alternative_id"]),
+                f"{one['delta']:+.3f}",
+            )
+            for i, one in enumerate(rows)
+        ],
+    )
+    print_out(
+        "Δℓ = logit(other) − logit(token), other being the best other token: positive where the "
+        "model prefers it."
+    )
+    print_out(f"To explain row {row} (or another: --row), type:")
+    print_out()
+    print_out(command)
