@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .attribution import (
+        AnswerRelevance,
+        AnswerSide,
         Attribution,
         answer_table,
         attribute,
@@ -33,8 +35,10 @@ if TYPE_CHECKING:
     from .graph import AttributionGraph, attribution_graph, attribution_graphs
     from .hooks import Audit, Coverage, audit, coverage, lrp, lrp_hooks
     from .inputs import (
+        AnswerDiff,
         Objective,
         SpanLogit,
+        answer_diff,
         logit_diff,
         logit_minus_mean,
         logit_minus_top_k,
@@ -49,6 +53,9 @@ __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_RULES",
     "RULE_SETS",
+    "AnswerDiff",
+    "AnswerRelevance",
+    "AnswerSide",
     "Attribution",
     "AttributionGraph",
     "Audit",
@@ -62,6 +69,7 @@ __all__ = [
     "RuleSet",
     "SpanLogit",
     "Verification",
+    "answer_diff",
     "answer_table",
     "attribute",
     "attribute_each",
@@ -94,6 +102,8 @@ __all__ = [
 # Loaded at first use (PEP 562): the command line answers --help without importing torch.
 _ROOMS = {
     "attribution": (
+        "AnswerRelevance",
+        "AnswerSide",
         "Attribution",
         "answer_table",
         "attribute",
@@ -118,8 +128,10 @@ _ROOMS = {
     "graph": ("AttributionGraph", "attribution_graph", "attribution_graphs"),
     "hooks": ("Audit", "Coverage", "audit", "coverage", "lrp", "lrp_hooks"),
     "inputs": (
+        "AnswerDiff",
         "Objective",
         "SpanLogit",
+        "answer_diff",
         "logit_diff",
         "logit_minus_mean",
         "logit_minus_top_k",

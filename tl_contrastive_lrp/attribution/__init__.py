@@ -7,6 +7,7 @@ result; ``run_with_relevance`` does the same for every HookPoint, as Transformer
 
 from __future__ import annotations
 
+from .answer_parts import AnswerRelevance, AnswerSide
 from .answer_table import answer_table
 from .attribute import attribute, attribute_each
 from .candidates import next_token_table
@@ -15,6 +16,8 @@ from .relevance_cache import run_with_relevance
 from .result import Attribution
 
 __all__ = [
+    "AnswerRelevance",
+    "AnswerSide",
     "Attribution",
     "Ledger",
     "answer_table",

@@ -21,6 +21,7 @@ from ..engine.memory import Memory
 from ..engine.plain import RunResult
 from ..engine.reading import BY_NEURON, BY_POSITION, RelevanceSums
 from ..engine.run import RunOptions, run
+from ..inputs.answers import AnswerDiff
 from ..inputs.bridge import (
     LEAVES,
     bias_of,
@@ -35,6 +36,7 @@ from ..inputs.facts import PromptFacts
 from ..inputs.objective import question, require_objectives
 from ..rules.rule_sets import DEFAULT_RULES, RuleSet
 from ..rules.threads import one_at_a_time
+from .answers import attribute_answers
 from .ledger import Ledger
 from .result import Attribution
 
@@ -73,7 +75,8 @@ def attribute(
         prompt: Text, or token ids [pos] or [1, pos].
         objective: What ``logit_diff`` and its siblings return, or any differentiable function of
             the logits [1, pos, vocab] → scalar, also of several positions (``positions`` of the
-            result lists them). Or give ``target`` and ``contrast`` instead.
+            result lists them); or the difference of two answers, from ``answer_diff``, which takes
+            a run for each. Or give ``target`` and ``contrast`` instead.
         target: The token the model preferred (usually the wrong one), as for ``logit_diff``.
         contrast: The token it should have preferred.
         pos: Position whose next token is explained, with ``target`` and ``contrast``; negative
@@ -134,10 +137,18 @@ def attribute(
         True
     """
     require_bridge(model)
-    objectives = [question(model, objective, target, contrast, pos)]
+    asked = question(model, objective, target, contrast, pos)
     options = RunOptions(memory, tile, progress, checkpoint_dir, attention)
     facts = PromptFacts.of(model, prompt, prepend_bos)
-    return _attributions(model, facts, objectives, rules, neurons, options, prefilled)[0]
+    if isinstance(asked, AnswerDiff):
+        options.require_own_forward(prefilled)
+        return attribute_answers(
+            model, facts, asked,
+            lambda facts, one, side: _attributions(
+                model, facts, [one], rules, neurons, options.of_part(side)
+            )[0],
+        )  # fmt: skip
+    return _attributions(model, facts, [asked], rules, neurons, options, prefilled)[0]
 
 
 @one_at_a_time

@@ -11,6 +11,7 @@ where Δℓ itself takes the place of the site after the last.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ class LedgerRow:
 
     Attributes:
         site: HookPoint of the residual stream, or ``hook_embed``.
-        total: Relevance that arrives there, summed over positions.
+        total: Relevance that arrives there, summed over positions; over those of the answers' own
+            tokens too, where two answers were explained.
         biases: Relevance of the bias parameters between this site and the next.
         positions: Relevance of position embeddings that are added at this step.
         other: The rest, which rules that do not conserve relevance lost (positive) or created.
@@ -77,9 +79,35 @@ class Ledger:
         ]
         return cls(tuple(rows), delta)
 
+    @classmethod
+    def combined(cls, ledgers: Sequence[tuple[int, Ledger]]) -> Ledger:
+        """The account of a sum of several Δℓ, each with its sign; every entry is linear in Δℓ.
+
+        Args:
+            ledgers: Signs and ledgers of the same sites.
+        """
+        signs = [sign for sign, _ in ledgers]
+
+        def added(values: Iterable[float]) -> float:
+            return sum(sign * value for sign, value in zip(signs, values, strict=True))
+
+        rows = [
+            LedgerRow(
+                same[0].site,
+                total=added(row.total for row in same),
+                biases=added(row.biases for row in same),
+                positions=added(row.positions for row in same),
+                other=added(row.other for row in same),
+            )
+            for same in zip(*(ledger.rows for _, ledger in ledgers), strict=True)
+        ]
+        return cls(tuple(rows), added(ledger.delta for _, ledger in ledgers))
+
     @property
     def share_to_tokens(self) -> float:
         """The share of Δℓ that reaches the input tokens (NaN where Δℓ is 0).
+
+        Where two answers were explained, their own tokens are among the input tokens.
 
         Example:
             >>> share = float(result.tokens.sum()) / result.delta

@@ -6,21 +6,24 @@ The file is safetensors: tensors plus one JSON text, no pickle, nothing executab
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..files import FileKind, read_result, rebuilding_from, write_result
 from ..graph.picture import view_of
 from ..hooks.coverage import Coverage, coverage_from
+from ..inputs.forced import labelled
 from ..inputs.objective import check_earlier, in_words
 from ..inputs.spans import LOGPROB
 from ..inputs.token_text import printed
 from ..render.report import Report, report_html
 from ..render.text import visible
+from .answer_parts import AnswerRelevance, answer_from, facts_of, read_part, tensors_of
 from .ledger import Ledger, LedgerRow
 
 if TYPE_CHECKING:
@@ -73,6 +76,9 @@ class Attribution:
         earlier_pos: The other positions explained, in rising order, where the objective is a
             function of several; ``positions`` lists all of them.
         attention: How attention was computed: "eager", "fused", or in how many blocks it was fused.
+        answer: Where two answers were explained (``answer_diff``), the answers and the relevance of
+            their own tokens. Everything else is then of the prompt, which ends with what both
+            answers begin with; only the ledger counts the answers' tokens too.
 
     Raises:
         ValueError: tensors whose shapes do not match, or positions out of order.
@@ -109,6 +115,7 @@ class Attribution:
     prepended_bos: bool | None = None
     earlier_pos: tuple[int, ...] = ()
     attention: str = "eager"
+    answer: AnswerRelevance | None = None
 
     def __post_init__(self) -> None:
         pos = len(self.str_tokens)
@@ -199,6 +206,8 @@ class Attribution:
         """Show the prompt's tokens coloured by relevance, with circuitsvis, without network.
 
         In prompts of more than 1,000 tokens, runs of faint tokens are folded and open with a click.
+        Where two answers were explained, the tokens of theirs that the model read follow the
+        prompt, marked ``[target]`` and ``[contrast]``.
 
         Args:
             include_special: Colour special tokens and the first token too, and let them count in
@@ -211,7 +220,8 @@ class Attribution:
         """
         from ..render import colored_tokens
 
-        return colored_tokens(self.str_tokens, self.tokens, **self._look(include_special))
+        shown = with_answers(self)
+        return colored_tokens(shown.str_tokens, shown.tokens, **shown._look(include_special))
 
     def show_layers(self, *, include_special: bool = False) -> RenderedHTML:
         """Show the tokens coloured by the relevance of their hidden states at a selectable site.
@@ -225,8 +235,9 @@ class Attribution:
         """
         from ..render import colored_tokens_by_site
 
-        look = self._look(include_special)
-        return colored_tokens_by_site(self.str_tokens, self.resid, self.sites, **look)
+        shown = with_answers(self)
+        look = shown._look(include_special)
+        return colored_tokens_by_site(shown.str_tokens, shown.resid, shown.sites, **look)
 
     def _look(self, include_special: bool) -> dict[str, Any]:
         return {
@@ -281,6 +292,11 @@ class Attribution:
         if self.prepended_bos is None:
             del rest["prepended_bos"]  # early files do not have this field
         rest |= {"coverage": asdict(self.coverage), "ledger": asdict(self.ledger)}
+        if self.answer is None:
+            del rest["answer"]  # early files do not have this field
+        else:
+            tensors |= tensors_of(self.answer)
+            rest["answer"] = facts_of(self.answer)
         if self.attention == "eager":  # as version 0.1 writes and reads it
             del rest["attention"]
         if not self.earlier_pos:  # as version 0.1 writes and reads it
@@ -308,8 +324,50 @@ class Attribution:
             rows = tuple(LedgerRow(**row) for row in data["ledger"]["rows"])
             data["ledger"] = Ledger(rows, data["ledger"]["delta"])
             data["coverage"] = coverage_from(data["coverage"])
+            if "answer" in data:
+                data["answer"] = answer_from(tensors, data["answer"])
             data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
             return cls(**data, **{name: tensors.get(name) for name in _TENSORS})  # type: ignore[arg-type]
+
+
+def with_answers(result: Attribution) -> Attribution:
+    """The result with the answers' tokens as further positions, for pictures.
+
+    After the prompt come the tokens of the target that the model read and then those of the
+    contrast, all marked. A result without answers stays as it is.
+    """
+    answer = result.answer
+    if answer is None:
+        return result
+    texts = [
+        labelled(side, getattr(answer, side).str_tokens[: getattr(answer, side).n_read])
+        for side in ("target", "contrast")
+    ]
+    length, more = len(result.str_tokens), sum(map(len, texts))
+    parts: dict[str, Any] = {
+        name: torch.cat([getattr(result, name), read_part(answer, name)], dim=-1)
+        for name in ("tokens", "resid", "heads", "token_ids", "special")
+    }
+    return replace(
+        result,
+        **parts,
+        neurons=None,
+        str_tokens=(*result.str_tokens, *texts[0], *texts[1]),
+        pos=length - 1 + more,
+        earlier_pos=tuple(range(length - 1, length - 1 + more)),
+        answer=None,
+    )
+
+
+def _answers_note(result: Attribution) -> str:
+    shown = with_answers(result)
+    more = len(shown.str_tokens) - len(result.str_tokens)
+    if not more:
+        return "Of the answers, the model read no token: one token of each was explained."
+    return (
+        f"The last {more} tokens are those of the answers that the model read, marked [target] and "
+        "[contrast]; the last token of an answer is only predicted."
+    )
 
 
 def report_of(
@@ -331,6 +389,8 @@ def report_of(
         NonFiniteError: a relevance is NaN or infinite.
         TypeError: a field that ``Report`` does not have.
     """
+    notes = () if result.answer is None else (_answers_note(result),)
+    result = with_answers(result)
     report = Report(
         title=_title(result),
         model_name=result.model_name,
@@ -355,6 +415,7 @@ def report_of(
         ledger=_rows(result.ledger.to_frame()),
         coverage=[vars(row) for row in result.coverage.summary()],
         graph=None if graph is None else view_of(graph),
+        notes=notes,
     )
     return report_html(dataclasses.replace(report, **fields))
 

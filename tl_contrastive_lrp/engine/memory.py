@@ -363,29 +363,42 @@ def require_plain_fits(plan: MemoryPlan, reason: str) -> MemoryPlan:
     return MemoryPlan(None, plan.plain_bytes, plan.free_bytes, reason)
 
 
-def require_room_for_edges(plan: MemoryPlan, transitions: int, length: int) -> None:
+def require_room_for_edges(
+    plan: MemoryPlan, transitions: int, length: int, *, graphs: int = 1
+) -> None:
     """Refuse a full graph, computed in tiles, whose edges alone would not fit.
 
     Args:
         plan: The plan for tiles; a user who requested tiles is not refused.
         transitions: Number of transitions between sites.
         length: Number of tokens in the prompt.
+        graphs: Full graphs that are in memory at once; with several, none can be pruned before.
 
     Raises:
         ModelStateError: the edges would not fit.
     """
     edges = transitions * length * (length + 1) // 2
-    need = edges * _BY_EDGE
-    if not plan.tiles_required and need > _SAFE * plan.free_bytes:
+    need = graphs * edges * _BY_EDGE
+    if plan.tiles_required or need <= _SAFE * plan.free_bytes:
+        return
+    holds = (
+        f"The full graph of this prompt has up to {edges:,} edges, about {gib(need)}; "
+        f"{gib(plan.free_bytes)} are free. "
+    )
+    if graphs > 1:
         raise ModelStateError(
-            Message(
-                f"The full graph of this prompt has up to {edges:,} edges, about {gib(need)}; "
-                f"{gib(plan.free_bytes)} are free. Keep only the largest as it is computed, with ",
-                Argument("mass", 0.85),
-                ", or give ",
-                Argument("threshold"),
-                " or ",
-                Argument("top_k"),
-                ".",
-            )
+            f"{holds}Edges of two answers are pruned only when they are added up, so all must fit. "
+            "Explain the first token where the answers differ, with clrp.logit_diff, or shorten "
+            "the prompt."
         )
+    raise ModelStateError(
+        Message(
+            f"{holds}Keep only the largest as it is computed, with ",
+            Argument("mass", 0.85),
+            ", or give ",
+            Argument("threshold"),
+            " or ",
+            Argument("top_k"),
+            ".",
+        )
+    )

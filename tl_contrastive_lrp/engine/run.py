@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from .memory import Memory, MemoryPlan, plan_memory, run_as_planned
 from .plain import RunResult, forward, run_each
 from .prefilled import Prefilled
 from .reading import RelevanceSums
-from .tiled.checkpoint import checkpoint_of
+from .tiled.checkpoint import checkpoint_of, folder_of_part
 from .tiled.run import run_tiled
 
 
@@ -32,6 +32,33 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         is_worth(self.attention, 0)  # refuses an unknown kind, also where tiles run
+
+    def of_part(self, part: str | None) -> RunOptions:
+        """The options for one of several runs that make up a result.
+
+        Args:
+            part: Names the run, whose checkpoints get a folder of their own in the folder given;
+                None for the only run.
+
+        Raises:
+            FileNotFoundError, FileFormatError: as ``checkpoint.folder_of_part``.
+        """
+        if part is None or self.checkpoint_dir is None:
+            return self
+        return replace(self, checkpoint_dir=folder_of_part(self.checkpoint_dir, part))
+
+    @staticmethod
+    def require_own_forward(prefilled: Prefilled | None) -> None:
+        """Refuse a forward that has already been run, where a result takes several forwards.
+
+        Raises:
+            ValueError: there is one.
+        """
+        if prefilled is not None:
+            raise ValueError(
+                "prefilled= is the forward of a prompt alone, but two answers take a forward each, "
+                "of the prompt with the answer. Leave it out."
+            )
 
     def plan(self, model: Any, length: int, prefilled: Prefilled | None = None) -> MemoryPlan:
         """The plan for one prompt, or that of the forward that has already been run.

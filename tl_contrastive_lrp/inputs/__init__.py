@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .answers import AnswerDiff, answer_diff
     from .objective import (
         Objective,
         logit_diff,
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from .spans import SpanLogit, span_logit
 
 __all__ = [
+    "AnswerDiff",
     "Objective",
     "SpanLogit",
+    "answer_diff",
     "logit_diff",
     "logit_minus_mean",
     "logit_minus_top_k",
@@ -36,6 +39,8 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import objective, spans
+    from . import answers, objective, spans
 
+    if name in ("AnswerDiff", "answer_diff"):
+        return getattr(answers, name)
     return getattr(spans if name in ("SpanLogit", "span_logit") else objective, name)

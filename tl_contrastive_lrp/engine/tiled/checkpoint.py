@@ -26,6 +26,34 @@ from .tiles import BackwardState, laid_out
 _FORMAT = "tl_contrastive_lrp.checkpoint 2"
 
 
+_PARTS = ("target", "contrast")
+
+
+def folder_of_part(directory: str | os.PathLike[str], part: str) -> Path:
+    """The folder of one of the two runs that explain two answers.
+
+    Args:
+        directory: The folder for both; created if its parent exists.
+        part: "target" or "contrast".
+
+    Raises:
+        FileNotFoundError: the folder's parent does not exist.
+        FileFormatError: the folder holds something else.
+    """
+    path = Path(directory)
+    path.mkdir(exist_ok=True)
+    foreign = sorted(p.name for p in path.iterdir() if p.name not in _PARTS)
+    if foreign:
+        raise FileFormatError(
+            Message(
+                f"{path} holds other files, such as {foreign[0]}; give ",
+                Argument("checkpoint_dir"),
+                " a folder of its own.",
+            )
+        )
+    return path / part
+
+
 class Restorable(Protocol):
     """A reader whose results for a block can be saved and restored."""
 

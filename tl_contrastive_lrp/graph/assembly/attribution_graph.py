@@ -27,8 +27,10 @@ from ...engine.memory import (
 )
 from ...engine.run import RunOptions
 from ...hooks.user_hooks import user_hooks
+from ...inputs.answers import AnswerDiff
 from ...inputs.bridge import require_bridge
 from ...inputs.facts import PromptFacts
+from ...inputs.forced import Side
 from ...inputs.objective import question as read_question
 from ...inputs.objective import require_objectives
 from ...rules.rule_sets import DEFAULT_RULES, RuleSet
@@ -36,6 +38,7 @@ from ...rules.threads import one_at_a_time
 from ..edges.check import require_closed_form
 from ..graph import AttributionGraph
 from ..pruning import PruneRule
+from .answers import graph_of_answers, n_read
 from .plain import plain_graphs
 from .plan import Granularity, GraphPlan, GraphQuestion
 from .tiled import tiled_graphs
@@ -80,8 +83,10 @@ def attribution_graph(
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
         prompt: Text, or token ids [pos] or [1, pos].
-        objective: A function of the logits, as for ``attribute``. Or give ``target`` and
-            ``contrast`` instead.
+        objective: A function of the logits, or ``answer_diff``, as for ``attribute``. Or give
+            ``target`` and ``contrast`` instead. In the graph of two answers, positions after the
+            prompt are those of their own tokens, ``[target]`` and then ``[contrast]``; edges are
+            pruned when both answers' graphs are added up, so it needs the memory of a full graph.
         target: The token the model preferred (usually the wrong one).
         contrast: The token it should have preferred.
         pos: Position whose next token is explained, with ``target`` and ``contrast``.
@@ -134,13 +139,17 @@ def attribution_graph(
         True
     """
     require_bridge(model)
-    objectives = [read_question(model, objective, target, contrast, pos)]
+    asked = read_question(model, objective, target, contrast, pos)
     facts = PromptFacts.of(model, prompt, prepend_bos)
     plan = GraphPlan.of(
         model, rules, granularity=granularity, layers=layers, heads=heads, details=details
     )
-    request = GraphQuestion(objectives, PruneRule(mass, threshold, top_k).single(), node_threshold)
+    rule = PruneRule(mass, threshold, top_k).single()
     options = RunOptions(memory, tile, progress, checkpoint_dir, attention)
+    if isinstance(asked, AnswerDiff):
+        options.require_own_forward(prefilled)
+        return _answers_graph(plan, facts, asked, rule, node_threshold, options)
+    request = GraphQuestion([asked], rule, node_threshold)
     return _graphs(plan, facts, request, options, prefilled)[0]
 
 
@@ -221,6 +230,39 @@ def attribution_graphs(
     request = GraphQuestion(each, PruneRule(mass, threshold, top_k).single(), node_threshold)
     options = RunOptions(memory, tile, progress, checkpoint_dir, attention)
     return _graphs(plan, facts, request, options, prefilled)
+
+
+def _answers_graph(
+    plan: GraphPlan,
+    prompt: PromptFacts,
+    answers: AnswerDiff,
+    rule: PruneRule,
+    node_threshold: float,
+    options: RunOptions,
+) -> AttributionGraph:
+    """The graph of the difference of two answers, whose graphs are computed one after the other.
+
+    Raises:
+        ModelStateError: as ``attribution_graph``; also where both full graphs do not fit.
+    """
+    if not answers.is_one_token_each:
+        length = prompt.tokens.shape[1] + n_read(answers)
+        whole = GraphQuestion([answers], PruneRule(), node_threshold)
+        memory_plan = _memory_plan(plan, length, whole, options, None)
+        if memory_plan.tile is not None:
+            require_room_for_edges(memory_plan, len(plan.steps), length, graphs=3)
+
+    def run_one(
+        facts: PromptFacts,
+        objective: Callable[[Tensor], Tensor],
+        side: Side | None,
+        rule: PruneRule,
+        node_threshold: float,
+    ) -> AttributionGraph:
+        request = GraphQuestion([objective], rule, node_threshold)
+        return _graphs(plan, facts, request, options.of_part(side), None)[0]
+
+    return graph_of_answers(plan.model, prompt, answers, rule, node_threshold, run_one)
 
 
 def _graphs(
