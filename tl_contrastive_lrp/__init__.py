@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .attribution import (
         Attribution,
+        Trace,
         attribute,
         attribute_each,
         next_token_table,
         run_with_relevance,
+        trace_back,
     )
     from .demo import DemoCase, load_demo_cases, load_demo_model
     from .evaluation import (
@@ -57,6 +59,7 @@ __all__ = [
     "FaithfulnessCurves",
     "Objective",
     "RuleSet",
+    "Trace",
     "Verification",
     "attribute",
     "attribute_each",
@@ -82,6 +85,7 @@ __all__ = [
     "run_with_relevance",
     "target_logit",
     "top_logit",
+    "trace_back",
     "verify",
 ]
 
@@ -89,10 +93,12 @@ __all__ = [
 _ROOMS = {
     "attribution": (
         "Attribution",
+        "Trace",
         "attribute",
         "attribute_each",
         "next_token_table",
         "run_with_relevance",
+        "trace_back",
     ),
     "demo": ("DemoCase", "load_demo_cases", "load_demo_model"),
     "evaluation": (
