@@ -182,13 +182,13 @@ def trace_back(
     )  # fmt: skip
 
     def run(objective: Callable[[Tensor], Tensor]) -> Attribution:
-        plan = prefilled.plan
+        plan = prefilled.plan  # as it ran
         # In tiles, an ``Objective`` reads the logits of its one position, and this forward has all.
         alone = plan.tile is not None and isinstance(objective, Objective)
-        given = ("tiled", plan.tile) if alone else (memory, tile)
         result = attribute(
-            model, facts.tokens, objective, rules=rules, memory=given[0], tile=given[1],
-            progress=progress, attention=attention, prefilled=None if alone else prefilled,
+            model, facts.tokens, objective, rules=rules, memory="tiled" if alone else memory,
+            tile=plan.tile if alone else tile, progress=progress, attention=attention,
+            prefilled=None if alone else prefilled,
         )  # fmt: skip
         _require_causal(result)
         return replace(result, prepended_bos=facts.prepended_bos)
@@ -311,7 +311,8 @@ def _check_numbers(hops: object, least: object) -> None:
             f"hops={hops!r} must be a whole number, 0 or more, or None to go on until nothing is "
             "left on the reasoning."
         )
-    if isinstance(least, bool) or not isinstance(least, Real) or not 0 <= least < float("inf"):
+    number = isinstance(least, Real) and not isinstance(least, bool)
+    if not (number and 0 <= float(least) < float("inf")):  # type: ignore[arg-type]
         raise ValueError(
             f"least={least!r} must be a number of standard deviations, 0 or more, such as "
             "least=1.0."
@@ -325,14 +326,14 @@ def _positions(name: str, span: object, length: int) -> Span:
         TypeError: It is no pair of whole numbers.
         TokenError: It is empty, or the prompt does not have these positions.
     """
-    given = span.tolist() if hasattr(span, "tolist") else span
+    given: Any = span.tolist() if hasattr(span, "tolist") else span
     pair = isinstance(given, list | tuple) and len(given) == 2
-    if not pair or any(isinstance(p, bool) or not isinstance(p, Integral) for p in given):  # type: ignore[attr-defined]
+    if not pair or any(isinstance(p, bool) or not isinstance(p, Integral) for p in given):
         raise TypeError(
             f"{name}={span!r} is no range of positions; use two whole numbers (start, stop), such "
             f"as {name}=(5, {length})."
         )
-    start, stop = (int(p) for p in given)  # type: ignore[attr-defined]
+    start, stop = (int(p) for p in given)
     if not 0 <= start < length or stop > length:
         raise TokenError(
             f"{name}=({start}, {stop}) is outside these {length} tokens; positions count from 0 "
@@ -387,12 +388,12 @@ def _reference(
         return None
     if isinstance(against, str) and against == "none":
         return "none"
-    given = against.tolist() if hasattr(against, "tolist") else against
+    given: Any = against.tolist() if hasattr(against, "tolist") else against
     written = ids[slice(*span)]
     whole = isinstance(given, list | tuple) and all(
         isinstance(i, Integral) and not isinstance(i, bool) for i in given
     )
-    if not whole or len(given) != len(written):  # type: ignore[arg-type]
+    if not whole or len(given) != len(written):
         raise ValueError(
             f"against={against!r} is unknown; use 'mean', 'none', or a list of {len(written)} "
             "token ids, one for each token of the span. Any other contrast is an objective, given "
