@@ -1,20 +1,28 @@
-"""The frozen result of ``trace_back``: relevance handed back hop by hop, and its account."""
+"""The frozen result of ``trace_back``: relevance handed back hop by hop, and its account.
+
+The file is safetensors, and holds the file of each hop's ``Attribution`` as bytes.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..files import FileKind, read_result, rebuilding_from, write_result
 from .result import Attribution
 
 if TYPE_CHECKING:
     import pandas as pd
     from circuitsvis.utils.render import RenderedHTML
+
+_FILE = FileKind("tl_contrastive_lrp.trace", 1, "the trace")
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +230,60 @@ class Trace:
             target=first.target or "what was written",
             contrast=first.contrast or "its alternatives",
         )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the trace, with all hops, to a safetensors file, which ``load`` reads back exactly.
+
+        Args:
+            path: Where to write; the folder must exist.
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: the file cannot be written.
+
+        Example:
+            >>> trace = clrp.trace_back(model, case.prompt, objective, through=(5, 20), hops=1)
+            >>> path = trace.save("trace.safetensors")
+            >>> clrp.Trace.load(path).delta == trace.delta
+            True
+        """
+        tensors: dict[str, Tensor | None] = {"handing": self.handing}
+        with TemporaryDirectory() as folder:
+            for number, hop in enumerate(self.hops):
+                saved = hop.save(Path(folder) / "hop.safetensors").read_bytes()
+                tensors[f"hop_{number}"] = torch.frombuffer(bytearray(saved), dtype=torch.uint8)
+        rest = {"through": self.through, "span": self.span, "least": self.least}
+        return write_result(path, _FILE, tensors, rest | {"hops": len(self.hops)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read a file that ``save`` wrote.
+
+        Args:
+            path: The file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FileFormatError: the file is damaged, of another kind, or of another version.
+
+        Example:
+            >>> trace = clrp.trace_back(model, case.prompt, objective, through=(5, 20), hops=1)
+            >>> path = trace.save("trace.safetensors")
+            >>> bool((clrp.Trace.load(path).tokens == trace.tokens).all())
+            True
+        """
+        tensors, data = read_result(path, _FILE)
+        hops = []
+        with rebuilding_from(path), TemporaryDirectory() as folder:
+            for number in range(data["hops"]):
+                part = Path(folder) / f"{Path(path).name}, hop {number}"
+                part.write_bytes(tensors[f"hop_{number}"].numpy().tobytes())
+                hops.append(Attribution.load(part))
+            start, stop = data["through"]
+            span = data["span"] and (data["span"][0], data["span"][1])
+            return cls(tuple(hops), (start, stop), tensors["handing"], span, data["least"])
 
     def __repr__(self) -> str:
         start, stop = self.through
