@@ -211,7 +211,7 @@ def test_without_hops_it_is_attribute(name: str) -> None:
         for against, objective in forms.items():
             given = others if against == "ids" else against
             trace = clrp.trace_back(chat.model, ids, SPAN, THROUGH, hops=0, against=given)
-            once = clrp.attribute(chat.model, ids, objective)
+            once = clrp.attribute(chat.model, ids, objective, rules="cplrp")
             (hop,) = trace.hops
             assert off(trace.tokens, once.tokens) <= PROMISED[torch.float64]
             assert off(hop.resid, once.resid) <= PROMISED[torch.float64]
@@ -270,6 +270,8 @@ def test_the_account(name: str) -> None:
         assert abs(row["held"] - float(landed[held].sum())) <= scale
         assert abs(row["rest"] - float(landed[STOP:].sum())) <= scale
         assert abs(row["abs_total"] - float(landed.abs().sum())) <= scale
+    given = [abs(trace.delta), *account["abs_through"].tolist()[:-1]]
+    assert account["growth"].tolist() == pytest.approx(list(account["abs_total"] / given))
     handed, received = account["through"].to_numpy()[:-1], account["received"].to_numpy()[1:]
     # objectives' values are kept in float32 or better
     assert abs(handed - received).max() <= 1e-6 * max(1.0, abs(handed).max())
@@ -278,6 +280,22 @@ def test_the_account(name: str) -> None:
     assert float(trace.tokens.sum()) == pytest.approx(
         sum(account["prompt"] + account["held"] + account["rest"]) + trace.left
     )
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "mistral", "gemma3"])
+def test_nothing_is_lost_under_the_default_rules_without_biases(name: str) -> None:
+    """Every hop then hands on all that it received; under RelP it would be many times that."""
+    chat = written(name)
+    with true_float64(chat.model):
+        trace = clrp.trace_back(chat.model, chat.ids, SPAN, THROUGH, hops=None)
+        other = clrp.trace_back(chat.model, chat.ids, SPAN, THROUGH, hops=None, rules="relp")
+    assert trace.hops[0].rules == "cplrp"
+    scale = max(1.0, float(trace.by_hop.abs().max()))
+    assert trace.account["lost"].abs().max() <= 1e-6 * scale  # as values are kept in float32
+    assert float(trace.tokens.sum()) == pytest.approx(trace.delta, abs=1e-6 * scale)
+    assert other.account["lost"].abs().max() > 0.1
+    if other.account["growth"][1:].max() > 2:
+        assert "times a hop" in repr(other)
 
 
 def test_tokens_that_the_model_did_not_choose_keep_theirs() -> None:
@@ -315,7 +333,8 @@ def test_a_token_exactly_at_the_mean_keeps_its_relevance() -> None:
 def test_in_tiles_it_is_the_same(name: str, tile: int) -> None:
     chat = written(name, torch.float32, 24)
     how: dict[str, Any] = {"hops": 3, "progress": False}
-    for span in ((20, 24), clrp.logit_diff(chat.model, 7, 9)):
+    spans = ((20, 24), clrp.logit_diff(chat.model, 7, 9), one_token(chat.ids, 22))
+    for span in spans:
         once = clrp.trace_back(chat.model, chat.ids, span, (5, 20), memory="plain", **how)
         tiled = clrp.trace_back(
             chat.model, chat.ids, span, (5, 20), memory="tiled", tile=tile, **how
@@ -446,9 +465,10 @@ def test_with_hooks_of_the_user() -> None:
         with torch.no_grad():
             edited = Chat(chat.model, chat.ids, chat.model(chat.ids)[0])
         trace = clrp.trace_back(chat.model, chat.ids, SPAN, THROUGH, hops=1)
-        first = clrp.attribute(chat.model, chat.ids, of_span(chat.ids, *SPAN)).tokens
+        objective = of_span(chat.ids, *SPAN)
+        first = clrp.attribute(chat.model, chat.ids, objective, rules="cplrp").tokens
         handing = [t for t in range(*THROUGH) if edited.deviations[t] >= 1.0]
-        landed = by_token(edited, first, handing, 1)
+        landed = by_token(edited, first, handing, 1, rules="cplrp")
     assert torch.nonzero(trace.handing)[:, 0].tolist() == handing
     assert handing
     assert off(trace.by_hop[1], landed[1]) <= 1e-9
@@ -463,7 +483,7 @@ def test_in_low_precision_it_is_the_same_in_float32(name: str, dtype: torch.dtyp
         chat = Chat(low, ids, low(ids)[0].float())
     trace = clrp.trace_back(low, ids, SPAN, THROUGH, hops=1)
     handing = torch.nonzero(trace.handing)[:, 0].tolist()
-    landed = by_token(chat, trace.by_hop[0], handing, 1)
+    landed = by_token(chat, trace.by_hop[0], handing, 1, rules="cplrp")
     assert trace.tokens.dtype == torch.float32
     assert off(trace.by_hop[1], landed[1]) <= 10 * PROMISED[torch.float32]
 
@@ -478,20 +498,20 @@ def test_in_low_precision_it_is_the_same_in_float32(name: str, dtype: torch.dtyp
         ({"span": (-2, 14)}, TokenError, r"the last token alone is \(13, 14\)"),
         ({"span": (12, 12)}, TokenError, "empty"),
         ({"span": (0, 3)}, TokenError, "nothing predicts"),
-        ({"span": 12}, TypeError, "two whole numbers"),
-        ({"span": (11.0, 14)}, TypeError, "two whole numbers"),
+        ({"span": 12}, TokenError, "two whole numbers"),
+        ({"span": (11.0, 14)}, TokenError, "two whole numbers"),
         ({"through": (0, 5)}, TokenError, "start at 1"),
         ({"through": (5, 5)}, TokenError, "empty"),
         ({"through": (5, 99)}, TokenError, "outside these 14 tokens"),
-        ({"through": None}, TypeError, "through=None"),
+        ({"through": None}, TokenError, "through=None"),
         ({"span": (3, 5)}, TokenError, "begin it before position 4"),
         ({"span": (3, 9)}, TokenError, "End it at 9 or before"),
         ({"span": clrp.top_logit(pos=3)}, TokenError, "begin it before position 4"),
         ({"span": clrp.top_logit(pos=8)}, TokenError, "End it at 10 or before"),
         ({"span": clrp.top_logit(), "against": "mean"}, TypeError, "against= belongs to a span"),
         ({"span": clrp.top_logit(pos=[3, 4])}, TokenError, "one prompt"),
-        ({"against": "top"}, ValueError, "use 'mean', 'none', or a list of 3"),
-        ({"against": [5, 6]}, ValueError, "a list of 3"),
+        ({"against": "top"}, TokenError, "use 'mean', 'none', or a list of 3"),
+        ({"against": [5, 6]}, TokenError, "a list of 3"),
         ({"against": [5, 6, 48]}, TokenError, "0 to 47"),
         ({"hops": -1}, ValueError, "hops=-1"),
         ({"hops": 1.5}, ValueError, "hops=1.5"),
@@ -510,10 +530,14 @@ def test_refusals(given: dict[str, Any], error: type[Exception], says: str) -> N
     assert snapshot_of(model) == before
 
 
-def test_a_token_is_not_held_against_itself() -> None:
+def test_a_span_is_not_held_against_itself() -> None:
     chat = written("qwen3", torch.float32)
-    with pytest.raises(TokenError, match="position 12 against itself"):
-        clrp.trace_back(chat.model, chat.ids, SPAN, THROUGH, against=[1, int(chat.ids[0, 12]), 2])
+    same = chat.ids[0, slice(*SPAN)].tolist()
+    with pytest.raises(TokenError, match="every token of the span against itself"):
+        clrp.trace_back(chat.model, chat.ids, SPAN, THROUGH, against=same)
+    changed = [same[0], same[1], (same[2] + 1) % 48]
+    trace = clrp.trace_back(chat.model, chat.ids, SPAN, THROUGH, hops=0, against=changed)
+    assert trace.hops[0].positions == (LENGTH - 2,)
 
 
 def test_no_bridge() -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from circuitsvis.utils.render import RenderedHTML
 
 _FILE = FileKind("tl_contrastive_lrp.trace", 1, "the trace")
+_GREW = 2.0  # a factor a hop that ``repr`` mentions
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +109,8 @@ class Trace:
         hops brought.
 
         Example:
-            >>> trace = clrp.trace_back(model, case.prompt, objective, through=(5, 20), hops=0)
+            >>> how = {"hops": 0, "rules": result.rules}
+            >>> trace = clrp.trace_back(model, case.prompt, objective, through=(5, 20), **how)
             >>> bool(torch.allclose(trace.tokens, result.tokens, atol=1e-4))
             True
         """
@@ -130,14 +132,15 @@ class Trace:
         """What each hop received, where it went, and what was lost, in logits.
 
         received = prompt + through + held + rest + lost in each row, and the next row receives what
-        this one has in ``through``. A hop that loses much, or whose absolute relevance is many
-        times what it received, says little about the tokens before it.
+        this one has in ``through``. A hop that loses much, or multiplies absolute relevance
+        (``growth``), says little about the tokens before it.
 
         Returns:
             Columns hop; received; prompt (tokens before the reasoning); through (on reasoning
             tokens that hand it on: received by the next hop, or left by the last); held (on other
             reasoning tokens); rest (behind the reasoning); lost (biases + positions + other, as in
-            the ledger); and the absolute relevance abs_prompt, abs_through and abs_total.
+            the ledger); the absolute relevance abs_prompt, abs_through and abs_total; and growth
+            (abs_total over what was handed on, in absolute relevance; for hop 0 over |Δℓ|).
 
         Example:
             >>> trace = clrp.trace_back(model, case.prompt, objective, through=(5, 20), hops=1)
@@ -151,7 +154,8 @@ class Trace:
         at = torch.arange(len(self.str_tokens))
         before, behind = at < self.through[0], at >= self.through[1]
         held = ~(before | behind | self.handing)
-        rows = []
+        rows: list[dict[str, float]] = []
+        given = abs(self.delta)
         for number, hop in enumerate(self.hops):
             values, ledger = hop.tokens.double(), hop.ledger.rows
             landed = {
@@ -164,13 +168,18 @@ class Trace:
                 name: sum(getattr(row, name) for row in ledger) for name in ("biases", "positions")
             }
             total = hop.delta - sum(landed.values())
+            absolute = {
+                "abs_prompt": float(values[before].abs().sum()),
+                "abs_through": float(values[self.handing].abs().sum()),
+                "abs_total": float(values.abs().sum()),
+            }
             rows.append(
                 {"hop": number, "received": hop.delta, **landed, "lost": total, **lost}
                 | {"other": total - sum(lost.values())}
-                | {"abs_prompt": float(values[before].abs().sum())}
-                | {"abs_through": float(values[self.handing].abs().sum())}
-                | {"abs_total": float(values.abs().sum())}
+                | absolute
+                | {"growth": absolute["abs_total"] / (given or float("nan"))}
             )
+            given = absolute["abs_through"]
         return pd.DataFrame(rows)
 
     def to_frame(self) -> pd.DataFrame:
@@ -290,8 +299,10 @@ class Trace:
         count = len(self.hops) - 1
         prompt = float(self.tokens[:start].double().sum())
         share = prompt / self.delta if self.delta else float("nan")
+        growth = float(self.account["growth"][1:].max()) if count else 0.0
+        warning = f", absolute relevance up to {growth:.1f} times a hop" if growth > _GREW else ""
         return (
             f"Trace({self.hops[0].model_name}, {len(self.str_tokens)} tokens through {start} to "
             f"{stop}, {count} hop{'' if count == 1 else 's'}, Δℓ={self.delta:+.4f}, "
-            f"{share:.0%} of it before the reasoning, {self.left:+.4f} left on it)"
+            f"{share:.0%} of it before the reasoning, {self.left:+.4f} left on it{warning})"
         )

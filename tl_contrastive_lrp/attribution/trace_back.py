@@ -45,8 +45,13 @@ They keep what lands on them, and the account lists it as ``held``.
 part, as LRP does; the account lists what is lost so. The sum over tokens would hand on everything,
 but is known only after one backward for each token, and can be 0.
 
+**Why CP-LRP.** Shares of one hop multiply with those of the next, so a rule set that creates a
+fifth of f_t in the softmax's gradient makes 2.5 times as much relevance in five hops, and one that
+loses half leaves a thirtieth. CP-LRP does neither. Other sets may be given; the account shows it.
+
 **Where it fails.** Where contributions to f_t cancel, Σ_i |A[t, i]| / f_t is large and a hop
-multiplies absolute relevance; the account has it beside the signed sums. It follows why the model
+multiplies absolute relevance; the account has that factor as ``growth``. Relevance often moves by a
+token or two a hop, so that long reasoning takes many (``hops=None``). It follows why the model
 predicted the reasoning, not whether the answer would change with it; that takes an intervention.
 
 FlashTrace (arXiv:2602.01914) has the same recursion over spans, with contributions that are not
@@ -69,18 +74,22 @@ from ..engine.fused import AttentionKind
 from ..engine.memory import Memory
 from ..engine.prefilled import Prefilled, prefill_prompt
 from ..engine.run import RunOptions
+from ..engine.tiled.tiles import read_ranges
 from ..errors import ModelStateError, TokenError
 from ..inputs.bridge import require_bridge
 from ..inputs.facts import PromptFacts
-from ..inputs.objective import Objective, for_one_prompt, in_words
+from ..inputs.objective import for_one_prompt, in_words
 from ..inputs.tokens import vocab_size
-from ..rules.rule_sets import DEFAULT_RULES, RuleSet
+from ..rules.rule_sets import RuleSet
 from ..rules.threads import one_at_a_time
 from .attribute import attribute, relevance_readings
 from .result import Attribution
 from .trace import Trace
 
 Span = tuple[int, int]
+
+# The only set that distributes f_t in full, apart from biases, position embeddings and soft-caps.
+CONSERVING_RULES = "cplrp"
 # With hops=None: the share of hop 0's absolute relevance below which no further hop is made.
 _ENOUGH = 0.01
 
@@ -95,7 +104,7 @@ def trace_back(
     *,
     against: Literal["mean", "none"] | Sequence[int] | Tensor | None = None,
     least: float = 1.0,
-    rules: str | RuleSet = DEFAULT_RULES,
+    rules: str | RuleSet = CONSERVING_RULES,
     memory: Memory = "auto",
     tile: int | None = None,
     progress: bool = True,
@@ -119,11 +128,12 @@ def trace_back(
         hops: How often relevance is handed on; 0 for ``attribute``'s own answer, None until at most
             1 % of hop 0's absolute relevance is left on the reasoning.
         against: What is subtracted from each logit of the span: the "mean" of all logits (the
-            default), "none", or one token id for each token of the span. Reasoning tokens are
-            always held against the mean.
+            default), "none", or one token id for each token of the span; where that is the token
+            itself, its term is 0. Reasoning tokens are always held against the mean.
         least: By how many standard deviations of the logits a token must lie above their mean to
             hand on its relevance, from 0. Others keep what lands on them.
-        rules: Name of a rule set, or a ``RuleSet``.
+        rules: Name of a rule set, or a ``RuleSet``. The default, CP-LRP, conserves relevance, so
+            that shares add up to 1. Others lose or create some in each hop, which multiplies.
         memory: "auto", "plain" or "tiled", as for ``attribute``.
         tile: Positions per tile, as for ``attribute``.
         progress: Show a progress bar in tiles.
@@ -138,12 +148,11 @@ def trace_back(
         SpecialTokenWarning: as ``attribute``.
 
     Raises:
-        TypeError: ``model`` is not a bridge; ``span`` or ``through`` is no pair of whole numbers;
-            ``against`` beside an objective.
-        ValueError: ``hops`` or ``least`` is negative; ``against`` is unknown; or as ``attribute``.
-        TokenError: positions that the prompt does not have; an empty span or reasoning; reasoning
-            that the objective cannot depend on; an id in ``against`` that is the token itself, or
-            out of range.
+        TypeError: ``model`` is not a bridge; ``against`` beside an objective.
+        ValueError: ``hops`` or ``least`` is negative; or as ``attribute``.
+        TokenError: ``span`` or ``through`` is no pair of positions that the prompt has, or is
+            empty; reasoning on which the objective cannot depend; ``against`` is unknown, repeats
+            every token of the span, or has an id out of range.
         ModelStateError: the model is not causal, or as ``attribute``.
         PromptError, UncoveredComponentError: as ``attribute``.
 
@@ -153,7 +162,7 @@ def trace_back(
         >>> trace = clrp.trace_back(model, tokens, objective, through=(n - 20, n), hops=2)
         >>> trace.account["received"].round(4).tolist()[0] == round(trace.delta, 4)
         True
-        >>> once = clrp.attribute(model, tokens, objective)
+        >>> once = clrp.attribute(model, tokens, objective, rules="cplrp")
         >>> bool(torch.allclose(trace.hops[0].tokens, once.tokens, atol=1e-4))
         True
     """
@@ -183,8 +192,8 @@ def trace_back(
 
     def run(objective: Callable[[Tensor], Tensor]) -> Attribution:
         plan = prefilled.plan  # as it ran
-        # In tiles, an ``Objective`` reads the logits of its one position, and this forward has all.
-        alone = plan.tile is not None and isinstance(objective, Objective)
+        # In tiles, an objective that names its positions reads their logits, and this forward all.
+        alone = plan.tile is not None and read_ranges([objective], length) != ((0, length),)
         result = attribute(
             model, facts.tokens, objective, rules=rules, memory="tiled" if alone else memory,
             tile=plan.tile if alone else tile, progress=progress, attention=attention,
@@ -323,13 +332,12 @@ def _positions(name: str, span: object, length: int) -> Span:
     """A range of tokens that were predicted, as (start, stop).
 
     Raises:
-        TypeError: It is no pair of whole numbers.
-        TokenError: It is empty, or the prompt does not have these positions.
+        TokenError: It is no pair of whole numbers, is empty, or lies outside of the prompt.
     """
     given: Any = span.tolist() if hasattr(span, "tolist") else span
     pair = isinstance(given, list | tuple) and len(given) == 2
     if not pair or any(isinstance(p, bool) or not isinstance(p, Integral) for p in given):
-        raise TypeError(
+        raise TokenError(
             f"{name}={span!r} is no range of positions; use two whole numbers (start, stop), such "
             f"as {name}=(5, {length})."
         )
@@ -381,8 +389,8 @@ def _reference(
     """What the logits of the span are held against: ids, "none", or None for the mean.
 
     Raises:
-        ValueError: An unknown word, or another number of ids than of tokens.
-        TokenError: An id out of range, or the token itself.
+        TokenError: An unknown word, another number of ids than of tokens, an id out of range, or
+            each token itself.
     """
     if against is None or (isinstance(against, str) and against == "mean"):
         return None
@@ -394,7 +402,7 @@ def _reference(
         isinstance(i, Integral) and not isinstance(i, bool) for i in given
     )
     if not whole or len(given) != len(written):
-        raise ValueError(
+        raise TokenError(
             f"against={against!r} is unknown; use 'mean', 'none', or a list of {len(written)} "
             "token ids, one for each token of the span. Any other contrast is an objective, given "
             "in place of the span."
@@ -403,10 +411,9 @@ def _reference(
     vocab = vocab_size(model)
     if bool(((others < 0) | (others >= vocab)).any()):
         raise TokenError(f"against={given} has ids outside the vocabulary, 0 to {vocab - 1}.")
-    same = torch.nonzero(others == written.cpu())[:, 0].tolist()
-    if same:
+    if torch.equal(others, written.cpu()):
         raise TokenError(
-            f"against={given} holds the token at position {span[0] + same[0]} against itself; give "
-            "another id there."
+            f"against={given} holds every token of the span against itself, which leaves nothing "
+            "to explain; give another id where the answers differ."
         )
     return others.to(ids.device)
