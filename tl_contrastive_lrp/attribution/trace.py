@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from circuitsvis.utils.render import RenderedHTML
 
 _FILE = FileKind("tl_contrastive_lrp.trace", 1, "the trace")
-_GREW = 2.0  # a factor a hop that ``repr`` mentions
+_GREW = 1.5  # a factor a hop that ``repr`` mentions
 
 
 @dataclass(frozen=True, eq=False)
