@@ -12,11 +12,13 @@ if TYPE_CHECKING:
         AnswerRelevance,
         AnswerSide,
         Attribution,
+        Trace,
         answer_table,
         attribute,
         attribute_each,
         next_token_table,
         run_with_relevance,
+        trace_back,
     )
     from .demo import DemoCase, load_demo_cases, load_demo_model
     from .evaluation import (
@@ -68,6 +70,7 @@ __all__ = [
     "Objective",
     "RuleSet",
     "SpanLogit",
+    "Trace",
     "Verification",
     "answer_diff",
     "answer_table",
@@ -96,6 +99,7 @@ __all__ = [
     "span_logit",
     "target_logit",
     "top_logit",
+    "trace_back",
     "verify",
 ]
 
@@ -105,11 +109,13 @@ _ROOMS = {
         "AnswerRelevance",
         "AnswerSide",
         "Attribution",
+        "Trace",
         "answer_table",
         "attribute",
         "attribute_each",
         "next_token_table",
         "run_with_relevance",
+        "trace_back",
     ),
     "demo": ("DemoCase", "load_demo_cases", "load_demo_model"),
     "evaluation": (

@@ -28,8 +28,10 @@ def linear_model() -> Any:
 
 
 @contextmanager
-def frozen(model: Any, seed: int = 3) -> Iterator[None]:
+def frozen(model: Any, seed: int = 3, *, causal: bool = False) -> Iterator[None]:
     """Patterns and norm denominators at values that depend on no input.
+
+    Patterns have weights on later positions too, unless they are to be causal.
 
     ``ln1`` has one denominator for all positions, also where TransformerLens calls the wrapped
     norm on a stream forked per head.
@@ -42,6 +44,7 @@ def frozen(model: Any, seed: int = 3) -> Iterator[None]:
             if name not in values:
                 shape = (1, 1) if "ln1" in name else tensor.shape[1:]
                 drawn = torch.rand(shape, generator=generator, dtype=tensor.dtype) + 0.5
+                drawn = drawn.tril() if causal and "pattern" in name else drawn
                 values[name] = drawn / drawn.sum(-1, keepdim=True) if "pattern" in name else drawn
             return values[name] + 0.0 * tensor  # on the graph, or no gradient could be read there
 

@@ -14,15 +14,19 @@ from .candidates import next_token_table
 from .ledger import Ledger
 from .relevance_cache import run_with_relevance
 from .result import Attribution
+from .trace import Trace
+from .trace_back import trace_back
 
 __all__ = [
     "AnswerRelevance",
     "AnswerSide",
     "Attribution",
     "Ledger",
+    "Trace",
     "answer_table",
     "attribute",
     "attribute_each",
     "next_token_table",
     "run_with_relevance",
+    "trace_back",
 ]

@@ -39,7 +39,8 @@ class Prefilled:
         model: The bridge.
         tokens: The prompt, [1, pos].
         rule_set: The rules that were on.
-        pos: The position whose logits may be explained, from 0.
+        pos: The position whose logits may be explained, from 0; the last one if those of all
+            positions may.
         logits: After that position, [vocab], detached.
         plan: How it was actually run, with the memory figures from before the run.
         plain, tiled: The forward of the engine that ran it; the other is None.
@@ -115,7 +116,7 @@ def prefill_prompt(
     readings: Iterable[Reading],
     plan: MemoryPlan,
     *,
-    pos: int = -1,
+    pos: int | None = -1,
     calls: dict[int, BlockCall] | None = None,
     uses: int = 1,
     progress: bool = False,
@@ -129,7 +130,8 @@ def prefill_prompt(
         rules: Name of a rule set, or a ``RuleSet``.
         readings: What the results will read. Their sinks are bound by the results themselves.
         plan: Which engine to use, from ``memory.plan_memory``.
-        pos: The position whose logits will be explained; negative counts from the end.
+        pos: The position whose logits will be explained; negative counts from the end. None for
+            objectives of several positions.
         calls: By number, the blocks whose arguments are recorded, for the edges of a graph.
         uses: Number of results to come. The autograd graph is kept until the last.
         progress: Show a progress bar in tiles.
@@ -142,19 +144,21 @@ def prefill_prompt(
         ModelStateError, UncoveredComponentError: as ``attribute``.
     """
     length, readings, calls = int(tokens.shape[1]), list(readings), calls or {}
-    if not -length <= pos < length:
-        raise TokenError(f"Position {pos} does not exist in a prompt of {length} tokens.")
-    at, rule_set, state = pos % length, get_rule_set(rules), state_of(model)
+    last = -1 if pos is None else pos
+    if not -length <= last < length:
+        raise TokenError(f"Position {last} does not exist in a prompt of {length} tokens.")
+    at, rule_set, state = last % length, get_rule_set(rules), state_of(model)
+    ranges = ((0, length),) if pos is None else ((at, at + 1),)
     fusing = is_worth(attention, length)
 
     def in_tiles(plan: MemoryPlan) -> Prefilled:
         assert plan.tile is not None
         forward = forward_in_tiles(
-            model, tokens, ((at, at + 1),), rule_set, readings, plan.tile,
+            model, tokens, ranges, rule_set, readings, plan.tile,
             uses=uses, progress=progress, attention=attention,
         )  # fmt: skip
         assert forward.prefill is not None
-        logits = forward.prefill.logits()[0, 0].detach()
+        logits = forward.prefill.parts[-1][0, -1].detach()
         actual_plan = replace(plan, tile=forward.tile)
         return Prefilled(
             model, tokens, rule_set, at, logits, actual_plan, None, forward, calls, state, fusing
