@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from .graph import AttributionGraph, attribution_graph, attribution_graphs
     from .hooks import Audit, Coverage, audit, coverage, lrp, lrp_hooks
     from .inputs import (
+        ChatPrompt,
         Objective,
+        Segment,
+        chat,
         logit_diff,
         logit_minus_mean,
         logit_minus_top_k,
@@ -49,6 +52,7 @@ __all__ = [
     "Attribution",
     "AttributionGraph",
     "Audit",
+    "ChatPrompt",
     "CircuitCurve",
     "CircuitFaithfulness",
     "Comparison",
@@ -57,6 +61,7 @@ __all__ = [
     "FaithfulnessCurves",
     "Objective",
     "RuleSet",
+    "Segment",
     "Verification",
     "attribute",
     "attribute_each",
@@ -64,6 +69,7 @@ __all__ = [
     "attribution_graphs",
     "audit",
     "baseline_scores",
+    "chat",
     "circuit_curve",
     "circuit_faithfulness",
     "compare",
@@ -111,7 +117,10 @@ _ROOMS = {
     "graph": ("AttributionGraph", "attribution_graph", "attribution_graphs"),
     "hooks": ("Audit", "Coverage", "audit", "coverage", "lrp", "lrp_hooks"),
     "inputs": (
+        "ChatPrompt",
         "Objective",
+        "Segment",
+        "chat",
         "logit_diff",
         "logit_minus_mean",
         "logit_minus_top_k",

@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .chat import chat
+    from .chat_prompt import ChatPrompt
     from .objective import (
         Objective,
         logit_diff,
@@ -19,9 +21,13 @@ if TYPE_CHECKING:
         target_logit,
         top_logit,
     )
+    from .segments import Segment
 
 __all__ = [
+    "ChatPrompt",
     "Objective",
+    "Segment",
+    "chat",
     "logit_diff",
     "logit_minus_mean",
     "logit_minus_top_k",
@@ -29,10 +35,15 @@ __all__ = [
     "top_logit",
 ]
 
+_MODULES = {"ChatPrompt": "chat_prompt", "Segment": "segments", "chat": "chat"}
+
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import objective
+    from importlib import import_module
 
-    return getattr(objective, name)
+    module = import_module(f".{_MODULES.get(name, 'objective')}", __name__)
+    value: object = getattr(module, name)
+    globals()[name] = value  # also in place of the module that has the same name
+    return value
