@@ -253,8 +253,10 @@ TEMPLATES: dict[str, tuple[str, str]] = {
     "deepseek": (DEEPSEEK, "llama3"),
 }
 
-_SAME: Callable[[str, str], str] = lambda kind, text: text  # noqa: E731
-_TRIM: Callable[[str, str], str] = lambda kind, text: text.strip()  # noqa: E731
+
+def _same(kind: str, text: str) -> str:
+    del kind
+    return text
 
 
 def _gemma(kind: str, text: str) -> str:
@@ -272,13 +274,13 @@ def _llama(kind: str, text: str) -> str:
 
 
 TEXT_OF: dict[str, Callable[[str, str], str]] = {
-    "qwen3": _SAME,
+    "qwen3": _same,
     "llama3": _llama,
     "gemma3": _gemma,
     "mistral": _mistral,
-    "smollm2": _SAME,
-    "phi3": _SAME,
-    "deepseek": _SAME,
+    "smollm2": _same,
+    "phi3": _same,
+    "deepseek": _same,
 }
 # Families whose template puts the system message before the last user message.
 SYSTEM_LAST = ("mistral",)

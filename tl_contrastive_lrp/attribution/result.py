@@ -190,9 +190,7 @@ class Attribution:
         order = frame["relevance"].abs().sort_values(ascending=False, kind="stable").index
         return frame.loc[order[:k]].reset_index(drop=True)
 
-    def by(
-        self, how: How, *, normalize: Literal["logits", "largest"] = "logits"
-    ) -> pd.DataFrame:
+    def by(self, how: How, *, normalize: Literal["logits", "largest"] = "logits") -> pd.DataFrame:
         """Sum the input tokens' relevance over segments of the prompt.
 
         The segments cover the prompt in order, so nothing is lost: tokens that belong to none of

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
+from dataclasses import replace
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ def chat(
     answer: str = "",
     enable_thinking: bool | None = None,
 ) -> ChatPrompt:
-    """Make a prompt of a chat by the tokenizer's chat template.
+    r"""Make a prompt of a chat by the tokenizer's chat template.
 
     The prompt is a string that keeps the template's token ids exactly, and knows which tokens are
     of which message. It ends where the assistant's next token follows: after the template's
@@ -63,23 +64,21 @@ def chat(
 
     Example:
         >>> model.tokenizer.chat_template = (
-        ...     "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+        ...     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
         ...     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
         ... )
         >>> prompt = clrp.chat(model, [{"role": "user", "content": "x = 1"}])
         >>> prompt
-        'user: x = 1\\nassistant:'
+        'user: x = 1\nassistant:'
         >>> [(s.kind, s.text) for s in prompt.segments]
-        [('template', 'user: '), ('user', 'x = 1'), ('template', '\\nassistant:')]
+        [('template', 'user: '), ('user', 'x = 1'), ('template', '\nassistant:')]
         >>> model.tokenizer.chat_template = None
     """
     require_bridge(model)
     tokenizer = model.tokenizer
     _check(tokenizer, messages, answer)
     continued = not answer and _is_own(messages[-1])
-    settings: dict[str, Any] = {
-        "add_generation_prompt": not continued, "continue_final_message": continued,
-    }  # fmt: skip
+    settings: dict[str, Any] = {"add_generation_prompt": not continued}
     if tools:
         settings["tools"] = list(tools)
     if enable_thinking is not None:  # some templates have the one name, some the other
@@ -89,8 +88,12 @@ def chat(
         return str(_applied(tokenizer, changed, tokenize=False, **{**settings, **other}))
 
     text, spans = message_spans(messages, render)
-    _check_heeded(text, list(map(dict, messages)), tools, enable_thinking, render)
-    ids = list(_applied(tokenizer, list(map(dict, messages)), tokenize=True, **settings))
+    given = [dict(message) for message in messages]
+    _check_heeded(text, given, tools, enable_thinking, render)
+    if continued:
+        settings["continue_final_message"] = True
+        text, spans = _continued(text, spans, render(given, continue_final_message=True))
+    ids = list(_applied(tokenizer, given, tokenize=True, **settings))
     if answer:
         ids += continuation_ids(tokenizer, answer)
         spans += _answer_spans(text, answer)
@@ -98,12 +101,30 @@ def chat(
     if not ids:
         raise PromptError("The chat template writes nothing.")
     anchors = _anchors(model, tokenizer, text, ids)
-    return ChatPrompt(text, torch.tensor(ids), _segments(text, spans, anchors), str_tokens(model, ids))
+    return ChatPrompt(
+        text, torch.tensor(ids), _segments(text, spans, anchors), str_tokens(model, ids)
+    )
 
 
 def _is_own(message: Mapping[str, Any]) -> bool:
     """Whether a message is a beginning of an answer, which the model continues."""
     return message["role"] == "assistant" and not message.get("tool_calls")
+
+
+def _continued(text: str, spans: list[Span], open_text: str) -> tuple[str, list[Span]]:
+    """The text up to where the last message is continued, and what the messages have of it."""
+    if not text.startswith(open_text):
+        raise PromptError(
+            Message(
+                "The chat template does not leave the last message open. Leave that message out, "
+                "and give its text as ",
+                Argument("answer"),
+                ".",
+            )
+        )
+    end = len(open_text)
+    kept = [replace(span, stop=min(span.stop, end)) for span in spans if span.start < end]
+    return open_text, kept
 
 
 def _check(tokenizer: Any, messages: Any, answer: str) -> None:
@@ -177,7 +198,9 @@ def _answer_spans(text: str, answer: str) -> list[Span]:
     """The answer so far, in thoughts and the rest; the template may have opened a thought."""
     opened = any(text.rstrip().endswith(begin) for begin, _ in THINKING_TAGS)
     pieces = thinking_parts(answer, opened)
-    kinds = groupby(pieces, key=lambda piece: "assistant" if piece[0] == "assistant" else "thinking")
+    kinds = groupby(
+        pieces, key=lambda piece: "assistant" if piece[0] == "assistant" else "thinking"
+    )
     spans, start = [], len(text)
     for kind, group in kinds:
         stop = start + sum(len(piece) for _, piece in group)
@@ -220,7 +243,7 @@ def _segments(text: str, spans: list[Span], anchors: Any) -> tuple[Segment, ...]
     by_start = {span.start: span for span in spans if span.stop > span.start}
     counts: Counter[str] = Counter()
     segments = []
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, stop in pairwise(cuts):
         span = by_start.get(start)
         kind = "template" if span is None else span.kind
         if span is not None and span.message < 0 and kind == "assistant":

@@ -91,9 +91,7 @@ class _Chat:
         self.texts.append(text)
         return _Slot(len(self.texts) - 1)
 
-    def part(
-        self, message: int, role: str, kind: str, text: str, label: str = ""
-    ) -> _Slot:
+    def part(self, message: int, role: str, kind: str, text: str, label: str = "") -> _Slot:
         slot = self.slot(text)
         self.parts.append(_Part(message, role, kind, label, [slot.index]))
         return slot
@@ -222,9 +220,7 @@ def _tool_call(chat: _Chat, index: int, role: str, call: Any) -> Any:
     return {**call, "function": copy} if "function" in call else copy
 
 
-def message_spans(
-    messages: Sequence[Mapping[str, Any]], render: Render
-) -> tuple[str, list[Span]]:
+def message_spans(messages: Sequence[Mapping[str, Any]], render: Render) -> tuple[str, list[Span]]:
     """Render a chat, and find its messages' parts in the text.
 
     Args:
@@ -383,7 +379,15 @@ def _forms(text: str) -> list[str]:
 
 
 def _kept(
-    chat: _Chat, part: _Part, slot: int, text: str, edge: str, at: int, render: Render, *, left: bool
+    chat: _Chat,
+    part: _Part,
+    slot: int,
+    text: str,
+    edge: str,
+    at: int,
+    render: Render,
+    *,
+    left: bool,
 ) -> int:
     """How many characters next to ``at`` are the part's own edge, which was not replaced."""
     own = chat.texts[slot]
@@ -391,7 +395,9 @@ def _kept(
     space = edge[: len(edge) - len(solid)] if left else edge[len(solid) :]
     n_solid = 0
     if solid:
-        beside = {w: text[at - len(w) : at] if left else text[at : at + len(w)] for w in _forms(solid)}
+        beside = {
+            w: text[at - len(w) : at] if left else text[at : at + len(w)] for w in _forms(solid)
+        }
         written = next((w for w, there in beside.items() if w == there), None)
         if written is None:
             raise _cut(part)

@@ -21,6 +21,7 @@ from jaxtyping import Int
 from typing_extensions import TypeAliasType
 
 from ..errors import PromptError
+import itertools
 
 # What ``by`` takes; ``Attribution.by`` says what each means.
 How = TypeAliasType("How", "str | Mapping[str, tuple[int, int]] | Sequence[str]")
@@ -141,9 +142,7 @@ def _choices() -> str:
     return f"use one of {words}, a dict {{name: (start, end)}}, or a list of texts to find"
 
 
-def _named(
-    how: str, str_tokens: Sequence[str], messages: Sequence[Segment]
-) -> tuple[Segment, ...]:
+def _named(how: str, str_tokens: Sequence[str], messages: Sequence[Segment]) -> tuple[Segment, ...]:
     if how not in _NAMED:
         raise ValueError(f"by={how!r}: {_choices()}.")
     if how in ("message", "tool"):
@@ -172,7 +171,7 @@ def _named(
     bounds = sorted(edges)
     return tuple(
         _between(start, stop, how, str_tokens, messages)
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, stop in itertools.pairwise(bounds)
     )
 
 
@@ -248,7 +247,7 @@ def _filled(
 ) -> tuple[Segment, ...]:
     """The segments in order, with the rest between them."""
     ordered = sorted(chosen, key=lambda s: (s.start, s.stop))
-    for one, following in zip(ordered[:-1], ordered[1:], strict=True):
+    for one, following in itertools.pairwise(ordered):
         if following.start < one.stop:
             raise ValueError(
                 f"The segments {one.name!r} (tokens {one.start} to {one.stop}) and "
