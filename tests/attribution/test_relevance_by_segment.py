@@ -189,8 +189,12 @@ def test_ranges_and_texts() -> None:
     prompt, result = chat_result()
     frame = result.by({"b": (4, 6), "a": (1, 3)})
     assert list(zip(frame["segment"], frame["start"], frame["stop"], strict=True)) == [
-        ("template", 0, 1), ("a", 1, 3), ("template", 3, 4), ("b", 4, 6), ("rest", 6, len(prompt.tokens)),
-    ]  # fmt: skip
+        ("template", 0, 1),
+        ("a", 1, 3),
+        ("template", 3, 4),
+        ("b", 4, 6),
+        ("rest", 6, len(prompt.tokens)),
+    ]
     texts = result.by(["Be kind", "Italy"])
     assert texts["segment"].tolist() == ["rest", "Be kind", "rest", "Italy", "rest"]
     row = texts.iloc[3]

@@ -353,8 +353,12 @@ def test_wrong_input_is_named() -> None:
 
 
 def test_the_messages_are_not_changed() -> None:
-    messages = [ASKED, {"role": "assistant", "content": None, "tool_calls": [
-        tool_call("weather", {"town": "Rome"}, "qwen3")]}, {"role": "tool", "content": "sun"}]  # fmt: skip
+    calls = [tool_call("weather", {"town": "Rome"}, "qwen3")]
+    messages = [
+        ASKED,
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "sun"},
+    ]
     before = copy.deepcopy(messages)
     clrp.chat(model_of("qwen3"), messages, tools=[WEATHER])
     assert messages == before

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import networkx as nx
     import pandas as pd
 
-    from ..render.offline import OfflineHTML
     from ..inputs.segments import How
+    from ..render.offline import OfflineHTML
     from ..rules.rule_sets import RuleSet
     from .decompose import Node
     from .paths import Paths

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .chat import chat
+    from .chats import chat
     from .chat_prompt import ChatPrompt
     from .objective import (
         Objective,
@@ -35,7 +35,7 @@ __all__ = [
     "top_logit",
 ]
 
-_MODULES = {"ChatPrompt": "chat_prompt", "Segment": "segments", "chat": "chat"}
+_MODULES = {"ChatPrompt": "chat_prompt", "Segment": "segments", "chat": "chats"}
 
 
 def __getattr__(name: str) -> object:
@@ -45,5 +45,5 @@ def __getattr__(name: str) -> object:
 
     module = import_module(f".{_MODULES.get(name, 'objective')}", __name__)
     value: object = getattr(module, name)
-    globals()[name] = value  # also in place of the module that has the same name
+    globals()[name] = value
     return value

@@ -13,7 +13,6 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .chat_prompt import ChatPrompt
 from .objective import Objective, positions_of
 from .segments import Segment
 from .tokens import model_name, single_prompt, special_ids, special_mask, str_tokens
@@ -62,7 +61,7 @@ class PromptFacts:
             str_tokens=str_tokens(model, ids.tolist()),
             model_name=model_name(model),
             prepended_bos=given.prepended_bos,
-            segments=prompt.segments if isinstance(prompt, ChatPrompt) else (),
+            segments=given.segments,
         )
 
 

@@ -12,6 +12,7 @@ together.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from jaxtyping import Int
 from typing_extensions import TypeAliasType
 
 from ..errors import PromptError
-import itertools
 
 # What ``by`` takes; ``Attribution.by`` says what each means.
 How = TypeAliasType("How", "str | Mapping[str, tuple[int, int]] | Sequence[str]")

@@ -17,6 +17,7 @@ from .bos import Tokenised, tokenised, warn_once
 from .bridge import require_bridge
 from .chat_prompt import ChatPrompt
 from .devices import input_device
+from .segments import Segment
 from .token_text import is_text_of, own_text, readings, texts_in_context, token_name, written_id
 
 
@@ -201,10 +202,12 @@ class Prompt:
     Attributes:
         tokens: Its ids, on the model's device.
         prepended_bos: Whether a BOS token was put before the text; None where ids were given.
+        segments: The messages of a prompt made by ``chat``; () for any other.
     """
 
     tokens: Int[Tensor, "1 pos"]
     prepended_bos: bool | None
+    segments: tuple[Segment, ...] = ()
 
 
 def single_prompt(model: Any, prompt: str | Tensor, prepend_bos: bool | None = None) -> Prompt:
@@ -219,7 +222,7 @@ def single_prompt(model: Any, prompt: str | Tensor, prepend_bos: bool | None = N
             f"One prompt is explained at a time, got a batch of {tokens.shape[0]}. Loop over the "
             "rows, or use run_with_relevance, which takes batches."
         )
-    return Prompt(tokens, prepended)
+    return Prompt(tokens, prepended, prompt.segments if isinstance(prompt, ChatPrompt) else ())
 
 
 def to_single_prompt(

@@ -30,7 +30,7 @@ def chat(
     answer: str = "",
     enable_thinking: bool | None = None,
 ) -> ChatPrompt:
-    r"""Make a prompt of a chat by the tokenizer's chat template.
+    """Make a prompt of a chat by the tokenizer's chat template.
 
     The prompt is a string that keeps the template's token ids exactly, and knows which tokens are
     of which message. It ends where the assistant's next token follows: after the template's
@@ -63,16 +63,15 @@ def chat(
             prompt.
 
     Example:
-        >>> model.tokenizer.chat_template = (
-        ...     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-        ...     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-        ... )
-        >>> prompt = clrp.chat(model, [{"role": "user", "content": "x = 1"}])
-        >>> prompt
-        'user: x = 1\nassistant:'
-        >>> [(s.kind, s.text) for s in prompt.segments]
-        [('template', 'user: '), ('user', 'x = 1'), ('template', '\nassistant:')]
-        >>> model.tokenizer.chat_template = None
+        >>> messages = [{"role": "user", "content": case.user}]
+        >>> prompt = clrp.chat(model, messages, answer=case.answer_prefix)
+        >>> prompt == case.prompt
+        True
+        >>> [(s.name, s.start, s.stop) for s in prompt.segments]
+        [('template 1', 0, 3), ('user 1', 3, 38), ('template 2', 38, 43), ('answer', 43, 44)]
+        >>> of_case = clrp.attribute(model, prompt, objective)
+        >>> of_case.by("message")["segment"].tolist()
+        ['template 1', 'user 1', 'template 2', 'answer']
     """
     require_bridge(model)
     tokenizer = model.tokenizer
