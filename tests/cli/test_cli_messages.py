@@ -125,3 +125,14 @@ def test_tools_need_messages(run: Run, model_folder: Path) -> None:
     done = run("explain", "--model", model_folder, "--prompt", "x", "--tools", "tools.json")
     assert done.code == USAGE
     assert "--tools goes with --messages" in words(done.err.replace("│", " "))
+
+
+def test_the_report_has_the_messages(run: Run, model_folder: Path) -> None:
+    common = ("explain", "--model", model_folder, *SIDES, "--no-graph", "--out", "r.html")
+    assert run(*common, "--messages", "chat.json").code == 0
+    html = Path("r.html").read_text(encoding="utf-8")
+    assert "Message by message" in html
+    assert html.count("<td>user 1</td>") == 1
+    assert "<td>The capital of Italy?</td>" in html
+    assert run(*common, "--prompt", "The capital").code == 0
+    assert "Message by message" not in Path("r.html").read_text(encoding="utf-8")

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _FILE = FileKind("tl_contrastive_lrp.attribution", 1, "the attribution")
 
+_PREVIEW = 48  # characters of a message shown in the report's table of messages
+
 _TENSORS = ("tokens", "resid", "heads", "neurons", "token_ids", "special")
 
 
@@ -404,8 +406,28 @@ def report_of(
         ledger=_rows(result.ledger.to_frame()),
         coverage=[vars(row) for row in result.coverage.summary()],
         graph=None if graph is None else view_of(graph),
+        messages=_messages(result),
     )
     return report_html(dataclasses.replace(report, **fields))
+
+
+def _messages(result: Attribution) -> list[dict[str, Any]]:
+    """Rows for the messages of a chat, without the pieces of the template that have no tokens."""
+    if not result.segments:
+        return []
+    rows = zip(result.by("message").to_dict("records"), result.segments, strict=True)
+    return [
+        {
+            "message": row["segment"],
+            "begins": " ".join(segment.text.split())[:_PREVIEW],
+            "tokens": row["n_tokens"],
+            "relevance": row["relevance"],
+            "share": row["share"],
+            "token": row["largest_token"],
+        }
+        for row, segment in rows
+        if segment.kind != "template" or segment.n_tokens
+    ]
 
 
 def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .chats import chat
     from .chat_prompt import ChatPrompt
+    from .chats import chat
     from .objective import (
         Objective,
         logit_diff,
