@@ -407,3 +407,32 @@ def test_long_chats_are_followed_by_their_edges(monkeypatch: pytest.MonkeyPatch)
     ]
     prompt = clrp.chat(model_of("qwen3"), [*messages, ASKED])
     assert [text for _, text in kinds(prompt)] == ["abc " * 100, "d" * 99, "2 + 2?"]
+
+
+# Tokenizers that change texts: composed characters, lower case, spaces.
+NORMALISING = {"qwen": "Cafe\u0301 Zu\u0308rich e\u0301", "bert": "The CAPITAL", "t5": "a  b c"}
+
+
+@pytest.mark.parametrize("form", NORMALISING)
+def test_tokenizers_that_change_texts(form: str) -> None:
+    """Each token is that of its message alone, or between two of the template's own signs."""
+    from truth import tokenizer_forms
+
+    model = tokenizer_forms.boot(form)
+    before = model.tokenizer.chat_template
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}{{ '| ' + m.content + ' |' }}{% endfor %}"
+    )
+    try:
+        chat = [{"role": "user", "content": NORMALISING[form]}, {"role": "user", "content": "x y"}]
+        prompt = clrp.chat(model, chat)
+        is_division(prompt)
+        assert [text for _, text in kinds(prompt)] == [m["content"] for m in chat]
+        for segment, message in zip(
+            [s for s in prompt.segments if s.kind == "user"], chat, strict=True
+        ):
+            got = model.tokenizer.decode(prompt.tokens[segment.start : segment.stop])
+            own = model.tokenizer(message["content"], add_special_tokens=False)["input_ids"]
+            assert got.split() == model.tokenizer.decode(own).split()
+    finally:
+        model.tokenizer.chat_template = before

@@ -213,8 +213,11 @@ def _message_rows(result: Attribution) -> list[dict[str, Any]]:
     """The messages of a chat as JSON rows; [] for a prompt without."""
     if not result.segments:
         return []
-    rows = result.by("message").to_dict("records")
-    return [{**row, "share": finite(row["share"])} for row in rows]
+    rows: list[dict[str, Any]] = [
+        {str(name): value for name, value in row.items()}
+        for row in result.by("message").to_dict("records")
+    ]
+    return [row | {"share": finite(row["share"])} for row in rows]
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -35,7 +34,7 @@ def by_segment(graph: GraphT, how: How) -> GraphT:
     special = torch.ones(len(segments), dtype=torch.bool)
     special[of_token[~graph.special]] = False
     explained = sorted({int(of_token[pos]) for pos in graph.final_positions})
-    details: dict[str, Tensor | None] = {
+    details: dict[str, Any] = {
         "dimensions": None if graph.dimensions is None else _summed(graph.dimensions, of_token, 1),
         "neurons": None if graph.neurons is None else _summed(graph.neurons, of_token, 1),
         "head_relevance": (
@@ -70,12 +69,20 @@ def _edges(graph: GraphData, of_token: Int[Tensor, " pos"]) -> dict[str, Any]:
     columns = {name: getattr(graph, name) for name in names}
     for name in ("source_pos", "target_pos"):
         columns[name] = of_token[columns[name].long()].to(columns[name].dtype)
-    rows = torch.stack([columns[name].long() for name in names], dim=1)
-    ends, edge = torch.unique(rows, dim=0, return_inverse=True)  # sorted, as the graph's edges are
+    # One number for each edge, which rises in the graph's order; heads begin at -1.
+    lowest = [int(columns[name].min()) if len(graph.weight) else 0 for name in names]
+    widths = [
+        int(columns[name].max()) - low + 1 if len(graph.weight) else 1
+        for name, low in zip(names, lowest, strict=True)
+    ]
+    number = torch.zeros(len(graph.weight), dtype=torch.int64)
+    for name, low, width in zip(names, lowest, widths, strict=True):
+        number = number * width + (columns[name].long() - low)
+    ends, edge = torch.unique(number, return_inverse=True)
     weight = torch.zeros(len(ends), dtype=torch.float64)
     weight.index_add_(0, edge, graph.weight.double())
-    kept = {
-        name: column.to(columns[name].dtype)
-        for name, column in zip(names, rearrange(ends, "edge name -> name edge"), strict=True)
-    }
+    kept: dict[str, Any] = {}
+    for name, low, width in reversed(list(zip(names, lowest, widths, strict=True))):
+        kept[name] = (ends % width + low).to(columns[name].dtype)
+        ends = ends // width
     return kept | {"weight": weight}
