@@ -351,6 +351,7 @@ class _Reads:
             memory=result.memory,
             attention=result.attention,
             prepended_bos=prompt.prepended_bos,
+            segments=prompt.segments,
             earlier_pos=facts.earlier_pos,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +19,7 @@ from ..graph.picture import view_of
 from ..hooks.coverage import Coverage, coverage_from
 from ..inputs.forced import labelled
 from ..inputs.objective import check_earlier, in_words
+from ..inputs.segments import How, Segment, check_segments
 from ..inputs.spans import LOGPROB
 from ..inputs.token_text import printed
 from ..render.report import Report, report_html
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from ..graph.graph import AttributionGraph
 
 _FILE = FileKind("tl_contrastive_lrp.attribution", 1, "the attribution")
+
+_PREVIEW = 48  # characters of a message shown in the report's table of messages
 
 _TENSORS = ("tokens", "resid", "heads", "neurons", "token_ids", "special")
 
@@ -79,9 +82,12 @@ class Attribution:
         answer: Where two answers were explained (``answer_diff``), the answers and the relevance of
             their own tokens. Everything else is then of the prompt, which ends with what both
             answers begin with; only the ledger counts the answers' tokens too.
+        segments: The messages of a prompt that ``chat`` made, and the template's text between
+            them; () for any other prompt. ``by`` sums over them.
 
     Raises:
-        ValueError: tensors whose shapes do not match, or positions out of order.
+        ValueError: tensors whose shapes do not match, positions out of order, or segments that do
+            not cover the prompt.
 
     Example:
         >>> result = clrp.attribute(model, case.prompt, objective)
@@ -116,9 +122,11 @@ class Attribution:
     earlier_pos: tuple[int, ...] = ()
     attention: str = "eager"
     answer: AnswerRelevance | None = None
+    segments: tuple[Segment, ...] = ()
 
     def __post_init__(self) -> None:
         pos = len(self.str_tokens)
+        check_segments(self.segments, pos)
         check_earlier("pos", self.pos, "earlier_pos", self.earlier_pos)
         shapes = {
             "tokens": (pos,),
@@ -192,6 +200,48 @@ class Attribution:
         frame = self.to_frame()
         order = frame["relevance"].abs().sort_values(ascending=False, kind="stable").index
         return frame.loc[order[:k]].reset_index(drop=True)
+
+    def by(self, how: How, *, normalize: Literal["logits", "largest"] = "logits") -> pd.DataFrame:
+        """Sum the input tokens' relevance over segments of the prompt.
+
+        The segments cover the prompt in order, so nothing is lost: tokens that belong to none of
+        those asked for are in rows named "template" (what a chat template writes) or "rest". Sums
+        are taken in float64. A token belongs to the segment in which its first character that is
+        not white space lies.
+
+        Args:
+            how: "message": the messages of a prompt that ``chat`` made, and the template's text
+                between them. "tool": its tool calls and tool results. "sentence", "line", "word":
+                by punctuation, line breaks or word characters, never across messages; a word puts
+                together the tokens, and parts of characters, that it is made of. A dict {name:
+                (start, end)}: positions of tokens, ``end`` not included. A list of texts, each
+                exactly once in the prompt.
+            normalize: "logits", or "largest": divided by the largest |relevance| of a token that
+                is not special, as in arXiv:2604.17761.
+
+        Returns:
+            A row for each segment, in the order of the prompt. Columns segment (its name), role
+            (of its message), kind (as ``Segment.kind``), start and stop (positions of its first
+            token and behind its last), n_tokens, relevance, share (of Δℓ), positive and negative
+            (the sums of positive and of negative relevance), and largest_token (the text of its
+            token of largest |relevance|).
+
+        Raises:
+            ValueError: An unknown ``how`` or ``normalize``, segments that overlap, a range outside
+                the prompt, a text that is not in the prompt exactly once; or "largest" where no
+                token that is not special has relevance.
+            PromptError: "message" or "tool" for a prompt without messages or without tools.
+
+        Example:
+            >>> lines = result.by("line")
+            >>> bool(abs(lines["relevance"].sum() - float(result.tokens.double().sum())) < 1e-9)
+            True
+            >>> result.by({"beginning": (0, 5)})["segment"].tolist()
+            ['beginning', 'rest']
+        """
+        from .by_segment import segment_frame
+
+        return segment_frame(self, how, normalize)
 
     def __repr__(self) -> str:
         return (
@@ -301,6 +351,9 @@ class Attribution:
             del rest["attention"]
         if not self.earlier_pos:  # as version 0.1 writes and reads it
             del rest["earlier_pos"]
+        rest["segments"] = [asdict(segment) for segment in self.segments]
+        if not self.segments:  # as version 0.1 writes and reads it
+            del rest["segments"]
         return write_result(path, _FILE, tensors, rest)
 
     @classmethod
@@ -326,6 +379,7 @@ class Attribution:
             data["coverage"] = coverage_from(data["coverage"])
             if "answer" in data:
                 data["answer"] = answer_from(tensors, data["answer"])
+            data["segments"] = [Segment(**one) for one in data.get("segments", ())]
             data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
             return cls(**data, **{name: tensors.get(name) for name in _TENSORS})  # type: ignore[arg-type]
 
@@ -416,8 +470,28 @@ def report_of(
         coverage=[vars(row) for row in result.coverage.summary()],
         graph=None if graph is None else view_of(graph),
         notes=notes,
+        messages=_messages(result),
     )
     return report_html(dataclasses.replace(report, **fields))
+
+
+def _messages(result: Attribution) -> list[dict[str, Any]]:
+    """Rows for the messages of a chat, without the pieces of the template that have no tokens."""
+    if not result.segments:
+        return []
+    rows = zip(result.by("message").to_dict("records"), result.segments, strict=True)
+    return [
+        {
+            "message": row["segment"],
+            "begins": " ".join(segment.text.split())[:_PREVIEW],
+            "tokens": row["n_tokens"],
+            "relevance": row["relevance"],
+            "share": row["share"],
+            "token": row["largest_token"],
+        }
+        for row, segment in rows
+        if segment.kind != "template" or segment.n_tokens
+    ]
 
 
 def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:

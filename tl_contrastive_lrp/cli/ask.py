@@ -13,7 +13,16 @@ from .model import is_local, load_model, quiet_libraries
 from .options import QuestionOptions
 from .output import Output
 from .print_attribution import candidate_rows, print_candidates, print_json
-from .prompt import check_text, prompt_ids, read_prompt, special_notes, token_ids, token_word
+from .prompt import (
+    chat_ids,
+    check_text,
+    prompt_ids,
+    read_json,
+    read_prompt,
+    special_notes,
+    token_ids,
+    token_word,
+)
 from .question import N_CANDIDATES, Question, question_of
 from .retype import retyped
 from .terminal import print_err, print_out, progress
@@ -49,7 +58,10 @@ def ask(
         typer.Exit: No contrast was given, so candidates and a command to type were printed.
         CliError, TokenError, PromptError: The prompt, a token or the model is not usable.
     """
-    text = read_prompt(options.prompt, options.prompt_file, options.strip_newline)
+    chat = options.messages is not None
+    text = "" if chat else read_prompt(options.prompt, options.prompt_file, options.strip_newline)
+    messages = None if options.messages is None else read_json(options.messages, "messages")
+    tools = None if options.tools is None else read_json(options.tools, "tools")
     check_text(options.system, "system message")
     check_text(options.answer, "answer")
     output.check()
@@ -63,14 +75,17 @@ def ask(
         from ..attribution.candidates import candidate_table
 
     with quiet_libraries():  # a long prompt makes the tokenizer write to stderr
-        prompt = prompt_ids(
-            model,
-            text,
-            chat=options.chat,
-            system=options.system,
-            answer=options.answer,
-            prepend_bos=options.prepend_bos,
-        )
+        if messages is not None:
+            prompt = chat_ids(model, messages, tools, options.answer)
+        else:
+            prompt = prompt_ids(
+                model,
+                text,
+                chat=options.chat,
+                system=options.system,
+                answer=options.answer,
+                prepend_bos=options.prepend_bos,
+            )
     tokens = prompt.tokens
     target = token_ids(model, options.target, "target") if options.target else ()
     contrast = token_ids(model, options.contrast, "contrast") if options.contrast else ()
@@ -109,6 +124,7 @@ def ask(
         pos=options.pos,
         model_name=loaded.name,
         prepended_bos=prompt.prepended_bos,
+        segments=prompt.segments,
         notes=notes,
     )
     return model, question, prepared
@@ -143,7 +159,7 @@ def _notes(
         notes.append(
             "The file's last newline is part of the prompt; --strip-newline leaves it out."
         )
-    if not options.chat:
+    if not options.chat and options.messages is None:
         notes += special_notes(model, text, options.prepend_bos)
     bos = model.tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos] and options.prepend_bos is None:

@@ -138,8 +138,9 @@ def explain(
         )
     if not (math.isfinite(result.delta) and bool(result.tokens.isfinite().all())):
         raise not_finite(question.dtype)
-    # The result was computed from ids, so it does not record a BOS token put before the text.
-    result = replace(result, prepended_bos=question.prepended_bos)
+    # The result was computed from ids, so it records neither a BOS token put before the text nor
+    # the messages of a chat.
+    result = replace(result, prepended_bos=question.prepended_bos, segments=question.segments)
     write(output.save, result.save)  # before the graph, which may take long
     notes = [*question.notes, *filter(None, [run.note])]
     graph = None

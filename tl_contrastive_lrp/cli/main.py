@@ -92,7 +92,10 @@ def explain_command(options: ExplainOptions) -> None:
     **--json** prints one object. *status* is "explained", with *version, model, rules, dtype,
     device*; *objective* (in words); *pos* (from 0); *target* and *contrast* (*ids, tokens, logit*;
     target also *is_top*); *delta* (Δℓ, in logits); *share_to_tokens* (how much of Δℓ reaches the
-    prompt); *tokens* (for each position *pos, id, token, relevance, share, greyed*); *top*
+    prompt); *tokens* (for each position *pos, id, token, relevance, share, greyed*);
+    *messages* (of a chat, for each message and the template's text between them *segment, role,
+    kind, start, stop, n_tokens, relevance, share, positive, negative, largest_token*; else empty);
+    *top*
     (positions by |relevance|); *ledger* (for each site *site, total, biases, positions, other*);
     *candidates* (*rank, token, id, logit, probability, minus_top*); *memory* (*way*: plain or
     tiled; *plain_bytes, free_bytes*: what the plain engine needs, and what was free); *attention*

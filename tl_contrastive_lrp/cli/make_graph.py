@@ -183,5 +183,6 @@ def make_graph(
             )
         except NonFiniteError as error:
             raise not_finite(question.dtype) from error
-    # The graph was computed from ids, so it does not record a BOS token put before the text.
-    return replace(graph, prepended_bos=question.prepended_bos)
+    # The graph was computed from ids, so it records neither a BOS token put before the text nor the
+    # messages of a chat.
+    return replace(graph, prepended_bos=question.prepended_bos, segments=question.segments)

@@ -124,11 +124,26 @@ ChatOption = Annotated[
     typer.Option("--chat", help="The prompt is a user's message: apply the chat template."),
 ]
 SystemOption = Annotated[str | None, typer.Option(help="System message, with --chat.")]
+MessagesOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="CHAT.JSON",
+        help="The prompt is a chat: a JSON file with a list of messages, each with role and "
+        "content (or tool_calls), as Hugging Face has them. Relevance is given by message too.",
+    ),
+]
+ToolsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="TOOLS.JSON",
+        help="Tools that the model may call, with --messages: a JSON file with a list of schemas.",
+    ),
+]
 AnswerOption = Annotated[
     str,
     typer.Option(
-        help="What the assistant (or, without --chat, the model) has written so far after the "
-        "prompt. --pos may lie in it."
+        help="What the assistant (or, without --chat or --messages, the model) has written so far "
+        "after the prompt. --pos may lie in it."
     ),
 ]
 PrependBosOption = Annotated[
@@ -222,6 +237,8 @@ class QuestionOptions:
     strip_newline: StripNewlineOption = False
     chat: ChatOption = False
     system: SystemOption = None
+    messages: MessagesOption = None
+    tools: ToolsOption = None
     answer: AnswerOption = ""
     prepend_bos: PrependBosOption = None
     target: TargetOption = None
@@ -239,14 +256,24 @@ class QuestionOptions:
         """
         if self.model is None and self.adapter is None:
             raise typer.BadParameter("Missing option '--model'.")
-        if (self.prompt is None) == (self.prompt_file is None):
-            raise typer.BadParameter("Give the prompt with either --prompt or --prompt-file.")
-        if not self.chat and self.system is not None:
-            raise typer.BadParameter("A system message can only go with --chat.")
-        if self.chat and self.prepend_bos is not None:
+        if [self.prompt, self.prompt_file, self.messages].count(None) != 2:
             raise typer.BadParameter(
-                "--bos and --no-bos are for a prompt without --chat: the chat template "
-                "decides whether it begins with the BOS token."
+                "Give the prompt with either --prompt or --prompt-file, or a chat with --messages."
+            )
+        if self.chat and self.messages is not None:
+            raise typer.BadParameter(
+                "--chat makes a message of a prompt, and --messages has messages: leave out --chat."
+            )
+        if not self.chat and self.system is not None:
+            raise typer.BadParameter(
+                "--system goes with --chat. A chat of --messages has its system message in the file."
+            )
+        if self.tools is not None and self.messages is None:
+            raise typer.BadParameter("--tools goes with --messages.")
+        if (self.chat or self.messages is not None) and self.prepend_bos is not None:
+            raise typer.BadParameter(
+                "--bos and --no-bos are for a prompt without --chat or --messages: the chat "
+                "template decides whether it begins with the BOS token."
             )
 
 

@@ -121,12 +121,33 @@ def print_explained(explained: Explained, output: Output, decisive: Sequence[int
         f"These are the {len(rows)} of {n} tokens with the largest relevance; all {n} together "
         f"carry {_percent(result.ledger.share_to_tokens)} of Δℓ."
     )
+    if result.segments:
+        _print_messages(result)
     if output.save is not None:
         print_out(f"Result: {output.save}")
     if output.out is not None:
         print_out(f"Report: {output.out}")
     else:
         print_out("Add --out report.html for a page with every token, layer and head.")
+
+
+def _print_messages(result: Attribution) -> None:
+    """Print the relevance of each message of a chat, on stdout."""
+    print_out()
+    table(
+        [("message", False), ("tokens", True), ("relevance", True), ("share of Δℓ", True),
+         ("largest token", False)],
+        [
+            [
+                row["segment"],
+                str(row["n_tokens"]),
+                _number(row["relevance"]),
+                _percent(row["share"]),
+                shown(row["largest_token"]),
+            ]
+            for row in result.by("message").to_dict("records")
+        ],
+    )  # fmt: skip
 
 
 def finite(value: float) -> float | None:
@@ -177,6 +198,7 @@ def as_json(explained: Explained, output: Output) -> dict[str, Any]:
             }
             for row in result.to_frame().to_dict("records")
         ],
+        "messages": _message_rows(result),
         "top": [int(pos) for pos in result.top(output.top)["pos"]],
         "ledger": [vars(row) for row in result.ledger.rows],
         "candidates": candidate_rows(explained.question.candidates),
@@ -185,6 +207,17 @@ def as_json(explained: Explained, output: Output) -> dict[str, Any]:
         "saved": None if output.save is None else str(output.save),
         "notes": list(explained.notes),
     }
+
+
+def _message_rows(result: Attribution) -> list[dict[str, Any]]:
+    """The messages of a chat as JSON rows; [] for a prompt without."""
+    if not result.segments:
+        return []
+    rows: list[dict[str, Any]] = [
+        {str(name): value for name, value in row.items()}
+        for row in result.by("message").to_dict("records")
+    ]
+    return [row | {"share": finite(row["share"])} for row in rows]
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from .errors import CliError, Code
 from .terminal import plain, print_err
 
 if TYPE_CHECKING:
+    from ..inputs.segments import Segment
     from ..inputs.tokens import Prompt
 
 
@@ -76,6 +78,58 @@ def _decoded(file: str) -> str:
         ) from None
 
 
+def read_json(path: Path, what: str) -> list[Any]:
+    """Read a JSON file that holds a list.
+
+    Args:
+        path: The file.
+        what: What the list is of: "messages" or "tools".
+
+    Raises:
+        CliError: The file cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.expanduser().read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise CliError(Code.FILE, f"There is no file {path}.") from None
+    except OSError as error:
+        raise CliError(Code.FILE, f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise CliError(Code.PROMPT, f"{path} is not JSON: {error}.") from None
+    if not isinstance(value, list) or not value:
+        example = (
+            '[{"role": "user", "content": "..."}]'
+            if what == "messages"
+            else '[{"type": "function", "function": {"name": ..., "parameters": ...}}]'
+        )
+        raise CliError(Code.PROMPT, f"{path} must hold a list of {what}: {example}.")
+    return value
+
+
+def chat_ids(
+    model: Any, messages: Sequence[Any], tools: Sequence[Any] | None, answer: str
+) -> Prompt:
+    """Tokenise a chat, and find its messages.
+
+    Args:
+        model: The bridge.
+        messages: The messages, as ``clrp.chat`` takes them.
+        tools: The tools that the model may call.
+        answer: What the assistant has written so far.
+
+    Raises:
+        CliError: The messages are malformed.
+        PromptError: As ``clrp.chat``; or the chat is longer than the context.
+    """
+    from ..inputs.chats import chat
+    from ..inputs.tokens import single_prompt
+
+    try:
+        return single_prompt(model, chat(model, messages, tools, answer))
+    except TypeError as error:
+        raise CliError(Code.PROMPT, str(error)) from error
+
+
 def prompt_ids(
     model: Any,
     text: str,
@@ -125,7 +179,23 @@ def prompt_ids(
             f"The prompt is {tokens.shape[1]} tokens, but this model's context is {limit}. "
             "Shorten it.",
         )
-    return Prompt(to_single_prompt(model, tokens), prepended)
+    segments = _chat_segments(model, text, system, answer, ids) if chat else ()
+    return Prompt(to_single_prompt(model, tokens), prepended, segments)
+
+
+def _chat_segments(
+    model: Any, text: str, system: str | None, answer: str, ids: list[int]
+) -> tuple[Segment, ...]:
+    """Where the messages of ``--chat`` lie; () where that cannot be told."""
+    from ..errors import PromptError
+    from ..inputs.chats import chat
+
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    try:
+        prompt = chat(model, [*messages, {"role": "user", "content": text}], answer=answer)
+    except PromptError:
+        return ()
+    return prompt.segments if prompt.tokens.tolist() == ids else ()
 
 
 def special_notes(model: Any, text: str, prepend_bos: bool | None) -> list[str]:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+    from ..inputs.segments import Segment
+
 N_CANDIDATES = 10
 
 
@@ -30,6 +32,7 @@ class Question:
         device: The device it is on.
         prepended_bos: Whether a BOS token was put before the text, None for a chat.
         notes: Sentences on what the user may not expect.
+        segments: The messages of a chat; () for any other prompt.
     """
 
     tokens: Tensor
@@ -44,6 +47,7 @@ class Question:
     device: str
     prepended_bos: bool | None = None
     notes: tuple[str, ...] = ()
+    segments: tuple[Segment, ...] = ()
 
     @property
     def target_is_top(self) -> bool:
@@ -86,6 +90,7 @@ def question_of(
     model_name: str,
     prepended_bos: bool | None,
     notes: Sequence[str] = (),
+    segments: tuple[Segment, ...] = (),
 ) -> Question:
     """Build a question; ``logits`` [vocab] are those at ``pos``."""
     from ..attribution.candidates import candidate_table
@@ -108,4 +113,5 @@ def question_of(
         device=str(model_device(model)),
         prepended_bos=prepended_bos,
         notes=tuple(notes),
+        segments=segments,
     )

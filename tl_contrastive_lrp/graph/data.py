@@ -20,6 +20,7 @@ from typing_extensions import Self
 from ..errors import NonFiniteError
 from ..hooks.coverage import Coverage
 from ..inputs.objective import check_earlier
+from ..inputs.segments import Segment, check_segments
 from .columns import DTYPES, EDGE_KINDS, ORDER, POSITION, EdgeColumns, first_disorder, in_order
 from .prune_history import PruneStep
 
@@ -80,6 +81,10 @@ class GraphData:
             were given (or the graph was saved by a version that did not record it).
         earlier_final_pos: The other explained positions, rising, if the objective is a function
             of several; ``final_positions`` has all of them, each a final node.
+        segments: The messages of a prompt that ``chat`` made, and the template's text between
+            them; () for any other prompt. In a graph between segments, its positions.
+        of_segments: Whether positions are segments of the prompt and not its tokens (``by``).
+            Then ``str_tokens`` are the segments' names, and ``token_ids`` are all -1.
 
     Raises:
         ValueError: A field does not have the documented type, shape or range.
@@ -125,6 +130,8 @@ class GraphData:
     attention: str = "eager"
     prepended_bos: bool | None = None
     earlier_final_pos: tuple[int, ...] = ()
+    segments: tuple[Segment, ...] = ()
+    of_segments: bool = False
 
     def __post_init__(self) -> None:
         check_graph(self)
@@ -396,6 +403,23 @@ def _starts(column: Tensor, values: Iterable[int]) -> list[int]:
     return starts
 
 
+def require_tokens(graph: GraphData, purpose: str) -> None:
+    """Refuse a graph between segments where the model has to run on the prompt's tokens.
+
+    Args:
+        graph: A graph.
+        purpose: What it is needed for, as the beginning of a sentence.
+
+    Raises:
+        ValueError: Its positions are segments.
+    """
+    if graph.of_segments:
+        raise ValueError(
+            f"{purpose} needs the graph between tokens, and this one is between segments; use the "
+            "graph that by(...) was called on."
+        )
+
+
 GRANULARITIES = ("block", "sublayer", "custom")
 
 
@@ -434,6 +458,10 @@ def _check_facts(graph: GraphData) -> None:
         raise NonFiniteError("A node's relevance is NaN or infinite.")
     if not 0 <= graph.final_pos < pos:
         raise ValueError(f"final_pos={graph.final_pos} is outside the prompt's {pos} tokens.")
+    if not graph.of_segments:
+        check_segments(graph.segments, pos)
+    elif len(graph.segments) != pos:
+        raise ValueError(f"A graph between {pos} segments has {len(graph.segments)} segments.")
     check_earlier("final_pos", graph.final_pos, "earlier_final_pos", graph.earlier_final_pos)
     if graph.granularity not in GRANULARITIES:
         raise ValueError(f"granularity={graph.granularity!r} is none of {GRANULARITIES}.")

@@ -19,6 +19,7 @@ from ..inputs.tokens import model_device
 from ..render.ranking import largest_first
 from ..rules.rule_sets import RuleSet, get_rule_set
 from ..rules.threads import turn
+from .data import require_tokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,6 +126,8 @@ def explain_edge(
     """
     if (model is None) != (objective is None):
         raise ValueError("Give model and objective together, or neither.")
+    if model is not None:
+        require_tokens(graph, "explain_edge with a model")
     if graph.head is None and model is None:
         raise ValueError(
             "This graph's edges are not split by heads; make it with "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..files import FileKind, atomic_path, read_result, rebuilding_from, write_result
 from ..hooks.coverage import coverage_from
+from ..inputs.segments import Segment
 from .columns import EDGE_KINDS, ORDER
 from .data import GraphData
 from .prune_history import PruneStep, TransitionKept
@@ -42,6 +43,11 @@ def save(graph: GraphData, path: str | os.PathLike[str]) -> Path:
         del rest["attention"]
     if not graph.earlier_final_pos:  # as version 0.1 writes and reads it
         del rest["earlier_final_pos"]
+    rest["segments"] = [asdict(segment) for segment in graph.segments]
+    if not graph.segments:  # as version 0.1 writes and reads it
+        del rest["segments"]
+    if not graph.of_segments:  # as version 0.1 writes and reads it
+        del rest["of_segments"]
     return write_result(path, _FILE, tensors, rest)
 
 
@@ -55,6 +61,7 @@ def load(path: str | os.PathLike[str], kind: type[GraphT]) -> GraphT:
         for name in ("sites", "str_tokens"):
             data[name] = tuple(data[name])
         data["earlier_final_pos"] = tuple(data.get("earlier_final_pos", ()))
+        data["segments"] = tuple(Segment(**one) for one in data.get("segments", ()))
         data |= dict.fromkeys(("head", "path", *_DETAILS)) | tensors
         missing = [name for name in _TENSORS if name not in data]
         if missing:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import networkx as nx
     import pandas as pd
 
+    from ..inputs.segments import How
     from ..render.offline import OfflineHTML
     from ..rules.rule_sets import RuleSet
     from .decompose import Node
@@ -202,6 +203,35 @@ class AttributionGraph(GraphData):
         """
         mask, step = pruning.within(self, positions=positions, sites=sites, tokens=tokens)
         return self.where(mask, [step])
+
+    def by(self, how: How) -> Self:
+        """The graph between segments of the prompt, such as its messages.
+
+        Positions are put together: a node is the sum of its tokens' nodes, and an edge the sum of
+        the edges between its tokens, in float64, by head and path where the graph is split by
+        heads. It has the same methods; its "tokens" are the segments, with their names as texts.
+        Edges within a segment become an edge from the segment to itself, one site further.
+        Opposite edges cancel in a sum: divide a full graph, and prune what results.
+
+        Args:
+            how: As for ``Attribution.by``: "message", "tool", "sentence", "line", "word", a dict
+                {name: (start, end)}, or a list of texts.
+
+        Raises:
+            ValueError, PromptError: As ``Attribution.by``; or this graph is between segments
+                already.
+
+        Example:
+            >>> lines = graph.by("line")
+            >>> len(lines.str_tokens) < len(graph.str_tokens)
+            True
+            >>> total = graph.weight.double().sum()
+            >>> bool(torch.isclose(lines.weight.sum(), total, rtol=0, atol=1e-9))
+            True
+        """
+        from .by_segment import by_segment
+
+        return by_segment(self, how)
 
     def where(self, mask: Bool[Tensor, " edge"], steps: Iterable[PruneStep] = ()) -> Self:
         """Keep the edges that a mask marks.

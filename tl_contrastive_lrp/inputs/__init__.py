@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .answers import AnswerDiff, answer_diff
+    from .chat_prompt import ChatPrompt
+    from .chats import chat
     from .objective import (
         Objective,
         logit_diff,
@@ -20,13 +22,17 @@ if TYPE_CHECKING:
         target_logit,
         top_logit,
     )
+    from .segments import Segment
     from .spans import SpanLogit, span_logit
 
 __all__ = [
     "AnswerDiff",
+    "ChatPrompt",
     "Objective",
+    "Segment",
     "SpanLogit",
     "answer_diff",
+    "chat",
     "logit_diff",
     "logit_minus_mean",
     "logit_minus_top_k",
@@ -35,12 +41,23 @@ __all__ = [
     "top_logit",
 ]
 
+_MODULES = {
+    "AnswerDiff": "answers",
+    "ChatPrompt": "chat_prompt",
+    "Segment": "segments",
+    "SpanLogit": "spans",
+    "answer_diff": "answers",
+    "chat": "chats",
+    "span_logit": "spans",
+}
+
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import answers, objective, spans
+    from importlib import import_module
 
-    if name in ("AnswerDiff", "answer_diff"):
-        return getattr(answers, name)
-    return getattr(spans if name in ("SpanLogit", "span_logit") else objective, name)
+    module = import_module(f".{_MODULES.get(name, 'objective')}", __name__)
+    value: object = getattr(module, name)
+    globals()[name] = value
+    return value

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .located import LocatedObjective
 from .objective import positions_of
+from .segments import Segment
 from .tokens import model_name, single_prompt, special_ids, special_mask, str_tokens
 
 
@@ -29,6 +30,7 @@ class PromptFacts:
         str_tokens: What each token contributes to the prompt's text.
         model_name: The model's name, as TransformerLens has it.
         prepended_bos: Whether a BOS token was put before the text; None where ids were given.
+        segments: The messages of a prompt made by ``chat``; () for any other.
     """
 
     tokens: Int[Tensor, "1 pos"]
@@ -37,6 +39,7 @@ class PromptFacts:
     str_tokens: tuple[str, ...]
     model_name: str
     prepended_bos: bool | None
+    segments: tuple[Segment, ...] = ()
 
     @classmethod
     def of(cls, model: Any, prompt: str | Tensor, prepend_bos: bool | None = None) -> PromptFacts:
@@ -59,6 +62,7 @@ class PromptFacts:
             str_tokens=str_tokens(model, ids.tolist()),
             model_name=model_name(model),
             prepended_bos=given.prepended_bos,
+            segments=given.segments,
         )
 
 

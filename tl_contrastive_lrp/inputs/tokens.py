@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..errors import PromptError, TokenError
-from .bos import tokenised, warn_once
+from ..errors import Argument, Message, PromptError, TokenError
+from .bos import Tokenised, tokenised, warn_once
 from .bridge import require_bridge
+from .chat_prompt import ChatPrompt
 from .devices import input_device
+from .segments import Segment
 from .token_text import is_text_of, own_text, readings, texts_in_context, token_name, written_id
 
 
@@ -80,7 +82,8 @@ def to_tokens(
     """Token ids of a prompt or a batch, on the model's device.
 
     Texts become the ids of ``model.to_tokens(text, prepend_bos=...)``; see ``bos.tokenised`` for
-    the warnings, and for a text that begins with the BOS token. Tensors are used unchanged.
+    the warnings, and for a text that begins with the BOS token. Tensors are used unchanged, and so
+    are the ids of a ``ChatPrompt``.
 
     Warns:
         SpecialTokenWarning: The ids of a text begin or end differently from what the model's own
@@ -112,7 +115,7 @@ def _checked(
             raise PromptError("The prompt is empty. Give the text (or ids) the model continued.")
         if model.tokenizer is None:
             raise PromptError("This model has no tokenizer; give the prompt as a tensor of ids.")
-        rows = [tokenised(model, text, prepend_bos) for text in texts]
+        rows = [_row(model, text, prepend_bos) for text in texts]
         lengths = {len(row.ids) for row in rows}
         if len(lengths) > 1:
             # TransformerLens pads on the right by default, and the last position is then a pad.
@@ -122,7 +125,8 @@ def _checked(
                 "attention_mask=..., use texts of one length, or loop over them."
             )
         tokens = torch.tensor([row.ids for row in rows], dtype=torch.long)
-        prepended = all(row.prepended_bos for row in rows)
+        from_chat = any(isinstance(text, ChatPrompt) for text in texts)
+        prepended = None if from_chat else all(row.prepended_bos for row in rows)
         notes = tuple(note for row in rows for note in row.notes)
     elif isinstance(prompt, Tensor):
         if prompt.dtype.is_floating_point or prompt.dtype in (torch.bool, torch.complex64):
@@ -170,6 +174,27 @@ def _checked(
     return ids, prepended
 
 
+def _row(model: Any, text: str, prepend_bos: bool | None) -> Tokenised:
+    """The ids of one text; those of a chat are its own."""
+    if not isinstance(text, ChatPrompt):
+        return tokenised(model, text, prepend_bos)
+    if prepend_bos:
+        raise PromptError(
+            Message(
+                Argument("prepend_bos", True),
+                " is for texts; the prompt is a chat, whose template decides whether it begins "
+                "with the BOS token. Leave it out.",
+            )
+        )
+    ids = text.tokens.tolist()
+    if max(ids) >= vocab_size(model) or str_tokens(model, ids) != text.str_tokens:
+        raise PromptError(
+            "The chat was made for a model with another tokenizer; make it with this one: "
+            "clrp.chat(model, messages)."
+        )
+    return Tokenised(ids, False, ())
+
+
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """One prompt, checked.
@@ -177,10 +202,12 @@ class Prompt:
     Attributes:
         tokens: Its ids, on the model's device.
         prepended_bos: Whether a BOS token was put before the text; None where ids were given.
+        segments: The messages of a prompt made by ``chat``; () for any other.
     """
 
     tokens: Int[Tensor, "1 pos"]
     prepended_bos: bool | None
+    segments: tuple[Segment, ...] = ()
 
 
 def single_prompt(model: Any, prompt: str | Tensor, prepend_bos: bool | None = None) -> Prompt:
@@ -195,7 +222,7 @@ def single_prompt(model: Any, prompt: str | Tensor, prepend_bos: bool | None = N
             f"One prompt is explained at a time, got a batch of {tokens.shape[0]}. Loop over the "
             "rows, or use run_with_relevance, which takes batches."
         )
-    return Prompt(tokens, prepended)
+    return Prompt(tokens, prepended, prompt.segments if isinstance(prompt, ChatPrompt) else ())
 
 
 def to_single_prompt(

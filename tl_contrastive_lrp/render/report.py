@@ -66,6 +66,8 @@ class Report:
         coverage: Rows that say which component has which rule.
         graph: The attribution graph, pruned, or ``None``.
         notes: Sentences for the end of the page.
+        messages: Rows for the messages of a chat, shown above its tokens: ``share`` (of Δℓ) with a
+            bar, ``token`` as a token; none for other prompts.
     """
 
     title: str
@@ -92,6 +94,7 @@ class Report:
     coverage: Rows = ()
     graph: GraphView | None = None
     notes: Sequence[str] = field(default=())
+    messages: Rows = ()
 
 
 def report_html(report: Report) -> str:
@@ -177,6 +180,7 @@ def report_html(report: Report) -> str:
             grey=GREY,
             heads=tables.heads(report.heads, words),
             ledger=tables.general(report.ledger),
+            messages=tables.general(report.messages),
             candidates=tables.general(report.candidates or ()),
             coverage=tables.general(report.coverage),
             data=Markup(script_json(data)),

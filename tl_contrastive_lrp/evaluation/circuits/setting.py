@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...errors import PromptError
+from ...graph.data import require_tokens
 from ...hooks.sites import find_sites
 from ...inputs.located import LocatedObjective
 from ...inputs.objective import in_words, positions_of, read_rows
@@ -70,6 +71,7 @@ class CircuitSetting:
                 "Give what replaces ablated states: corrupted=, a prompt of this length in which "
                 "the cause is changed, or mean_over=, token ids [prompt, pos] to average over."
             )
+        require_tokens(graph, "Running a circuit")
         find_sites(model)
         tokens = to_tokens(model, graph.token_ids.to(model_device(model)))
         reference = corrupted if mean_over is None else mean_over

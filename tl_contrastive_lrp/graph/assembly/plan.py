@@ -206,6 +206,7 @@ class GraphPlan:
             str_tokens=prompt.str_tokens,
             model_name=prompt.model_name,
             prepended_bos=prompt.prepended_bos,
+            segments=prompt.segments,
             delta=facts.delta,
             target_logit=facts.target_logit,
             contrast_logit=facts.contrast_logit,
