@@ -224,3 +224,30 @@ def test_both_graphs_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "_memory_plan", little)
     with pytest.raises(ModelStateError, match="only when they are added up"):
         clrp.attribution_graph(model, ids, answers, mass=0.8)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_edges_with_the_same_ends_are_added_up(split: bool) -> None:
+    """Beside a dictionary of edges; what cancels is no edge."""
+    room = importlib.import_module("tl_contrastive_lrp.graph.assembly.answers")
+    generator = torch.Generator().manual_seed(3)
+    names = ("target_site", "source_site", "target_pos", "source_pos", "head", "path")
+    parts, wanted = [], dict[tuple[int, ...], float]()
+    for sign in (1, -1):
+        columns: dict[str, Any] = {
+            name: torch.randint(0, high, (60,), generator=generator)
+            for name, high in zip(names, (3, 3, 2, 2, 2, 3), strict=True)
+        }
+        columns["head"] = torch.where(columns["path"] == 0, -1, columns["head"])
+        if not split:
+            columns |= {"head": None, "path": None}
+        weight = sign * torch.randint(1, 3, (60,), generator=generator).double()
+        keys = torch.stack([columns[name] for name in names if columns[name] is not None], 1)
+        for key, w in zip(map(tuple, keys.tolist()), weight.tolist(), strict=True):
+            wanted[key] = wanted.get(key, 0.0) + w
+        parts.append({**columns, "weight": weight})
+    found = room._summed(parts, 3, 2)
+    given = torch.stack([found[name] for name in names if name in found], 1).tolist()
+    edges = dict(zip(map(tuple, given), found["weight"].tolist(), strict=True))
+    assert any(w == 0 for w in wanted.values())
+    assert edges == {key: w for key, w in wanted.items() if w != 0}
