@@ -436,3 +436,40 @@ def test_tokenizers_that_change_texts(form: str) -> None:
             assert got.split() == model.tokenizer.decode(own).split()
     finally:
         model.tokenizer.chat_template = before
+
+
+XML_CALLS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.tool_calls %}{% for tc in m.tool_calls %}"
+    "\n<tool_call>{{ tc.function.name }}\n{% for k, v in tc.function.arguments.items() %}"
+    "<arg_key>{{ k }}</arg_key>\n"
+    "<arg_value>{{ v | tojson if v is not string else v }}</arg_value>\n"
+    "{% endfor %}</tool_call>{% endfor %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "last"),
+    [
+        ({"town": "Zürich", "n": 3}, "<arg_value>3"),
+        ({"n": 3, "town": "Zürich"}, "<arg_value>Zürich"),
+        ({"deep": {"a": [1, True]}}, '<arg_value>{"a": [1, true]}'),
+        ({"yes": True}, "<arg_value>true"),
+        ({}, "look"),
+    ],
+)
+def test_tool_calls_that_are_no_json(arguments: dict[str, Any], last: str) -> None:
+    """As GLM and Qwen3-Coder write them: the call is from its name to its last value."""
+    model = forms.booted("qwen")
+    model.tokenizer.chat_template = XML_CALLS
+    calls = [tool_call("look", arguments, ""), tool_call("look", arguments, "")]
+    chat = [ASKED, {"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": "3"}]
+    prompt = clrp.chat(model, chat)
+    is_division(prompt)
+    found = [s for s in prompt.segments if s.kind == "tool call"]
+    assert [s.name for s in found] == ["tool call 1: look", "tool call 2: look"]
+    for segment in found:
+        assert segment.text.startswith("look")
+        assert segment.text.endswith(last)
+    pieces = str(prompt).split("<tool_call>")[1:]
+    assert [s.text for s in found] == [piece[: len(found[0].text)] for piece in pieces]
+    assert kinds(prompt)[-1] == ("tool result", "3")

@@ -449,9 +449,12 @@ def _json_around(
     begin = start if part.kind == "tool call" else low
     found = ((text.find(w, begin, high), w) for w in _written(part.value))
     at, written = next((pair for pair in found if pair[0] >= 0), (-1, ""))
-    if at < 0 and (last := _last_value(part.value)) is not None:
-        forms = {json.dumps(last), str(last)}
-        ends = [(end, form) for form in forms if (end := text.find(form, stop, high)) >= 0]
+    if at < 0 and (last := _last_value(part.value)) is not None:  # written value by value
+        ends = []
+        for form in {*_written(last), json.dumps(last)}:
+            reach = len(form) if isinstance(last, Mapping | list | tuple) else 0
+            if (end := text.find(form, max(start, stop - reach), high)) >= 0:
+                ends.append((end, form))
         if not ends:
             raise _cut(part)
         at, written = min(ends)
@@ -485,7 +488,8 @@ def _written(value: Any) -> Iterator[str]:
 
 
 def _last_value(value: Any) -> Any:
-    """The last value of a structure if it is not a text, whose characters were followed."""
-    while isinstance(value, Mapping | list | tuple) and value:
-        value = list(value.values() if isinstance(value, Mapping) else value)[-1]
-    return None if value is None or isinstance(value, str | Mapping | list | tuple) else value
+    """The last value in a structure; None if it is a text, whose characters were followed."""
+    if not isinstance(value, Mapping | list | tuple) or not value:
+        return None
+    last = list(value.values() if isinstance(value, Mapping) else value)[-1]
+    return None if isinstance(last, str) else last
