@@ -7,7 +7,9 @@ A random model of Qwen3's architecture explains the last n tokens of one prompt 
 ``span_logit``. Each row is over the last token alone (``logit_diff`` at equal total length, the
 same engine and attention), as a ratio of medians; runs alternate, since machines are noisy, and
 the time is this process's processor time. "one by one" runs an ``attribute`` for each token of a
-short span. Rows of ``answer_diff`` and ``trace_back`` are printed where the package has them.
+short span. What a long span pays for, and one token does not: the logits of all its positions, and
+in tiles the last block's backward at all of them. Rows of ``answer_diff`` and ``trace_back`` are
+printed where the package has them.
 """
 
 from __future__ import annotations
