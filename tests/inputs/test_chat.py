@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import json
 import pickle
 import re
 from typing import Any
@@ -57,8 +58,6 @@ def hf_ids(family: str, messages: Any, **settings: Any) -> list[int]:
 
 def tool_call(name: str, arguments: Any, family: str) -> dict[str, Any]:
     if family == "deepseek" and not isinstance(arguments, str):
-        import json
-
         arguments = json.dumps(arguments, ensure_ascii=False)
     function = {"name": name, "arguments": arguments}
     return {"type": "function", "id": "a1b2c3d4e", "function": function}
@@ -167,8 +166,6 @@ def test_tools(family: str, arguments: dict[str, Any]) -> None:
         written = messages[1]["tool_calls"][0]["function"]["arguments"]
         assert call.text == f"weather\n```json\n{written}"
     else:
-        import json
-
         key = "parameters" if family == "llama3" else "arguments"
         read = json.loads(call.text)
         assert (read["name"], read[key]) == ("weather", arguments)
@@ -473,3 +470,57 @@ def test_tool_calls_that_are_no_json(arguments: dict[str, Any], last: str) -> No
     pieces = str(prompt).split("<tool_call>")[1:]
     assert [s.text for s in found] == [piece[: len(found[0].text)] for piece in pieces]
     assert kinds(prompt)[-1] == ("tool result", "3")
+
+
+@st.composite
+def agent_chats(draw: Any) -> list[dict[str, Any]]:
+    """Turns with thoughts, tool calls and results, as an agent on Qwen3 has them."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": draw(TEXT)}]
+    for _ in range(draw(st.integers(1, 2))):
+        messages.append({"role": "user", "content": draw(TEXT)})
+        for _ in range(draw(st.integers(0, 2))):
+            said: dict[str, Any] = {"role": "assistant", "content": draw(TEXT)}
+            if draw(st.booleans()):
+                said["reasoning_content"] = draw(TEXT)
+            texts = draw(st.lists(TEXT, min_size=1, max_size=2))
+            said["tool_calls"] = [tool_call("look", {"at": t, "n": 3}, "qwen3") for t in texts]
+            messages.append(said)
+            messages += [{"role": "tool", "content": draw(TEXT)} for _ in texts]
+        messages.append({"role": "assistant", "content": draw(TEXT)})
+    return messages[:-1]
+
+
+@settings(max_examples=60)
+@given(messages=agent_chats())
+def test_random_agents(messages: list[dict[str, Any]]) -> None:
+    """The truth: texts and arguments under names of their own, split from Hugging Face's text."""
+    named, truth_of = copy.deepcopy(messages), {}
+
+    def name(text: str, kind: str) -> str:
+        word = f"W{len(truth_of)}ZQ"
+        truth_of[word] = (kind, text)
+        return word
+
+    kind_of = {"tool": "tool result"}
+    for message in named:
+        role = message["role"]
+        message["content"] = name(message["content"], kind_of.get(role, role))
+        if "reasoning_content" in message:
+            message["reasoning_content"] = name(message["reasoning_content"], "thinking")
+        for call in message.get("tool_calls", ()):
+            function = call["function"]
+            written = json.dumps(function, ensure_ascii=False)
+            function["name"] = name(written, "tool call")
+            function["arguments"] = {}
+    text = hf("qwen3", named).replace('", "arguments": {}}', "").replace('{"name": "', "")
+    pieces = [truth_of.get(p, ("template", p)) for p in re.split(r"(W\d+ZQ)", text) if p]
+    # The last turn's template strips line ends of what was said and thought.
+    prompt = clrp.chat(model_of("qwen3"), messages)
+    is_division(prompt)
+    is_by_token(prompt)
+    assert prompt.tokens.tolist() == hf_ids("qwen3", messages)
+    got = [(s.kind, s.text) for s in prompt.segments]
+    assert [kind for kind, _ in got] == [kind for kind, _ in pieces]
+    for (kind, mine), (_, true) in zip(got, pieces, strict=True):
+        stripped = {true, true.strip("\n"), true.lstrip("\n")}
+        assert mine in (stripped if kind in ("assistant", "thinking") else {true})

@@ -1,8 +1,8 @@
-"""Checks of a caller's input: TransformerLens' version, bridge, devices, tokens, objective.
+"""A caller's input, checked: TransformerLens' version, bridge, devices, tokens, chats, objective.
 
 All packages above this one may rely on these checks; their messages say what to type instead.
 
-The objectives are imported at first use: the command line's help and the check of TransformerLens'
+The public names are imported at first use: the command line's help and the check of TransformerLens'
 version import this package before torch is imported.
 """
 

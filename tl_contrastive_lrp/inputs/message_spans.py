@@ -393,29 +393,19 @@ def _kept(
     own = chat.texts[slot]
     solid = edge.lstrip() if left else edge.rstrip()
     space = edge[: len(edge) - len(solid)] if left else edge[len(solid) :]
-    n_solid = 0
-    if solid:
-        beside = {
-            w: text[at - len(w) : at] if left else text[at : at + len(w)] for w in _forms(solid)
-        }
-        written = next((w for w, there in beside.items() if w == there), None)
-        if written is None:
-            raise _cut(part)
-        n_solid = len(written)
-    if not space:
-        return n_solid
-    texts = list(chat.texts)
-    texts[slot] = own[len(space) :] if left else own[: len(own) - len(space)]
-    kept = len(text) - len(render(chat.filled(texts)))
-    if kept == 0:
-        return n_solid
-    at += -n_solid if left else n_solid
-    there = text[at - kept : at] if left else text[at : at + kept]
-    for written in _forms(space):
-        if 0 < kept <= len(written) and there == (
-            written[len(written) - kept :] if left else written[:kept]
-        ):
-            return n_solid + kept
+    n_space = 0  # characters of the space that the template keeps
+    if space:
+        texts = list(chat.texts)
+        texts[slot] = own[len(space) :] if left else own[: len(own) - len(space)]
+        n_space = len(text) - len(render(chat.filled(texts)))
+    # The longest first: an escaped sign ends with the sign itself.
+    for sign, blank in reversed(list(zip(_forms(solid), _forms(space), strict=True))):
+        if not 0 <= n_space <= len(blank):
+            continue
+        kept = blank[len(blank) - n_space :] + sign if left else sign + blank[:n_space]
+        there = text[at - len(kept) : at] if left else text[at : at + len(kept)]
+        if there == kept:
+            return len(kept)
     raise _cut(part)
 
 
