@@ -266,7 +266,7 @@ class QuestionOptions:
             )
         if not self.chat and self.system is not None:
             raise typer.BadParameter(
-                "--system goes with --chat. A chat of --messages has its own."
+                "A system message can only go with --chat; a chat of --messages has its own."
             )
         if self.tools is not None and self.messages is None:
             raise typer.BadParameter("--tools goes with --messages.")
