@@ -259,3 +259,30 @@ def test_tools_and_their_names() -> None:
         "rest", "tool call 1: look", "template", "tool result 1: look", "template",
     ]  # fmt: skip
     assert frame["relevance"].sum() == pytest.approx(float(result.tokens.double().sum()), abs=1e-12)
+
+
+@pytest.mark.parametrize("include_special", [False, True])
+def test_a_picture_of_the_segments(include_special: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its texts and colours are those of the table; the template's own text is grey."""
+    drawn: list[Any] = []
+
+    def draw(texts: Any, values: Any, **look: Any) -> str:
+        drawn.append((texts, values, look["greyed"]))
+        return "picture"
+
+    monkeypatch.setattr("tl_contrastive_lrp.render.colored_tokens", draw)
+    _, result = chat_result()
+    frame = result.by("message")
+    assert result.show_by("message", include_special=include_special) == "picture"
+    ((texts, values, greyed),) = drawn
+    assert "".join(texts) == "".join(result.str_tokens)
+    assert values.tolist() == frame["relevance"].tolist()
+    if include_special:
+        assert greyed is None
+    else:
+        assert greyed.tolist() == [kind == "template" for kind in frame["kind"]]
+
+
+def test_the_picture_is_one() -> None:
+    _, result = chat_result()
+    assert "Be brief" in str(result.show_by("message"))

@@ -289,6 +289,34 @@ class Attribution:
         look = shown._look(include_special)
         return colored_tokens_by_site(shown.str_tokens, shown.resid, shown.sites, **look)
 
+    def show_by(self, how: How, *, include_special: bool = False) -> RenderedHTML:
+        """Show the prompt's text with each segment in the colour of its relevance.
+
+        Args:
+            how: The segments, as for ``by``.
+            include_special: Colour what a chat template writes too, and let it count in the colour
+                scale.
+
+        Raises:
+            ValueError: as ``by``.
+            PromptError: as ``by``.
+
+        Example:
+            >>> picture = result.show_by("line")
+            >>> result.by("line")["segment"].iloc[0].strip() in str(picture)
+            True
+        """
+        from ..render import colored_tokens
+
+        frame = self.by(how)
+        ends = zip(frame["start"], frame["stop"], strict=True)
+        texts = ["".join(self.str_tokens[start:stop]) for start, stop in ends]
+        written = torch.tensor((frame["kind"] == "template").to_numpy())
+        look = self._look(include_special)
+        if not include_special:
+            look["greyed"] = written
+        return colored_tokens(texts, torch.tensor(frame["relevance"].to_numpy()), **look)
+
     def _look(self, include_special: bool) -> dict[str, Any]:
         return {
             "greyed": None if include_special else self.greyed,

@@ -2,8 +2,8 @@
 
 All packages above this one may rely on these checks; their messages say what to type instead.
 
-The public names are imported at first use: the command line's help and the check of TransformerLens'
-version import this package before torch is imported.
+The public names are imported at first use: the command line's help and the check of
+TransformerLens' version import this package before torch is imported.
 """
 
 from __future__ import annotations
