@@ -303,7 +303,7 @@ class Attribution:
 
         Example:
             >>> picture = result.show_by("line")
-            >>> result.by("line")["segment"].iloc[0].strip() in str(picture)
+            >>> result.str_tokens[5].strip() in str(picture)
             True
         """
         from ..render import colored_tokens
