@@ -425,3 +425,49 @@ def test_a_forward_of_the_prompt_alone_is_refused() -> None:
     answers = clrp.answer_diff(model, ids, target=TARGET, contrast=CONTRAST)
     with pytest.raises(ValueError, match="Leave it out"):
         clrp.attribute(model, ids, answers, prefilled=object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shared", [[], [20]])
+@pytest.mark.parametrize(("target", "contrast"), [(TARGET, CONTRAST), ([7], [9]), ([7, 12], [])])
+def test_the_prompt_may_be_a_chat(
+    shared: list[int], target: list[int], contrast: list[int], tmp_path: Path
+) -> None:
+    """Its messages stay what they are, and the answers are what the assistant writes next."""
+    model, ids = boot("llama"), random_tokens(1, 9)
+    answers = clrp.AnswerDiff(tuple(target), tuple(contrast), tuple(shared))
+    wanted = clrp.attribute(model, ids, answers)
+    texts = wanted.str_tokens[:9]
+    message = clrp.Segment("user 1", "user", "user", 0, 9, "".join(texts))
+    chat = clrp.ChatPrompt("".join(texts), ids[0], (message,), texts)
+    result = clrp.attribute(model, chat, answers)
+    assert torch.equal(result.tokens, wanted.tokens)
+    more = ["answer"] * bool(shared)
+    assert [s.name for s in result.segments] == ["user 1", *more]
+    table = result.by("message")
+    assert table["n_tokens"].tolist() == [9, *map(len, [shared] * bool(shared))]
+    assert abs(table["relevance"].sum() - float(wanted.tokens.sum())) < 1e-6
+    loaded = clrp.Attribution.load(result.save(tmp_path / "result.safetensors"))
+    assert loaded.segments == result.segments
+    page = result.save_html(tmp_path / "page.html").read_text()
+    assert "user 1" in page
+
+    graph = clrp.attribution_graph(model, chat, answers)
+    own = [f"{side} answer" for side, tail in (("target", target), ("contrast", contrast))
+           if len(tail) > 1]  # fmt: skip
+    assert [s.name for s in graph.segments] == ["user 1", *more, *own]
+    between = graph.by("message")
+    assert between.str_tokens == ("user 1", *more, *own)
+    whole = float(graph.weight.double().sum())
+    assert abs(float(between.weight.double().sum()) - whole) < 1e-5 * max(1.0, abs(whole))
+
+
+def test_one_token_each_is_in_logits_whatever_was_asked_for() -> None:
+    """The difference of two log-probabilities is that of the logits, and each side says which."""
+    model, ids = boot("llama"), random_tokens(1, 9)
+    answers = clrp.answer_diff(model, ids, target=[7], contrast=[9], logprob=True)
+    result = clrp.attribute(model, ids, answers)
+    logits = model(ids)[0, -1].detach()
+    assert result.answer is not None
+    assert not result.answer.logprob
+    assert abs(result.answer.target.delta - float(logits[7])) < 1e-5
+    assert abs(result.delta - float(logits.log_softmax(-1)[7] - logits.log_softmax(-1)[9])) < 1e-5

@@ -561,3 +561,20 @@ def test_an_encoder_is_refused() -> None:
     with pytest.raises(ModelStateError, match="not causal"):
         clrp.trace_back(model, random_tokens(1, LENGTH), (8, 10), (3, 8), least=0.0)
     assert snapshot_of(model) == before
+
+
+def test_the_prompt_may_be_a_chat() -> None:
+    model, ids = boot("llama"), random_tokens(1, 12)
+    texts = clrp.attribute(model, ids, clrp.top_logit()).str_tokens
+    message = clrp.Segment("user 1", "user", "user", 0, 12, "".join(texts))
+    chat = clrp.ChatPrompt("".join(texts), ids[0], (message,), texts)
+    trace = clrp.trace_back(model, chat, (10, 12), through=(5, 10))
+    assert [hop.segments for hop in trace.hops] == [(message,)] * len(trace.hops)
+
+
+def test_the_difference_of_two_answers_is_refused() -> None:
+    """Not with words about an argument that the caller did not give."""
+    model, ids = boot("llama"), random_tokens(1, 12)
+    answers = clrp.answer_diff(model, ids, target=[5, 6], contrast=[7])
+    with pytest.raises(TypeError, match="trace_back explains one answer"):
+        clrp.trace_back(model, ids, answers, through=(5, 10))

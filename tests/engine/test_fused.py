@@ -150,6 +150,24 @@ def test_hooks_elsewhere_are_honoured_too() -> None:
     assert_same(fused, eager, PROMISED[torch.float64])
 
 
+@pytest.mark.parametrize("point", ["hook_z", "o.hook_in", "hook_q", "hook_k", "hook_v"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2", "mistral"])
+def test_hooks_that_write_in_place_are_honoured(name: str, point: str) -> None:
+    """As the usual ablation of a head is written, ``z[:, :, head] = 0``; torch's own attention keeps z."""
+    model, ids = boot(name), random_tokens(1, 30)
+    objective = clrp.logit_diff(model, 7, 11)
+
+    def ablate(x: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        x[:, 3:9, ..., 1] = 0.0
+        return x
+
+    with true_float64(model), model.hooks(fwd_hooks=[(f"blocks.1.attn.{point}", ablate)]):
+        wanted = clrp.attribute(model, ids, objective, rules="attnlrp", attention="eager")
+        found = clrp.attribute(model, ids, objective, rules="attnlrp", attention="fused")
+    assert found.attention == "fused"
+    assert_same(found, wanted, PROMISED[torch.float64])
+
+
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_windows(name: str, small_tiles: None) -> None:  # noqa: ARG001
     """More tokens than a sliding window holds."""

@@ -70,7 +70,8 @@ class AnswerRelevance:
         target: The answer that the model preferred.
         contrast: The answer it should have preferred.
         shared: How many tokens at the end of the prompt are what both answers begin with.
-        logprob: Whether Δℓ is a difference of log-probabilities.
+        logprob: Whether Δℓ and both ``delta`` are in log-probabilities; never so for one token
+            each, where a difference of log-probabilities is one of logits.
 
     Example:
         >>> answers = clrp.answer_diff(model, case.prompt, target=[5, 6], contrast=[7])

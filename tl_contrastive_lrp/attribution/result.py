@@ -17,7 +17,7 @@ from torch import Tensor
 from ..files import FileKind, read_result, rebuilding_from, write_result
 from ..graph.picture import view_of
 from ..hooks.coverage import Coverage, coverage_from
-from ..inputs.forced import labelled
+from ..inputs.forced import labelled, with_answer
 from ..inputs.objective import check_earlier, in_words
 from ..inputs.segments import How, Segment, check_segments
 from ..inputs.spans import LOGPROB
@@ -426,6 +426,9 @@ def with_answers(result: Attribution) -> Attribution:
         for side in ("target", "contrast")
     ]
     length, more = len(result.str_tokens), sum(map(len, texts))
+    segments = result.segments
+    for side, marked in zip(("target", "contrast"), texts, strict=True):
+        segments = with_answer(segments, f"{side} answer", marked)
     parts: dict[str, Any] = {
         name: torch.cat([getattr(result, name), read_part(answer, name)], dim=-1)
         for name in ("tokens", "resid", "heads", "token_ids", "special")
@@ -435,6 +438,7 @@ def with_answers(result: Attribution) -> Attribution:
         **parts,
         neurons=None,
         str_tokens=(*result.str_tokens, *texts[0], *texts[1]),
+        segments=segments,
         pos=length - 1 + more,
         earlier_pos=tuple(range(length - 1, length - 1 + more)),
         answer=None,

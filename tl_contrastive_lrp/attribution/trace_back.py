@@ -76,6 +76,7 @@ from ..engine.prefilled import Prefilled, prefill_prompt
 from ..engine.run import RunOptions
 from ..engine.tiled.tiles import read_ranges
 from ..errors import ModelStateError, TokenError
+from ..inputs.answers import AnswerDiff
 from ..inputs.bridge import require_bridge
 from ..inputs.facts import PromptFacts
 from ..inputs.objective import for_one_prompt, in_words
@@ -148,7 +149,8 @@ def trace_back(
         SpecialTokenWarning: as ``attribute``.
 
     Raises:
-        TypeError: ``model`` is not a bridge; ``against`` beside an objective.
+        TypeError: ``model`` is not a bridge; ``against`` beside an objective; the difference of two
+            answers.
         ValueError: ``hops`` or ``least`` is negative; or as ``attribute``.
         TokenError: ``span`` or ``through`` is no pair of positions that the prompt has, or is
             empty; reasoning on which the objective cannot depend; ``against`` is unknown, repeats
@@ -172,6 +174,12 @@ def trace_back(
     facts = PromptFacts.of(model, tokens, prepend_bos)
     ids, length = facts.tokens[0], int(facts.tokens.shape[1])
     where = _positions("through", through, length)
+    if isinstance(span, AnswerDiff):
+        raise TypeError(
+            "trace_back explains one answer that is part of the tokens, not the difference of two "
+            "from clrp.answer_diff. Give the answer's positions (start, stop) as span, or "
+            "clrp.logit_diff at the first token where the answers differ."
+        )
     if callable(span):
         if against is not None:
             raise TypeError(
@@ -200,7 +208,7 @@ def trace_back(
             prefilled=None if alone else prefilled,
         )  # fmt: skip
         _require_causal(result)
-        return replace(result, prepended_bos=facts.prepended_bos)
+        return replace(result, prepended_bos=facts.prepended_bos, segments=facts.segments)
 
     written = _Written.of(ids, where, None)
     predicted, handing = _predictions(prefilled, written, least)

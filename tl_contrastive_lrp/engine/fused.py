@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from ..errors import UncoveredComponentError
 from ..hooks.attach import Attachment
@@ -23,7 +24,7 @@ from ..hooks.placement import place
 from ..hooks.user_hooks import UserHook, user_hooks
 from ..inputs.bridge import components, hook_points
 from ..rules.deferred import DeferredAttention, DeferringMode
-from ..rules.query_tiles import Attend
+from ..rules.query_tiles import Attend, Attention
 from ..rules.query_tiles import attend as plain_attend
 from ..rules.rule_sets import DEFAULT_RULES
 from ..rules.threads import active_in, mine
@@ -74,6 +75,7 @@ class FusedBlocks:
 
     Attributes:
         candidates: Paths of the attention components that may.
+        hooked: Those among them inside which a hook of the user's might write into z.
         rows: By path, what is called in the backward with the rows of the attention.
         done: Those whose attention was computed fused in the last forward.
     """
@@ -106,6 +108,11 @@ class FusedBlocks:
             and not any(id(getattr(parts[path], name, None)) in read for name in _NEEDED)
             and not any(id(part) in hooked for part in _watched(parts[path]))
         ]
+        self.hooked = {
+            path
+            for path in self.candidates
+            if any(id(part) in hooked for part in parts[path].modules())
+        }
         self.rows = {
             reading.name.rpartition(".")[0]: reading.sink
             for reading in readings
@@ -126,12 +133,13 @@ class FusedBlocks:
         with ExitStack() as stack:
             stack.enter_context(lazy_masks())
             for path in self.candidates:
+                attention = plain_attend if attend is None else attend(path)
                 mode = DeferringMode(
                     memory,
                     partial(self.done.add, path),
                     self.rows.get(path),
                     path,
-                    plain_attend if attend is None else attend(path),
+                    _copied(attention) if path in self.hooked else attention,
                 )
                 stack.enter_context(active_in(mode, parts[path]))
                 handle = parts[path].register_forward_hook(mine(_without_pattern))
@@ -181,6 +189,15 @@ def fused_blocks(model: Any, attention: AttentionKind, length: int) -> int:
 def _watched(component: Any) -> list[Any]:
     """The modules at which a user's hook sees the scores, the pattern, or what is returned."""
     return [component, *(getattr(component, name, None) for name in _NEEDED)]
+
+
+def _copied(attend: Attend) -> Attend:
+    """Attention whose result may be written into: torch's own keeps it for its backward."""
+
+    def copied(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+        return attend(q, k, v, attention).clone()
+
+    return copied
 
 
 def _without_pattern(module: torch.nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001

@@ -15,6 +15,7 @@ import torch
 from ..errors import ModelStateError
 from .answers import AnswerDiff, require_room
 from .facts import PromptFacts
+from .segments import Segment
 from .spans import SpanLogit
 from .tokens import special_ids, special_mask, str_tokens
 
@@ -40,19 +41,44 @@ class AnswerRun:
 
 
 def extended(model: Any, prompt: PromptFacts, ids: tuple[int, ...]) -> PromptFacts:
-    """A prompt with further tokens after it, whose own texts stay as they are."""
+    """A prompt with further tokens after it, whose own texts stay as they are.
+
+    In a chat they are what the assistant writes next: one more segment, "answer".
+    """
     if not ids:
         return prompt
     more = torch.tensor(ids, dtype=prompt.token_ids.dtype)
     token_ids = torch.cat([prompt.token_ids, more])
     length = len(prompt.token_ids)
+    texts = str_tokens(model, token_ids.tolist())[length:]
     return replace(
         prompt,
         tokens=torch.cat([prompt.tokens, more[None].to(prompt.tokens)], dim=1),
         token_ids=token_ids,
         special=torch.cat([prompt.special, special_mask(more, special_ids(model))]),
-        str_tokens=(*prompt.str_tokens, *str_tokens(model, token_ids.tolist())[length:]),
+        str_tokens=(*prompt.str_tokens, *texts),
+        segments=with_answer(prompt.segments, "answer", texts),
     )
+
+
+def with_answer(
+    segments: tuple[Segment, ...], name: str, texts: tuple[str, ...]
+) -> tuple[Segment, ...]:
+    """The messages of a chat, and after them tokens that the assistant writes.
+
+    Args:
+        segments: The messages; () for any other prompt, which stays without.
+        name: The name of the new segment; one of that name at the end becomes longer instead.
+        texts: What each token contributes to the text.
+    """
+    if not segments or not texts:
+        return segments
+    last = segments[-1]
+    if last.name == name:
+        longer = replace(last, stop=last.stop + len(texts), text=last.text + "".join(texts))
+        return (*segments[:-1], longer)
+    start, stop = last.stop, last.stop + len(texts)
+    return (*segments, Segment(name, "assistant", "assistant", start, stop, "".join(texts)))
 
 
 def runs_of(

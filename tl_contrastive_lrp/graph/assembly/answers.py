@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...inputs.answers import AnswerDiff
 from ...inputs.facts import PromptFacts
-from ...inputs.forced import AnswerRun, Side, labelled, runs_of
+from ...inputs.forced import AnswerRun, Side, labelled, runs_of, with_answer
 from ...inputs.objective import logit_diff
 from ..columns import ORDER
 from ..graph import AttributionGraph
@@ -81,11 +81,11 @@ def _difference(
     starts = [0, *accumulate(more)]
     deltas = {run.side: graph.delta for run, graph in graphs}
     tails = [graph.str_tokens[length:] for _, graph in graphs]
-    texts = [
-        text
-        for (run, _), tail in zip(graphs, tails, strict=True)
-        for text in labelled(run.side, tail)
-    ]
+    texts, segments = list[str](), prompt.segments
+    for (run, _), tail in zip(graphs, tails, strict=True):
+        marked = labelled(run.side, tail)
+        texts += marked
+        segments = with_answer(segments, f"{run.side} answer", marked)
 
     def placed(name: str) -> Tensor:
         """The sum at the prompt's positions, then what is at those of each answer."""
@@ -126,6 +126,7 @@ def _difference(
         token_ids=ids("token_ids"),
         special=ids("special"),
         str_tokens=(*prompt.str_tokens, *texts),
+        segments=segments,
         final_pos=final,
         earlier_final_pos=tuple(range(length - 1, final)),
         delta=sum(run.sign * graph.delta for run, graph in graphs),
