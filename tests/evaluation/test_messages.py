@@ -4,6 +4,7 @@ intervention (``support/demo_chats.py``)."""
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import tl_contrastive_lrp as clrp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import _faithfulness_messages as messages  # noqa: E402
+import _faithfulness_messages as messages
 
 CHATS = 20
 
@@ -33,7 +34,7 @@ def cases(model: Any, request: pytest.FixtureRequest) -> list[demo_chats.ChatCas
 
 
 def test_the_chats_are_what_they_say(model: Any, cases: list[demo_chats.ChatCase]) -> None:
-    """The number written stands in the decisive message; the right one in the log, by the solver."""
+    """The number that the model writes stands in the decisive message."""
     for case in cases:
         (message,) = [s for s in case.prompt.segments if s.name == case.decisive]
         assert model.to_string(case.target) in message.text
@@ -44,9 +45,9 @@ def test_the_chats_are_what_they_say(model: Any, cases: list[demo_chats.ChatCase
 
 
 def test_the_decisive_message_ranks_first(model: Any, cases: list[demo_chats.ChatCase]) -> None:
-    """In at least 16 of 20 chats. If it ranked first in 60 % of all such chats, or fewer, 16 of 20
-    were seen with a probability of 0.05, and by chance (1 in 4 to 20) with one of 1e-6; measured on
-    60 chats it is 98 % and 100 % (docs/faithfulness.md)."""
+    """In 16 of 20 chats or more. A ranking that is right in 60 % of all such chats has that with a
+    probability of 0.05, a random one (right in a quarter of them at most) with one below 1e-6; gim
+    has 98 % and 100 % on 60 chats (docs/faithfulness.md)."""
     found = messages.firsts(model, cases, {"gim": "gim"})
     hits = found.loc[found["method"] == "gim", "hit"]
     assert hits.sum() >= 0.8 * CHATS
@@ -56,12 +57,10 @@ def test_the_decisive_message_ranks_first(model: Any, cases: list[demo_chats.Cha
 def test_a_ranking_that_looks_elsewhere_is_seen(
     model: Any, cases: list[demo_chats.ChatCase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Relevance that arrives twenty tokens off, about a message, does not pass."""
+    """Relevance that arrives forty tokens off, about two messages, does not pass."""
     real = clrp.attribute
 
     def beside(*args: Any, **kwargs: Any) -> Any:
-        from dataclasses import replace
-
         result = real(*args, **kwargs)
         return replace(result, tokens=result.tokens.roll(-40))
 

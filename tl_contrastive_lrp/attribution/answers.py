@@ -91,6 +91,7 @@ def _difference(
         token_ids=prompt.token_ids,
         special=prompt.special,
         str_tokens=prompt.str_tokens,
+        segments=prompt.segments,
         delta=sum(run.sign * one.delta for run, one in results),
         target_logit=0.0 if target is None else target.delta,
         contrast_logit=None if contrast is None else contrast.delta,

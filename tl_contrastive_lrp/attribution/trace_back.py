@@ -200,7 +200,7 @@ def trace_back(
             prefilled=None if alone else prefilled,
         )  # fmt: skip
         _require_causal(result)
-        return replace(result, prepended_bos=facts.prepended_bos)
+        return replace(result, prepended_bos=facts.prepended_bos, segments=facts.segments)
 
     written = _Written.of(ids, where, None)
     predicted, handing = _predictions(prefilled, written, least)

@@ -265,9 +265,7 @@ class QuestionOptions:
                 "--chat makes a message of a prompt, and --messages has messages: leave out --chat."
             )
         if not self.chat and self.system is not None:
-            raise typer.BadParameter(
-                "--system goes with --chat. A chat of --messages has its own."
-            )
+            raise typer.BadParameter("--system goes with --chat. A chat of --messages has its own.")
         if self.tools is not None and self.messages is None:
             raise typer.BadParameter("--tools goes with --messages.")
         if (self.chat or self.messages is not None) and self.prepend_bos is not None:

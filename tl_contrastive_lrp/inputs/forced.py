@@ -15,6 +15,7 @@ import torch
 from ..errors import ModelStateError
 from .answers import AnswerDiff, require_room
 from .facts import PromptFacts
+from .segments import Segment
 from .spans import SpanLogit
 from .tokens import special_ids, special_mask, str_tokens
 
@@ -46,13 +47,33 @@ def extended(model: Any, prompt: PromptFacts, ids: tuple[int, ...]) -> PromptFac
     more = torch.tensor(ids, dtype=prompt.token_ids.dtype)
     token_ids = torch.cat([prompt.token_ids, more])
     length = len(prompt.token_ids)
+    texts = str_tokens(model, token_ids.tolist())[length:]
     return replace(
         prompt,
         tokens=torch.cat([prompt.tokens, more[None].to(prompt.tokens)], dim=1),
         token_ids=token_ids,
         special=torch.cat([prompt.special, special_mask(more, special_ids(model))]),
-        str_tokens=(*prompt.str_tokens, *str_tokens(model, token_ids.tolist())[length:]),
+        str_tokens=(*prompt.str_tokens, *texts),
+        segments=answered(prompt.segments, texts),
     )
+
+
+def answered(
+    segments: tuple[Segment, ...], texts: tuple[str, ...], name: str = "answer"
+) -> tuple[Segment, ...]:
+    """A chat's segments with further tokens of the assistant after them.
+
+    They continue what the assistant has written so far, or begin an answer of this name. A prompt
+    without messages stays without.
+    """
+    if not segments or not texts:
+        return segments
+    last, text = segments[-1], "".join(texts)
+    if last.kind == "assistant" and name == "answer":
+        grown = replace(last, stop=last.stop + len(texts), text=last.text + text)
+        return (*segments[:-1], grown)
+    answer = Segment(name, "assistant", "assistant", last.stop, last.stop + len(texts), text)
+    return (*segments, answer)
 
 
 def runs_of(

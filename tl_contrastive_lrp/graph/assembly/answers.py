@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...inputs.answers import AnswerDiff
 from ...inputs.facts import PromptFacts
-from ...inputs.forced import AnswerRun, Side, labelled, runs_of
+from ...inputs.forced import AnswerRun, Side, answered, labelled, runs_of
 from ...inputs.objective import logit_diff
 from ..columns import ORDER
 from ..graph import AttributionGraph
@@ -87,6 +87,10 @@ def _difference(
         for text in labelled(run.side, tail)
     ]
 
+    segments = prompt.segments
+    for (run, _), tail in zip(graphs, tails, strict=True):
+        segments = answered(segments, tail, f"answer [{run.side}]")
+
     def placed(name: str) -> Tensor:
         """The sum at the prompt's positions, then what is at those of each answer."""
         axis = _POSITION_AXES[name]
@@ -126,6 +130,7 @@ def _difference(
         token_ids=ids("token_ids"),
         special=ids("special"),
         str_tokens=(*prompt.str_tokens, *texts),
+        segments=segments,
         final_pos=final,
         earlier_final_pos=tuple(range(length - 1, final)),
         delta=sum(run.sign * graph.delta for run, graph in graphs),
