@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from _faithfulness_figure import SAID, Curves, picture
+from _faithfulness_messages import CHANCE, LATEST, RIVALS
 from _faithfulness_rule import FIRST, Measure, chosen, counts
 from _faithfulness_runs import RULES
 
@@ -33,6 +34,7 @@ class Found:
     circuits: Mapping[str, pd.DataFrame]
     sums: Mapping[str, pd.DataFrame]
     low: Mapping[str, pd.DataFrame]
+    messages: Mapping[bool, tuple[pd.DataFrame, int]]
     counts: Mapping[str, int]
 
 
@@ -216,6 +218,20 @@ def decisive_tables(found: Found) -> str:
     return "\n".join(parts)
 
 
+def message_table(messages: Mapping[bool, tuple[pd.DataFrame, int]]) -> str:
+    """How often the decisive message ranks first: a row a method, a column a kind of chat."""
+    head, columns = [""], []
+    for several, (frame, tried) in messages.items():
+        chats = frame.drop_duplicates("prompt")
+        head.append(
+            f"{'several messages' if several else 'one message'} ({len(chats)} chats of {tried}, "
+            f"{chats['right'].sum()} answered right)"
+        )
+        columns.append({method: cell(part["hit"]) for method, part in frame.groupby("method")})
+    order = [*RULES, CHANCE, RIVALS, LATEST]
+    return markdown([[name, *(column[name] for column in columns)] for name in order], head)
+
+
 def mean(frame: pd.DataFrame, method: str, column: str) -> float:
     return float(frame.loc[frame["method"] == method, column].mean())
 
@@ -247,6 +263,7 @@ def written(found: Found, stem: str) -> tuple[str, str]:
         deep=markdown(by_method(found.deep, ["auroc", "precision"]), head),
         deep_prompts=found.deep["prompt"].nunique(),
         decisive=decisive_tables(found),
+        messages=message_table(found.messages),
         removal=removal_tables(found),
         circuits=circuit_tables(found),
         saturated=", ".join(f"{m} {mean(saturated, m, 'auroc'):.2f}" for m in RULES),

@@ -18,6 +18,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import _faithfulness_messages as messages
 import _faithfulness_runs as runs
 import pandas as pd
 import torch
@@ -94,6 +95,7 @@ def measure(prompts: int, most: int, demo: int | None, quiet: bool) -> Found:
                 quiet,
             ),
         },
+        messages=messages.measured(model, 60 if demo is None else demo, runs.METHODS),
         counts={"prompts": prompts, "most": most, "short": len(short), "gap": len(pairs)},
     )
 

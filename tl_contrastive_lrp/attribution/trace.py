@@ -5,11 +5,11 @@ The file is safetensors, and holds the file of each hop's ``Attribution`` as byt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,6 +21,8 @@ from .result import Attribution
 if TYPE_CHECKING:
     import pandas as pd
     from circuitsvis.utils.render import RenderedHTML
+
+    from ..inputs.segments import How
 
 _FILE = FileKind("tl_contrastive_lrp.trace", 1, "the trace")
 _GREW = 1.5  # a factor a hop that ``repr`` mentions
@@ -216,6 +218,27 @@ class Trace:
         frame = self.to_frame()
         order = frame["relevance"].abs().sort_values(ascending=False, kind="stable").index
         return frame.loc[order[:k]].reset_index(drop=True)
+
+    def by(self, how: How, *, normalize: Literal["logits", "largest"] = "logits") -> pd.DataFrame:
+        """Sum the trace over segments of the prompt, such as its messages.
+
+        Args:
+            how: As for ``Attribution.by``.
+            normalize: As for ``Attribution.by``.
+
+        Returns:
+            As ``Attribution.by``.
+
+        Raises:
+            ValueError, PromptError: As ``Attribution.by``.
+
+        Example:
+            >>> trace = clrp.trace_back(model, case.prompt, objective, through=(5, 20), hops=1)
+            >>> lines = trace.by("line")["relevance"]
+            >>> abs(lines.sum() - float(trace.tokens.double().sum())) < 1e-9
+            True
+        """
+        return replace(self.hops[0], tokens=self.tokens).by(how, normalize=normalize)
 
     def show(self, *, include_special: bool = False) -> RenderedHTML:
         """Show the tokens coloured by relevance after all hops, with circuitsvis, without network.

@@ -68,13 +68,14 @@ def with_answer(
 
     Args:
         segments: The messages; () for any other prompt, which stays without.
-        name: The name of the new segment; one of that name at the end becomes longer instead.
+        name: The name of the new segment. An "answer" continues what the assistant has written so
+            far, where the chat ends with that.
         texts: What each token contributes to the text.
     """
     if not segments or not texts:
         return segments
     last = segments[-1]
-    if last.name == name:
+    if last.kind == "assistant" and name == "answer":
         longer = replace(last, stop=last.stop + len(texts), text=last.text + "".join(texts))
         return (*segments[:-1], longer)
     start, stop = last.stop, last.stop + len(texts)
