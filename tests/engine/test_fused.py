@@ -153,7 +153,7 @@ def test_hooks_elsewhere_are_honoured_too() -> None:
 @pytest.mark.parametrize("point", ["hook_z", "o.hook_in", "hook_q", "hook_k", "hook_v"])
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2", "mistral"])
 def test_hooks_that_write_in_place_are_honoured(name: str, point: str) -> None:
-    """As the usual ablation of a head is written, ``z[:, :, head] = 0``; torch's own attention keeps z."""
+    """As a head is usually ablated, ``z[:, :, head] = 0``; torch's own attention keeps its z."""
     model, ids = boot(name), random_tokens(1, 30)
     objective = clrp.logit_diff(model, 7, 11)
 
