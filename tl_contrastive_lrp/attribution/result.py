@@ -17,7 +17,7 @@ from torch import Tensor
 from ..files import FileKind, read_result, rebuilding_from, write_result
 from ..graph.picture import view_of
 from ..hooks.coverage import Coverage, coverage_from
-from ..inputs.forced import labelled
+from ..inputs.forced import SIDES, answered, labelled
 from ..inputs.objective import check_earlier, in_words
 from ..inputs.segments import How, Segment, check_segments
 from ..inputs.spans import LOGPROB
@@ -395,8 +395,11 @@ def with_answers(result: Attribution) -> Attribution:
         return result
     texts = [
         labelled(side, getattr(answer, side).str_tokens[: getattr(answer, side).n_read])
-        for side in ("target", "contrast")
+        for side in SIDES
     ]
+    segments = result.segments
+    for side, tail in zip(SIDES, texts, strict=True):
+        segments = answered(segments, tail, f"answer [{side}]")
     length, more = len(result.str_tokens), sum(map(len, texts))
     parts: dict[str, Any] = {
         name: torch.cat([getattr(result, name), read_part(answer, name)], dim=-1)
@@ -407,6 +410,7 @@ def with_answers(result: Attribution) -> Attribution:
         **parts,
         neurons=None,
         str_tokens=(*result.str_tokens, *texts[0], *texts[1]),
+        segments=segments,
         pos=length - 1 + more,
         earlier_pos=tuple(range(length - 1, length - 1 + more)),
         answer=None,
