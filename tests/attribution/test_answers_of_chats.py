@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,6 +73,24 @@ def test_the_graph_has_both_answers_as_segments(so_far: str) -> None:
     found = between.relevance[0].tolist()[: len(result.segments)]
     for node, row in zip(found, result.by("message").to_dict("records"), strict=True):
         assert abs(node - row["relevance"]) <= row["n_tokens"] * PROMISED[torch.float32] * scale
+
+
+@FROM
+def test_reports_and_files_have_the_messages(so_far: str, tmp_path: Path) -> None:
+    """In pictures and reports both answers follow the prompt, as further messages."""
+    model, prompt, answers = asked(so_far)
+    result = clrp.attribute(model, prompt, answers)
+    page = result.save_html(tmp_path / "report.html").read_text("utf-8")
+    assert "answer [target]" in page
+    assert "answer [contrast]" in page
+    result.show()
+    result.save(tmp_path / "result.safetensors")
+    loaded = clrp.Attribution.load(tmp_path / "result.safetensors")
+    assert loaded.by("message").equals(result.by("message"))
+    graph = clrp.attribution_graph(model, prompt, answers, progress=False)
+    graph.by("message").save_html(tmp_path / "graph.html")
+    graph.save(tmp_path / "graph.safetensors")
+    assert clrp.AttributionGraph.load(tmp_path / "graph.safetensors").segments == graph.segments
 
 
 def test_one_token_each_is_a_chat_too() -> None:

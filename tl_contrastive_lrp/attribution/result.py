@@ -17,7 +17,7 @@ from torch import Tensor
 from ..files import FileKind, read_result, rebuilding_from, write_result
 from ..graph.picture import view_of
 from ..hooks.coverage import Coverage, coverage_from
-from ..inputs.forced import labelled, with_answer
+from ..inputs.forced import SIDES, labelled, with_answer
 from ..inputs.objective import check_earlier, in_words
 from ..inputs.segments import How, Segment, check_segments
 from ..inputs.spans import LOGPROB
@@ -423,11 +423,11 @@ def with_answers(result: Attribution) -> Attribution:
         return result
     texts = [
         labelled(side, getattr(answer, side).str_tokens[: getattr(answer, side).n_read])
-        for side in ("target", "contrast")
+        for side in SIDES
     ]
     length, more = len(result.str_tokens), sum(map(len, texts))
     segments = result.segments
-    for side, marked in zip(("target", "contrast"), texts, strict=True):
+    for side, marked in zip(SIDES, texts, strict=True):
         segments = with_answer(segments, f"{side} answer", marked)
     parts: dict[str, Any] = {
         name: torch.cat([getattr(result, name), read_part(answer, name)], dim=-1)

@@ -235,7 +235,7 @@ class Trace:
         Example:
             >>> trace = clrp.trace_back(model, case.prompt, objective, through=(5, 20), hops=1)
             >>> lines = trace.by("line")["relevance"]
-            >>> abs(lines.sum() - float(trace.tokens.double().sum())) < 1e-9
+            >>> bool(abs(lines.sum() - float(trace.tokens.double().sum())) < 1e-9)
             True
         """
         return replace(self.hops[0], tokens=self.tokens).by(how, normalize=normalize)
