@@ -97,6 +97,7 @@ def test_long_answers_are_judged_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
         ([1.5], {}, PromptError, "is a list"),
         (5, {}, PromptError, "is a int"),
         ([99], {}, PromptError, "must lie in"),
+        (torch.tensor([[5, 6], [7, 8]]), {}, PromptError, "of one answer"),
         ([5] * 2000, {}, PromptError, "context"),
         ([5], {"k": 0}, TokenError, "k=0"),
         ([5], {"k": True}, TokenError, "k=True"),

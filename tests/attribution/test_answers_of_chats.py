@@ -81,8 +81,8 @@ def test_reports_and_files_have_the_messages(so_far: str, tmp_path: Path) -> Non
     model, prompt, answers = asked(so_far)
     result = clrp.attribute(model, prompt, answers)
     page = result.save_html(tmp_path / "report.html").read_text("utf-8")
-    assert "answer [target]" in page
-    assert "answer [contrast]" in page
+    assert "target answer" in page
+    assert "contrast answer" in page
     result.show()
     result.save(tmp_path / "result.safetensors")
     loaded = clrp.Attribution.load(tmp_path / "result.safetensors")

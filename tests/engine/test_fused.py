@@ -333,6 +333,12 @@ def scaled_after_the_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(torch.softmax(scores * 0.5, dim=-1), v)
 
 
+def in_float32_and_more(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.matmul(q, k.transpose(-2, -1))
+    pattern = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(pattern * 1.5, v)
+
+
 def over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(torch.softmax(torch.matmul(q, k.transpose(-2, -1)), dim=-2), v)
 
@@ -342,6 +348,7 @@ def over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     [
         (functional, True), (standard, False), (written_into, False), (with_a_sink, False),
         (differential, False), (scaled_after_the_mask, False), (over_queries, False),
+        (in_float32_and_more, False),
     ],
 )  # fmt: skip
 def test_whatever_a_component_writes_its_numbers_stay(written: Any, is_fused: bool) -> None:

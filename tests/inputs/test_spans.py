@@ -314,7 +314,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "too few": (SPAN, {"against": OTHERS[:3]}, "has 3 tokens, but the span has 7"),
     "itself": (SPAN, {"against": WRITTEN}, "repeats every token"),
     "out of range": (SPAN, {"against": 10_000}, "outside the vocabulary"),
-    "none": (SPAN, {"against": None}, "contrast must be"),
+    "none": (SPAN, {"against": None}, "is unknown"),
     "k": (SPAN, {"against": "top_k", "k": 0}, "k=0 must lie"),
     "k too large": (SPAN, {"against": "top_k", "k": 48}, "k=48 must lie"),
 }

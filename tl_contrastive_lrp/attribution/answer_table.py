@@ -120,6 +120,11 @@ def answer_ids(model: Any, answer: str | Sequence[int] | Tensor) -> Int[Tensor, 
             raise PromptError("This model has no tokenizer; give the answer as token ids.")
         ids = torch.tensor(continuation_ids(model.tokenizer, answer), dtype=torch.long)
     elif isinstance(answer, Tensor):
+        if answer.ndim > 2 or (answer.ndim == 2 and len(answer) != 1):
+            raise PromptError(
+                f"The answer is a tensor of shape {list(answer.shape)}; token ids of one answer "
+                "have the shape [pos] or [1, pos]."
+            )
         ids = answer.detach().cpu().reshape(-1)
     elif isinstance(answer, Sequence) and all(
         isinstance(i, Integral) and not isinstance(i, bool) for i in answer

@@ -287,10 +287,7 @@ def span_logit(
     about = SpanLogit(ids, start - 1, logprob=bool(logprob), text=text)
     if isinstance(against, str):
         if against not in _KEYWORDS:
-            raise TokenError(
-                f"against={against!r} is unknown; use 'none', 'mean', 'top_k', an id for all "
-                "positions, or a list of ids or texts, one for each position of the span."
-            )
+            raise _unknown(against)
         if against == "top_k" and not (_is_whole(k) and 1 <= k < vocab_size(model)):
             raise TokenError(
                 f"k={k!r} must lie between 1 and the {vocab_size(model) - 1} other tokens."
@@ -305,6 +302,13 @@ def span_logit(
     name = "".join(str_tokens(model, list(contrast))) if several else None
     name = token_names(model, contrast[:1])[0] if name is None else name
     return replace(about, versus="tokens", contrast=contrast, contrast_text=name)
+
+
+def _unknown(against: object) -> TokenError:
+    return TokenError(
+        f"against={against!r} is unknown; use 'none', 'mean', 'top_k', an id for all positions, or "
+        "a list of ids or texts, one for each position of the span."
+    )
 
 
 def _is_whole(x: object) -> bool:
@@ -346,6 +350,8 @@ def _contrast(model: Any, against: object, n: int) -> tuple[int, ...]:
     """
     given = against.tolist() if hasattr(against, "tolist") else against
     if not isinstance(given, list | tuple):
+        if not _is_whole(given):
+            raise _unknown(against)
         return to_token_ids(model, [given], "contrast") * n
     if len(given) != n:
         raise TokenError(

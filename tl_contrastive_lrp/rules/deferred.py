@@ -276,9 +276,9 @@ class DeferredAttention:
         return self._then(joined, sinks=column[0, :, 0, 0], has_sink_key=True)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Nothing, where the dtype stays the same; otherwise compute."""
+        """The queries' dtype again, after a softmax in a wider one; otherwise computed."""
         if (args == (self.dtype,) and not kwargs) or (not args and kwargs == {"dtype": self.dtype}):
-            return self
+            return self._then(lambda x: x.to(*args, **kwargs))
         return self.tensor().to(*args, **kwargs)
 
     @classmethod
