@@ -181,6 +181,39 @@ def test_greyed_tokens_do_not_crowd_out_the_others() -> None:
     assert folded.sum() > 4000
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.integers(LONG + 1, 5000), st.integers(0, 2**31), st.integers(1, 40))
+def test_no_piece_holds_tokens_of_two_messages(n: int, seed: int, messages: int) -> None:
+    """The same tokens are folded as without messages, with the same sums in all."""
+    rng = np.random.default_rng(seed)
+    values, greyed = rng.standard_t(1.5, n), np.zeros(n, dtype=bool)
+    starts = np.unique([0, *rng.integers(0, n, messages)])
+    owner = np.searchsorted(starts, np.arange(n), side="right") - 1
+    words = ["x"] * n
+    folds = folds_of(values, greyed, words, [(int(s), f"m{i}") for i, s in enumerate(starts)])
+    for fold in folds:
+        owners = owner[fold.first : fold.last + 1]
+        assert set(owners) == {owners[0]}
+        assert fold.message == f"m{owners[0]}"
+        inside = values[fold.first : fold.last + 1]
+        assert fold.total == pytest.approx(math.fsum(inside), abs=1e-9 * np.abs(inside).sum())
+    without = folds_of(values, greyed, words)
+    assert [i for f in folds for i in range(f.first, f.last + 1)] == [
+        i for f in without for i in range(f.first, f.last + 1)
+    ]
+    assert {fold.message for fold in without} <= {""}
+
+
+def test_a_folded_piece_names_its_message() -> None:
+    long = long_prompt()
+    n = len(long.tokens)
+    starts = [(0, "system 1"), (n // 2, "user <2>")]
+    html = report_html(replace(long.report(), message_starts=starts))
+    assert "<i>system 1</i> · <b>" in html
+    assert "<i>user &lt;2&gt;</i> · <b>" in html
+    assert "<i>system 1</i>" not in report_html(long.report())
+
+
 # ---- what a page says ------------------------------------------------------------------------
 
 

@@ -503,6 +503,7 @@ def report_of(
         graph=None if graph is None else view_of(graph),
         notes=notes,
         messages=_messages(result),
+        message_starts=[(s.start, s.name) for s in result.segments if s.n_tokens],
     )
     return report_html(dataclasses.replace(report, **fields))
 

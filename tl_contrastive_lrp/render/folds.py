@@ -51,6 +51,7 @@ class Fold:
         total: Sum of their relevance, in logits.
         size: Sum of |relevance|, in logits.
         largest: The relevance of largest magnitude among them, in logits.
+        message: The name of the message that they belong to; "" without messages.
     """
 
     first: int
@@ -58,6 +59,7 @@ class Fold:
     total: float
     size: float
     largest: float
+    message: str = ""
 
     @property
     def count(self) -> int:
@@ -66,7 +68,10 @@ class Fold:
 
 
 def folds_of(
-    relevance: NDArray[np.float64], greyed: NDArray[np.bool_], tokens: Sequence[str]
+    relevance: NDArray[np.float64],
+    greyed: NDArray[np.bool_],
+    tokens: Sequence[str],
+    messages: Sequence[tuple[int, str]] = (),
 ) -> list[Fold]:
     """The folded pieces of a long prompt, in order; a short prompt has none.
 
@@ -74,8 +79,11 @@ def folds_of(
         relevance: Relevance in logits, ``[pos]``.
         greyed: One bool per token, ``[pos]``.
         tokens: The tokens as text, ``[pos]``; pieces begin and end at a line end if one is near.
+        messages: Position of the first token of each message of a chat, rising from 0, and its
+            name. No piece holds tokens of two messages then.
     """
-    ranges = ranges_of(np.abs(relevance), greyed, tokens)
+    starts = np.array([start for start, _ in messages], dtype=np.int64)
+    ranges = _cut(ranges_of(np.abs(relevance), greyed, tokens), starts)
     total, size = sums(relevance, ranges), sums(np.abs(relevance), ranges)
     folds = []
     for (first, last), piece_total, piece_size in zip(
@@ -83,8 +91,19 @@ def folds_of(
     ):
         inside = relevance[first : last + 1]
         largest = float(inside[np.abs(inside).argmax()])
-        folds.append(Fold(first, last, piece_total, piece_size, largest))
+        own = int(np.searchsorted(starts, first, side="right")) - 1
+        name = messages[own][1] if own >= 0 else ""
+        folds.append(Fold(first, last, piece_total, piece_size, largest, name))
     return folds
+
+
+def _cut(ranges: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The ranges, cut where a message begins inside one."""
+    pieces: list[tuple[int, int]] = []
+    for first, last in ranges.tolist():
+        inside = starts[(starts > first) & (starts <= last)].tolist()
+        pieces += [(a, b - 1) for a, b in zip([first, *inside], [*inside, last + 1], strict=True)]
+    return np.array(pieces, dtype=np.int64).reshape(-1, 2)
 
 
 def ranges_of(

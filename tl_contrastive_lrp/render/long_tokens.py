@@ -163,6 +163,7 @@ def _parts(
         fold = None
         if index < len(ranges):
             fold = {
+                "message": "",
                 "first": first,
                 "last": last,
                 "count": f"{last - first + 1:,} tokens",

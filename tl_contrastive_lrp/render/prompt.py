@@ -94,6 +94,7 @@ def parts(rows: Sequence[dict[str, Any]], folds: Sequence[Fold]) -> list[dict[st
                 "rows": rows[at : fold.first],
                 "fold": {
                     "index": index,
+                    "message": visible(fold.message) if fold.message else "",
                     "first": fold.first,
                     "last": fold.last,
                     "count": f"{fold.count:,} token{'s' * (fold.count != 1)}",

@@ -68,6 +68,8 @@ class Report:
         notes: Sentences for the end of the page.
         messages: Rows for the messages of a chat, shown above its tokens: ``share`` (of Δℓ) with a
             bar, ``token`` as a token; none for other prompts.
+        message_starts: Position of the first token of each of them, and its name: a long prompt is
+            folded within messages.
     """
 
     title: str
@@ -95,6 +97,7 @@ class Report:
     graph: GraphView | None = None
     notes: Sequence[str] = field(default=())
     messages: Rows = ()
+    message_starts: Sequence[tuple[int, str]] = ()
 
 
 def report_html(report: Report) -> str:
@@ -128,7 +131,7 @@ def report_html(report: Report) -> str:
     resid = _resid(report, len(words))
     rows = token_rows(words, ids, relevance, greyed, delta)
     long = len(words) > LONG
-    folds = folds_of(relevance, greyed, words)
+    folds = folds_of(relevance, greyed, words, report.message_starts)
     scripts = [_script(long)]
     if report.graph is not None:
         if list(report.graph.str_tokens) != words:
