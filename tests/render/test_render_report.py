@@ -14,6 +14,7 @@ from support.reports import contrast_ratio, hostile_report, planted_report
 
 from tl_contrastive_lrp.render import Report, report_html
 from tl_contrastive_lrp.render.scale import colours
+from tl_contrastive_lrp.render.tables import general
 
 
 def token_spans(html: str) -> list[dict[str, str]]:
@@ -115,3 +116,13 @@ def test_report_of_a_long_prompt_stays_small() -> None:
         heads=rng.standard_normal((28, 16, n)),
     )
     assert len(report_html(report).encode()) < 2_000_000
+
+
+def test_bars_of_shares_beyond_one_keep_their_proportions() -> None:
+    """Shares of a difference may be many times it; the largest has the full bar."""
+    table = general([{"share": 0.5}, {"share": -20.0}, {"share": None}, {"share": float("nan")}])
+    assert table is not None
+    assert [row[0].bar for row in table.rows] == [2.5, 100.0, None, 0.0]
+    small = general([{"share": 0.5}, {"share": -0.25}])
+    assert small is not None
+    assert [row[0].bar for row in small.rows] == [50.0, 25.0]

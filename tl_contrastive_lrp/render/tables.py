@@ -51,17 +51,21 @@ def general(rows: Sequence[Mapping[str, Any]]) -> Table | None:
     """A table whose columns are the keys of the rows, in order of first appearance.
 
     Integers and floats become right-aligned numbers, ``probability`` and ``share`` percentages
-    (``share`` with a bar), ``token`` a visible token, ``None`` a dash, and all else its text.
+    (``share`` with a bar), ``token`` a visible token, ``None`` a dash, and all else its text. A
+    full bar is 100 %, or the largest share if that is more.
     """
     if not rows:
         return None
+    shares = [abs(float(row["share"])) for row in rows if row.get("share") is not None]
+    full = max([1.0, *(share for share in shares if np.isfinite(share))])
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_cell(column, row.get(column)) for column in columns] for row in rows]
+    cells = [[_cell(column, row.get(column), full) for column in columns] for row in rows]
     numeric = [any(row[c].number for row in cells) for c in range(len(columns))]
     return Table([str(column) for column in columns], numeric, cells)
 
 
-def _cell(column: str, value: Any) -> Cell:
+def _cell(column: str, value: Any, full: float) -> Cell:
+    """A cell; ``full`` is the share of a full bar."""
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         value = value.item()  # a 0-d tensor or numpy number
     if value is None:
@@ -76,7 +80,7 @@ def _cell(column: str, value: Any) -> Cell:
     if column == "probability":
         return Cell(f"{100 * number:.2f} %", number=True)
     if column == "share":
-        width = min(100.0, 100 * abs(number)) if np.isfinite(number) else 0.0
+        width = 100 * abs(number) / full if np.isfinite(number) else 0.0
         return Cell(percent(number), number=True, bar=round(width, 1), positive=number >= 0)
     return Cell(signed(number), number=True)
 
