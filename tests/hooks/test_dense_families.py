@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mpmath
@@ -23,7 +23,14 @@ from tl_contrastive_lrp.rules.rule_sets import RULE_SETS
 F64 = torch.float64
 TOKENS = zoo.random_tokens()
 TARGET, CONTRAST = 7, 12
-mpmath.mp.dps = 60
+
+
+@pytest.fixture(autouse=True)
+def _digits() -> Iterator[None]:
+    """Decimal digits of mpmath, which holds them for all files."""
+    with mpmath.workdps(60):
+        yield
+
 
 # ---------------------------------------------------------------- ratios
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import mpmath
 import pytest
@@ -19,7 +19,12 @@ from tl_contrastive_lrp.rules.softmax import softmax_temperature
 
 # ---------------------------------------------------------------- activation ratios
 
-mpmath.mp.dps = 400  # ½(1 + tanh a) cancels: 1e-262 at −20
+
+@pytest.fixture(autouse=True)
+def _digits() -> Iterator[None]:
+    """Decimal digits of mpmath, which holds them for all files."""
+    with mpmath.workdps(400):  # ½(1 + tanh a) cancels: 1e-262 at −20
+        yield
 
 
 def _silu(x: mpmath.mpf) -> mpmath.mpf:
