@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.grids import diagonal
 from support.small_tiles import small_query_tiles
+from support.squares import Squares
 from support.zoo_expected import COVERED
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -96,26 +97,16 @@ def small_tiles() -> Iterator[None]:
 def test_the_pattern_is_never_computed(small_tiles: None) -> None:  # noqa: ARG001
     """No tensor of [query, key] is made on the way, not even a mask."""
     model, n = boot("qwen3", torch.float32), 61
-    ids, squares = random_tokens(1, n), []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and out.shape[-2:] == (n, n):
-                squares.append(str(func))
-            return out
-
+    ids = random_tokens(1, n)
     objective = clrp.logit_diff(model, 7, 11)
     clrp.attribute(model, ids, objective, attention="fused")  # audits the model first
-    with Watch():
+    with Squares(n) as squares:
         fused = clrp.attribute(model, ids, objective, attention="fused")
     assert fused.attention == "fused"
-    assert squares == []
-    with Watch():
+    assert squares.made == []
+    with Squares(n) as squares:
         clrp.attribute(model, ids, objective, attention="eager")
-    assert squares
+    assert squares.made
 
 
 @pytest.mark.parametrize("point", ["hook_pattern", "hook_attn_scores"])

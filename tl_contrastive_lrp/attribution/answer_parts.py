@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-SIDES = ("target", "contrast")
+from ..inputs.forced import SIDES
+
 _TENSORS = ("tokens", "resid", "heads", "token_ids", "special")
 
 
@@ -99,7 +100,7 @@ def tensors_of(answer: AnswerRelevance) -> dict[str, Tensor]:
 def facts_of(answer: AnswerRelevance) -> dict[str, Any]:
     """Everything else about both answers, as JSON."""
     sides = {side: getattr(answer, side) for side in SIDES}
-    facts = {
+    facts: dict[str, Any] = {
         side: {"str_tokens": list(one.str_tokens), "delta": one.delta}
         for side, one in sides.items()
     }

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from ..inputs.answers import AnswerDiff
 from ..inputs.facts import PromptFacts
-from ..inputs.forced import SIDES, AnswerRun, Side, extended, runs_of
+from ..inputs.forced import SIDES, AnswerRun, Side, both_ways, extended, runs_of
 from ..inputs.objective import logit_diff
 from .answer_parts import AnswerRelevance, AnswerSide
 from .ledger import Ledger
@@ -102,14 +102,9 @@ def _difference(
         pos=length - 1,
         earlier_pos=(),
         target_is_top=target is not None and target.target_is_top,
-        memory=both_ways([one.memory for _, one in results]),
-        attention=both_ways([one.attention for _, one in results]),
+        memory=both_ways(one.memory for _, one in results),
+        attention=both_ways(one.attention for _, one in results),
     )
-
-
-def both_ways(ways: list[str]) -> str:
-    """How two runs were computed, which may differ where their lengths do."""
-    return " and ".join(dict.fromkeys(ways))
 
 
 def _unread(

@@ -61,6 +61,7 @@ and an account of what is lost need the definition above.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
@@ -322,14 +323,13 @@ def _require_causal(result: Attribution) -> None:
 
 
 def _check_numbers(hops: object, least: object) -> None:
-    whole = isinstance(hops, Integral) and not isinstance(hops, bool)
-    if hops is not None and not (whole and hops >= 0):  # type: ignore[operator]
+    whole = isinstance(hops, Integral) and not isinstance(hops, bool) and int(hops) >= 0
+    if hops is not None and not whole:
         raise ValueError(
             f"hops={hops!r} must be a whole number, 0 or more, or None to go on until nothing is "
             "left on the reasoning."
         )
-    number = isinstance(least, Real) and not isinstance(least, bool)
-    if not (number and 0 <= float(least) < float("inf")):  # type: ignore[arg-type]
+    if isinstance(least, bool) or not isinstance(least, Real) or not 0 <= float(least) < math.inf:
         raise ValueError(
             f"least={least!r} must be a number of standard deviations, 0 or more, such as "
             "least=1.0."

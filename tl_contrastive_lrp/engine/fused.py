@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import UncoveredComponentError
 from ..hooks.attach import Attachment
+from ..hooks.families import COMPUTED_SCORES
 from ..hooks.placement import place
 from ..hooks.user_hooks import UserHook, user_hooks
 from ..inputs.bridge import components, hook_points
@@ -39,9 +40,6 @@ AttentionKind = Literal["auto", "fused", "eager"]
 _WORTH_LOGITS = 1 << 23
 
 _NEEDED = ("hook_attn_scores", "hook_pattern")
-# Components whose code computes with scores or pattern before the values come: biases by distance,
-# and casts. Deferred attention would compute them too; without it, memory is planned as it is used.
-_COMPUTED = {"ALiBiJointQKVAttentionBridge", "BloomAttentionBridge", "CodeGenAttentionBridge"}
 # Below so many tokens eager attention is a small share of a forward, and as fast.
 _WORTH_FROM = 256
 
@@ -84,9 +82,9 @@ class FusedBlocks:
         self,
         model: Any,
         attachments: Iterable[Attachment],
-        readings: Iterable[Reading],
+        readings: Collection[Reading],
         hooks: Iterable[UserHook],
-        without: Iterable[str] = (),
+        without: Collection[str] = (),
     ) -> None:
         self.model = model
         self.done: set[str] = set()
@@ -103,7 +101,7 @@ class FusedBlocks:
             for path, of_path in operations.items()
             if "softmax" in of_path
             and path not in without
-            and type(parts[path]).__name__ not in _COMPUTED
+            and type(parts[path]).__name__ not in COMPUTED_SCORES
             and not any(f"{path}.{name}" in names for name in _NEEDED)
             and not any(id(getattr(parts[path], name, None)) in read for name in _NEEDED)
             and not any(id(part) in hooked for part in _watched(parts[path]))
@@ -111,7 +109,7 @@ class FusedBlocks:
         self.hooked = {
             path
             for path in self.candidates
-            if any(id(part) in hooked for part in parts[path].modules())
+            if hooked and any(id(part) in hooked for part in parts[path].modules())
         }
         self.rows = {
             reading.name.rpartition(".")[0]: reading.sink

@@ -55,7 +55,7 @@ def _enter(table: Any, visible: Callable[..., Tensor]) -> None:
     global _entered, _ours
     with _lock:
         if not _entered:
-            _ours = table[_NAME] = _mask_function(table[_NAME], visible)
+            _ours = table[_NAME] = _Masks(table[_NAME], visible)
         _entered += 1
 
 
@@ -72,23 +72,28 @@ def _leave(table: Any) -> None:
                 table[_NAME] = ours.before
 
 
-def _mask_function(before: Callable[..., Any], visible: Callable[..., Tensor]) -> Any:
-    """The function that makes masks, given the one so far and the one that makes bool masks."""
+class _Masks:
+    """The function that makes masks: lazy ones where they are wanted, else as before.
 
-    def mask(*args: Any, **kwargs: Any) -> Any:
-        known = not args and not kwargs.get("use_vmap")
+    Attributes:
+        before: The function so far.
+        visible: Transformers' own, which makes bool masks.
+    """
+
+    def __init__(self, before: Callable[..., Any], visible: Callable[..., Tensor]) -> None:
+        self.before, self.visible = before, visible
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        known = not args and "q_length" in kwargs and not kwargs.get("use_vmap")
         if not _here.depth or not known or kwargs.get("allow_is_bidirectional_skip"):
-            return before(*args, **kwargs)
+            return self.before(*args, **kwargs)
         given = dict(kwargs)
         queries, offset = given.pop("q_length"), given.pop("q_offset", 0)
         dtype = given.pop("dtype", torch.float32)
         given["allow_is_causal_skip"] = False
 
         def rows(start: int, stop: int) -> Tensor:
-            return visible(q_length=stop - start, q_offset=offset + start, **given)
+            return self.visible(q_length=stop - start, q_offset=offset + start, **given)
 
         shape = (kwargs["batch_size"], 1, queries, kwargs["kv_length"])
         return LazyMask(shape, dtype, torch.device(kwargs.get("device", "cpu")), rows)
-
-    mask.before = before  # type: ignore[attr-defined]
-    return mask

@@ -2,10 +2,10 @@
 
 The plain engine (``plain.py``) keeps the attention of every block for one backward pass: some
 tensors of shape [head, pos, pos], and some of [pos, d_model] and [pos, d_mlp], per block. Where
-attention is fused (``fused.py``), a block keeps none of the former, and the masks are what is left
-of the square of the prompt. The tiled engine (``tiled/``) keeps only block inputs, keys and values,
-with fused attention also what it gave, and the activations of one tile. ``run_as_planned`` is the
-one place where a plan becomes a run in tiles, or a plain run where tiles do not work after all.
+attention is fused (``fused.py``), a block keeps none of the former. The tiled engine (``tiled/``)
+keeps only block inputs, keys and values, with fused attention also what it gave, and the
+activations of one tile. ``run_as_planned`` is the one place where a plan becomes a run in tiles, or
+a plain run where tiles do not work after all.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _NEURONS = 8.0  # [pos, d_mlp] tensors per block
 # Float32 tensors of [head, pos, pos] that a forward without gradients holds at its peak. Measured
 # on eight heads: 2.5 such tensors in all at 2,048 tokens, 2.3 at 4,096; more with soft-caps.
 _FORWARD_PEAK = 4.0
-# Tensors of [pos, pos] (the model's mask, and what compares it) where all attention is fused.
-# Measured on two and six blocks of width 576 (attnlrp, gim): 653 and 1,746 MiB at 4,096 tokens,
-# 301 and 850 at 2,048, so 68 KB per block and position, of which widths and neurons below allow
-# 110, and 107 MiB, 1.6 such tensors, besides:
+# Tensors of [pos, pos] that are allowed for where all attention is fused: a mask that the model
+# makes itself. Where transformers is asked for it by rows there is none. Measured on two blocks of
+# width 576 (gim): 311, 650 and 1,214 MiB at 2,048, 4,096 and 8,192 tokens, which is 78 KB per block
+# and position, of which widths and neurons below allow 110:
 #   attribute(model, ids, objective, memory="plain", attention="fused") with benchmarks/_models.py's
-#   random_bridge(2 or 6, 576, 8, n), resident memory before and at its highest
-_MASKS = 3.0
+#   random_bridge(2, 576, 8, 8192), resident memory before and at its highest
+_MASKS = 1.0
 _FORWARD_WIDTHS = 8.0  # [pos, d_model] tensors
 _FORWARD_NEURONS = 3.0  # [pos, d_mlp] tensors
 _SAFE = 0.7  # share of the free memory that may be used

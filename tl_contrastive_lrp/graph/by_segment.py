@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..inputs.segments import How, divide
-from .columns import ORDER
+from .columns import ORDER, added_up
 from .data import GraphData
 
 GraphT = TypeVar("GraphT", bound=GraphData)
@@ -65,24 +65,7 @@ def _summed(values: Float[Tensor, "..."], of_token: Int[Tensor, " pos"], axis: i
 
 def _edges(graph: GraphData, of_token: Int[Tensor, " pos"]) -> dict[str, Any]:
     """The columns of edges between segments, in order; weights are added up in float64."""
-    names = [name for name in ORDER if getattr(graph, name) is not None]
-    columns = {name: getattr(graph, name) for name in names}
+    columns = {name: getattr(graph, name) for name in ORDER if getattr(graph, name) is not None}
     for name in ("source_pos", "target_pos"):
         columns[name] = of_token[columns[name].long()].to(columns[name].dtype)
-    # One number for each edge, which rises in the graph's order; heads begin at -1.
-    lowest = [int(columns[name].min()) if len(graph.weight) else 0 for name in names]
-    widths = [
-        int(columns[name].max()) - low + 1 if len(graph.weight) else 1
-        for name, low in zip(names, lowest, strict=True)
-    ]
-    number = torch.zeros(len(graph.weight), dtype=torch.int64)
-    for name, low, width in zip(names, lowest, widths, strict=True):
-        number = number * width + (columns[name].long() - low)
-    ends, edge = torch.unique(number, return_inverse=True)
-    weight = torch.zeros(len(ends), dtype=torch.float64)
-    weight.index_add_(0, edge, graph.weight.double())
-    kept: dict[str, Any] = {}
-    for name, low, width in reversed(list(zip(names, lowest, widths, strict=True))):
-        kept[name] = (ends % width + low).to(columns[name].dtype)
-        ends = ends // width
-    return kept | {"weight": weight}
+    return added_up(columns, graph.weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -197,6 +197,35 @@ def first_disorder(keys: Sequence[Int[Tensor, " edge"]]) -> int | None:
         later |= equal & (key[:-1] < key[1:])
         equal &= key[:-1] == key[1:]
     return None if later.all() else int(torch.nonzero(~later)[0]) + 1
+
+
+def added_up(
+    columns: Mapping[str, Int[Tensor, " edge"]], weight: Float[Tensor, " edge"]
+) -> dict[str, Tensor]:
+    """Edges of which those with the same ends, head and path are added up, in order.
+
+    Args:
+        columns: The integer columns, in ``ORDER``.
+        weight: The weights.
+
+    Returns:
+        The columns, in the types that they came in, and ``weight`` in float64.
+    """
+    # One number for each edge, which rises in the graph's order; heads begin at -1.
+    ranges = {
+        name: (int(column.min()), int(column.max()) + 1) if len(weight) else (0, 1)
+        for name, column in columns.items()
+    }
+    number = torch.zeros(len(weight), dtype=torch.int64)
+    for name, (low, end) in ranges.items():
+        number = number * (end - low) + (columns[name].long() - low)
+    rest, edge = torch.unique(number, return_inverse=True)
+    total = torch.zeros(len(rest), dtype=torch.float64).index_add_(0, edge, weight.double())
+    found: dict[str, Tensor] = {}
+    for name, (low, end) in reversed(ranges.items()):
+        found[name] = (rest % (end - low) + low).to(columns[name].dtype)
+        rest = rest // (end - low)
+    return {**found, "weight": total}
 
 
 def slots(

@@ -76,3 +76,9 @@ WRITTEN_OUT = frozenset({"ModernBertDecoderMLP", "RobertaLMHead", "NativeMLP", "
 
 # Attention that adds a bias of its own to query·key, so that the scores are not linear in the keys.
 _BIASED_SCORES = ("ALiBiJointQKVAttentionBridge", "BloomAttentionBridge")
+
+# Attention whose code does something to its scores or pattern that deferred attention has no record
+# of (biases by distance, casts), so that it is computed as written; memory is planned accordingly.
+COMPUTED_SCORES = frozenset(
+    {"ALiBiJointQKVAttentionBridge", "BloomAttentionBridge", "CodeGenAttentionBridge"}
+)

@@ -7,6 +7,7 @@ combined by the rooms above, where everything after the prompt belongs to one an
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -124,3 +125,8 @@ def runs_of(
 def labelled(side: Side, str_tokens: tuple[str, ...]) -> tuple[str, ...]:
     """An answer's tokens in a picture or graph that has both answers after the prompt."""
     return tuple(f"[{side}]{text}" for text in str_tokens)
+
+
+def both_ways(ways: Iterable[str]) -> str:
+    """How the runs were computed, which may differ where their lengths do."""
+    return " and ".join(dict.fromkeys(ways))

@@ -36,7 +36,7 @@ from .visible import TileKeys, VisibleKeys
 
 # Numbers of one [head, tile, key] tensor in the backward: several of them fit into a processor's
 # last cache, and into a small part of a GPU's memory.
-_NUMBERS = {"cpu": 1 << 21, "other": 1 << 27}
+_NUMBERS, _NUMBERS_ON_CPU = 1 << 27, 1 << 21
 _TILES = (16, 128)  # the smallest and the largest tile on a processor
 _FORWARD_TILE = 256  # queries in one call of fused attention, where keys are hidden otherwise
 
@@ -193,9 +193,10 @@ def _tiles(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:
     """The bounds of the tiles, from the last to the first."""
     batch, heads, queries, _ = q.shape
     least, most = _TILES
+    numbers = _NUMBERS_ON_CPU
     if q.device.type != "cpu":
-        most = queries
-    room = _NUMBERS.get(q.device.type, _NUMBERS["other"]) // (batch * heads * k.shape[-2])
+        most, numbers = queries, _NUMBERS
+    room = numbers // (batch * heads * k.shape[-2])
     size = max(least, min(most, room // least * least))
     for stop in range(queries, 0, -size):
         yield max(stop - size, 0), stop
@@ -312,9 +313,12 @@ class _Backward:
         dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
         tiles = list(_tiles(q, k))
         size = max(stop - start for start, stop in tiles)
+        # What goes back only to the values needs the pattern alone.
+        beyond = dq is not None or attention.rows is not None
+        with_share = beyond and (attention.rows is not None or attention.temperature is None)
         buffers = [
             keys.new_empty(batch * heads * size * k.shape[-2])
-            for _ in range(5 if self.to_products else 4)
+            for _ in range(2 + beyond + with_share + (dq is not None))
         ]
         for start, stop in tiles:
             seen = _seen(attention, start, stop, keys.dtype)
@@ -323,20 +327,22 @@ class _Backward:
             q_t = _by_key_head(q[:, :, start:stop], kv_heads) * attention.scale
             g_t = _by_key_head(g[:, :, start:stop], kv_heads)
             k_t, v_t = keys[:, own], values[:, own]
-            at = [
+            spare = iter(
                 buffer[: q_t.shape[0] * q_t.shape[1] * shape[-1]].view(*q_t.shape[:2], shape[-1])
                 for buffer in buffers
-            ]
-            products = torch.bmm(q_t, k_t.mT, out=at[0])
-            scores = _scores(products, attention, seen, shape, at[1])
+            )
+            products = torch.bmm(q_t, k_t.mT, out=next(spare))
+            scores = _scores(products, attention, seen, shape, next(spare))
             pattern, sink = _softmax(scores, attention.sinks, shape)
-            to_pattern = torch.bmm(g_t, v_t.mT, out=at[2])
-            share = torch.mul(pattern, to_pattern, out=at[3])
             if self.to_values:
                 dv[:, own].baddbmm_(pattern.mT, g_t)
+            if not beyond:
+                continue
+            to_pattern = torch.bmm(g_t, v_t.mT, out=next(spare))
+            share = torch.mul(pattern, to_pattern, out=next(spare)) if with_share else None
             to_products = None
-            if self.to_products and dq is not None:
-                to_products = self._through_softmax(pattern, to_pattern, share, sink, at[4])
+            if dq is not None:
+                to_products = self._through_softmax(pattern, to_pattern, share, sink, next(spare))
                 if attention.softcap is not None:
                     to_products.mul_(_slope(products, attention.softcap))
                 dq[:, :, start:stop] = rearrange(
@@ -346,7 +352,7 @@ class _Backward:
                     query=stop - start,
                 ).mul_(attention.scale)
                 dk[:, own].baddbmm_(to_products.mT, q_t)
-            if attention.rows is not None:
+            if attention.rows is not None and share is not None:
                 by_head = (batch * heads, stop - start, -1)
                 rows = Rows(
                     start=start,
@@ -364,11 +370,12 @@ class _Backward:
         return dq, dk.view(k.shape), dv.view(v.shape)
 
     def _through_softmax(
-        self, pattern: Tensor, to_pattern: Tensor, share: Tensor, sink: Any, out: Tensor
+        self, pattern: Tensor, to_pattern: Tensor, share: Tensor | None, sink: Any, out: Tensor
     ) -> Tensor:
-        """The gradient at the scores, in the memory of ``out``."""
+        """The gradient at the scores, in the memory of ``out``; ``share`` is pattern ⊙ ĝ."""
         temperature = self.attention.temperature
         if temperature is None:
+            assert share is not None
             return torch.addcmul(share, pattern, share.sum(-1, keepdim=True), value=-1.0, out=out)
         tempered = torch.pow(pattern, 1.0 / temperature, out=out)
         total = tempered.sum(-1, keepdim=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.grids import diagonal
 from support.small_tiles import small_query_tiles
+from support.squares import Squares
 from support.zoo_expected import COVERED
 from torch import Tensor
 from truth import zoo
@@ -165,23 +166,13 @@ def test_a_pattern_that_is_needed_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_square_matrix_is_made() -> None:
     model, n = boot("qwen3", torch.float32), 61
-    ids, squares = random_tokens(1, n), []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and out.shape[-2:] == (n, n):
-                squares.append(str(func))
-            return out
-
+    ids = random_tokens(1, n)
     objective = clrp.logit_diff(model, 7, 11)
     both(model, ids, objective, mass=0.85)  # audits the model, and checks its closed form
-    with Watch(), small_query_tiles():
+    with Squares(n) as squares, small_query_tiles():
         graph = clrp.attribution_graph(model, ids, objective, mass=0.85, attention="fused")
     assert graph.attention == "fused"
-    assert squares == []
+    assert squares.made == []
 
 
 def hooks_of(model: Any) -> list[int]:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ...inputs.answers import AnswerDiff
 from ...inputs.facts import PromptFacts
-from ...inputs.forced import AnswerRun, Side, labelled, runs_of, with_answer
+from ...inputs.forced import AnswerRun, Side, both_ways, labelled, runs_of, with_answer
 from ...inputs.objective import logit_diff
-from ..columns import ORDER
+from ..columns import ORDER, added_up
 from ..graph import AttributionGraph
 from ..pruning import PruneRule
 
@@ -105,11 +105,10 @@ def _difference(
         [
             _columns(graph, run.sign, length, start)
             for (run, graph), start in zip(graphs, starts, strict=False)
-        ],
-        len(any_graph.sites), length + starts[-1],
-    )  # fmt: skip
+        ]
+    )
     if node_threshold:
-        target = relevance[columns["target_site"], columns["target_pos"]]
+        target = relevance[columns["target_site"].long(), columns["target_pos"].long()]
         live = target.abs() > node_threshold
         columns = {name: column[live] for name, column in columns.items()}
     facts: dict[str, Any] = {
@@ -136,54 +135,24 @@ def _difference(
         target=answers.texts[0],
         contrast=answers.texts[1],
         node_threshold=float(node_threshold),
-        memory=" and ".join(dict.fromkeys(graph.memory for _, graph in graphs)),
-        attention=" and ".join(dict.fromkeys(graph.attention for _, graph in graphs)),
+        memory=both_ways(graph.memory for _, graph in graphs),
+        attention=both_ways(graph.attention for _, graph in graphs),
     )
 
 
-def _columns(
-    graph: AttributionGraph, sign: int, length: int, start: int
-) -> dict[str, Tensor | None]:
+def _columns(graph: AttributionGraph, sign: int, length: int, start: int) -> dict[str, Tensor]:
     """The edges of one answer's graph, its own positions moved behind those of earlier answers."""
-    columns: dict[str, Tensor | None] = {
-        name: None if getattr(graph, name) is None else getattr(graph, name).long()
-        for name in ORDER
-    }
+    columns = {name: getattr(graph, name) for name in ORDER if getattr(graph, name) is not None}
     for name in ("source_pos", "target_pos"):
-        at = columns[name]
-        assert at is not None
-        columns[name] = torch.where(at < length, at, at + start)
+        columns[name] = torch.where(columns[name] < length, columns[name], columns[name] + start)
     return {**columns, "weight": sign * graph.weight}
 
 
-def _summed(parts: list[dict[str, Tensor | None]], sites: int, length: int) -> dict[str, Tensor]:
-    """The edges of several graphs as one set: those with the same ends added up, no zeros.
-
-    Args:
-        parts: The columns of each graph.
-        sites: Number of sites.
-        length: Number of positions.
-    """
-    columns = {
-        name: torch.cat([part[name] for part in parts])  # type: ignore[misc]
-        for name in (*ORDER, "weight")
-        if parts[0][name] is not None
-    }
+def _summed(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The edges of several graphs as one set: those with the same ends added up, no zeros."""
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     weight = columns.pop("weight")
-    sizes = {"target_site": sites, "source_site": sites, "target_pos": length, "source_pos": length}
-    if "head" in columns:
-        columns["head"] = columns["head"] + 1
-        sizes |= {"head": int(columns["head"].amax()) + 1 if len(weight) else 1, "path": 3}
-    key = torch.zeros(len(weight), dtype=torch.int64)
-    for name, size in sizes.items():
-        key = key * size + columns[name]
-    keys, which = torch.unique(key, return_inverse=True)
-    total = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, which, weight.double())
-    total = total.to(weight.dtype)
-    kept = total != 0
-    rest, found = keys[kept], {"weight": total[kept]}
-    for name, size in reversed(sizes.items()):
-        found[name], rest = rest % size, rest // size
-    if "head" in found:
-        found["head"] = found["head"] - 1
-    return found
+    found = added_up(columns, weight)
+    found["weight"] = found["weight"].to(weight.dtype)
+    kept = found["weight"] != 0
+    return {name: column[kept] for name, column in found.items()}

@@ -422,20 +422,15 @@ class AttentionReader:
             products = _by_group(rows.q, self._products.keys[:, own])
         if rows.start == 0:  # the last tile
             self._products = None
-        split = target.heads > 0
-        by_value = value.clone() if split and value is rows.share else value
-        key = None if rows.to_products is None else rows.to_products * products if split else None
-        if key is not None:
-            key.mul_(factor)
-            total = by_value.sum(0).add_(key.sum(0))
-        elif rows.to_products is None:
-            total = value.sum(0)
-        else:
-            total = value.addcmul_(rows.to_products, products, value=factor).sum(0)
-        if not split:
-            target.add(rows.start, rows.first, total)
-        else:
-            target.add(rows.start, rows.first, total, by_value, key)
+        to_products = rows.to_products
+        if target.heads:
+            key = None if to_products is None else (to_products * products).mul_(factor)
+            total = value.sum(0) if key is None else value.sum(0).add_(key.sum(0))
+            target.add(rows.start, rows.first, total, value, key)
+            return
+        if to_products is not None:
+            value.addcmul_(to_products, products, value=factor)
+        target.add(rows.start, rows.first, value.sum(0))
 
 
 def _by_group(
