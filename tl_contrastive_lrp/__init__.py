@@ -163,6 +163,7 @@ _SUBMODULES = {
     "faithfulness": ".evaluation.faithfulness",
     "patching": ".evaluation.patching",
     "rules": ".rules",
+    "study": ".study",
 }
 
 

@@ -1,0 +1,1 @@
+"""Where items and verdicts come from: one file a benchmark."""
