@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import PromptError
 from tl_contrastive_lrp.evaluation.circuits.results import CircuitCurve, CircuitFaithfulness
 from tl_contrastive_lrp.evaluation.circuits.runs import reference_states
+from tl_contrastive_lrp.evaluation.circuits.setting import CircuitSetting
 
 # reference states
 
@@ -163,7 +165,7 @@ def test_what_is_said() -> None:
         "states) to +4.000 (all)"
     )
     assert str(CircuitCurve("gim", (replace(point, edges_kept=0, delta=2.0), point))) == (
-        "gim: CPR 0.062, CMD 0.188 (2 circuits)"
+        "gim: CPR 0.062, CMD 0.188 (2 circuits, Δℓ +2.000 from no edge to all)"
     )
 
 
@@ -173,3 +175,22 @@ def test_plot_holds_the_curve() -> None:
     points = (point, replace(point, edges_kept=25, delta=3.0), replace(point, edges_kept=100))
     (line,) = CircuitCurve("gim", points).plot().data
     assert (line.name, list(line.x), list(line.y)) == ("gim", [0.25, 1.0], [0.5, 0.0])
+
+
+@pytest.mark.parametrize(("gap", "warns"), [(0.05, True), (0.5, False)])
+def test_a_gap_that_is_nearly_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch, gap: float, warns: bool
+) -> None:
+    """Δℓ of 2 with no edge, 2 + gap with all, 3 with half: 1 / gap of the difference."""
+    model, graph = circuit_graph("qwen3")
+    setting = CircuitSetting.of(
+        model, graph, clrp.logit_diff(model, **ASKED), CORRUPTED, None, 8, None
+    )
+    deltas = iter([2.0, 2.0 + gap, 3.0])
+    monkeypatch.setattr(CircuitSetting, "_delta", lambda *_: next(deltas))
+    keep = torch.zeros(1, setting.space.size, dtype=torch.bool)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        point = setting.measure(keep, 8, progress=False)[0]
+    assert point.recovered == pytest.approx(1 / gap)
+    assert [("mean little" in str(one.message)) for one in caught] == [True] * warns

@@ -14,6 +14,7 @@ from truth.families import boot, hf_model, random_tokens, true_float64
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import PromptError
 from tl_contrastive_lrp.evaluation.faithfulness import BASELINES, FaithfulnessCurves
+from tl_contrastive_lrp.hooks.user_hooks import as_own
 
 TOKENS = random_tokens()  # BOS and 8 more
 TOKENS[0, 4] = 2  # an EOS in the middle: special, never removed
@@ -247,3 +248,37 @@ def test_what_cannot_be_right_is_refused() -> None:
         clrp.faithfulness_curves(boot("qwen3"), TOKENS, SCORES, lambda z: 0.0 * z.sum(), **QUIET)
     with pytest.raises(TypeError, match="TransformerBridge"):
         clrp.faithfulness_curves(hf_model("qwen3"), TOKENS, SCORES, delta_of)
+
+
+def test_only_the_logits_that_are_read_are_computed() -> None:
+    """Of a located objective; a plain function, and a hook at the unembedding, see all of them."""
+    model = boot("llama")
+    rows: list[tuple[int, int]] = []
+    spied = model.unembed.register_forward_hook(
+        as_own(lambda *given: rows.append(tuple(given[2].shape[:2])))
+    )
+    try:
+        located = clrp.faithfulness_curves(model, TOKENS, SCORES, **ASKED, **QUIET)
+        assert {pos for _, pos in rows} == {1}
+        rows.clear()
+        opaque = clrp.faithfulness_curves(model, TOKENS, SCORES, delta_of, **QUIET)
+        assert {pos for _, pos in rows} == {N}
+        seen: list[tuple[int, ...]] = []
+        rows.clear()
+        with model.hooks([("unembed.hook_in", lambda x, **_: seen.append(tuple(x.shape)))]):
+            hooked = clrp.faithfulness_curves(model, TOKENS, SCORES, **ASKED, **QUIET)
+        assert {shape[1] for shape in seen} == {N}
+    finally:
+        spied.remove()
+    for other in (opaque, hooked):  # logits of a batch of rows round as those of one do, nearly
+        assert torch.allclose(located.morf, other.morf, atol=1e-4)
+        assert torch.allclose(located.lerf, other.lerf, atol=1e-4)
+
+
+def test_a_span_is_read_at_its_positions() -> None:
+    model = boot("llama")
+    span = clrp.span_logit(model, TOKENS, span=(5, 8), against="mean")
+    with true_float64(model):
+        curves = clrp.faithfulness_curves(model, TOKENS, SCORES, span, **QUIET)
+        plain = clrp.faithfulness_curves(model, TOKENS, SCORES, lambda x: span(x), **QUIET)
+    assert torch.allclose(curves.morf, plain.morf, atol=1e-9)

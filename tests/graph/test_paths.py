@@ -135,7 +135,10 @@ def test_strengths_by_hand() -> None:
         "→ [block 1 head 1 value] ' t2' @2"
     )
     assert str(actual[2]) == "+0.3000 (15.0% of Δℓ): ' t2' @2 → stays there"
-    assert str(actual).endswith("4 paths from the first site reach the final node.")
+    assert str(actual).endswith(
+        "4 paths from the first site reach the final node.\n"
+        "All paths from the first token and special tokens: +1.2000 (60.0% of Δℓ)."
+    )
     frame = actual.to_frame()
     assert len(frame) == 12
     second = frame[frame["path"] == 1]
@@ -189,6 +192,23 @@ def test_a_node_whose_edges_cancel_is_closed_and_said_so() -> None:
     relevance[1, 0] = -2e-3
     opened = dataclasses.replace(graph, relevance=relevance).paths(1)[0]
     assert opened.strength == pytest.approx(-1.0)  # 2.0 · 1.5/2 · −1.0/1.5
+
+
+@given(edge_lists(), st.integers(1, 8))
+def test_sinks_can_be_left_out_and_are_added_up(case: Any, k: int) -> None:
+    """The first token and special ones, against all paths gone through one by one."""
+    edges, sites, pos, split = case
+    graph = made(edges, sites, pos, split=split)
+    special = torch.zeros(pos, dtype=torch.bool)
+    special[-1] = True
+    graph = dataclasses.replace(graph, special=special)
+    every = [(strength, graph.source_pos[path[0]].item()) for strength, path in brute_force(graph)]
+    others = sorted((abs(v) for v, start in every if start not in (0, pos - 1)), reverse=True)
+    kept, all_paths = graph.paths(k, special=False), graph.paths(k)
+    assert [abs(path.strength) for path in kept] == pytest.approx(others[:k], rel=1e-9)
+    assert all(path.positions[0] not in (0, pos - 1) for path in kept)
+    sinks = math.fsum(v for v, start in every if start in (0, pos - 1))
+    assert all_paths.special == kept.special == pytest.approx(sinks, rel=1e-9, abs=1e-12)
 
 
 def test_no_path_at_all() -> None:

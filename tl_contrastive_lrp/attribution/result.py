@@ -164,6 +164,21 @@ class Attribution:
         greyed[0] = True
         return greyed
 
+    @property
+    def sink_share(self) -> float:
+        """The share of Δℓ at the first token and at special tokens (NaN where Δℓ is 0).
+
+        Attention heads with nothing to do look there, so this relevance says little about the
+        prompt: the "BOS bias" of arXiv:2604.17761.
+
+        Example:
+            >>> beside = float(result.tokens.double()[~result.greyed].sum()) / result.delta
+            >>> abs(result.sink_share + beside - result.ledger.share_to_tokens) < 1e-4
+            True
+        """
+        sinks = float(self.tokens.double()[self.greyed].sum())
+        return sinks / self.delta if self.delta else float("nan")
+
     def to_frame(self) -> pd.DataFrame:
         """The input tokens as a table, in the order of the prompt.
 

@@ -119,7 +119,8 @@ def print_explained(explained: Explained, output: Output, decisive: Sequence[int
         print_out("* special or first token: shown grey in the report and left out of its colours.")
     print_out(
         f"These are the {len(rows)} of {n} tokens with the largest relevance; all {n} together "
-        f"carry {_percent(result.ledger.share_to_tokens)} of Δℓ."
+        f"carry {_percent(result.ledger.share_to_tokens)} of Δℓ, the first token and the special "
+        f"tokens {_percent(result.sink_share)}."
     )
     if result.segments:
         _print_messages(result)

@@ -259,7 +259,7 @@ class AttributionGraph(GraphData):
         columns: dict[str, Any] = {name: getattr(self, name)[mask] for name in names}
         return replace(self, **columns, history=(*self.history, *steps))
 
-    def paths(self, k: int = 10) -> Paths:
+    def paths(self, k: int = 10, *, special: bool = True) -> Paths:
         """The strongest paths from the first site to a final node.
 
         A path's strength, in logits and signed as the objective, is the relevance that arrives at
@@ -268,6 +268,9 @@ class AttributionGraph(GraphData):
 
         Args:
             k: The number of paths; fewer are returned if the graph has fewer.
+            special: Whether paths may start at the first token and at special tokens, where
+                attention of deep models rests without saying anything about the prompt. ``Paths``
+                says in either case how much of Δℓ all of these paths carry.
 
         Returns:
             The paths by |strength|, largest first.
@@ -282,7 +285,7 @@ class AttributionGraph(GraphData):
         """
         from .paths import strongest_paths
 
-        return strongest_paths(self, k)
+        return strongest_paths(self, k, special)
 
     # ------------------------------------------------------------ numbers
 

@@ -21,6 +21,10 @@ less than ``CANCELLED`` of its edges' Σ|w| has no reliable sign: no path goes t
 If an objective is a function of several positions, each of them is a final node and paths go down
 from all of them.
 
+**Sinks.** Attention heads with nothing to do look at the first token or a special one, so the
+strongest paths of a deep model often start there and say nothing about the prompt. Such paths can
+be left out; ``Paths.special`` is the sum of the strengths of all of them, the graph's "BOS bias".
+
 Pruning removes edges from Σ|w| but never from R(n): a path of a pruned graph has at least the
 |strength| that it has in the full graph, and at most that of the product of the factors w / R(n).
 """
@@ -35,7 +39,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..render.text import with_parts
@@ -133,6 +137,9 @@ class Paths:
         delta: Δℓ in logits.
         requested: How many paths were requested; there may be fewer.
         closed: Number of nodes that no path goes through, because their edges cancel.
+        special: Σ strength, in logits, of all paths of the graph that start at the first token or
+            at a special one, whether they are among ``paths`` or not.
+        left_out: Whether such paths were left out.
 
     Example:
         >>> paths = graph.paths(5)
@@ -144,6 +151,8 @@ class Paths:
     delta: float
     requested: int
     closed: int
+    special: float = 0.0
+    left_out: bool = False
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -192,7 +201,16 @@ class Paths:
     def __str__(self) -> str:
         lines = [f"{i + 1}. {path}" for i, path in enumerate(self.paths)]
         if len(self.paths) < self.requested:
-            lines.append(f"{len(self.paths)} paths from the first site reach the final node.")
+            which = " that start at other tokens" if self.left_out else ""
+            lines.append(
+                f"{len(self.paths)} paths from the first site{which} reach the final node."
+            )
+        if self.special and self.delta:
+            lines.append(
+                f"All paths from the first token and special tokens: {self.special:+.4f} "
+                f"({self.special / self.delta:.1%} of Δℓ)"
+                + (", left out here." if self.left_out else ".")
+            )
         if self.closed:
             lines.append(
                 f"No path goes through {self.closed} nodes whose edges cancel "
@@ -201,7 +219,7 @@ class Paths:
         return "\n".join(lines)
 
 
-def strongest_paths(graph: GraphData, k: int = 10) -> Paths:
+def strongest_paths(graph: GraphData, k: int = 10, special: bool = True) -> Paths:
     """The ``k`` paths of largest |strength| from the first site to a final node.
 
     The result is exact. Dynamic programming gives the largest product from the input up to each
@@ -212,6 +230,7 @@ def strongest_paths(graph: GraphData, k: int = 10) -> Paths:
     Args:
         graph: Any graph; on one split by heads, edges of different heads make different paths.
         k: The number of paths; fewer are returned if the graph has fewer.
+        special: Whether paths may start at the first token and at special tokens.
 
     Raises:
         ValueError: ``k`` is not a whole number, or below 1.
@@ -220,11 +239,26 @@ def strongest_paths(graph: GraphData, k: int = 10) -> Paths:
         raise ValueError(f"k={k} must be a whole number, 1 or more.")
     shares, closed = _edge_shares(graph)
     size = shares.abs().log_()
-    best = _best(graph, size)
+    sinks = graph.special.clone()
+    sinks[0] |= not graph.of_segments  # the first segment is no sink, the first token is
+    best = _best(graph, size, None if special else sinks)
     texts = with_parts(graph.str_tokens)
     edges_by_path = _descend(graph, size, best, _starts(graph), k)
     paths = tuple(_path(graph, edges, shares, texts) for edges in edges_by_path)
-    return Paths(paths, graph.delta, k, closed)
+    return Paths(
+        paths, graph.delta, k, closed, float(_arriving(graph, shares)[sinks].sum()), not special
+    )
+
+
+def _arriving(graph: GraphData, shares: Float[Tensor, " edge"]) -> Float[Tensor, " pos"]:
+    """The sum of the strengths of all paths that start at each input node, in logits."""
+    strength = torch.zeros(graph.relevance.shape, dtype=torch.float64)
+    finals = list(graph.final_positions)
+    strength[-1, finals] = graph.relevance[-1, finals].double()
+    for (source, target), part in reversed(graph.slices.items()):  # targets fall: complete
+        sent = shares[part] * strength[target][graph.target_pos[part].long()]
+        strength[source].index_add_(0, graph.source_pos[part].long(), sent)
+    return strength[0]
 
 
 def _starts(graph: GraphData) -> list[tuple[int, float]]:
@@ -259,11 +293,15 @@ def _edge_shares(graph: GraphData) -> tuple[Float[Tensor, " edge"], int]:
     return shares, int(closed.sum())
 
 
-def _best(graph: GraphData, size: Float[Tensor, " edge"]) -> Float[Tensor, " node"]:
-    """Per node, the largest Σ log |share| of a path from the first site, or -inf."""
+def _best(
+    graph: GraphData, size: Float[Tensor, " edge"], closed: Bool[Tensor, " pos"] | None
+) -> Float[Tensor, " node"]:
+    """Per node, the largest Σ log |share| of a path from an open token of the first site."""
     n = len(graph.str_tokens)
     best = torch.full((len(graph.sites), n), -torch.inf, dtype=torch.float64)
     best[0] = 0.0
+    if closed is not None:
+        best[0, closed] = -torch.inf
     for (source, target), part in graph.slices.items():  # targets rise, so sources are complete
         through = size[part] + best[source][graph.source_pos[part].long()]
         best[target].scatter_reduce_(0, graph.target_pos[part].long(), through, "amax")

@@ -77,7 +77,7 @@ class CircuitCurve:
     Example:
         >>> circuits = [clrp.CircuitFaithfulness(k, 2, 1.0 * k, 2.0, 0.0, "mean") for k in range(3)]
         >>> print(clrp.CircuitCurve("gim", tuple(circuits)))
-        gim: CPR 0.500, CMD 0.500 (3 circuits)
+        gim: CPR 0.500, CMD 0.500 (3 circuits, Δℓ +2.000 from no edge to all)
     """
 
     name: str
@@ -106,6 +106,21 @@ class CircuitCurve:
             True
         """
         return _area([(p.share, abs(1.0 - p.recovered)) for p in self.points])
+
+    @property
+    def gap(self) -> float:
+        """Δℓ with every edge minus Δℓ with none, in logits; all shares are divided by it.
+
+        Where it is near 0, shares, ``cpr`` and ``cmd`` mean little, and ``circuit_curve`` warns.
+
+        Example:
+            >>> circuits = [
+            ...     clrp.CircuitFaithfulness(k, 2, 1.0 * k, 2.0, 0.5, "mean") for k in range(3)
+            ... ]
+            >>> clrp.CircuitCurve("attnlrp", tuple(circuits)).gap
+            1.5
+        """
+        return self.points[0].delta_full - self.points[0].delta_empty
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per circuit: name, edges, share, delta (logits), recovered.
@@ -146,7 +161,10 @@ class CircuitCurve:
         )
 
     def __str__(self) -> str:
-        return f"{self.name}: CPR {self.cpr:.3f}, CMD {self.cmd:.3f} ({len(self.points)} circuits)"
+        return (
+            f"{self.name}: CPR {self.cpr:.3f}, CMD {self.cmd:.3f} ({len(self.points)} circuits, "
+            f"Δℓ {self.gap:+.3f} from no edge to all)"
+        )
 
 
 def _area(points: Sequence[tuple[float, float]]) -> float:

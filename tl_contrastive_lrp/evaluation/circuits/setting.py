@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,10 @@ from ...inputs.tokens import model_device, to_tokens
 from .edge_space import EdgeSpace
 from .results import CircuitFaithfulness
 from .runs import chunks, reference_states, run_circuits, visible_positions
+
+# Below this share of the largest |Δℓ| among the circuits, the difference between all edges and none
+# is too small to divide by: a change of a tenth of |Δℓ| then moves a recovered share by 1.
+SMALL_GAP = 0.1
 
 if TYPE_CHECKING:
     from ...graph.graph import AttributionGraph
@@ -128,6 +133,8 @@ class CircuitSetting:
     ) -> list[CircuitFaithfulness]:
         """Run each circuit, and those of every edge and of none.
 
+        Warns where both are nearly the same (``SMALL_GAP``): shares of the difference mean little.
+
         Raises:
             ValueError: Δℓ is the same with every edge and with none.
         """
@@ -147,6 +154,15 @@ class CircuitSetting:
             raise ValueError(
                 f"Δℓ is {full:+.4f} with every edge and {empty:+.4f} with none: the reference "
                 "changes nothing, so nothing can be recovered. Corrupt what the answer depends on."
+            )
+        size = max(map(abs, deltas))
+        if abs(full - empty) < SMALL_GAP * size:
+            warnings.warn(
+                f"Δℓ is {full:+.4f} with every edge and {empty:+.4f} with none, while it reaches "
+                f"{size:.4f} in absolute value among these circuits. Recovered shares, CPR and CMD "
+                "are divided by this small difference and mean little here. Corrupt what the "
+                "answer depends on, or leave this prompt out of averages.",
+                stacklevel=4,
             )
         return [
             CircuitFaithfulness(n_kept, self.space.size, delta, full, empty, self.ablation)

@@ -4,21 +4,30 @@ A removed token's embedding is set to zero, or the token is replaced by another 
 Neither gives a prompt like those the model was trained on: zero embeddings do not occur there, and
 random tokens add information instead of removing it. Both are therefore offered, and results name
 the one that was used.
+
+Only the logits that the objective reads are computed, where it says which (``logit_diff`` and the
+package's other objectives do); a plain function of the logits gets those of all positions, for
+``batch_size`` prompts at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ...engine.plain import unembedded
 from ...errors import PromptError
 from ...hooks.placement import own_hooks
+from ...hooks.user_hooks import user_hooks
 from ...inputs.bridge import LEAVES, hook_points, public_name, require_bridge
+from ...inputs.located import LocatedObjective
 from ...inputs.tokens import special_ids, special_mask, to_single_prompt, to_tokens, vocab_size
 
 Replace = Literal["zero", "random"]
@@ -73,12 +82,13 @@ class Removal:
             rows, draw_of_row = zip(*runs[start : start + self.batch_size], strict=True)
             logits = self._logits(masks[list(rows)], list(draw_of_row))
             for row, logits_of_run in zip(rows, logits, strict=True):
-                values[row] += float(self.objective(logits_of_run[None])) / draws
+                values[row] += float(self._of_read(logits_of_run[None])) / draws
         return values[mask_of_run]
 
     def _logits(
         self, removed: Bool[Tensor, "run pos"], draw_of_run: list[int]
-    ) -> Float[Tensor, "run pos vocab"]:
+    ) -> Float[Tensor, "run read vocab"]:
+        """The logits that the objective reads, of all runs of a batch."""
         removed = removed.to(self.tokens.device)
         tokens = self.tokens.expand(len(removed), -1)
         hooks = []
@@ -90,9 +100,30 @@ class Removal:
             hooks = [(public_name(hook_points(self.model), LEAVES[0]), set_to_zero)]
         else:
             tokens = torch.where(removed, self.stand_ins[draw_of_run].to(tokens), tokens)
-        with torch.no_grad(), own_hooks(self.model, hooks):
+        only = nullcontext() if self._read is None else unembedded(self.model, self._read)
+        with torch.no_grad(), own_hooks(self.model, hooks), only:
             logits: Tensor = self.model(tokens)
         return logits
+
+    @cached_property
+    def _read(self) -> tuple[int, ...] | None:
+        """The positions whose logits are computed; None for all.
+
+        All are, where the objective does not say which it reads, or a hook of the user's sees them.
+        """
+        if not isinstance(self.objective, LocatedObjective):
+            return None
+        if any(hook.name.startswith("unembed") for hook in user_hooks(self.model)):
+            return None
+        return self.objective.positions(self.tokens.shape[1])
+
+    @cached_property
+    def _of_read(self) -> Callable[[Tensor], Tensor]:
+        """The objective as a function of the logits that are computed."""
+        if self._read is None:
+            return self.objective
+        assert isinstance(self.objective, LocatedObjective)
+        return self.objective.at(self._read, self.tokens.shape[1])
 
 
 def prepare_removal(
