@@ -7,7 +7,6 @@ The truths are two separate runs of objectives written out here, the operation o
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,24 +264,6 @@ def test_an_interrupted_run_keeps_a_folder_for_each_answer(tmp_path: Path) -> No
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(FileFormatError, match=r"notes\.txt"):
         clrp.attribute(model, ids, answers, checkpoint_dir=folder, **how)
-
-
-def test_one_run_for_one_token_each_and_two_otherwise() -> None:
-    model, ids = boot("qwen3", torch.float32), random_tokens()
-    room = importlib.import_module("tl_contrastive_lrp.attribution.attribute")
-    calls: list[int] = []
-    original = room.run
-
-    def counted(model: Any, tokens: Tensor, *rest: Any, **more: Any) -> Any:
-        calls.append(tokens.shape[1])
-        return original(model, tokens, *rest, **more)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "run", counted)
-        for target, contrast in (([7], [12]), (TARGET, CONTRAST), ([1, 2, 3], [1])):
-            answers = clrp.answer_diff(model, ids, target=target, contrast=contrast)
-            clrp.attribute(model, ids, answers)
-    assert calls == [9, 11, 10, 11]
 
 
 # ---------------------------------------------------------------- input and output

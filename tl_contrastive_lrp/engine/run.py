@@ -60,6 +60,22 @@ class RunOptions:
                 "of the prompt with the answer. Leave it out."
             )
 
+    def require_no_part(self, prefilled: Prefilled | None, which: int) -> None:
+        """Refuse a forward or a folder of a prompt alone, where an objective has runs of its own.
+
+        Args:
+            prefilled: The forward.
+            which: The place of the objective in the list.
+
+        Raises:
+            ValueError: there is one.
+        """
+        if prefilled is not None or self.checkpoint_dir is not None:
+            raise ValueError(
+                f"objectives[{which}] is the difference of two answers, which has runs of its own; "
+                "leave out checkpoint_dir= and prefilled=, or explain it in a call by itself."
+            )
+
     def plan(self, model: Any, length: int, prefilled: Prefilled | None = None) -> MemoryPlan:
         """The plan for one prompt, or that of the forward that has already been run.
 

@@ -7,8 +7,9 @@ each token at the position before it, after the prompt and the tokens of its own
 prompt: the predictions of those tokens are the same in both and cancel. Where one answer is the
 beginning of the other, what remains of the longer one is all there is to explain.
 
-An ``AnswerDiff`` needs a run for each answer, so it is no function of one tensor of logits.
-``clrp.attribute`` and ``clrp.attribution_graph`` take it; ``forced.py`` prepares their runs.
+An ``AnswerDiff`` reads the logits of two texts, so it is no function of one tensor of logits.
+``clrp.attribute``, ``clrp.attribution_graph`` and what takes several objectives in their place
+take it; ``forced.py`` prepares the runs.
 """
 
 from __future__ import annotations
@@ -95,8 +96,9 @@ class AnswerDiff:
         raise TypeError(
             "The difference of two answers takes a run of the model for each of them, so it is no "
             "function of one tensor of logits. Use it in clrp.attribute(model, prompt, "
-            "clrp.answer_diff(...)) or clrp.attribution_graph(model, prompt, ...); everywhere "
-            "else, explain the first token where the answers differ, with clrp.logit_diff."
+            "clrp.answer_diff(...)) or clrp.attribution_graph(model, prompt, ...), or among the "
+            "objectives of attribute_each and attribution_graphs; everywhere else, "
+            "explain the first token where the answers differ, with clrp.logit_diff."
         )
 
     def __str__(self) -> str:
