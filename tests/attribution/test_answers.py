@@ -378,8 +378,6 @@ def test_they_are_no_function_of_logits() -> None:
     for call in (
         lambda: answers(model(ids)),
         lambda: clrp.run_with_relevance(model, ids, answers),
-        lambda: clrp.attribute_each(model, ids, [answers]),
-        lambda: clrp.attribution_graphs(model, ids, [answers]),
     ):
         with pytest.raises(TypeError, match=r"Use it in clrp\.attribute\("):
             call()

@@ -35,7 +35,7 @@ from ..inputs.bridge import (
 from ..inputs.devices import loaded
 from ..inputs.facts import ObjectiveFacts, PromptFacts
 from ..inputs.forced import AnswerRun, Side
-from ..inputs.objective import question, require_objectives
+from ..inputs.objective import positions_read, question, require_objectives
 from ..rules.rule_sets import DEFAULT_RULES, RuleSet
 from ..rules.threads import one_at_a_time
 from .answers import Joined, attribute_answers, read_after
@@ -77,7 +77,8 @@ def attribute(
         prompt: Text, or token ids [pos] or [1, pos].
         objective: What ``logit_diff`` and its siblings return, or any differentiable function of
             the logits [1, pos, vocab] → scalar, also of several positions (``positions`` of the
-            result lists them); or the difference of two answers, from ``answer_diff``. Or give ``target`` and ``contrast`` instead.
+            result lists them); or the difference of two answers, from ``answer_diff``. Or give
+            ``target`` and ``contrast`` instead.
         target: The token the model preferred (usually the wrong one), as for ``logit_diff``.
         contrast: The token it should have preferred.
         pos: Position whose next token is explained, with ``target`` and ``contrast``; negative
@@ -275,7 +276,8 @@ def _attributions(
     reads = _Reads.of(model, neurons)
     if prefilled is not None:
         prefilled.check(model, prompt.tokens, rules)
-    plan = options.plan(model, prompt.tokens.shape[1], prefilled)
+    length = int(prompt.tokens.shape[1])
+    plan = options.plan(model, length, prefilled, positions_read(objectives, length))
     results = run(
         model, prompt.tokens, objectives, rules, reads.sums, plan, options,
         settings=f"nodes {neurons}", prefilled=prefilled,
@@ -300,7 +302,8 @@ def _answers(
 
     def run_both(shared: PromptFacts, runs: list[AnswerRun]) -> Joined | None:
         whole = read_after(model, shared, runs)
-        plan = options.plan(model, len(whole.token_ids))
+        read = range(len(shared.token_ids) - 1, len(whole.token_ids))
+        plan = options.plan(model, len(whole.token_ids), read=read)
         if plan.tile is not None:
             return None
         reads, length = _Reads.of(model, neurons), len(shared.token_ids)

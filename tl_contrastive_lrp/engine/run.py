@@ -76,8 +76,20 @@ class RunOptions:
                 "leave out checkpoint_dir= and prefilled=, or explain it in a call by itself."
             )
 
-    def plan(self, model: Any, length: int, prefilled: Prefilled | None = None) -> MemoryPlan:
+    def plan(
+        self,
+        model: Any,
+        length: int,
+        prefilled: Prefilled | None = None,
+        read: Sequence[int] | None = None,
+    ) -> MemoryPlan:
         """The plan for one prompt, or that of the forward that has already been run.
+
+        Args:
+            model: The bridge.
+            length: Number of tokens in the prompt.
+            prefilled: The forward.
+            read: The positions whose logits are read; None for all.
 
         Raises:
             ValueError: as ``plan_memory``; another kind of attention than that forward's.
@@ -86,7 +98,8 @@ class RunOptions:
             prefilled.check_attention(self.attention)
             return prefilled.plan
         fused = fused_blocks(model, self.attention, length)
-        return plan_memory(model, length, self.memory, self.tile, fused=fused)
+        rows = length if read is None else len(read)
+        return plan_memory(model, length, self.memory, self.tile, fused=fused, read=rows)
 
 
 def run(
