@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelStateError
+from ..errors import ModelStateError, a_kind
 from ..hooks.context import plan
 from ..hooks.coverage import Coverage
 from ..hooks.hook_rules import HookWatch, rules_in_hooks
@@ -402,6 +402,6 @@ def _refuse_cached_tokens(cache: Any) -> None:
 
 def _kind(value: object) -> str:
     if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
+        return a_kind(value)
     detached = "" if value.requires_grad else " without a gradient"
     return f"a tensor of shape {list(value.shape)}{detached}"
