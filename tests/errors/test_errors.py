@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.cli.errors import in_shell, message_of
 from tl_contrastive_lrp.engine.memory import MemoryPlan, require_plain_fits, require_room_for_edges
 from tl_contrastive_lrp.errors import (
