@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .attribution import (
+        AnswerExplanations,
         AnswerRelevance,
         AnswerSide,
         Attribution,
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         answer_table,
         attribute,
         attribute_each,
+        explain_answer,
         next_token_table,
         run_with_relevance,
         trace_back,
@@ -59,6 +61,7 @@ __all__ = [
     "DEFAULT_RULES",
     "RULE_SETS",
     "AnswerDiff",
+    "AnswerExplanations",
     "AnswerRelevance",
     "AnswerSide",
     "Attribution",
@@ -90,6 +93,7 @@ __all__ = [
     "circuit_faithfulness",
     "compare",
     "coverage",
+    "explain_answer",
     "faithfulness_curves",
     "in_float32",
     "load_demo_cases",
@@ -112,6 +116,7 @@ __all__ = [
 # Loaded at first use (PEP 562): the command line answers --help without importing torch.
 _ROOMS = {
     "attribution": (
+        "AnswerExplanations",
         "AnswerRelevance",
         "AnswerSide",
         "Attribution",
@@ -119,6 +124,7 @@ _ROOMS = {
         "answer_table",
         "attribute",
         "attribute_each",
+        "explain_answer",
         "next_token_table",
         "run_with_relevance",
         "trace_back",

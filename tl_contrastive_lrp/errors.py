@@ -109,6 +109,32 @@ class Message(str):
         return "".join(map(text, self.parts))
 
 
+def with_article(noun: str) -> str:
+    """A noun behind its indefinite article, "an int" or "a list", as messages name a type.
+
+    Args:
+        noun: A word that is pronounced as it is spelt.
+
+    Example:
+        >>> clrp.errors.with_article("int"), clrp.errors.with_article("Tensor")
+        ('an int', 'a Tensor')
+    """
+    return f"{'an' if noun[:1].lower() in {*'aeiou'} else 'a'} {noun}"
+
+
+def a_kind(value: object) -> str:
+    """The type of a value behind its article; "None" for None.
+
+    Args:
+        value: Any value that was given where another was expected.
+
+    Example:
+        >>> clrp.errors.a_kind(5), clrp.errors.a_kind([5]), clrp.errors.a_kind(None)
+        ('an int', 'a list', 'None')
+    """
+    return "None" if value is None else with_article(type(value).__name__)
+
+
 class LrpError(Exception):
     """Base class of every error below."""
 

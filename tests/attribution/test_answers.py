@@ -7,7 +7,6 @@ The truths are two separate runs of objectives written out here, the operation o
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -267,24 +266,6 @@ def test_an_interrupted_run_keeps_a_folder_for_each_answer(tmp_path: Path) -> No
         clrp.attribute(model, ids, answers, checkpoint_dir=folder, **how)
 
 
-def test_one_run_for_one_token_each_and_two_otherwise() -> None:
-    model, ids = boot("qwen3", torch.float32), random_tokens()
-    room = importlib.import_module("tl_contrastive_lrp.attribution.attribute")
-    calls: list[int] = []
-    original = room.run
-
-    def counted(model: Any, tokens: Tensor, *rest: Any, **more: Any) -> Any:
-        calls.append(tokens.shape[1])
-        return original(model, tokens, *rest, **more)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "run", counted)
-        for target, contrast in (([7], [12]), (TARGET, CONTRAST), ([1, 2, 3], [1])):
-            answers = clrp.answer_diff(model, ids, target=target, contrast=contrast)
-            clrp.attribute(model, ids, answers)
-    assert calls == [9, 11, 10, 11]
-
-
 # ---------------------------------------------------------------- input and output
 
 
@@ -369,12 +350,15 @@ def test_a_result_without_answers_has_none_in_its_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("given", "error", "message"), [
     ({"target": [5, 6], "contrast": [5, 6]}, TokenError, "the same answer"),
-    ({"target": [], "contrast": [5]}, TokenError, "target is an answer without tokens"),
-    ({"target": [5], "contrast": ""}, TokenError, "contrast is an answer without tokens"),
+    ({"target": [], "contrast": [5]}, TokenError, "target has no tokens"),
+    ({"target": [5], "contrast": ""}, TokenError, "contrast has no tokens"),
     ({"target": [5], "contrast": [480]}, TokenError, "outside the vocabulary"),
     ({"target": {5, 6}, "contrast": [7]}, TokenError, "no order"),
     ({"target": torch.ones(2), "contrast": [7]}, TokenError, "integers"),
-    ({"target": torch.ones(1, 2).long(), "contrast": [7]}, TokenError, "integers"),
+    ({"target": torch.ones(2, 2).long(), "contrast": [7]}, TokenError, "of one answer"),
+    ({"target": None, "contrast": [7]}, TokenError, "The target is None; give a text, a list"),
+    ({"target": [7], "contrast": None}, TokenError, "The contrast is None"),
+    ({"target": [[7, 8]], "contrast": [9]}, TokenError, "Token 0 of the target is a list"),
     ({"target": [5], "contrast": list(range(4, 48)) * 2}, PromptError, "context of 64"),
     ({"target": [5], "contrast": [6], "logprob": 1}, TypeError, "logprob=1"),
 ])  # fmt: skip
@@ -382,6 +366,20 @@ def test_answers_are_refused(given: dict[str, Any], error: type, message: str) -
     model, ids = boot("qwen3", torch.float32), random_tokens()
     with pytest.raises(error, match=message):
         clrp.answer_diff(model, ids, **given)
+
+
+def test_one_parser_for_the_answers_of_both_functions() -> None:
+    """Whatever form an answer has, ``answer_table`` and ``answer_diff`` read the same tokens."""
+    model, ids = boot("llama", torch.float32), random_tokens()
+    texts = [model.tokenizer.convert_ids_to_tokens(i) for i in TARGET]
+    forms = [TARGET, tuple(TARGET), torch.tensor(TARGET), torch.tensor([TARGET]), texts,
+             [TARGET[0], texts[1], f"id:{TARGET[2]}"]]  # fmt: skip
+    for form in forms:
+        assert clrp.answer_table(model, ids, form)["id"].tolist() == TARGET
+        assert clrp.answer_diff(model, ids, target=form, contrast=[5]).target == tuple(TARGET)
+    for one in (7, "id:7", torch.tensor(7), [7]):
+        assert clrp.answer_table(model, ids, one)["id"].tolist() == [7]
+        assert clrp.answer_diff(model, ids, target=one, contrast=[5]).target == (7,)
 
 
 def test_made_by_hand_they_are_checked() -> None:
@@ -397,8 +395,6 @@ def test_they_are_no_function_of_logits() -> None:
     for call in (
         lambda: answers(model(ids)),
         lambda: clrp.run_with_relevance(model, ids, answers),
-        lambda: clrp.attribute_each(model, ids, [answers]),
-        lambda: clrp.attribution_graphs(model, ids, [answers]),
     ):
         with pytest.raises(TypeError, match=r"Use it in clrp\.attribute\("):
             call()

@@ -72,7 +72,7 @@ def test_next_token_table_refuses_no_rows(model: Any, k: Any) -> None:
         (torch.tensor([1, -2]), "-2"),
         ([5, 6], r"torch\.tensor"),
         (5, "int"),
-        (None, "NoneType"),
+        (None, "prompt is None"),
         (b"abc", "bytes"),
     ],
     ids=str,

@@ -247,7 +247,7 @@ def test_half_precision_gives_float32_relevance_near_the_truth(
         (lambda logits: logits[:, -1, 3], r"\[2\]"),
         (lambda logits: logits.detach()[0, 0, 0], "without a gradient"),
         (lambda logits: float(logits[0, 0, 0].detach()), "float"),
-        (lambda logits: None, "NoneType"),  # noqa: ARG005
+        (lambda logits: None, "returned None"),  # noqa: ARG005
         (lambda logits: logits.argmax().float(), "without a gradient"),
         (lambda logits: torch.ones((), requires_grad=True), "logits"),  # noqa: ARG005
     ],

@@ -174,7 +174,7 @@ def test_numbers_by_hand() -> None:
         rows = torch.tensor([made_of[t] for t in (1, 2, 3)], dtype=torch.float64)
         return module.replace(real, tokens=weights @ rows, delta=float(objective(logits)))
 
-    given = SimpleNamespace(plain=SimpleNamespace(logits=logits), plan=SimpleNamespace(tile=None))
+    given = SimpleNamespace(logits_around=lambda _: (logits, (0, 1, 2, 3)))
     with (
         mock.patch.object(module, "attribute", attribute),
         mock.patch.object(module, "prefill_prompt", return_value=given),
@@ -217,7 +217,7 @@ def test_without_hops_it_is_attribute(name: str) -> None:
             assert off(hop.resid, once.resid) <= PROMISED[torch.float64]
             assert hop.positions == once.positions == tuple(range(STOP - 1, LENGTH - 1))
             assert trace.delta == pytest.approx(once.delta, abs=1e-6)
-            assert "positions 11-13" in hop.objective
+            assert "tokens 11-13" in hop.objective
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -417,7 +417,7 @@ def test_texts_and_tables() -> None:
     assert top == sorted(frame["relevance"].abs(), reverse=True)[:3]
     assert repr(trace).startswith("Trace(")
     assert "1 hop, " in repr(trace)
-    assert "what was written" in str(trace.show())
+    assert "mean of all logits" in str(trace.show())
 
 
 def test_files(tmp_path: Path) -> None:
@@ -537,7 +537,34 @@ def test_a_span_is_not_held_against_itself() -> None:
         clrp.trace_back(chat.model, chat.ids, SPAN, THROUGH, against=same)
     changed = [same[0], same[1], (same[2] + 1) % 48]
     trace = clrp.trace_back(chat.model, chat.ids, SPAN, THROUGH, hops=0, against=changed)
-    assert trace.hops[0].positions == (LENGTH - 2,)
+    one = clrp.logit_diff(chat.model, same[2], changed[2], pos=LENGTH - 2)
+    alone = clrp.attribute(chat.model, chat.ids, one, rules="cplrp")
+    assert off(trace.tokens, alone.tokens) <= PROMISED[torch.float32]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"memory": "tiled", "tile": 3, "progress": False}, {"memory": "plain", "attention": "fused"}],
+)
+def test_only_logits_of_the_span_and_the_reasoning_are_kept(how: dict[str, Any]) -> None:
+    chat = written("qwen3", torch.float32)
+    rows: list[int] = []
+    real = module.prefill_prompt
+
+    def watched(*given: Any, **more: Any) -> Any:
+        prefilled = real(*given, **more)
+        forward = prefilled.plain or prefilled.tiled.prefill
+        logits = forward.logits if prefilled.plain is not None else forward.logits()
+        rows.append(logits.shape[1])
+        return prefilled
+
+    with mock.patch.object(module, "prefill_prompt", watched):
+        trace = clrp.trace_back(chat.model, chat.ids, SPAN, THROUGH, hops=2, **how)
+    read = {*range(SPAN[0] - 1, SPAN[1] - 1), *range(THROUGH[0] - 1, THROUGH[1] - 1)}
+    assert rows == [len(read)]
+    assert len(read) < LENGTH
+    whole = clrp.trace_back(chat.model, chat.ids, SPAN, THROUGH, hops=2, memory="plain")
+    assert off(trace.tokens, whole.tokens) <= 1e-5
 
 
 def test_no_bridge() -> None:

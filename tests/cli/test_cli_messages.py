@@ -136,3 +136,28 @@ def test_the_report_has_the_messages(run: Run, model_folder: Path) -> None:
     assert "<td>The capital of Italy?</td>" in html
     assert run(*common, "--prompt", "The capital").code == 0
     assert "Message by message" not in Path("r.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("tools", [False, True])
+def test_the_tokens_of_an_answer(run: Run, model_folder: Path, tools: bool, tmp_path: Path) -> None:
+    """``tokens`` reads the chat as ``explain`` does, and its command explains the same ids."""
+    model, path = bridge_of(model_folder), tmp_path / "page.html"
+    more = ("--tools", "tools.json") if tools else ()
+    done = run(
+        "tokens", "--model", model_folder, "--messages", "chat.json", *more, "--answer", "It is",
+        "--out", path, "--explain", 1, "--json",
+    )  # fmt: skip
+    prompt = clrp.chat(model, CHAT, tools=TOOLS if tools else None, answer="It is")
+    reply = done.json
+    n = len(reply["answer"])
+    assert [row["id"] for row in reply["answer"]] == prompt.tokens.tolist()[-n:]
+    assert reply["answer"][-1]["pos"] == len(prompt.tokens) - 1
+    typed = shlex.split(reply["command"])
+    assert "--messages" in typed
+    explained = run(*typed[1:], "--json")
+    assert ids_of(explained) == prompt.tokens.tolist()
+    assert "user 1" in path.read_text(encoding="utf-8")
+    assert len(reply["explained"]) == 1
+    done = run("tokens", "--model", model_folder, "--tools", "tools.json", "--prompt", "a",
+               "--answer", "b")  # fmt: skip
+    assert done.code == USAGE

@@ -87,3 +87,24 @@ def test_refusals(run: Run, folder: Path) -> None:
         done = run(*arguments)
         assert done.code == code
         assert words in re.sub(r"[\s│]+", " ", done.err)
+
+
+def test_a_page_with_the_explanations(run: Run, folder: Path, bridge: Any, tmp_path: Path) -> None:
+    path = tmp_path / "answer.html"
+    reply = run(*asked(folder, "--out", path, "--explain", 2, "--json")).json
+    found = clrp.explain_answer(bridge, PROMPT, ANSWER, most=2)
+    assert reply["explained"] == list(found.results)
+    page = path.read_text(encoding="utf-8")
+    assert page.count("<iframe") == 2
+    done = run(*asked(folder, "--out", path))
+    n = len(reply["answer"])
+    assert f"explains {min(8, n)} of {n} tokens" in done.out
+    for arguments, words in (
+        (asked(folder, "--explain", 2), "--explain goes with --out"),
+        (asked(folder, "--out", "page.txt"), "--out"),
+        (asked(folder, "--out", path, "--explain", 0), "--explain"),
+    ):
+        done = run(*arguments)
+        assert done.code == USAGE
+        assert words in re.sub(r"[\s│]+", " ", done.err)
+    assert run(*asked(folder, "--json")).json["explained"] == []

@@ -502,3 +502,34 @@ def test_auto_takes_tiles_later_where_attention_is_fused(monkeypatch: pytest.Mon
     assert fused.memory == "plain"
     assert memory.tile_for(model, 8000, 8 << 30, fused=blocks) == 2048
     assert memory.tile_for(model, 8000, 8 << 30) < 1024
+
+
+def test_the_logits_of_a_span_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are kept beside a tile's activations, and in one pass only those that are read."""
+    model, n = boot("qwen3", torch.float32), 4096
+    blocks, vocab = int(model.cfg.n_layers), int(model.cfg.d_vocab)
+    all_read, one = (memory.plain_bytes(model, n, fused=blocks, read=k) for k in (n, 1))
+    assert all_read - one == 8 * (n - 1) * vocab
+    assert all_read == memory.plain_bytes(model, n, fused=blocks)
+    assert memory.plain_bytes(model, n, read=1) == memory.plain_bytes(model, n)
+    free = 8 * n * vocab * 3
+    tiles = [memory.tile_for(model, n, free, fused=blocks, read=k) for k in (1, n // 2, n)]
+    assert tiles == sorted(tiles, reverse=True)
+    assert tiles[0] > tiles[-1]
+    plans: list[int] = []
+    run = import_module("tl_contrastive_lrp.engine.run")
+    real = run.plan_memory
+
+    def watched(*given: Any, **more: Any) -> Any:
+        plans.append(more["read"])
+        return real(*given, **more)
+
+    monkeypatch.setattr(run, "plan_memory", watched)
+    ids = random_tokens(1, 20)
+    for objective in (clrp.span_logit(model, ids, (5, 12)), clrp.target_logit(model, 3), _first):
+        clrp.attribute(model, ids, objective)
+    assert plans == [7, 1, 20]
+
+
+def _first(logits: Tensor) -> Tensor:
+    return logits[0, -1, 3]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.cli.errors import in_shell, message_of
 from tl_contrastive_lrp.engine.memory import MemoryPlan, require_plain_fits, require_room_for_edges
 from tl_contrastive_lrp.errors import (
@@ -116,3 +119,19 @@ def test_errors_are_also_the_built_in_error_that_they_are_a_kind_of() -> None:
     for kind, built_in in ((NonFiniteError, ValueError), (OutOfMemoryError, MemoryError)):
         assert issubclass(kind, LrpError)
         assert issubclass(kind, built_in)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(5, "an int"), ("x", "a str"), (None, "None"), (object(), "an object"), ({}, "a dict")],
+)
+def test_types_have_their_article(value: object, words: str) -> None:
+    assert clrp.errors.a_kind(value) == words
+
+
+def test_no_message_of_a_type_has_a_fixed_article() -> None:
+    """ "a int" comes from an article in front of a type's name, which ``a_kind`` knows."""
+    package = Path(clrp.__file__).parent
+    fixed = re.compile(r"\ba \{type\(")
+    found = [p.name for p in package.rglob("*.py") if fixed.search(p.read_text(encoding="utf-8"))]
+    assert found == []

@@ -83,7 +83,7 @@ class TestBeforeAnyWork:
     def test_what_is_no_cache(self, model: Any, objective: Any) -> None:
         with refuse(TypeError, "run_with_cache"):
             patch_z(model, CORRUPTED, CLEAN, objective)
-        with refuse(TypeError, "NoneType"):
+        with refuse(TypeError, "clean_cache is None"):
             patch_z(model, CORRUPTED, None, objective)
         words = {f"blocks.{i}.attn.hook_z": "z" for i in range(2)}
         with refuse(ValueError, "holds no activation"):

@@ -251,3 +251,45 @@ def test_edges_with_the_same_ends_are_added_up(split: bool) -> None:
     edges = dict(zip(map(tuple, given), found["weight"].tolist(), strict=True))
     assert any(w == 0 for w in wanted.values())
     assert edges == {key: w for key, w in wanted.items() if w != 0}
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_marks_of_answers_are_no_text(chat: bool) -> None:
+    """Words and lines are of the answers' own text, and none goes over from one to another."""
+    model = clrp.load_demo_model()
+    user = "def f(target):\n    return "
+    prompt: Any = clrp.chat(model, [{"role": "user", "content": user}]) if chat else user
+    answers = clrp.answer_diff(model, prompt, target="limit\nx y", contrast="depth = limit\nz")
+    graph = clrp.attribution_graph(model, prompt, answers, mass=0.9)
+    first = graph.final_positions[0]
+    marked = graph.str_tokens[first + 1 :]
+    assert all(text.startswith(("[target]", "[contrast]")) for text in marked)
+    own = {
+        side: "".join(
+            text.removeprefix(f"[{side}]") for text in marked if text.startswith(f"[{side}]")
+        )
+        for side in ("target", "contrast")
+    }
+    for how in ("word", "line", "sentence"):
+        found = graph.by(how)
+        after = [s for s in found.segments if s.start > first]
+        assert after[0].start == first + 1
+        for side, text in own.items():
+            parts = [s for s in after if s.name.startswith(f"[{side}]")]
+            assert "".join(s.text for s in parts) == text
+            assert not any("[" in s.text for s in parts)
+        assert float(found.weight.double().sum()) == pytest.approx(
+            float(graph.weight.double().sum()), rel=1e-6
+        )
+    assert len([s for s in graph.by("line").segments if s.start > first]) == sum(
+        len(text.splitlines()) for text in own.values()
+    )
+    (there,) = (s for s in graph.by(["limit\nx"]).segments if s.name == "[target]limit\nx")
+    assert there.start == first + 1
+
+
+def test_marks_in_a_prompts_own_text_stay() -> None:
+    model = clrp.load_demo_model()
+    text = "a [target] b [contrast] c"
+    graph = clrp.attribution_graph(model, text, target=5, contrast=6)
+    assert "".join(s.text for s in graph.by("word").segments) == "".join(graph.str_tokens)

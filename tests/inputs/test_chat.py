@@ -339,7 +339,7 @@ def test_wrong_input_is_named() -> None:
         clrp.chat(model, [])
     with pytest.raises(TypeError, match="Message 2 is"):
         clrp.chat(model, [ASKED, {"content": "x"}])
-    with pytest.raises(TypeError, match="content of message 1 is a int"):
+    with pytest.raises(TypeError, match="content of message 1 is an int"):
         clrp.chat(model, [{"role": "user", "content": 3}])
     with pytest.raises(PromptError, match="no place for tools"):
         clrp.chat(model_of("phi3"), [ASKED], tools=[WEATHER])

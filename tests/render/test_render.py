@@ -109,7 +109,7 @@ def test_text_stays_readable_on_every_shade_and_size_darkens() -> None:
     [
         ((["a"], [1.0, 2.0]), ValueError, "1 tokens, but values for 2"),
         (("ab", [1.0, 2.0]), TypeError, "one per token"),
-        (([1, "b"], [1.0, 2.0]), TypeError, r"str_tokens\[0\] is a int"),
+        (([1, "b"], [1.0, 2.0]), TypeError, r"str_tokens\[0\] is an int"),
         (([], []), ValueError, "no tokens"),
         ((["a", "b"], [1.0, math.nan]), ValueError, r"first at index \(1,\)"),
         ((["a", "b"], [[1.0, 2.0]]), ValueError, "1 dimension"),

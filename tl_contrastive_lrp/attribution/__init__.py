@@ -11,6 +11,7 @@ from .answer_parts import AnswerRelevance, AnswerSide
 from .answer_table import answer_table
 from .attribute import attribute, attribute_each
 from .candidates import next_token_table
+from .explain_answer import AnswerExplanations, explain_answer
 from .ledger import Ledger
 from .relevance_cache import run_with_relevance
 from .result import Attribution
@@ -18,6 +19,7 @@ from .trace import Trace
 from .trace_back import trace_back
 
 __all__ = [
+    "AnswerExplanations",
     "AnswerRelevance",
     "AnswerSide",
     "Attribution",
@@ -26,6 +28,7 @@ __all__ = [
     "answer_table",
     "attribute",
     "attribute_each",
+    "explain_answer",
     "next_token_table",
     "run_with_relevance",
     "trace_back",

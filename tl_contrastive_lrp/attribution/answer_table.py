@@ -17,12 +17,11 @@ from torch import Tensor
 
 from ..engine.fused import AttentionKind
 from ..engine.memory import Memory
-from ..errors import PromptError, TokenError
+from ..errors import TokenError
+from ..inputs.answers import answer_ids
 from ..inputs.bridge import require_bridge
 from ..inputs.devices import precise
 from ..inputs.tokens import (
-    continuation_ids,
-    model_device,
     to_single_prompt,
     token_names,
     vocab_size,
@@ -40,7 +39,7 @@ _ROWS = 64  # positions whose logits are compared at once, in float64
 def answer_table(
     model: Any,
     prompt: str | Tensor,
-    answer: str | Sequence[int] | Tensor,
+    answer: str | Sequence[int | str] | Tensor,
     k: int = 1,
     *,
     memory: Memory = "auto",
@@ -60,7 +59,8 @@ def answer_table(
         model: A ``TransformerBridge``.
         prompt: What came before the answer: text, or token ids [pos] or [1, pos].
         answer: The answer: text, which is tokenised as a continuation of the prompt (nothing is
-            put before it), or its token ids.
+            put before it); a list of tokens, each an id or the text of a single token; or a tensor
+            of ids [pos] or [1, pos].
         k: How many alternatives to list for each token, from the best.
         memory: As for ``attribute``. A long prompt is run in tiles, without gradients.
         tile: Positions per tile.
@@ -81,9 +81,10 @@ def answer_table(
 
     Raises:
         TypeError: ``model`` is not a bridge, or ``prepend_bos`` not a bool.
-        PromptError: The prompt or the answer is empty or not usable, or both together are longer
-            than the model's context.
-        TokenError: ``k`` is not between 1 and the number of other tokens.
+        PromptError: The prompt is empty or not usable, or both together are longer than the
+            model's context.
+        TokenError: The answer is empty or not usable; or ``k`` is not between 1 and the number of
+            other tokens.
         ValueError, ModelStateError: As ``next_token_table``.
 
     Example:
@@ -100,44 +101,13 @@ def answer_table(
             f"{vocab_size(model) - 1} other tokens."
         )
     before = to_single_prompt(model, prompt, prepend_bos)
-    after = answer_ids(model, answer)
-    tokens = to_single_prompt(model, torch.cat([before, after.to(before)], dim=1))
+    after = torch.tensor([answer_ids(model, answer)]).to(before)
+    tokens = to_single_prompt(model, torch.cat([before, after], dim=1))
     start, stop = before.shape[1], tokens.shape[1]
     logits = logits_between(
         model, tokens, (start - 1, stop - 1), memory, tile, progress=progress, attention=attention
     )
     return _table(model, tokens[0, start:], logits, start, int(k))
-
-
-def answer_ids(model: Any, answer: str | Sequence[int] | Tensor) -> Int[Tensor, "1 pos"]:
-    """The ids of an answer, given as text or ids.
-
-    Raises:
-        PromptError: It is empty or no answer, or its ids are out of range.
-    """
-    if isinstance(answer, str):
-        if model.tokenizer is None:
-            raise PromptError("This model has no tokenizer; give the answer as token ids.")
-        ids = torch.tensor(continuation_ids(model.tokenizer, answer), dtype=torch.long)
-    elif isinstance(answer, Tensor):
-        if answer.ndim > 2 or (answer.ndim == 2 and len(answer) != 1):
-            raise PromptError(
-                f"The answer is a tensor of shape {list(answer.shape)}; token ids of one answer "
-                "have the shape [pos] or [1, pos]."
-            )
-        ids = answer.detach().cpu().reshape(-1)
-    elif isinstance(answer, Sequence) and all(
-        isinstance(i, Integral) and not isinstance(i, bool) for i in answer
-    ):
-        ids = torch.tensor([int(i) for i in answer], dtype=torch.long)
-    else:
-        raise PromptError(
-            f"The answer is a {type(answer).__name__}; use a string, or token ids as a list or "
-            "tensor."
-        )
-    if ids.numel() == 0:
-        raise PromptError("The answer is empty. Give the text (or ids) that follows the prompt.")
-    return to_single_prompt(model, ids.to(model_device(model)))
 
 
 def _table(

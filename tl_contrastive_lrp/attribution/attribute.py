@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..engine.batched import check_batch_size, naming, run_prompts
+from ..engine.forked import Tail, run_forked
 from ..engine.fused import AttentionKind
 from ..engine.memory import Memory
 from ..engine.plain import RunResult
@@ -32,11 +33,12 @@ from ..inputs.bridge import (
     without_neurons,
 )
 from ..inputs.devices import loaded
-from ..inputs.facts import PromptFacts
-from ..inputs.objective import question, require_objectives
+from ..inputs.facts import ObjectiveFacts, PromptFacts
+from ..inputs.forced import AnswerRun, Side
+from ..inputs.objective import positions_read, question, require_objectives
 from ..rules.rule_sets import DEFAULT_RULES, RuleSet
 from ..rules.threads import one_at_a_time
-from .answers import attribute_answers
+from .answers import Joined, attribute_answers, read_after
 from .ledger import Ledger
 from .result import Attribution
 
@@ -75,8 +77,8 @@ def attribute(
         prompt: Text, or token ids [pos] or [1, pos].
         objective: What ``logit_diff`` and its siblings return, or any differentiable function of
             the logits [1, pos, vocab] → scalar, also of several positions (``positions`` of the
-            result lists them); or the difference of two answers, from ``answer_diff``, which takes
-            a run for each. Or give ``target`` and ``contrast`` instead.
+            result lists them); or the difference of two answers, from ``answer_diff``. Or give
+            ``target`` and ``contrast`` instead.
         target: The token the model preferred (usually the wrong one), as for ``logit_diff``.
         contrast: The token it should have preferred.
         pos: Position whose next token is explained, with ``target`` and ``contrast``; negative
@@ -142,12 +144,7 @@ def attribute(
     facts = PromptFacts.of(model, prompt, prepend_bos)
     if isinstance(asked, AnswerDiff):
         options.require_own_forward(prefilled)
-        return attribute_answers(
-            model, facts, asked,
-            lambda facts, one, side: _attributions(
-                model, facts, [one], rules, neurons, options.of_part(side)
-            )[0],
-        )  # fmt: skip
+        return _answers(model, facts, asked, rules, neurons, options)
     return _attributions(model, facts, [asked], rules, neurons, options, prefilled)[0]
 
 
@@ -182,7 +179,8 @@ def attribute_each(
         model: A ``TransformerBridge`` in evaluation mode.
         prompts: One prompt for all objectives, as for ``attribute``, or a list of prompts, one for
             each objective.
-        objectives: One or more functions of the logits, as for ``attribute``.
+        objectives: One or more functions of the logits, or differences of two answers from
+            ``answer_diff``, as for ``attribute``. Each difference takes forwards of its own.
         rules: Name of a rule set, or a ``RuleSet``.
         neurons: Also keep the relevance of every MLP neuron at every position.
         memory: "auto", "plain" or "tiled", as for ``attribute``.
@@ -205,7 +203,8 @@ def attribute_each(
     Raises:
         TypeError: ``objectives`` is not a list of functions.
         ValueError: no objectives; another number of prompts than of objectives; ``checkpoint_dir``
-            or ``prefilled`` with a list of prompts; a wrong ``batch_size``; or as ``attribute``.
+            or ``prefilled`` with a list of prompts or with ``answer_diff``; a wrong
+            ``batch_size``; or as ``attribute``.
         TokenError, PromptError, ModelStateError, UncoveredComponentError, FileFormatError: as
             ``attribute``. With a list of prompts, the message begins with the place in the list of
             the prompt or objective at fault.
@@ -220,29 +219,48 @@ def attribute_each(
     each = require_objectives(objectives)
     options = RunOptions(memory, tile, progress, checkpoint_dir, attention)
     check_batch_size(batch_size)
+    differences = [which for which, one in enumerate(each) if isinstance(one, AnswerDiff)]
+    if differences:
+        options.require_no_part(prefilled, differences[0])
     if isinstance(prompts, str | Tensor):
         facts = PromptFacts.of(model, prompts, prepend_bos)
-        return _attributions(model, facts, each, rules, neurons, options, prefilled)
-    if len(prompts) != len(each):
-        raise ValueError(
-            f"{len(prompts)} prompts and {len(each)} objectives were given; give one prompt for "
-            "all objectives, or a list with a prompt for each."
+        all_facts = [facts] * len(each)
+    else:
+        if len(prompts) != len(each):
+            raise ValueError(
+                f"{len(prompts)} prompts and {len(each)} objectives were given; give one prompt "
+                "for all objectives, or a list with a prompt for each."
+            )
+        if checkpoint_dir is not None or prefilled is not None:
+            raise ValueError(
+                "checkpoint_dir= and prefilled= belong to one prompt; leave them out, or call "
+                "clrp.attribute for each prompt."
+            )
+        all_facts = []
+        for which, prompt in enumerate(prompts):
+            with naming(f"prompts[{which}]"):
+                all_facts.append(PromptFacts.of(model, prompt, prepend_bos))
+    results: dict[int, Attribution] = {}
+    plain = [which for which in range(len(each)) if which not in differences]
+    if plain and isinstance(prompts, str | Tensor):
+        found = _attributions(
+            model, all_facts[0], [each[i] for i in plain], rules, neurons, options, prefilled
         )
-    if checkpoint_dir is not None or prefilled is not None:
-        raise ValueError(
-            "checkpoint_dir= and prefilled= belong to one prompt; leave them out, or call "
-            "clrp.attribute for each prompt."
-        )
-    all_facts: list[PromptFacts] = []
-    for which, prompt in enumerate(prompts):
-        with naming(f"prompts[{which}]"):
-            all_facts.append(PromptFacts.of(model, prompt, prepend_bos))
-    reads = _Reads.of(model, neurons)
-    tokens = [facts.tokens for facts in all_facts]
-    results = run_prompts(model, tokens, each, rules, reads.sums, options, batch_size)
-    return [
-        reads.attribution(facts, result) for facts, result in zip(all_facts, results, strict=True)
-    ]
+        results.update(zip(plain, found, strict=True))
+    elif plain:
+        reads = _Reads.of(model, neurons)
+        runs = run_prompts(
+            model, [all_facts[i].tokens for i in plain], [each[i] for i in plain], rules,
+            reads.sums, options, batch_size, numbers=plain,
+        )  # fmt: skip
+        for which, run_result in zip(plain, runs, strict=True):
+            results[which] = reads.attribution(all_facts[which], run_result)
+    for which in differences:
+        asked = each[which]
+        assert isinstance(asked, AnswerDiff)
+        with naming(f"objectives[{which}]"):
+            results[which] = _answers(model, all_facts[which], asked, rules, neurons, options)
+    return [results[which] for which in range(len(each))]
 
 
 def _attributions(
@@ -258,12 +276,58 @@ def _attributions(
     reads = _Reads.of(model, neurons)
     if prefilled is not None:
         prefilled.check(model, prompt.tokens, rules)
-    plan = options.plan(model, prompt.tokens.shape[1], prefilled)
+    length = int(prompt.tokens.shape[1])
+    plan = options.plan(model, length, prefilled, positions_read(objectives, length))
     results = run(
         model, prompt.tokens, objectives, rules, reads.sums, plan, options,
         settings=f"nodes {neurons}", prefilled=prefilled,
     )  # fmt: skip
     return [reads.attribution(prompt, result) for result in results]
+
+
+def _answers(
+    model: Any,
+    prompt: PromptFacts,
+    answers: AnswerDiff,
+    rules: str | RuleSet,
+    neurons: bool,
+    options: RunOptions,
+) -> Attribution:
+    """Explain the difference of two answers, with one forward of the prompt where that works."""
+
+    def run_one(
+        facts: PromptFacts, objective: Callable[[Tensor], Tensor], side: Side | None
+    ) -> Attribution:
+        return _attributions(model, facts, [objective], rules, neurons, options.of_part(side))[0]
+
+    def run_both(shared: PromptFacts, runs: list[AnswerRun]) -> Joined | None:
+        whole = read_after(model, shared, runs)
+        read = range(len(shared.token_ids) - 1, len(whole.token_ids))
+        plan = options.plan(model, len(whole.token_ids), read=read)
+        if plan.tile is not None:
+            return None
+        reads, length = _Reads.of(model, neurons), len(shared.token_ids)
+        tails = [
+            Tail(run.prompt.tokens[:, length:], run.sign, replace(run.objective, first=0))
+            for run in runs
+        ]
+        found = run_forked(
+            model, shared.tokens, tails, rules, lambda: _Reads.of(model, neurons).sums,
+            options.attention,
+        )  # fmt: skip
+        if found is None:
+            return None
+        delta = sum(run.sign * value for run, value in zip(runs, found.values, strict=True))
+        is_top = any(
+            run.side == "target" and tail.objective.target_is_top(rows)
+            for run, tail, rows in zip(runs, tails, found.logits, strict=True)
+        )
+        facts = ObjectiveFacts(delta, delta, None, "", "", "", length - 1, (), is_top)
+        result = RunResult(facts, found.relevance, found.coverage, plan.memory, found.attention)
+        values = zip((run.side for run in runs), found.values, strict=True)
+        return Joined(reads.attribution(replace(whole, segments=()), result), dict(values), is_top)
+
+    return attribute_answers(model, prompt, answers, run_one, run_both)
 
 
 def relevance_readings(model: Any, *, neurons: bool = False) -> list[Reading]:

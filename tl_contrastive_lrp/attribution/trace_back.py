@@ -63,25 +63,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..engine.fused import AttentionKind
 from ..engine.memory import Memory
 from ..engine.prefilled import Prefilled, prefill_prompt
 from ..engine.run import RunOptions
-from ..engine.tiled.tiles import read_ranges
 from ..errors import ModelStateError, TokenError
 from ..inputs.answers import AnswerDiff
 from ..inputs.bridge import require_bridge
 from ..inputs.facts import PromptFacts
-from ..inputs.objective import for_one_prompt, in_words
-from ..inputs.tokens import vocab_size
+from ..inputs.objective import for_one_prompt, positions_read
+from ..inputs.tokens import str_tokens, vocab_size
+from ..inputs.weighted_span import WeightedSpan
 from ..rules.rule_sets import RuleSet
 from ..rules.threads import one_at_a_time
 from .attribute import attribute, relevance_readings
@@ -89,6 +89,7 @@ from .result import Attribution
 from .trace import Trace
 
 Span = tuple[int, int]
+Against = tuple[Literal["tokens", "mean", "none"], tuple[int, ...]]
 
 # The only set that distributes f_t in full, apart from biases, position embeddings and soft-caps.
 CONSERVING_RULES = "cplrp"
@@ -191,28 +192,25 @@ def trace_back(
     else:
         explained = _positions("span", span, length)
         _check_order(where, explained[1], f"span={explained}")
-        objective = _Written.of(ids, explained, _reference(model, against, ids, explained))
+        objective = _written(model, ids, explained, _reference(model, against, ids, explained))
     most = where[1] - where[0] if hops is None else hops
-    plan = options.plan(model, length)
+    written = _written(model, ids, where, ("mean", ()))
+    read = positions_read([objective, written], length)
+    plan = options.plan(model, length, read=read)
     prefilled = prefill_prompt(
         model, facts.tokens, rules, relevance_readings(model), plan,
-        pos=None, uses=most + 1, progress=progress, attention=attention,
+        pos=None, read=read, uses=most + 1, progress=progress, attention=attention,
     )  # fmt: skip
 
     def run(objective: Callable[[Tensor], Tensor]) -> Attribution:
-        plan = prefilled.plan  # as it ran
-        # In tiles, an objective that names its positions reads their logits, and this forward all.
-        alone = plan.tile is not None and read_ranges([objective], length) != ((0, length),)
         result = attribute(
-            model, facts.tokens, objective, rules=rules, memory="tiled" if alone else memory,
-            tile=plan.tile if alone else tile, progress=progress, attention=attention,
-            prefilled=None if alone else prefilled,
+            model, facts.tokens, objective, rules=rules, memory=memory, tile=tile,
+            progress=progress, attention=attention, prefilled=prefilled,
         )  # fmt: skip
         _require_causal(result)
         return replace(result, prepended_bos=facts.prepended_bos, segments=facts.segments)
 
-    written = _Written.of(ids, where, None)
-    predicted, handing = _predictions(prefilled, written, least)
+    predicted, handing = _predictions(prefilled, written, length, least)
     results = [run(objective)]
     if explained is None:
         last = results[0].pos + 2  # behind the token that is explained
@@ -224,87 +222,32 @@ def trace_back(
         if left == 0 or (hops is None and left <= enough):
             break
         weights = torch.where(handing, landed / predicted, 0.0)
-        results.append(run(replace(written, weights=weights)))
+        results.append(run(replace(written, weights=tuple(weights.tolist()))))
     everywhere = torch.zeros(length, dtype=torch.bool)
     everywhere[slice(*where)] = handing.cpu()
     return Trace(tuple(results), where, everywhere, explained, float(least))
 
 
-@dataclass(frozen=True, eq=False)
-class _Written:
-    """Σ_t w_t f_t: what was written in a range of positions, weighted, as an objective.
-
-    Attributes:
-        start: Position of the first of the tokens; its logit is read one position earlier.
-        ids: The tokens as they were written.
-        weights: w_t.
-        against: Ids of the tokens subtracted; None for the mean of all logits, "none" for nothing.
-    """
-
-    start: int
-    ids: Int[Tensor, " token"]
-    weights: Float[Tensor, " token"]
-    against: Int[Tensor, " token"] | Literal["none"] | None
-
-    @classmethod
-    def of(
-        cls, ids: Tensor, span: Span, against: Int[Tensor, " token"] | Literal["none"] | None
-    ) -> _Written:
-        """The sum over the tokens at these positions, each with the weight 1."""
-        written = ids[slice(*span)]
-        ones = torch.ones(len(written), dtype=torch.float32, device=ids.device)
-        return cls(span[0], written, ones, against)
-
-    def rows(self, logits: Float[Tensor, "1 pos vocab"]) -> Float[Tensor, "token vocab"]:
-        """The logits that predicted the tokens, as a view."""
-        return logits[0, self.start - 1 : self.start - 1 + len(self.ids)]
-
-    def terms(self, logits: Float[Tensor, "1 pos vocab"]) -> Float[Tensor, " token"]:
-        """f_t of each token, in float32 or the logits' own higher precision."""
-        rows = self.rows(logits)
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-        own = _picked(rows, self.ids).to(dtype)
-        if self.against is None:
-            return own - rows.mean(-1, dtype=dtype)
-        if isinstance(self.against, str):
-            return own
-        return own - _picked(rows, self.against).to(dtype)
-
-    def __call__(self, logits: Float[Tensor, "1 pos vocab"]) -> Float[Tensor, ""]:
-        terms = self.terms(logits)
-        return (self.weights.to(terms) * terms).sum()
-
-    @property
-    def __name__(self) -> str:
-        stop = self.start + len(self.ids)
-        references = {None: " − mean of all logits", "none": ""}
-        named = self.against if isinstance(self.against, str) else None
-        reference = references[named] if not isinstance(self.against, Tensor) else " − another's"
-        weighted = bool((self.weights != 1).any())
-        what = "weighted sum" if weighted else "sum"
-        at = in_words(range(self.start, stop))
-        return (
-            f"{what} of (logit of the token written{reference}) over positions {at} "
-            "(positive relevance supports what was written)"
-        )
-
-
-def _picked(rows: Float[Tensor, "token vocab"], ids: Int[Tensor, " token"]) -> Tensor:
-    return rows.gather(-1, ids[:, None])[:, 0]
+def _written(model: Any, ids: Tensor, span: Span, against: Against) -> WeightedSpan:
+    """The sum over the tokens at these positions, each with the weight 1."""
+    held, contrast = against
+    start, stop = span
+    text = "".join(str_tokens(model, ids.tolist())[start:stop])
+    return WeightedSpan(
+        tuple(ids[start:stop].tolist()), start - 1, held, contrast, text=text,
+        contrast_text="another's" if contrast else "",
+    )  # fmt: skip
 
 
 def _predictions(
-    prefilled: Prefilled, written: _Written, least: float
+    prefilled: Prefilled, written: WeightedSpan, length: int, least: float
 ) -> tuple[Float[Tensor, " token"], Bool[Tensor, " token"]]:
     """f_t of the reasoning tokens, and which of them hand on their relevance."""
-    if prefilled.plain is not None:
-        logits = prefilled.plain.logits.detach()
-    else:
-        assert prefilled.tiled is not None
-        assert prefilled.tiled.prefill is not None
-        logits = prefilled.tiled.prefill.logits().detach()
-    predicted = written.terms(logits)
-    spread = torch.std(written.rows(logits).to(predicted.dtype), dim=-1)
+    logits, read = prefilled.logits_around(written.positions(length))
+    local = replace(written, first=read.index(written.first))
+    (target,), held = local.terms(logits.detach())
+    assert held is not None
+    predicted, spread = target - held[0], local.spread(logits.detach())
     return predicted, (predicted > 0) & (predicted >= least * spread)
 
 
@@ -391,19 +334,17 @@ def _check_order(through: Span, stop: int, what: str) -> None:
         )
 
 
-def _reference(
-    model: Any, against: object, ids: Tensor, span: Span
-) -> Int[Tensor, " token"] | Literal["none"] | None:
-    """What the logits of the span are held against: ids, "none", or None for the mean.
+def _reference(model: Any, against: object, ids: Tensor, span: Span) -> Against:
+    """What the logits of the span are held against: the keyword of it, and the ids.
 
     Raises:
         TokenError: An unknown word, another number of ids than of tokens, an id out of range, or
             each token itself.
     """
     if against is None or (isinstance(against, str) and against == "mean"):
-        return None
+        return "mean", ()
     if isinstance(against, str) and against == "none":
-        return "none"
+        return "none", ()
     given: Any = against.tolist() if hasattr(against, "tolist") else against
     written = ids[slice(*span)]
     whole = isinstance(given, list | tuple) and all(
@@ -424,4 +365,4 @@ def _reference(
             f"against={given} holds every token of the span against itself, which leaves nothing "
             "to explain; give another id where the answers differ."
         )
-    return others.to(ids.device)
+    return "tokens", tuple(others.tolist())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,14 +13,25 @@ from . import options as o
 from .errors import CliError, Code, exit_codes, in_shell
 from .memory import MemoryOptions
 from .model import is_local, load_model, quiet_libraries
+from .output import Output, write
 from .print_attribution import candidate_rows, print_json
-from .prompt import check_text, prompt_ids, read_prompt, special_notes, token_word
+from .prompt import (
+    chat_ids,
+    check_text,
+    prompt_ids,
+    read_json,
+    read_prompt,
+    special_notes,
+    token_word,
+)
 from .retype import retyped
 from .terminal import print_err, print_out, progress, table
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
+
+    from ..inputs.tokens import Prompt
 
 AnswerOption = Annotated[
     str, typer.Option(help="The answer to list, as it follows the prompt. Needed.")
@@ -30,6 +42,24 @@ RowOption = Annotated[
         min=0,
         help="Print the command that explains this token of the answer (the column row). Default: "
         "where the model most prefers another token, or is least sure.",
+        show_default=False,
+    ),
+]
+
+
+PageOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write an HTML page of the answer, in which a click on a token opens its explanation.",
+        show_default=False,
+    ),
+]
+ExplainOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="With --out: how many tokens to explain. The first at which the model prefers "
+        "another comes first, then the others like it, then the closest decisions. Default: 8.",
         show_default=False,
     ),
 ]
@@ -55,6 +85,8 @@ class TokensOptions:
     strip_newline: o.StripNewlineOption = False
     chat: o.ChatOption = False
     system: o.SystemOption = None
+    messages: o.MessagesOption = None
+    tools: o.ToolsOption = None
     answer: AnswerOption = ""
     prepend_bos: o.PrependBosOption = None
     row: RowOption = None
@@ -63,6 +95,9 @@ class TokensOptions:
     memory: o.MemoryOption = o.Memory.AUTO
     tile: o.TileOption = None
     attention: o.AttentionOption = o.Attention.AUTO
+    rules: o.RulesOption = o.DEFAULT_RULES
+    out: PageOption = None
+    explain: ExplainOption = None
     json: o.JsonOption = False
     quiet: o.QuietOption = False
     debug: o.DebugOption = False
@@ -82,6 +117,8 @@ class TokensOptions:
         self.again().check()
         if not self.answer:
             raise typer.BadParameter("Give the answer to list with --answer.")
+        if self.explain is not None and self.out is None:
+            raise typer.BadParameter("--explain goes with --out, the page that it is for.")
 
 
 @o.takes_options
@@ -94,16 +131,20 @@ def tokens_command(options: TokensOptions) -> None:
 
     **--json** prints one object. *status* is "listed", with *version, model*; *answer* (for each
     token *pos, token, id, logit, rank* from 0, *logprob, probability, alternative, alternative_id,
-    delta*: Δℓ); *row* (the token that *command* explains); *command, notes*. The logits at *pos* −
-    1 predict the token at *pos*.
+    delta*: Δℓ); *row* (the token that *command* explains); *command, explained* (the rows that the
+    page explains); *notes*. The logits at *pos* − 1 predict the token at *pos*.
+
+    **--out** writes a page in which a click on a token opens its explanation.
     """
     options.check()
     shows_progress = not (options.quiet or options.json)
+    output = Output(out=options.out, as_json=options.json, quiet=options.quiet)
     memory = MemoryOptions(options.memory.value, options.tile, None, options.attention.value)
     with exit_codes(options.debug):
-        text = read_prompt(options.prompt, options.prompt_file, options.strip_newline)
+        source = _Source.of(options)
         check_text(options.system, "system message")
         check_text(options.answer, "answer")
+        output.check()
         name = options.model or options.adapter or ""
         remark = "" if is_local(name) else " (the first use downloads it)"
         with progress(f"Loading {name}{remark}", shows_progress):
@@ -111,14 +152,15 @@ def tokens_command(options: TokensOptions) -> None:
             loaded = load_model(options.model, device, options.dtype.value, options.adapter)
         model = loaded.bridge
         with quiet_libraries():
-            before, after = _ids(model, options, text)
-        listed = _listed(model, before, after, memory, shows_progress)
+            before, after = _ids(model, options, source)
+        listed = _listed(model, before.tokens, after, memory, shows_progress)
         row = _row(listed, options.row)
-        command = _command(model, options, text, listed.to_dict("records")[row])
+        command = _command(model, options, source.text, listed.to_dict("records")[row])
         notes = list(loaded.notes)
-        if not options.chat:
-            notes += special_notes(model, text, options.prepend_bos)
+        if not options.chat and options.messages is None:
+            notes += special_notes(model, source.text, options.prepend_bos)
         notes = [in_shell(note) for note in notes]
+        explained = _write_page(model, options, before, after, memory, output)
         if options.json:
             print_json(
                 {
@@ -128,6 +170,7 @@ def tokens_command(options: TokensOptions) -> None:
                     "answer": candidate_rows(listed),
                     "row": row,
                     "command": command,
+                    "explained": explained,
                     "notes": notes,
                 }
             )
@@ -136,6 +179,61 @@ def tokens_command(options: TokensOptions) -> None:
             for note in notes:
                 print_err(f"Note: {note}")
         _print(listed, row, command)
+        if options.out is not None:
+            print_out()
+            print_out(
+                f"Wrote {options.out}, which explains {len(explained)} of {len(listed)} tokens."
+            )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The prompt as it was given: a text, or the messages of a chat with its tools."""
+
+    text: str
+    messages: list[Any] | None
+    tools: list[Any] | None
+
+    @classmethod
+    def of(cls, options: TokensOptions) -> _Source:
+        """Read the files.
+
+        Raises:
+            CliError: A file cannot be read.
+        """
+        if options.messages is None:
+            text = read_prompt(options.prompt, options.prompt_file, options.strip_newline)
+            return cls(text, None, None)
+        tools = None if options.tools is None else read_json(options.tools, "tools")
+        return cls("", read_json(options.messages, "messages"), tools)
+
+
+def _write_page(
+    model: Any,
+    options: TokensOptions,
+    before: Prompt,
+    after: Tensor,
+    memory: MemoryOptions,
+    output: Output,
+) -> list[int]:
+    """Write the page, if one was asked for; returns the rows that it explains."""
+    if options.out is None:
+        return []
+    from ..attribution.explain_answer import explain_answer
+    from ..inputs.chat_prompt import ChatPrompt
+    from ..inputs.tokens import str_tokens
+
+    prompt: Tensor | ChatPrompt = before.tokens
+    if before.segments:
+        texts = str_tokens(model, before.tokens[0].tolist())
+        prompt = ChatPrompt("".join(texts), before.tokens[0], before.segments, texts)
+    with progress("Explaining the answer's tokens", output.shows_progress):
+        found = explain_answer(
+            model, prompt, after, options.explain or 8, rules=options.rules.value,
+            memory=memory.memory, tile=memory.tile, progress=False, attention=memory.attention,
+        )  # fmt: skip
+    write(options.out, found.save_html)
+    return list(found.results)
 
 
 def _version() -> str:
@@ -144,25 +242,24 @@ def _version() -> str:
     return __version__
 
 
-def _ids(model: Any, options: TokensOptions, text: str) -> tuple[Tensor, Tensor]:
-    """The ids of prompt and answer, as ``explain`` tokenises both.
+def _ids(model: Any, options: TokensOptions, source: _Source) -> tuple[Prompt, Tensor]:
+    """The prompt, and the ids of the answer, as ``explain`` tokenises both.
 
     Raises:
         CliError: The answer changes the ids of the prompt, or has none.
     """
-    before, both = (
-        prompt_ids(
-            model,
-            text,
-            chat=options.chat,
-            system=options.system,
-            answer=answer,
+
+    def read(answer: str) -> Prompt:
+        if source.messages is not None:
+            return chat_ids(model, source.messages, source.tools, answer)
+        return prompt_ids(
+            model, source.text, chat=options.chat, system=options.system, answer=answer,
             prepend_bos=options.prepend_bos,
-        ).tokens
-        for answer in ("", options.answer)
-    )
-    n = before.shape[1]
-    if both.shape[1] <= n or both[0, :n].tolist() != before[0].tolist():
+        )  # fmt: skip
+
+    before, both = read(""), read(options.answer).tokens
+    n = before.tokens.shape[1]
+    if both.shape[1] <= n or both[0, :n].tolist() != before.tokens[0].tolist():
         raise CliError(Code.PROMPT, "The answer's tokens cannot be told from the prompt's.")
     return before, both[:, n:]
 

@@ -91,6 +91,7 @@ def run_prompts(
     sums: RelevanceSums,
     options: RunOptions,
     batch_size: int | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[RunResult]:
     """Run each prompt with its objective, in batches where these give the same.
 
@@ -103,6 +104,7 @@ def run_prompts(
         options: Memory, progress and attention, as for one prompt.
         batch_size: Prompts per batch; None for as many as fit and are similar in length, 1 for one
             at a time.
+        numbers: The place of each prompt in the user's list, for messages.
 
     Returns:
         One result per prompt, in the order given.
@@ -114,10 +116,11 @@ def run_prompts(
     check_ready(model, "Relevance")
     check_single(model)
     plans = [options.plan(model, tokens.shape[1]) for tokens in prompts]
+    places = range(len(prompts)) if numbers is None else numbers
     results: dict[int, RunResult] = {}
 
     def run_alone(which: int) -> None:
-        with naming(f"prompts[{which}] with objectives[{which}]"):
+        with naming(f"prompts[{places[which]}] with objectives[{places[which]}]"):
             (results[which],) = run(
                 model, prompts[which], [objectives[which]], rule_set, sums, plans[which], options,
                 settings="",
@@ -135,7 +138,8 @@ def run_prompts(
             continue
         try:
             rows = _run_batch(
-                model, batch, [prompts[i] for i in batch], [objectives[i] for i in batch],
+                model, [places[i] for i in batch], [prompts[i] for i in batch],
+                [objectives[i] for i in batch],
                 rule_set, sums, plans[batch[0]].memory, options,
             )  # fmt: skip
             results.update(zip(batch, rows, strict=True))

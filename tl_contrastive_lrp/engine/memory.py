@@ -46,6 +46,7 @@ _FORWARD_PEAK = 4.0
 _MASKS = 1.0
 _FORWARD_WIDTHS = 8.0  # [pos, d_model] tensors
 _FORWARD_NEURONS = 3.0  # [pos, d_mlp] tensors
+_LOGITS = 3.0  # [read positions, vocab] tensors in tiles: the logits, a copy, their gradient
 _SAFE = 0.7  # share of the free memory that may be used
 _BUDGET = 1 << 30  # bytes for the activations of one tile, where memory is plentiful
 _BY_TILE = 12.0  # [head, tile, pos] tensors alive in the backward of one tile
@@ -173,6 +174,7 @@ def plain_bytes(
     by_head: bool = False,
     pruned: bool = False,
     fused: int = 0,
+    read: int | None = None,
 ) -> int:
     """Estimate how many bytes the plain engine needs besides the model.
 
@@ -184,13 +186,16 @@ def plain_bytes(
         by_head: Whether edges are split by head and path: 2 · head such matrices.
         pruned: Whether only the largest edges are kept.
         fused: Number of blocks whose attention is fused.
+        read: Number of positions whose logits are read; None for all.
     """
     cfg = model.cfg
     layers, heads = int(cfg.n_layers), int(cfg.n_heads)
     square, eager = heads * length * length, max(layers - fused, 0)
     numbers = layers * length * _by_position(model) + eager * _KEPT_BY_BLOCK * square
     numbers += _PEAK * square if eager else _MASKS * length * length
-    numbers += 2 * length * int(cfg.d_vocab)
+    # Where attention is fused, the logits of other positions are not computed.
+    rows = length if read is None or not fused else read
+    numbers += 2 * rows * int(cfg.d_vocab)
     if graphs:
         edges = (2 * heads if by_head else 1) * length * length / 2
         by_edge = _BY_EDGE / 4
@@ -230,7 +235,9 @@ def fits_forward(model: Any, length: int, *, fused: int = 0) -> bool:
     return forward_bytes(model, length, fused=fused) <= _SAFE * free_bytes(model_device(model))
 
 
-def tile_for(model: Any, length: int, free: int, *, fused: int = 0, edges: int = 0) -> int:
+def tile_for(
+    model: Any, length: int, free: int, *, fused: int = 0, edges: int = 0, read: int = 1
+) -> int:
     """Positions per tile, a power of two, so that the activations of one tile fit the budget.
 
     Args:
@@ -239,8 +246,10 @@ def tile_for(model: Any, length: int, free: int, *, fused: int = 0, edges: int =
         free: Bytes that the device has free.
         fused: Number of blocks whose attention is fused.
         edges: Number of [tile, pos] matrices that the edges of one tile are; 0 without edges.
+        read: Number of positions whose logits are kept, beside the tile's activations.
     """
-    budget = min(_BUDGET, _SAFE * free / 2)
+    logits = 4 * _LOGITS * read * int(model.cfg.d_vocab)
+    budget = min(_BUDGET, max(_SAFE * free - logits, 0) / 2)
     least, most = _TILES
     by_position = _BY_TILE * int(model.cfg.n_heads) * length
     if fused >= int(model.cfg.n_layers):
@@ -261,6 +270,7 @@ def plan_memory(
     pruned: bool = False,
     plain_only: str = "",
     fused: int = 0,
+    read: int | None = None,
 ) -> MemoryPlan:
     """Plan a run: with or without tiles, and how large they are.
 
@@ -275,6 +285,7 @@ def plan_memory(
         pruned: Whether only the largest edges are kept.
         plain_only: Why the request cannot be computed in tiles, as a sentence; "" if it can.
         fused: Number of blocks whose attention is fused (``fused.fused_blocks``).
+        read: Number of positions whose logits are read; None for one or an unknown number.
 
     Raises:
         ValueError: an unknown ``memory``; a tile that is no positive number; "tiled" although
@@ -288,12 +299,16 @@ def plan_memory(
     if tile is not None and memory == "plain":
         raise ValueError("tile= belongs to memory='tiled' (or 'auto'); leave it out.")
     free = free_bytes(model_device(model))
-    need = plain_bytes(model, length, graphs=graphs, by_head=by_head, pruned=pruned, fused=fused)
+    need = plain_bytes(
+        model, length, graphs=graphs, by_head=by_head, pruned=pruned, fused=fused, read=read
+    )
     if memory == "plain" or (memory == "auto" and need <= _SAFE * free):
         return MemoryPlan(None, need, free)
     required, given = memory == "tiled", tile is not None
     split = (2 * int(model.cfg.n_heads) if by_head else 1) if graphs else 0
-    chosen = tile or tile_for(model, length, free, fused=fused, edges=split)
+    chosen = tile or tile_for(
+        model, length, free, fused=fused, edges=split, read=1 if read is None else read
+    )
     plan = MemoryPlan(chosen, need, free, given=given, tiles_required=required)
     if not plain_only:
         return plan

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelStateError
+from ..errors import ModelStateError, a_kind
 from ..hooks.context import plan
 from ..hooks.coverage import Coverage
 from ..hooks.hook_rules import HookWatch, rules_in_hooks
@@ -177,6 +177,7 @@ def forward(
     hook_watch: HookWatch | None = None,
     attention: AttentionKind = "eager",
     read: tuple[int, ...] | None = None,
+    continued: bool = False,
     **forward_kwargs: Any,
 ) -> Forward:
     """Run one forward, with rules and readings for the backwards that start at it.
@@ -195,6 +196,8 @@ def forward(
         attention: "eager", or "fused" where a block allows it.
         read: The positions whose logits are needed, rising; None for all. Where attention is fused,
             the logits of no others are computed, unless a hook of the user's could see them.
+        continued: Whether ``past_key_values`` may hold tokens, whose keys and values are on an
+            autograd graph that the caller follows further.
         **forward_kwargs: Passed to the model's forward.
 
     Raises:
@@ -203,7 +206,8 @@ def forward(
     """
     check_ready(model, "Relevance")
     check_single(model)
-    _refuse_cached_tokens(forward_kwargs.get("past_key_values"))
+    if not continued:
+        _refuse_cached_tokens(forward_kwargs.get("past_key_values"))
     readings, scopes = list(readings), list(scopes)
     eager: set[str] = set()
     while True:
@@ -398,6 +402,6 @@ def _refuse_cached_tokens(cache: Any) -> None:
 
 def _kind(value: object) -> str:
     if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
+        return a_kind(value)
     detached = "" if value.requires_grad else " without a gradient"
     return f"a tensor of shape {list(value.shape)}{detached}"

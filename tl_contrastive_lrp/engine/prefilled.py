@@ -26,6 +26,7 @@ from .plain import Forward
 from .plain import forward as plain_forward
 from .reading import Reading, Slots
 from .tiled.run import TiledForward, forward_in_tiles
+from .tiled.tiles import runs
 
 if TYPE_CHECKING:
     from .reading import BlockCall
@@ -61,6 +62,19 @@ class Prefilled:
     calls: dict[int, BlockCall]
     state: object = field(repr=False)
     fusing: bool = False
+
+    def logits_around(self, positions: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+        """The logits of some positions and perhaps others, with their graph, and whose they are.
+
+        Args:
+            positions: Rising positions whose logits this forward has.
+        """
+        if self.plain is not None:
+            everywhere = tuple(range(int(self.tokens.shape[1])))
+            return self.plain.logits, self.plain.read or everywhere
+        assert self.tiled is not None
+        assert self.tiled.prefill is not None
+        return self.tiled.prefill.logits_around(positions)
 
     def check_attention(self, attention: AttentionKind) -> None:
         """Refuse a kind of attention that this forward does not have; "auto" takes what it has.
@@ -117,6 +131,7 @@ def prefill_prompt(
     plan: MemoryPlan,
     *,
     pos: int | None = -1,
+    read: tuple[int, ...] | None = None,
     calls: dict[int, BlockCall] | None = None,
     uses: int = 1,
     progress: bool = False,
@@ -132,6 +147,7 @@ def prefill_prompt(
         plan: Which engine to use, from ``memory.plan_memory``.
         pos: The position whose logits will be explained; negative counts from the end. None for
             objectives of several positions.
+        read: With ``pos=None``, the positions whose logits may be explained, rising; None for all.
         calls: By number, the blocks whose arguments are recorded, for the edges of a graph.
         uses: Number of results to come. The autograd graph is kept until the last.
         progress: Show a progress bar in tiles.
@@ -144,11 +160,14 @@ def prefill_prompt(
         ModelStateError, UncoveredComponentError: as ``attribute``.
     """
     length, readings, calls = int(tokens.shape[1]), list(readings), calls or {}
-    last = -1 if pos is None else pos
+    last = pos if pos is not None else -1 if read is None else read[-1]
     if not -length <= last < length:
         raise TokenError(f"Position {last} does not exist in a prompt of {length} tokens.")
     at, rule_set, state = last % length, get_rule_set(rules), state_of(model)
-    ranges = ((0, length),) if pos is None else ((at, at + 1),)
+    if pos is not None:
+        read, ranges = None, runs((at,))
+    else:
+        ranges = ((0, length),) if read is None else runs(read)
     fusing = is_worth(attention, length)
 
     def in_tiles(plan: MemoryPlan) -> Prefilled:
@@ -168,10 +187,11 @@ def prefill_prompt(
         slots = Slots(readings, uses)
         scopes = [partial(call.recorded, model.blocks[block]) for block, call in calls.items()]
         forward = plain_forward(
-            model, tokens, rule_set, slots.readings, scopes, attention=attention
+            model, tokens, rule_set, slots.readings, scopes, attention=attention, read=read
         )
         forward.slots = slots
-        logits = forward.logits[0, at].detach().clone()
+        row = at if forward.read is None else forward.read.index(at)
+        logits = forward.logits[0, row].detach().clone()
         return Prefilled(
             model, tokens, rule_set, at, logits, plan, forward, None, calls, state, fusing
         )

@@ -60,8 +60,36 @@ class RunOptions:
                 "of the prompt with the answer. Leave it out."
             )
 
-    def plan(self, model: Any, length: int, prefilled: Prefilled | None = None) -> MemoryPlan:
+    def require_no_part(self, prefilled: Prefilled | None, which: int) -> None:
+        """Refuse a forward or a folder of a prompt alone, where an objective has runs of its own.
+
+        Args:
+            prefilled: The forward.
+            which: The place of the objective in the list.
+
+        Raises:
+            ValueError: there is one.
+        """
+        if prefilled is not None or self.checkpoint_dir is not None:
+            raise ValueError(
+                f"objectives[{which}] is the difference of two answers, which has runs of its own; "
+                "leave out checkpoint_dir= and prefilled=, or explain it in a call by itself."
+            )
+
+    def plan(
+        self,
+        model: Any,
+        length: int,
+        prefilled: Prefilled | None = None,
+        read: Sequence[int] | None = None,
+    ) -> MemoryPlan:
         """The plan for one prompt, or that of the forward that has already been run.
+
+        Args:
+            model: The bridge.
+            length: Number of tokens in the prompt.
+            prefilled: The forward.
+            read: The positions whose logits are read; None for all.
 
         Raises:
             ValueError: as ``plan_memory``; another kind of attention than that forward's.
@@ -70,7 +98,8 @@ class RunOptions:
             prefilled.check_attention(self.attention)
             return prefilled.plan
         fused = fused_blocks(model, self.attention, length)
-        return plan_memory(model, length, self.memory, self.tile, fused=fused)
+        rows = length if read is None else len(read)
+        return plan_memory(model, length, self.memory, self.tile, fused=fused, read=rows)
 
 
 def run(

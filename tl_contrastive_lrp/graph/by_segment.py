@@ -8,13 +8,15 @@ head and path by path. Edges within a segment become an edge from it to itself, 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..inputs.segments import How, divide
+from ..inputs.forced import labelled, unlabelled
+from ..inputs.segments import How, Segment, divide
 from .columns import ORDER, added_up
 from .data import GraphData
 
@@ -27,7 +29,7 @@ def by_segment(graph: GraphT, how: How) -> GraphT:
         raise ValueError(
             "This graph is between segments already; call by(...) on the graph between tokens."
         )
-    every = divide(how, graph.str_tokens, graph.segments)
+    every = _divided(graph, how)
     segments = tuple(segment for segment in every if segment.n_tokens)
     sizes = torch.tensor([segment.n_tokens for segment in segments])
     of_token = torch.repeat_interleave(torch.arange(len(segments)), sizes)
@@ -53,6 +55,29 @@ def by_segment(graph: GraphT, how: How) -> GraphT:
         earlier_final_pos=tuple(explained[:-1]),
         segments=segments,
         of_segments=True,
+    )
+
+
+def _divided(graph: GraphData, how: How) -> tuple[Segment, ...]:
+    """The segments; the tokens of two answers by their own text, each answer by itself."""
+    first = graph.final_positions[0]
+    texts, sides = unlabelled(graph.str_tokens, first)
+    if not sides or how in ("message", "tool"):
+        return divide(how, graph.str_tokens, graph.segments)
+    kind = how if isinstance(how, str) else "range"
+    length, n_target = first + 1, sides.count("target")
+    ends = (0, length, length + n_target, len(texts))
+    fences = tuple(
+        Segment(kind, "", kind, start, stop, "".join(texts[start:stop]))
+        for start, stop in pairwise(ends)
+    )
+    # A message ends where an answer begins, and so does a word or a line.
+    found = divide(how, texts, graph.segments or fences)
+    return tuple(
+        replace(one, name=labelled(sides[one.start - length], (one.name,))[0])
+        if one.start >= length and one.name != "rest"
+        else one
+        for one in found
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import Message, UncoveredComponentError, Wording
+from ..errors import Message, UncoveredComponentError, Wording, a_kind
 from ..inputs.bridge import components, is_component, is_kind, require_bridge
 from ..rules import functions as rules
 from ..rules.activations import ACTIVATIONS, PARAMETRIC, ratio_of
@@ -307,7 +307,7 @@ def _library_of(kind: type) -> str | None:
 def quantised(module: nn.Module) -> tuple[str, str] | None:
     """The quantised part of a module, and the library that quantised it ("" if unknown)."""
     if (library := _library_of(type(module))) is not None:
-        return f"is a {type(module).__name__}", library
+        return f"is {a_kind(module)}", library
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
@@ -375,7 +375,7 @@ def _refuse_replaced(path: str, component: nn.Module) -> None:
             continue
         if not hasattr(module, "fwd_hooks"):
             raise UncoveredComponentError(
-                f"{path}.{name} is no HookPoint: a {type(module).__name__} has replaced it, so "
+                f"{path}.{name} is no HookPoint: {a_kind(module)} has replaced it, so "
                 "nothing can be read and no rule applied there. Put the HookPoint back (SAELens: "
                 "model.reset_saes()) and run the module in a hook function instead: with "
                 f"model.hooks(fwd_hooks=[({f'{path}.{name}'!r}, lambda x, hook: sae(x))]): ..."

@@ -7,19 +7,22 @@ each token at the position before it, after the prompt and the tokens of its own
 prompt: the predictions of those tokens are the same in both and cancel. Where one answer is the
 beginning of the other, what remains of the longer one is all there is to explain.
 
-An ``AnswerDiff`` needs a run for each answer, so it is no function of one tensor of logits.
-``clrp.attribute`` and ``clrp.attribution_graph`` take it; ``forced.py`` prepares their runs.
+An ``AnswerDiff`` reads the logits of two texts, so it is no function of one tensor of logits.
+``clrp.attribute``, ``clrp.attribution_graph`` and what takes several objectives in their place
+take it; ``forced.py`` prepares the runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
-from ..errors import PromptError, TokenError
+from ..errors import PromptError, TokenError, a_kind
 from .bridge import require_bridge
 from .token_text import written_id
 from .tokens import (
@@ -95,8 +98,9 @@ class AnswerDiff:
         raise TypeError(
             "The difference of two answers takes a run of the model for each of them, so it is no "
             "function of one tensor of logits. Use it in clrp.attribute(model, prompt, "
-            "clrp.answer_diff(...)) or clrp.attribution_graph(model, prompt, ...); everywhere "
-            "else, explain the first token where the answers differ, with clrp.logit_diff."
+            "clrp.answer_diff(...)) or clrp.attribution_graph(model, prompt, ...), or among the "
+            "objectives of attribute_each and attribution_graphs; everywhere else, "
+            "explain the first token where the answers differ, with clrp.logit_diff."
         )
 
     def __str__(self) -> str:
@@ -139,8 +143,8 @@ def answer_diff(
         model: A ``TransformerBridge``.
         prompt: What the answers continue: text, or token ids [pos] or [1, pos].
         target: The answer that the model preferred: a text, which is tokenised as the continuation
-            of another text (a leading space matters), or a list or 1-d tensor of tokens. A list may
-            hold ids and the texts of single tokens, as for ``logit_diff``.
+            of another text (a leading space matters), a list of tokens, each an id or the text of
+            a single token as for ``logit_diff``, or a tensor of ids [pos] or [1, pos].
         contrast: The answer it should have preferred, in the same form.
         logprob: Add up log-probabilities instead of logits. A number on the scale of probabilities;
             relevance then also shows what raised or lowered all other tokens.
@@ -167,7 +171,7 @@ def answer_diff(
     if not isinstance(logprob, bool):
         raise TypeError(f"logprob={logprob!r} must be True or False.")
     sides = {
-        role: _ids(model, answer, role)
+        role: answer_ids(model, answer, role)
         for role, answer in (("target", target), ("contrast", contrast))
     }
     before = single_prompt(model, prompt, prepend_bos).tokens[0].tolist()
@@ -217,33 +221,48 @@ def _text(model: Any, before: Sequence[int], tail: Sequence[int]) -> str:
     return "".join(str_tokens(model, [*before, *tail])[len(before) :])
 
 
-def _ids(model: Any, answer: object, role: str) -> tuple[int, ...]:
-    """The tokens of an answer.
+def answer_ids(model: Any, answer: object, role: str = "answer") -> tuple[int, ...]:
+    """The tokens of an answer, in whichever form it was given.
+
+    Args:
+        model: A ``TransformerBridge``.
+        answer: A text, tokenised as the continuation of another; a list of tokens, each an id or
+            the text of a single token; or a tensor of ids [pos] or [1, pos].
+        role: What to call it in messages: "answer", "target" or "contrast".
 
     Raises:
-        TokenError: It has none, or one that does not exist.
-        PromptError: As ``continuation_ids``.
+        TokenError: It is none of these, has no tokens, or one that does not exist.
     """
-    if isinstance(answer, Tensor) and answer.ndim == 0:
-        answer = answer.item()
     if isinstance(answer, Tensor):
-        if answer.ndim != 1 or answer.dtype.is_floating_point:
+        shape, whole = list(answer.shape), not (answer.is_floating_point() or answer.is_complex())
+        if not whole or answer.dtype == torch.bool or len(shape) > 2 or shape[:-1] not in ([], [1]):
             raise TokenError(
-                f"The {role} is a tensor of {answer.dtype} and shape {list(answer.shape)}; token "
-                "ids of an answer are integers of shape [pos]."
+                f"The {role} is a tensor of {answer.dtype} and shape {shape}; token ids of one "
+                "answer are integers of shape [pos] or [1, pos]."
             )
-        answer = answer.tolist()
-    if isinstance(answer, set | frozenset):
-        raise TokenError(
-            f"The {role} is a set, which has no order; give the tokens of the answer as a list."
-        )
+        answer = answer.flatten().tolist()
     if isinstance(answer, str) and written_id(answer) is None:
         ids = _continuation(model, answer, role)
     else:
-        several = answer if isinstance(answer, list | tuple) else [answer]
+        several = [answer] if isinstance(answer, str | Integral) else answer
+        if isinstance(several, set | frozenset):
+            raise TokenError(
+                f"The {role} is a set, which has no order; give the tokens of the answer as a list."
+            )
+        if not isinstance(several, Sequence):
+            raise TokenError(
+                f"The {role} is {a_kind(several)}; give a text, a list of tokens, or a tensor of "
+                "token ids."
+            )
+        for at, token in enumerate(several):
+            if not isinstance(token, str | Integral | Tensor):
+                raise TokenError(
+                    f"Token {at} of the {role} is {a_kind(token)}; each is an id or the text of a "
+                    "single token."
+                )
         ids = tuple(to_token_ids(model, token, role)[0] for token in several)
     if not ids:
-        raise TokenError(f"The {role} is an answer without tokens. Give at least one.")
+        raise TokenError(f"The {role} has no tokens; give at least one.")
     return ids
 
 

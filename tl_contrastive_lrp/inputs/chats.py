@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import Argument, Message, PromptError
+from ..errors import Argument, Message, PromptError, a_kind
 from .bridge import require_bridge
 from .chat_prompt import ChatPrompt
 from .message_spans import THINKING_TAGS, Span, message_spans, thinking_parts
@@ -136,7 +136,7 @@ def _check(tokenizer: Any, messages: Any, answer: str) -> None:
         )
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise TypeError(
-            f"messages is a {type(messages).__name__}; give a list of dicts, "
+            f"messages is {a_kind(messages)}; give a list of dicts, "
             '[{"role": "user", "content": "..."}].'
         )
     if not messages:
@@ -150,7 +150,7 @@ def _check(tokenizer: Any, messages: Any, answer: str) -> None:
         content = message.get("content")
         if content is not None and not isinstance(content, str | list | Mapping):
             raise TypeError(
-                f"The content of message {index + 1} is a {type(content).__name__}; give a text."
+                f"The content of message {index + 1} is {a_kind(content)}; give a text."
             )
     if answer and _is_own(messages[-1]):
         raise PromptError(

@@ -7,7 +7,7 @@ combined by the rooms above, where everything after the prompt belongs to one an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -125,6 +125,25 @@ def runs_of(
 def labelled(side: Side, str_tokens: tuple[str, ...]) -> tuple[str, ...]:
     """An answer's tokens in a picture or graph that has both answers after the prompt."""
     return tuple(f"[{side}]{text}" for text in str_tokens)
+
+
+def unlabelled(str_tokens: Sequence[str], first: int) -> tuple[tuple[str, ...], tuple[Side, ...]]:
+    """Undo ``labelled`` for the tokens of both answers, which follow the prompt.
+
+    Args:
+        str_tokens: What each token contributes to the text, those of answers marked.
+        first: The first position whose prediction is explained: of two answers, the prompt's last.
+
+    Returns:
+        The tokens without marks, and whose each token after ``first`` is; without answers, the
+        tokens as they are and ().
+    """
+    own = str_tokens[first + 1 :]
+    sides = tuple(side for text in own for side in SIDES if text.startswith(f"[{side}]"))
+    if len(sides) != len(own) or list(sides) != sorted(sides, key=SIDES.index):
+        return tuple(str_tokens), ()
+    bare = [text[len(side) + 2 :] for text, side in zip(own, sides, strict=True)]
+    return (*str_tokens[: first + 1], *bare), sides
 
 
 def both_ways(ways: Iterable[str]) -> str:

@@ -97,15 +97,34 @@ class SpanLogit(LocatedObjective):
             >>> torch.allclose((written - mean).sum(), span(model(case.prompt)))
             True
         """
-        rows = self._rows(logits)
-        target, held = _at(rows, self.ids), self._held(rows)
-        if self.logprob:
-            normaliser = rows.logsumexp(-1)
-            target, held = target - normaliser, None if held is None else held - normaliser
+        target, held = self.terms(logits)
         return (
             reduce(target, "batch span -> batch", "sum"),
             None if held is None else reduce(held, "batch span -> batch", "sum"),
         )
+
+    def terms(
+        self, logits: Float[Tensor, "*batch pos vocab"]
+    ) -> tuple[Float[Tensor, "batch span"], Float[Tensor, "batch span"] | None]:
+        """Both terms of each of the span's tokens, before they are summed.
+
+        Args:
+            logits: As the model returns them.
+
+        Raises:
+            TokenError: A position or token does not exist in these logits.
+
+        Example:
+            >>> span = clrp.span_logit(model, case.prompt, (3, 6))
+            >>> span.terms(model(case.prompt))[0].shape
+            torch.Size([1, 3])
+        """
+        rows = self.rows(logits)
+        target, held = _at(rows, self.ids), self._held(rows)
+        if self.logprob:
+            normaliser = rows.logsumexp(-1)
+            target, held = target - normaliser, None if held is None else held - normaliser
+        return target, held
 
     def _held(self, rows: Float[Tensor, "batch span vocab"]) -> Float[Tensor, "batch span"] | None:
         """The logits that those of the tokens written are held against."""
@@ -119,8 +138,21 @@ class SpanLogit(LocatedObjective):
         best = rows.gather(-1, others.topk(self.k, dim=-1).indices)
         return reduce(best, "batch span k -> batch span", "mean")
 
-    def _rows(self, logits: Tensor) -> Float[Tensor, "batch span vocab"]:
-        """The logits that predict the span."""
+    def rows(self, logits: Float[Tensor, "*batch pos vocab"]) -> Float[Tensor, "batch span vocab"]:
+        """The logits that predict the span, in float32 at least.
+
+        Args:
+            logits: As the model returns them.
+
+        Raises:
+            TokenError: A position or token does not exist in these logits.
+
+        Example:
+            >>> logits = model(case.prompt)
+            >>> span = clrp.span_logit(model, case.prompt, (3, 6))
+            >>> torch.equal(span.rows(logits), logits[:, 2:5])
+            True
+        """
         if logits.ndim == 2:
             logits = rearrange(logits, "pos vocab -> 1 pos vocab")
         positions = self.positions(logits.shape[1])
@@ -181,7 +213,7 @@ class SpanLogit(LocatedObjective):
             >>> clrp.span_logit(model, case.prompt, (3, 6)).target_is_top(model(case.prompt))
             False
         """
-        return self._rows(logits)[0].argmax(-1).tolist() == list(self.ids)
+        return self.rows(logits)[0].argmax(-1).tolist() == list(self.ids)
 
     def texts(self) -> tuple[str, str]:
         """The span's text, shortened, and what it is held against, for labels.

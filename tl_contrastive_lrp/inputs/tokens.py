@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..errors import Argument, Message, PromptError, TokenError
+from ..errors import Argument, Message, PromptError, TokenError, a_kind
 from .bos import Tokenised, tokenised, warn_once
 from .bridge import require_bridge
 from .chat_prompt import ChatPrompt
@@ -146,7 +146,7 @@ def _checked(
             )
     else:
         raise PromptError(
-            f"The prompt is a {type(prompt).__name__}; use a string or a tensor of token ids "
+            f"The prompt is {a_kind(prompt)}; use a string or a tensor of token ids "
             "(torch.tensor(ids) for a list of ids)."
         )
     if tokens.numel() == 0:

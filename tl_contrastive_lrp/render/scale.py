@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, a_kind
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -76,7 +76,7 @@ def check_tokens(str_tokens: Sequence[str], length: int) -> list[str]:
     tokens = list(str_tokens)
     odd = [i for i, token in enumerate(tokens) if not isinstance(token, str)]
     if odd:
-        raise TypeError(f"str_tokens[{odd[0]}] is a {type(tokens[odd[0]]).__name__}, not a string")
+        raise TypeError(f"str_tokens[{odd[0]}] is {a_kind(tokens[odd[0]])}, not a string")
     if not tokens:
         raise ValueError("there are no tokens to show")
     if len(tokens) != length:

@@ -38,6 +38,7 @@ from .tiles import (
     BackwardState,
     Range,
     TileAccumulator,
+    lies_in,
     read_ranges,
     tile_bounds,
 )
@@ -63,8 +64,15 @@ class TiledForward:
     fusing: bool = False
 
     def serving(self, tile: int, ranges: tuple[Range, ...]) -> Prefill | None:
-        """The prefill, if it serves a run in these tiles; otherwise it is dropped."""
-        if self.prefill is not None and (tile != self.tile or ranges != self.prefill.ranges):
+        """The prefill, if it serves a run in these tiles; otherwise it is dropped.
+
+        Args:
+            tile: Positions per tile.
+            ranges: The positions whose logits are read; it may have those of others too.
+        """
+        if self.prefill is not None and (
+            tile != self.tile or not all(lies_in(one, self.prefill.ranges) for one in ranges)
+        ):
             self.prefill = None
         return self.prefill
 
@@ -240,9 +248,9 @@ def _attempt(run: _Run, tile: int, progress: bool) -> list[RunResult]:
     model, sums = run.model, run.sums
     length, n_layers = run.tokens.shape[1], int(model.cfg.n_layers)
     ranges = read_ranges(run.objectives, length)
-    bounds = tile_bounds(length, tile, ranges)
     around = [r for r in sums.readings if not r.name.startswith("blocks.")]
     prefilled = None if run.shared is None else run.shared.serving(tile, ranges)
+    bounds = tile_bounds(length, tile, ranges) if prefilled is None else prefilled.bounds
     slots = None if run.shared is None or prefilled is None else run.shared.slots
     steps = len(bounds) * (run.todo + (prefilled is None))
     with (

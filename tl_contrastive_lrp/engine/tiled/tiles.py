@@ -54,6 +54,11 @@ def is_read(start: int, ranges: Sequence[Range]) -> bool:
     return any(first <= start < stop for first, stop in ranges)
 
 
+def lies_in(one: Range, ranges: Sequence[Range]) -> bool:
+    """Whether one of some ranges holds a range whole."""
+    return any(first <= one[0] and one[1] <= stop for first, stop in ranges)
+
+
 def holds(tile: Range, positions: Sequence[int]) -> bool:
     """Whether any of some rising positions lies in a tile."""
     return bisect_left(positions, tile[0]) < bisect_left(positions, tile[1])

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformer_lens.patching import PatchingResult
 from transformer_lens.tools.analysis.attribution_patching import AttributionResult, Node
 
+from ...errors import a_kind
+
 Cell = tuple[int | str, ...]
 # Values whose relative difference is smaller than this are equal up to float32's rounding.
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
@@ -81,7 +83,7 @@ def read_effects(
             raise ValueError("A PatchingResult names its axes itself; leave axes out.")
         return _from_results(patching, relevance, baseline)
     raise TypeError(
-        f"Cannot compare a {type(patching).__name__} with a {type(relevance).__name__}. Give two "
+        f"Cannot compare {a_kind(patching)} with {a_kind(relevance)}. Give two "
         "tensors or PatchingResults of one sweep (get_act_patch_x, get_relevance_patch_x), or two "
         "AttributionResults or mappings of nodes or edges to effects."
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import a_kind
 from ...inputs.bridge import hook_points
 from .effects import Sweep
 
@@ -22,7 +23,7 @@ def check_cache(model: Any, cache: Any, sweeps: Iterable[Sweep], batch: int, pos
     """
     if not hasattr(cache, "__getitem__") or isinstance(cache, Tensor | tuple | list | str):
         raise TypeError(
-            f"clean_cache is a {type(cache).__name__}; give the ActivationCache of the clean run: "
+            f"clean_cache is {a_kind(cache)}; give the ActivationCache of the clean run: "
             "_, clean_cache = model.run_with_cache(clean_tokens)."
         )
     missing: list[str] = []
@@ -146,11 +147,7 @@ class RecordedObjective:
         value = self.objective(logits)
         expected = (self.batch,) if self.per_example else ()
         if not isinstance(value, Tensor) or tuple(value.shape) != expected:
-            got = (
-                f"shape {list(value.shape)}"
-                if isinstance(value, Tensor)
-                else f"a {type(value).__name__}"
-            )
+            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else a_kind(value)
             advice = (
                 f"[{self.batch}], one value for each example, under reduce='mean' or 'none'"
                 if self.per_example

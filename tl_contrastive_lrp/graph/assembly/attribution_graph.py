@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ...engine.batched import naming
 from ...engine.fused import AttentionKind, fused_blocks
 from ...engine.memory import (
     Memory,
@@ -184,7 +185,8 @@ def attribution_graphs(
     Args:
         model: A ``TransformerBridge`` in evaluation mode.
         prompt: Text, or token ids [pos] or [1, pos].
-        objectives: One or more functions of the logits, as for ``attribute``.
+        objectives: One or more functions of the logits, or differences of two answers from
+            ``answer_diff``, as for ``attribution_graph``. Each difference has runs of its own.
         rules: Name of a rule set, or a ``RuleSet``.
         granularity: "block" or "sublayer", as for ``attribution_graph``.
         layers: Only the inputs of these blocks as sites.
@@ -211,7 +213,8 @@ def attribution_graphs(
 
     Raises:
         TypeError: ``objectives`` is not a list of functions; or as ``attribution_graph``.
-        ValueError: no objectives; or as ``attribution_graph``.
+        ValueError: no objectives; ``checkpoint_dir`` or ``prefilled`` with ``answer_diff``; or as
+            ``attribution_graph``.
         TokenError, PromptError, ModelStateError, UncoveredComponentError, NonFiniteError,
             FileFormatError: as ``attribution_graph``.
 
@@ -227,9 +230,23 @@ def attribution_graphs(
     plan = GraphPlan.of(
         model, rules, granularity=granularity, layers=layers, heads=heads, details=details
     )
-    request = GraphQuestion(each, PruneRule(mass, threshold, top_k).single(), node_threshold)
+    rule = PruneRule(mass, threshold, top_k).single()
     options = RunOptions(memory, tile, progress, checkpoint_dir, attention)
-    return _graphs(plan, facts, request, options, prefilled)
+    differences = [which for which, one in enumerate(each) if isinstance(one, AnswerDiff)]
+    if differences:
+        options.require_no_part(prefilled, differences[0])
+    plain = [which for which in range(len(each)) if which not in differences]
+    results: dict[int, AttributionGraph] = {}
+    if plain:
+        request = GraphQuestion([each[i] for i in plain], rule, node_threshold)
+        found = _graphs(plan, facts, request, options, prefilled)
+        results.update(zip(plain, found, strict=True))
+    for which in differences:
+        asked = each[which]
+        assert isinstance(asked, AnswerDiff)
+        with naming(f"objectives[{which}]"):
+            results[which] = _answers_graph(plan, facts, asked, rule, node_threshold, options)
+    return [results[which] for which in range(len(each))]
 
 
 def _answers_graph(
