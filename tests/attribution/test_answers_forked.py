@@ -19,6 +19,7 @@ from truth.rounding import PROMISED
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.engine import forked
+from tl_contrastive_lrp.inputs.rotary import depends_on_length
 
 TARGET, CONTRAST = [7, 12, 30, 2], [9, 5]
 ENCODERS = ("bert", "bert-decoder", "roberta")
@@ -164,7 +165,7 @@ def test_rotary_positions_that_depend_on_the_length(rope: Any, length: int, refu
         class original_model:
             config = Config()
 
-    assert forked._depends_on_length(Model(), length) == refused
+    assert depends_on_length(Model(), length) == refused
 
 
 def test_an_answer_that_sees_the_other_is_found_out() -> None:

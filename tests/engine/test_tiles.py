@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from truth.families import FAMILIES, boot, make_config, make_tokenizer, random_t
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.engine.tiled.tiles import BitMask
-from tl_contrastive_lrp.errors import ModelStateError
+from tl_contrastive_lrp.errors import ModelStateError, NotTileableError
 
 
 @pytest.mark.parametrize("pos", [-1, 20])
@@ -133,3 +134,29 @@ def test_masks_take_a_bit_a_number() -> None:
     assert BitMask.of(many) is many
     hidden = mask == 0
     assert torch.equal(BitMask.of(hidden).unpacked(), hidden)
+
+
+@pytest.mark.parametrize(("limit", "length"), [(20, 20), (20, 21), (10, 11)])
+def test_positions_stretched_for_long_prompts_are_not_tiled(limit: int, length: int) -> None:
+    """Beyond the limit all angles change, also the first tile's, which is run alone.
+
+    The probe of 13 tokens finds this out where the limit lies below it, and no other.
+    """
+    row, half = zoo.ROWS["phi3"], 4
+    settings = {
+        "rope_type": "longrope", "rope_theta": 80.0,
+        "short_factor": [1.0] * half, "long_factor": [3.0 + i for i in range(half)],
+    }  # fmt: skip
+    kwargs = {**row.kwargs, "rope_parameters": settings, "original_max_position_embeddings": limit}
+    stretched = dataclasses.replace(row, name=f"phi3-longrope-{limit}", kwargs=kwargs)
+    with mock.patch.dict(zoo.ROWS, {stretched.name: stretched}):
+        model = zoo.boot(stretched.name, torch.float32)
+    ids, objective = random_tokens(1, length), clrp.logit_diff(model, 7, 11)
+    if length == limit:
+        assert_same(*both(model, ids, objective))
+        return
+    with pytest.raises(NotTileableError, match=f"stretched for prompts as long as {length} tokens"):
+        clrp.attribute(model, ids, objective, **TILED)
+    with torch.no_grad():  # The keys of a tile alone would be others.
+        whole, alone = model(ids)[:, :limit], model(ids[:, :limit])
+    assert float((whole - alone).abs().max()) > 1e-3 * float(whole.abs().max())

@@ -29,6 +29,7 @@ from ..errors import LrpError, is_out_of_memory
 from ..hooks.coverage import Coverage
 from ..hooks.placement import check_ready, check_single
 from ..hooks.user_hooks import user_hooks
+from ..inputs.rotary import depends_on_length
 from ..inputs.spans import SpanLogit
 from ..rules.precision import LOW, first_gradient
 from ..rules.rule_sets import RuleSet
@@ -44,7 +45,6 @@ _PROBE, _CUT, _OTHER = 13, 7, 10  # tokens of the probe; where its tails begin, 
 _SLACK, _SLACK_OF_LOW = 1e-4, 0.05
 # What a model raises that cannot go on from a cache.
 _REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
-_BY_LENGTH = ("dynamic", "longrope")  # rotary positions that depend on how long a prompt is
 
 
 class _NotForkableError(Exception):
@@ -140,7 +140,7 @@ def run_forked(
     check_ready(model, "Relevance")
     check_single(model)
     length = prompt.shape[1] + max(tail.tokens.shape[1] for tail in tails)
-    if user_hooks(model) or _depends_on_length(model, length):
+    if user_hooks(model) or depends_on_length(model, length):
         return None
     kind: AttentionKind = "fused" if is_worth(attention, length) else "eager"
     kinds = (attention if attention == "auto" and kind == "eager" else kind, kind)
@@ -232,23 +232,3 @@ def _require_own_logits(model: Any, prompt: Int[Tensor, "1 pos"]) -> None:
     slack = _SLACK_OF_LOW if expected.dtype in LOW else _SLACK
     if not float((found - expected).abs().max()) <= slack * float(expected.abs().max()):
         raise _NotForkableError
-
-
-def _depends_on_length(model: Any, length: int) -> bool:
-    """Whether a prompt this long rotates its first positions otherwise than a shorter one would."""
-    configs = [model.original_model.config]
-    configs.append(getattr(configs[0], "text_config", None) or configs[0])
-    for config in configs:
-        given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-        nested = [x for x in (given or {}).values() if isinstance(x, dict)]
-        for rope in nested or [given or {}]:
-            if (rope.get("rope_type") or rope.get("type")) in _BY_LENGTH:
-                limits = [
-                    rope.get("original_max_position_embeddings"),
-                    getattr(config, "original_max_position_embeddings", None),
-                    getattr(config, "max_position_embeddings", None),
-                ]
-                known = [int(limit) for limit in limits if limit]
-                if not known or length > min(known):
-                    return True
-    return False

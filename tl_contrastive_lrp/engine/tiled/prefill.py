@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ...errors import NotTileableError
+from ...inputs.rotary import depends_on_length
 from ...rules.threads import mine
 from ...rules.visible import LazyMask
 from ..memory import trim_heap
@@ -254,6 +255,11 @@ def check_tileable(model: Any, tokens: Tensor) -> None:
     Raises:
         NotTileableError: says why the model cannot be run in tiles.
     """
+    if depends_on_length(model, tokens.shape[1]):
+        raise NotTileableError(
+            f"Its rotary positions are stretched for prompts as long as {tokens.shape[1]} tokens, "
+            "so that the first tile's keys would not be those of the whole prompt."
+        )
     short = tokens[:, :13]
     length = short.shape[1]
     if model.cfg.n_layers != len(getattr(model, "blocks", ())):
