@@ -21,10 +21,34 @@ class Verdict:
     Attributes:
         passed: Whether the completion is right.
         reason: Why not, in a few words; "" where it passed.
+        checked: False where nobody could tell: the checker's library or data is missing, or code
+            would have to run and there is no sandbox. ``passed`` is False then, and means nothing.
     """
 
     passed: bool
     reason: str = ""
+    checked: bool = True
+
+    def __post_init__(self) -> None:
+        if self.passed and not self.checked:
+            raise ValueError("A verdict that passes was checked; use Verdict.unchecked(reason).")
+
+    @classmethod
+    def unchecked(cls, reason: str) -> Verdict:
+        """The verdict on a completion that cannot be checked here.
+
+        Args:
+            reason: Why not, and what would help.
+
+        Returns:
+            A verdict that neither passes nor fails.
+        """
+        return cls(False, reason, checked=False)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the completion was checked and is wrong."""
+        return self.checked and not self.passed
 
 
 @dataclass(frozen=True)
