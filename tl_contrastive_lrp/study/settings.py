@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin,
 from ..errors import LrpError
 from ..files import atomic_path
 from ..rules.rule_sets import RULE_SETS
+from .models import ModelSpec
 
 SETTINGS_VERSION = 1
 
@@ -96,6 +97,11 @@ class ModelSettings(Section):
             revision = f"@{self.revision}" if self.revision else ""
             object.__setattr__(self, "name", self.model + revision)
 
+    @property
+    def spec(self) -> ModelSpec:
+        """What ``open_model`` loads."""
+        return ModelSpec(self.name, self.model, self.revision, self.dtype, self.device_map)
+
 
 @dataclass(frozen=True)
 class BenchmarkSettings(Section):
@@ -136,14 +142,14 @@ class CollectSection(Section):
         contrast: Where the contrast token is looked for, in this order.
         top_k: How many of the likeliest tokens may be the contrast.
         min_delta: The smallest Δℓ of a case, in logits.
-        recovery_positions: At most that many positions are tried by the locator "recovery".
-        max_rollouts: At most that many rollouts for one item.
+        recovery_top_k: Tokens that the locator "recovery" tries at a position.
+        max_rollouts: The most rollouts of that locator for one completion.
         max_prompt_tokens: Longer prompts are dropped.
     """
 
     LEAST: ClassVar[Mapping[str, float]] = {
         "max_new_tokens": 1, "batch_size": 1, "top_k": 2, "min_delta": 0,
-        "recovery_positions": 1, "max_rollouts": 1, "max_prompt_tokens": 1,
+        "recovery_top_k": 1, "max_rollouts": 1, "max_prompt_tokens": 1,
     }  # fmt: skip
 
     max_new_tokens: int | None = None
@@ -153,7 +159,7 @@ class CollectSection(Section):
     contrast: tuple[str, ...] | None = None
     top_k: int | None = None
     min_delta: float | None = None
-    recovery_positions: int | None = None
+    recovery_top_k: int | None = None
     max_rollouts: int | None = None
     max_prompt_tokens: int | None = None
 

@@ -1,0 +1,401 @@
+"""Running a study: collect the cases, then analyse them, model by model.
+
+The work is a list of units that depends on nothing but the settings, the items and the models:
+first chunks of ``collect.batch_size`` items, then, for each model, one unit a case and rule set.
+``workers`` says who does which. Every unit is one atomic write to the store, so a process that is
+killed loses the unit it was at, and running again continues; what is stored is verified before it
+counts as done, and a damaged file is computed again.
+
+Nothing a unit gives depends on the worker: it is computed from its own case or chunk, on a fixed
+number of threads, and keyed by everything that determines it (``keys``).
+
+One model is in memory at a time, except that siblings join the base while contrasts are taken from
+them (``contrast: [..., sibling]``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..errors import FileFormatError, NonFiniteError, PromptError, TokenError, is_out_of_memory
+from .analyse import AnalysisSettings, analyse, prepare
+from .benchmarks import open_benchmark
+from .benchmarks.item import Benchmark, Item
+from .cases import Case, Dropped
+from .collect import CollectSettings, collect
+from .keys import analysis_key, chunk_key, model_key
+from .models import check_same_tokens, fingerprint, open_model
+from .records import analysis_data, analysis_from, case_data, case_from
+from .settings import BenchmarkSettings, ModelSettings, StudySettings
+from .store import Key, Store
+from .workers import Share, Worker
+
+_OF_ONE_CASE = (NonFiniteError, PromptError, TokenError)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A unit that could not be computed.
+
+    Attributes:
+        case_id: Its case.
+        model: Name of the model.
+        rules: Name of the rule set.
+        why: The error's message.
+    """
+
+    case_id: str
+    model: str
+    rules: str
+    why: str
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run did.
+
+    Attributes:
+        cases: Number of cases of the study.
+        dropped: Number of completions that became none.
+        computed: Units that this process computed.
+        found: Units that were in the store, or that other workers computed.
+        failed: Units that could not be computed.
+        damaged: Files that were computed again because they could not be read.
+        seconds: Wall time.
+    """
+
+    cases: int
+    dropped: int
+    computed: int
+    found: int
+    failed: tuple[Failed, ...]
+    damaged: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some items of a benchmark, the unit of work of collecting.
+
+    Attributes:
+        settings: The benchmark's part of the settings.
+        benchmark: The benchmark.
+        items: The items.
+    """
+
+    settings: BenchmarkSettings
+    benchmark: Benchmark
+    items: tuple[Item, ...]
+
+
+@dataclass(eq=False)
+class StudyRun:
+    """One process's part in running a study.
+
+    Attributes:
+        settings: The study's.
+        store: Its store.
+        share: Which part of the work this process does first.
+        sandbox: Runs code, for benchmarks whose checker needs it.
+        judges: For the locator "judge".
+        progress: Whether to show progress bars on stderr.
+    """
+
+    settings: StudySettings
+    store: Store
+    share: Share = field(default_factory=Share)
+    sandbox: Callable[..., bool] | None = None
+    judges: Sequence[Any] = ()
+    progress: bool = True
+    _verified: set[str] = field(default_factory=set)
+    _damaged: list[str] = field(default_factory=list)
+    _failed: list[Failed] = field(default_factory=list)
+    _computed: int = 0
+    _units: int = 0
+
+    @cached_property
+    def collecting(self) -> CollectSettings:
+        """How failures become cases."""
+        return CollectSettings(**self.settings.collect.given())
+
+    @cached_property
+    def analysing(self) -> AnalysisSettings:
+        """What is computed of each case."""
+        return AnalysisSettings(**vars(self.settings.analyse))
+
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """The chunks of all benchmarks, in the order of the settings."""
+        size, found = self.collecting.batch_size, []
+        for one in self.settings.benchmarks:
+            benchmark = open_benchmark(one.name, one.path, one.limit, **one.options)
+            items = tuple(benchmark.items())
+            found += [
+                Chunk(one, benchmark, items[start : start + size])
+                for start in range(0, len(items), size)
+            ]
+        return tuple(found)
+
+    def rules_of(self, model: ModelSettings) -> tuple[str, ...]:
+        """The rule sets under which a model is analysed."""
+        rules = self.analysing.rules
+        return rules if model is self.settings.base else rules[:1]
+
+    # ------------------------------------------------------------ running
+
+    def go(self) -> RunSummary:
+        """Run what is missing.
+
+        Returns:
+            What was done.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; what is finished is in the store.
+            UncoveredComponentError, ModelStateError: A model cannot be explained.
+            TokenizerMismatchError: Two models have different tokens.
+            OSError, FileFormatError, ValueError: A model or benchmark cannot be opened.
+        """
+        began = time.perf_counter()
+        self.store.sweep()
+        worker = Worker(self.store.folder, self.share)
+        with worker.alive(), threads(self.settings.threads):
+            with self.opened(self.settings.base) as (base, base_hash):
+                tokens = SimpleNamespace(cfg=base.cfg, tokenizer=base.tokenizer)
+                cases = self._collect(worker, base, base_hash)
+                self._analyse(worker, self.settings.base, base, base_hash, cases)
+            del base
+            for one in self.settings.models[1:]:
+                with self.opened(one) as (model, model_hash):
+                    check_same_tokens(tokens, model)
+                    self._analyse(worker, one, model, model_hash, cases)
+                del model
+        dropped = sum(len(chunk.items) for chunk in self.chunks) - len(cases)
+        return RunSummary(
+            cases=len(cases),
+            dropped=dropped,
+            computed=self._computed,
+            found=self._units - self._computed - len(self._failed),
+            failed=tuple(self._failed),
+            damaged=tuple(self._damaged),
+            seconds=time.perf_counter() - began,
+        )
+
+    @contextmanager
+    def opened(self, one: ModelSettings) -> Iterator[tuple[Any, str]]:
+        """A model of the study and its hash, which is stored with its size; freed afterwards."""
+        device = None
+        if one.device_map is None and torch.cuda.is_available():
+            device = f"cuda:{self.share.device % torch.cuda.device_count()}"
+        model: Any = open_model(one.spec, device)
+        try:
+            found = fingerprint(model)
+            n_parameters = sum(p.numel() for p in model.original_model.parameters())
+            record = {"fingerprint": found, "n_parameters": n_parameters}
+            self.store.put(model_key(self.store, one.spec), record)
+            yield model, found
+        finally:
+            del model
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _collect(self, worker: Worker, base: Any, base_hash: str) -> list[Case]:
+        siblings: dict[str, Any] = {}
+        hashes: list[tuple[str, str]] = []
+        takes_siblings = "sibling" in self.collecting.contrast
+        for one in self.settings.siblings if takes_siblings else ():
+            with self.opened(one) as (model, model_hash):
+                siblings[one.name] = model
+                hashes.append((one.name, model_hash))
+        keys = self.chunk_keys(base_hash, hashes)
+        spec = self.settings.base.spec
+
+        def compute(i: int) -> bool:
+            chunk, start = self.chunks[i], time.perf_counter()
+            found = collect(
+                base, chunk.benchmark, chunk.items, self.collecting, spec=spec,
+                siblings=siblings, judges=self.judges, sandbox=self.sandbox,
+                model_fingerprint=base_hash,
+            )  # fmt: skip
+            self.store.put(
+                keys[i],
+                {"cases": [case_data(one) for one in found]},
+                notes={"seconds": time.perf_counter() - start, **_made_by(base)},
+            )
+            return True
+
+        self._phase(worker, "Collecting", keys, range(len(keys)), compute)
+        return [one for key in keys for one in cases_of(self.store, key) if isinstance(one, Case)]
+
+    def chunk_keys(self, base_hash: str, siblings: Sequence[tuple[str, str]]) -> list[Key]:
+        """The key of each chunk.
+
+        Args:
+            base_hash: Hash of the base model.
+            siblings: Name and hash of each model that contrasts may come from.
+        """
+        checker = " ".join(map(_name_of, filter(None, (self.sandbox, *self.judges))))
+        return [
+            chunk_key(
+                self.store, chunk.settings, chunk.items, spec=self.settings.base.spec,
+                fingerprint=base_hash, collect=self.collecting, siblings=siblings,
+                seed=self.settings.seed, checker=checker,
+            )
+            for chunk in self.chunks
+        ]  # fmt: skip
+
+    def _analyse(
+        self, worker: Worker, one: ModelSettings, model: Any, model_hash: str, cases: list[Case]
+    ) -> None:
+        units = [(number, rules) for number in range(len(cases)) for rules in self.rules_of(one)]
+        keys = [
+            analysis_key(
+                self.store, cases[number], model=one.name, fingerprint=model_hash, rules=rules,
+                settings=self.analysing,
+            )
+            for number, rules in units
+        ]  # fmt: skip
+        last: dict[int, Any] = {}  # what the rule sets of the last case share
+
+        def compute(i: int) -> bool:
+            number, rules = units[i]
+            case = cases[number]
+            try:
+                if number not in last:
+                    last.clear()
+                    last[number] = prepare(model, case)
+                found = analyse(
+                    model, case, rules, self.analysing, name=one.name, fingerprint=model_hash,
+                    prepared=last[number],
+                )  # fmt: skip
+            except Exception as error:
+                if not isinstance(error, _OF_ONE_CASE) and not is_out_of_memory(error):
+                    raise
+                self._failed.append(Failed(case.id, one.name, rules, str(error)))
+                return False
+            notes = {"seconds": dict(found.seconds), **_made_by(model)}
+            self.store.put(keys[i], *analysis_data(found), notes)
+            return True
+
+        numbers = [number for number, _ in units]
+        self._phase(worker, f"Analysing, {one.name}", keys, numbers, compute)
+
+    def _phase(
+        self,
+        worker: Worker,
+        title: str,
+        keys: Sequence[Key],
+        numbers: Sequence[int],
+        compute: Callable[[int], bool],
+    ) -> None:
+        self._units += len(keys)
+        shows = self.progress and sys.stderr.isatty()
+        with tqdm(total=len(keys), desc=title, unit="unit", disable=not shows) as bar:
+
+            def counted(i: int) -> bool:
+                if not compute(i):
+                    return False
+                self._computed += 1
+                self._verified.add(keys[i])
+                return True
+
+            def seen(missing: int) -> None:
+                bar.update(len(keys) - missing - bar.n)
+
+            worker.work(keys, numbers, self._is_done, counted, seen)
+
+    def _is_done(self, key: str) -> bool:
+        """Whether a result is in the store and can be read; a damaged one counts as missing."""
+        if key in self._verified:
+            return True
+        try:
+            self.store.get(key)
+        except KeyError:
+            return False
+        except FileFormatError as error:
+            if str(error) not in self._damaged:
+                self._damaged.append(str(error))
+            return False
+        self._verified.add(key)
+        return True
+
+
+def cases_of(store: Store, key: str) -> list[Case | Dropped]:
+    """What became of a chunk's items.
+
+    Args:
+        store: The store.
+        key: Key of the chunk.
+
+    Raises:
+        KeyError: It is not in the store.
+        FileFormatError: Its file is damaged.
+    """
+    return [case_from(one) for one in store.get(key).record["cases"]]
+
+
+def analysis_of(store: Store, key: str) -> Any:
+    """A stored analysis.
+
+    Args:
+        store: The store.
+        key: Its key.
+
+    Raises:
+        KeyError: It is not in the store.
+        FileFormatError: Its file is damaged.
+    """
+    entry = store.get(key)
+    return analysis_from(entry.record, entry.tensors, entry.notes.get("seconds", {}))
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Compute on ``n`` threads while the block runs: sums are rounded by how they are split."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _made_by(model: Any) -> dict[str, Any]:
+    device = next(model.original_model.parameters()).device
+    return {"device": str(device), "torch": torch.__version__, "at": time.time()}
+
+
+def _name_of(function: Any) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
+
+
+def store_of(settings: StudySettings, folder: Path) -> Store:
+    """The store of a study.
+
+    Args:
+        settings: Its settings.
+        folder: The folder of its file, to which ``store:`` is relative.
+
+    Raises:
+        FileFormatError, NotADirectoryError: As ``Store``.
+    """
+    return Store(folder / os.path.expanduser(settings.store))
+
+
+def settings_data(settings: StudySettings) -> dict[str, Any]:
+    """The settings as the report shows them."""
+    return dataclasses.asdict(settings)
