@@ -182,6 +182,10 @@ class VersionError(LrpError, ImportError):
     """TransformerLens is missing or older than this package needs."""
 
 
+class TokenizerMismatchError(LrpError, ValueError):
+    """Two models that are compared on the same token ids have different tokenizers."""
+
+
 class FileFormatError(LrpError, ValueError):
     """A file is damaged or was not written by this package."""
 
