@@ -504,7 +504,8 @@ def read_labels(path: str | os.PathLike[str]) -> tuple[Label, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     labels: dict[tuple[str, str], Label] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: a browser writes U+2028 in a note as it is, and no line ends there.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
