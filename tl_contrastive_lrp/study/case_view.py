@@ -70,8 +70,9 @@ def case_view(case: Case, analyses: Sequence[CaseAnalysis]) -> CaseView:
         ],
         facts=[(name, _short(words)) for name, words in facts if words],
         graph=view,
-        automatic=label
-        and {"outcome": label.outcome, "pattern": label.pattern, "note": label.note},
+        automatic=None
+        if label is None
+        else {"outcome": label.outcome, "pattern": label.pattern, "note": label.note},
     )
 
 
