@@ -10,3 +10,87 @@ From the bottom to the top: ``cases`` (the record of one failure), ``benchmarks`
 a contrast), ``analysis`` and ``analyse`` (what attribution says of a case), ``store``, ``settings``
 and ``run``, then ``labels``, ``sizes`` and ``report``.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .agreement import LabelAgreement, cohen_kappa, label_agreement
+    from .analysis import CaseAnalysis, SegmentSum
+    from .bootstrap import Interval, bootstrap
+    from .cases import Case, Dropped, Provenance, Verdict
+    from .label_page import label_page
+    from .labels import (
+        Criteria,
+        Label,
+        PlantedTruth,
+        automatic_label,
+        notebook_reading,
+        planted_truth,
+        read_labels,
+        write_labels,
+    )
+    from .report import report
+    from .results import ModelEntry, StudyResults
+
+# Loaded at first use (PEP 562), by module.
+_NAMES = {
+    "agreement": ("LabelAgreement", "cohen_kappa", "label_agreement"),
+    "analysis": ("CaseAnalysis", "SegmentSum"),
+    "bootstrap": ("Interval", "bootstrap"),
+    "cases": ("Case", "Dropped", "Provenance", "Verdict"),
+    "label_page": ("label_page",),
+    "labels": (
+        "Criteria",
+        "Label",
+        "PlantedTruth",
+        "automatic_label",
+        "notebook_reading",
+        "planted_truth",
+        "read_labels",
+        "write_labels",
+    ),
+    "report": ("report",),
+    "results": ("ModelEntry", "StudyResults"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = [
+    "Case",
+    "CaseAnalysis",
+    "Criteria",
+    "Dropped",
+    "Interval",
+    "Label",
+    "LabelAgreement",
+    "ModelEntry",
+    "PlantedTruth",
+    "Provenance",
+    "SegmentSum",
+    "StudyResults",
+    "Verdict",
+    "automatic_label",
+    "bootstrap",
+    "cohen_kappa",
+    "label_agreement",
+    "label_page",
+    "notebook_reading",
+    "planted_truth",
+    "read_labels",
+    "report",
+    "write_labels",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
