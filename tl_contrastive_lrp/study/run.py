@@ -15,7 +15,6 @@ them (``contrast: [..., sibling]``).
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import os
 import sys
@@ -153,7 +152,7 @@ class StudyRun:
     def rules_of(self, model: ModelSettings) -> tuple[str, ...]:
         """The rule sets under which a model is analysed."""
         rules = self.analysing.rules
-        return rules if model is self.settings.base else rules[:1]
+        return rules if model.name == self.settings.base.name else rules[:1]
 
     # ------------------------------------------------------------ running
 
@@ -394,8 +393,3 @@ def store_of(settings: StudySettings, folder: Path) -> Store:
         FileFormatError, NotADirectoryError: As ``Store``.
     """
     return Store(folder / os.path.expanduser(settings.store))
-
-
-def settings_data(settings: StudySettings) -> dict[str, Any]:
-    """The settings as the report shows them."""
-    return dataclasses.asdict(settings)

@@ -267,6 +267,36 @@ class StudySettings(Section):
         """The base, the siblings and the checkpoints."""
         return (self.base, *self.siblings, *self.checkpoints)
 
+    def relative_to(self, folder: Path) -> StudySettings:
+        """The same study with paths that do not depend on the working directory.
+
+        Files of benchmarks, and models that are written as paths (./model, ../model, ~/model), are
+        relative to the folder of the study's file.
+
+        Args:
+            folder: That folder.
+        """
+
+        def found(path: str) -> str:
+            return str(folder / Path(path).expanduser())
+
+        def model(one: ModelSettings) -> ModelSettings:
+            is_path = one.model.startswith(("./", "../", "~"))
+            return dataclasses.replace(one, model=found(one.model)) if is_path else one
+
+        return dataclasses.replace(
+            self,
+            base=model(self.base),
+            siblings=tuple(map(model, self.siblings)),
+            checkpoints=tuple(map(model, self.checkpoints)),
+            benchmarks=tuple(
+                dataclasses.replace(
+                    one, path=one.path and found(one.path), log=one.log and found(one.log)
+                )
+                for one in self.benchmarks
+            ),
+        )
+
     def as_data(self) -> dict[str, Any]:
         """The settings as JSON holds them."""
         return dataclasses.asdict(self)
@@ -491,6 +521,15 @@ _MISSING = """\
 # The demo family lies in demo_family/ of the project's repository and is not in this folder, so
 # its lines are commented out. With it, let base be {model: demo/small} and take away the marks.
 """
+
+
+def family_steps() -> tuple[int, ...] | None:
+    """Steps of the small demo model's checkpoints; None where the demo family is not at hand."""
+    folder = Path(__file__).resolve().parents[2] / "demo_family"
+    if not (folder / "small" / "config.json").is_file():
+        return None
+    found = (path.parent.name.removeprefix("small-") for path in folder.glob("small-*/config.json"))
+    return tuple(sorted(int(step) for step in found if step.isdigit()))
 
 
 def template(file: str, *, family: Sequence[int] | None, store: str = "demo-study") -> str:
