@@ -21,12 +21,17 @@ from support.study_bench import FILE, patched, small
 from support.study_cases import demo_model, same_analysis
 
 import tl_contrastive_lrp
-from tl_contrastive_lrp.errors import FileFormatError, NonFiniteError, TokenizerMismatchError
+from tl_contrastive_lrp.errors import (
+    FileFormatError,
+    NonFiniteError,
+    NotRunError,
+    TokenizerMismatchError,
+)
 from tl_contrastive_lrp.study import run as run_module
 from tl_contrastive_lrp.study.analyse import AnalysisSettings, analyse
 from tl_contrastive_lrp.study.models import fingerprint
 from tl_contrastive_lrp.study.store import Store, digest_of
-from tl_contrastive_lrp.study.study import NotRunError, Study
+from tl_contrastive_lrp.study.study import Study
 
 QUIET = {"progress": False}
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
+from tl_contrastive_lrp.errors import SettingsError
 from tl_contrastive_lrp.study.settings import (
     AnalyseSection,
     ModelSettings,
-    SettingsError,
     load_settings,
     read_settings,
     template,

@@ -30,7 +30,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..errors import FileFormatError, NonFiniteError, PromptError, TokenError, is_out_of_memory
+from ..errors import (
+    FileFormatError,
+    NonFiniteError,
+    PromptError,
+    SettingsError,
+    TokenError,
+    is_out_of_memory,
+)
 from .analyse import AnalysisSettings, analyse, prepare
 from .benchmarks import open_benchmark
 from .benchmarks.item import Benchmark, Item
@@ -128,8 +135,15 @@ class StudyRun:
 
     @cached_property
     def collecting(self) -> CollectSettings:
-        """How failures become cases."""
-        return CollectSettings(**self.settings.collect.given())
+        """How failures become cases.
+
+        Raises:
+            SettingsError: A value is out of range, or a name is unknown.
+        """
+        try:
+            return CollectSettings(**self.settings.collect.given())
+        except ValueError as error:
+            raise SettingsError("collect", str(error)) from error
 
     @cached_property
     def analysing(self) -> AnalysisSettings:
@@ -138,10 +152,20 @@ class StudyRun:
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
-        """The chunks of all benchmarks, in the order of the settings."""
+        """The chunks of all benchmarks, in the order of the settings.
+
+        Raises:
+            SettingsError: A benchmark or an option of one is unknown.
+            OSError, FileFormatError: Its rows cannot be read.
+        """
         size, found = self.collecting.batch_size, []
-        for one in self.settings.benchmarks:
-            benchmark = open_benchmark(one.name, one.path, one.limit, **one.options)
+        for place, one in enumerate(self.settings.benchmarks):
+            try:
+                benchmark = open_benchmark(one.name, one.path, one.limit, **one.options)
+            except FileFormatError:
+                raise
+            except (ValueError, TypeError) as error:
+                raise SettingsError(f"benchmarks[{place}]", str(error)) from error
             items = tuple(benchmark.items())
             found += [
                 Chunk(one, benchmark, items[start : start + size])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..errors import LrpError
+from ..errors import SettingsError
 from ..files import atomic_path
 from ..rules.rule_sets import RULE_SETS
 from .models import ModelSpec
@@ -23,19 +23,6 @@ from .models import ModelSpec
 SETTINGS_VERSION = 1
 
 SectionT = TypeVar("SectionT", bound="Section")
-
-
-class SettingsError(LrpError, ValueError):
-    """A study's file is wrong at a named place.
-
-    Args:
-        where: The path of the key, such as "collect.max_new_tokens"; "" for the whole file.
-        problem: What is wrong, and what to write instead.
-    """
-
-    def __init__(self, where: str, problem: str) -> None:
-        super().__init__(f"{where}: {problem}" if where else problem)
-        self.where, self.problem = where, problem
 
 
 @dataclass(frozen=True)
@@ -99,8 +86,15 @@ class ModelSettings(Section):
 
     @property
     def spec(self) -> ModelSpec:
-        """What ``open_model`` loads."""
-        return ModelSpec(self.name, self.model, self.revision, self.dtype, self.device_map)
+        """What ``open_model`` loads.
+
+        Raises:
+            SettingsError: The fields do not go together.
+        """
+        try:
+            return ModelSpec(self.name, self.model, self.revision, self.dtype, self.device_map)
+        except ValueError as error:
+            raise SettingsError(f"the model {self.name!r}", str(error)) from error
 
 
 @dataclass(frozen=True)

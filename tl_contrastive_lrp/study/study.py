@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LrpError
+from ..errors import NotRunError
 from .cases import Case, Dropped
 from .keys import analysis_key, model_key
 from .labels import Label, read_labels
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
     from .store import Store
 
 _LIBRARIES = ("torch", "transformers", "transformer_lens", "datasets")
-
-
-class NotRunError(LrpError, RuntimeError):
-    """A step needs results that are not in the study's store yet."""
 
 
 @dataclass(eq=False)
