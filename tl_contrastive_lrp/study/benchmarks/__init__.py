@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import Any
 
 from .item import Benchmark, Item
+from .rows import Table
 
-__all__ = ["BENCHMARKS", "Benchmark", "Item", "open_benchmark"]
+__all__ = ["BENCHMARKS", "Benchmark", "Item", "open_benchmark", "published_table"]
 
 _CLASSES = {
     "demo": (".demo", "DemoBenchmark"),
@@ -59,3 +60,19 @@ def open_benchmark(
     opened = getattr(import_module(module, __name__), cls)
     benchmark: Benchmark = opened.open(path=path, limit=limit, **options)
     return benchmark
+
+
+def published_table(name: str) -> Table | None:
+    """Where a benchmark is published, and its licence.
+
+    Args:
+        name: Any name.
+
+    Returns:
+        The table; None for the demo and for names that ``open_benchmark`` does not know.
+    """
+    if name not in _CLASSES or name == "demo":
+        return None
+    module, cls = _CLASSES[name]
+    table: Table = getattr(import_module(module, __name__), cls).table
+    return table

@@ -22,25 +22,36 @@ from typing import Any
 
 LONG = 25
 
-_NOT = r"\b(?:not|cannot|never|no|without|avoid\w*|exclud\w*|refrain\w*|omit\w*|skip\w*|forbid\w*|ban\w*|free)\b|n['’]t\b"
+# Words beside which a forbidden, a frequent and a wanted word is an instruction.
+_NOT = (
+    r"\b(?:not|cannot|never|no|without|avoid\w*|exclud\w*|refrain\w*|omit\w*|skip\w*|forbid\w*"
+    r"|ban\w*|free)\b|n['’]t\b"
+)
 _TIMES = r"\b(?:times?|once|twice|least|most|less|more|fewer|than|occur\w*|appear\w*)\b"
 _INCLUDE = r"\b(?:includ\w*|keywords?|mention\w*|use|using|contain\w*|words?|add\w*|phrases?)\b"
+_CAPITALS = r"capital|upper ?-?case|all[ -]caps|\bcaps\b|lower ?-?case"
 
 # Words that name a kind of constraint.
 _CUES: Mapping[str, str] = {
-    "change_case:capital_word_frequency": r"capital|upper ?-?case|all[ -]caps|\bcaps\b",
-    "change_case:english_capital": r"capital|upper ?-?case|all[ -]caps|\bcaps\b|lower ?-?case",
-    "change_case:english_lowercase": r"lower ?-?case|capital|upper ?-?case|small letters",
+    "change_case:capital_word_frequency": _CAPITALS,
+    "change_case:english_capital": _CAPITALS,
+    "change_case:english_lowercase": rf"{_CAPITALS}|small letters",
     "combination:repeat_prompt": r"\brepeat\w*|\bword for word\b",
-    "combination:two_responses": r"\*{3,}|asterisk|\b(?:two|2)\b.*\b(?:responses?|answers?)\b|\bdifferent (?:responses?|answers?)\b",
+    "combination:two_responses": (
+        r"\*{3,}|asterisk|\b(?:two|2)\b.*\b(?:responses?|answers?)\b"
+        r"|\bdifferent (?:responses?|answers?)\b"
+    ),
     "detectable_content:number_placeholders": r"placeholder|square bracket",
     "detectable_content:postscript": r"post ?-?script|\bP\. ?(?:P\. ?)?S",
-    "detectable_format:constrained_response": r"my answer is|following (?:exact )?(?:phrases|options|choices)|exact phrase",
+    "detectable_format:constrained_response": (
+        r"my answer is|following (?:exact )?(?:phrases|options|choices)|exact phrase"
+    ),
     "detectable_format:json_format": r"\bjson\b",
     "detectable_format:multiple_sections": r"\bsections?\b",
     "detectable_format:number_bullet_lists": r"bullet|^\* ",
     "detectable_format:number_highlighted_sections": r"highlight|\*[^*\s][^*\n]*\*",
     "detectable_format:title": r"<<|angular|\btitle\b",
+    "keywords:frequency": r"\b(?:times|once|twice)\b",
     "keywords:letter_frequency": r"\bletters?\b",
     "language:response_language": r"\blanguages?\b|\bonly in [A-Z]",
     "length_constraints:nth_paragraph_first_word": r"\bparagraphs?\b|first word",
@@ -48,7 +59,9 @@ _CUES: Mapping[str, str] = {
     "length_constraints:number_sentences": r"\bsentences?\b",
     "length_constraints:number_words": r"\bwords?\b",
     "punctuation:no_comma": r"\bcommas?\b",
-    "startend:end_checker": r"\b(?:end|ends|ending|finish|conclude)\b|\blast (?:sentence|words?|phrase)\b",
+    "startend:end_checker": (
+        r"\b(?:end|ends|ending|finish|conclude)\b|\blast (?:sentence|words?|phrase)\b"
+    ),
     "startend:quotation": r"\bquot(?:ation|ations|e|es)\b",
 }
 
@@ -88,7 +101,7 @@ def _mentions(piece: str, kind: str, args: Mapping[str, Any]) -> bool:
     if kind == "keywords:existence":
         return names(args["keywords"]) and has(_INCLUDE)
     if kind == "keywords:frequency":
-        return names([args["keyword"]]) and has(_TIMES) or has(r"\b(?:times|once|twice)\b")
+        return has(_CUES[kind]) or (names([args["keyword"]]) and has(_TIMES))
     if kind == "keywords:letter_frequency" and not args["letter"].isalnum():
         return args["letter"] in piece
     if kind == "length_constraints:number_words":
