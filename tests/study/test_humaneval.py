@@ -80,7 +80,7 @@ def test_nothing_is_executed_without_a_sandbox(tmp_path: Path, name: str) -> Non
     seen: list[str] = []
     watching = [True]
 
-    def hook(event: str, args: tuple[Any, ...]) -> None:
+    def hook(event: str, _: tuple[Any, ...]) -> None:
         if watching and event in ("exec", "compile", "subprocess.Popen", "os.exec", "os.system"):
             seen.append(event)
 
@@ -113,7 +113,7 @@ def test_the_sandbox_gets_text_and_time(tmp_path: Path) -> None:
 
 
 def test_a_sandbox_that_answers_something_else_is_refused(tmp_path: Path) -> None:
-    benchmark = opened(tmp_path, sandbox=lambda program, seconds: "ok")
+    benchmark = opened(tmp_path, sandbox=lambda *_: "ok")
     with pytest.raises(TypeError, match="must answer True or False"):
         benchmark.check(benchmark.items()[0], "    return 2 * n\n")
     with pytest.raises(TypeError, match="callable"):
@@ -130,7 +130,8 @@ def test_items(tmp_path: Path, chat: bool) -> None:
 
 
 def test_a_docstring_of_another_function_is_not_taken() -> None:
-    prompt = "def one():\n    \"\"\" first \"\"\"\n\n\ndef two():\n    ''' second\n    Examples:\n    x'''\n"
+    prompt = 'def one():\n    """ first """\n\n\n'
+    prompt += "def two():\n    ''' second\n    Examples:\n    x'''\n"
     assert described(prompt, "two") == ("second",)
     assert described("def two():\n", "two") == ()
 

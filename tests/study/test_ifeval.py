@@ -96,7 +96,7 @@ def test_without_the_data_of_nltk_it_is_unchecked_and_nothing_is_downloaded(
 ) -> None:
     import nltk
 
-    def refuse(*args: object, **kwargs: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(nltk.data, "path", [])

@@ -20,24 +20,38 @@ from tl_contrastive_lrp.study.benchmarks.ifeval_beginnings import (
 
 # For each kind, arguments and the pieces that random answers are made of.
 KINDS: dict[str, tuple[dict[str, object], list[str]]] = {
-    "change_case:english_capital": ({}, ["THE DOG RAN INTO THE HOUSE ", "AND THE ", "1 ", "é", "x", "ǅ"]),
-    "change_case:english_lowercase": ({}, ["the dog ran into the house ", "and the ", "1 ", "É", "X", "ǅ"]),
-    "combination:repeat_prompt": ({"prompt_to_repeat": "Say Ab a\n"}, ["s", "S", "ay ", "ab", " a", "say ab"]),
+    "change_case:english_capital": (
+        {},
+        ["THE DOG RAN INTO THE HOUSE ", "AND THE ", "1 ", "é", "x", "ǅ"],
+    ),
+    "change_case:english_lowercase": (
+        {},
+        ["the dog ran into the house ", "and the ", "1 ", "É", "X", "ǅ"],
+    ),
+    "combination:repeat_prompt": (
+        {"prompt_to_repeat": "Say Ab a\n"}, ["s", "S", "ay ", "ab", " a", "say ab"],
+    ),
     "combination:two_responses": ({}, ["*", "**", "***", "******", "a", "b", " ", "\n"]),
     "detectable_content:number_placeholders": ({"num_placeholders": 2}, ["[", "]", "a", "\n"]),
-    "detectable_content:postscript": ({"postscript_marker": "P.P.S"}, ["p", ".", "P.", "s", "p.s", " ", "\n"]),
-    "detectable_format:constrained_response": ({}, ["My answer ", "is ", "no.", ".", "is yes.", "My answer is "]),
+    "detectable_content:postscript": (
+        {"postscript_marker": "P.P.S"}, ["p", ".", "P.", "s", "p.s", " ", "\n"],
+    ),
+    "detectable_format:constrained_response": (
+        {}, ["My answer ", "is ", "no.", ".", "is yes.", "My answer is "],
+    ),
     "detectable_format:json_format": (
         {},
-        ["{", "}", '"', "a", ":", ",", " ", "1", ".", "-", "e", "[", "]", "true", "nu", "```", "json",
-         "\\", "u00", "\n", "Here"],
+        ["{", "}", '"', "a", ":", ",", " ", "1", ".", "-", "e", "[", "]", "true", "nu", "```",
+         "json", "\\", "u00", "\n", "Here"],
     ),
     "detectable_format:multiple_sections": (
         {"section_spliter": "Section", "num_sections": 2},
         ["Section", " ", "1", "2", "a", "\n"],
     ),
     "detectable_format:number_bullet_lists": ({"num_bullets": 2}, ["*", "-", " ", "a", "\n"]),
-    "detectable_format:number_highlighted_sections": ({"num_highlights": 2}, ["*", "**", "a", "\n"]),
+    "detectable_format:number_highlighted_sections": (
+        {"num_highlights": 2}, ["*", "**", "a", "\n"],
+    ),
     "detectable_format:title": ({}, ["<", "<<", ">", ">>", "a", " ", "\n"]),
     "keywords:existence": ({"keywords": ["ab", "c"]}, ["a", "b", "C", " "]),
     "keywords:forbidden_words": ({"forbidden_words": ["ab", "c"]}, ["a", "b", "C", " ", ".", "d"]),

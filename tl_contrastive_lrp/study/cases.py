@@ -370,10 +370,15 @@ def _plain(name: str, value: Any) -> Any:
         text.encode("utf-8")
     except (TypeError, ValueError) as error:
         raise ValueError(f"field {name!r} cannot be written as JSON: {error}") from error
-    plain = json.loads(text)
-    if json.dumps(plain, ensure_ascii=False) != text:
+    if not _has_text_keys(value):  # JSON would write the key 1 as "1"
         raise ValueError(f"field {name!r} has keys that are no texts")
-    return plain
+    return json.loads(text)
+
+
+def _has_text_keys(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str) and _has_text_keys(v) for k, v in value.items())
+    return not isinstance(value, list | tuple) or all(map(_has_text_keys, value))
 
 
 def _objects(name: str, value: Any) -> tuple[dict[str, Any], ...] | None:

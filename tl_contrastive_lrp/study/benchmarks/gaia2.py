@@ -135,14 +135,15 @@ def call_of(row: Row) -> Call:
     request = row.values.get("request")
     if not isinstance(request, Mapping) or not _are_messages(request.get("messages")):
         raise row.wrong("request", "must have messages, each with a role")
-    answer = row.values.get("response", row.values.get("raw_response"))
+    name = "response" if "response" in row.values else "raw_response"
+    answer = row.values.get(name)
     if isinstance(answer, str):
         try:
             answer = json.loads(answer)
         except ValueError as error:
-            raise row.wrong("raw_response", f"is no JSON ({error})") from error
+            raise row.wrong(name, f"is no JSON ({error})") from error
     if not isinstance(answer, Mapping):
-        raise row.wrong("response", "must be an object, or raw_response in its place")
+        raise row.wrong(name, "must be an object")
     usage = answer.get("usage") or {}
     choices = answer.get("choices")
     if isinstance(choices, list) and choices and isinstance(choices[0], Mapping):
@@ -150,7 +151,7 @@ def call_of(row: Row) -> Call:
     content = answer.get("content")
     passed = row.values.get("passed")
     if (content is not None and not isinstance(content, str)) or not isinstance(usage, Mapping):
-        raise row.wrong("response", "must have a text as content and an object as usage")
+        raise row.wrong(name, "must have a text as content and an object as usage")
     if passed is not None and not isinstance(passed, bool):
         raise row.wrong("passed", f"is {passed!r}, but must be true or false")
     tools = request.get("tools")

@@ -16,6 +16,7 @@ from typing import Any
 
 from ...errors import FileFormatError
 from ...inputs.bridge import require_bridge
+from ...inputs.tokens import model_name
 from ..benchmarks import Benchmark, Item
 from ..cases import Dropped, Provenance, Verdict
 from .entry import Entry, Unusable, UnusableError
@@ -51,7 +52,8 @@ class LoggedCompletion:
             the ids are known to be those that were written. Otherwise they are those that the
             tokenizer makes of the text.
         benchmark: The log's name for the task, or the name of the benchmark that was given.
-        provenance: The model and the tool, as the log names them.
+        provenance: The model and the tool, as the log names them; the given model's name where it
+            names none.
 
     Example:
         >>> chat = [{"role": "user", "content": case.user},
@@ -71,7 +73,7 @@ class LoggedCompletion:
     verdict: Verdict
     proved: bool = False
     benchmark: str = ""
-    provenance: Provenance = field(default_factory=lambda: Provenance(""))
+    provenance: Provenance = field(default_factory=lambda: Provenance("unknown"))
 
 
 def completions_from_log(
@@ -139,7 +141,7 @@ def completions_from_log(
             found.append(Dropped(f"{name}/{entry.id}", name, error.reason, str(error)))
             continue
         provenance = Provenance(
-            model=entry.model,
+            model=entry.model or model_name(model),
             decoding=entry.decoding,
             package=entry.package,
             source=entry.where,

@@ -13,6 +13,7 @@ are refused where they cannot be exact:
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from ...errors import PromptError
@@ -39,6 +40,11 @@ def rebuilt(
     Raises:
         UnusableError: They cannot be exact.
     """
+    try:
+        texts = [entry.prompt, entry.completion, entry.messages, entry.tools]
+        json.dumps(texts, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UnusableError("malformed", f"{entry.where}: no Unicode text ({error})") from error
     try:
         prompt, prompt_ids = _prompt(model, entry, enable_thinking, prepend_bos)
         ids = tuple(continuation_ids(model.tokenizer, entry.completion))
