@@ -15,6 +15,7 @@ from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
 from tl_contrastive_lrp.errors import FileFormatError
 from tl_contrastive_lrp.study.benchmarks import Item, open_benchmark
 from tl_contrastive_lrp.study.benchmarks.ifeval import ARGUMENTS, NEEDS_PUNKT
+from tl_contrastive_lrp.study.benchmarks.ifeval_phrases import instruction_phrases
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -195,3 +196,27 @@ def test_malformed_rows_are_named(tmp_path: Path, change: dict[str, Any], named:
     with pytest.warns(UserWarning, match=r"rows\.jsonl, line 2: "):
         kept = open_benchmark("ifeval", path=path, on_error="skip")
     assert [one.id for one in kept.items()] == ["3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind", "args", "phrases"),
+    [
+        ("Write a note about tea in JSON format.", "detectable_format:json_format", {},
+         ["in JSON format."]),
+        ("Tell a story about a cat without using any commas.", "punctuation:no_comma", {},
+         ["without using any commas."]),
+        ("Do not use any commas, and be kind.", "punctuation:no_comma", {},
+         ["Do not use any commas,"]),
+        ("Avoid these words: oak, elm and ash. Write on trees like an oak.",
+         "keywords:forbidden_words", {"forbidden_words": ["oak", "elm", "ash"]},
+         ["Avoid these words: oak, elm and ash."]),
+        ("Is the sea blue? End it with \"So, yes.\" Thanks!", "startend:end_checker",
+         {"end_phrase": "So, yes."}, ["End it with \"So, yes.\""]),
+        ("A poem.\nAdd a postscript with P.S.", "detectable_content:postscript",
+         {"postscript_marker": "P.S."}, ["Add a postscript with P.S."]),
+        ("Nothing is said here.", "startend:quotation", {}, []),
+    ],
+)  # fmt: skip
+def test_phrases_by_hand(prompt: str, kind: str, args: dict[str, Any], phrases: list[str]) -> None:
+    found = instruction_phrases(prompt, [(kind, args)])
+    assert list(found) == phrases

@@ -511,8 +511,8 @@ def test_items_of_a_benchmark_are_found_by_their_question(
         assert found.item.reference == "#### 3"
         assert found.benchmark == "gsm8k"
         assert benchmark.check(found.item, "#### 3").passed
-    other = lines(tmp_path / "o.jsonl", [message_row(failure, messages=[
-        {"role": "user", "content": "unknown"}, {"role": "assistant", "content": "a"}])])  # fmt: skip
+    chat = [{"role": "user", "content": "unknown"}, {"role": "assistant", "content": "a"}]
+    other = lines(tmp_path / "o.jsonl", [message_row(failure, messages=chat)])
     [dropped] = completions_from_log(model, other, benchmark=benchmark)
     assert isinstance(dropped, Dropped)
     assert "no item with this question" in dropped.detail

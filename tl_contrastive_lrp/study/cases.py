@@ -27,6 +27,13 @@ class Verdict:
         reason: Why not, in a few words; "" where it passed.
         checked: False where nobody could tell: the checker's library or data is missing, or code
             would have to run and there is no sandbox. ``passed`` is False then, and means nothing.
+
+    Raises:
+        ValueError: It passes and is unchecked, or a field has the wrong type.
+
+    Example:
+        >>> clrp.study.Verdict(False, "the tests fail").failed
+        True
     """
 
     passed: bool
@@ -52,12 +59,22 @@ class Verdict:
 
         Returns:
             A verdict that neither passes nor fails.
+
+        Example:
+            >>> verdict = clrp.study.Verdict.unchecked("there is no sandbox")
+            >>> verdict.passed, verdict.failed
+            (False, False)
         """
         return cls(False, reason, checked=False)
 
     @property
     def failed(self) -> bool:
-        """Whether the completion was checked and is wrong."""
+        """Whether the completion was checked and is wrong.
+
+        Example:
+            >>> clrp.study.Verdict(True).failed
+            False
+        """
         return self.checked and not self.passed
 
 
@@ -72,6 +89,13 @@ class Provenance:
         decoding: How the completion was made: max_new_tokens, thinking, dtype, and so on.
         package: Version of this package, or name and version of the tool that wrote a log.
         source: The benchmark file or log that the item was read from.
+
+    Raises:
+        ValueError: A field has the wrong type, or ``decoding`` cannot be written as JSON.
+
+    Example:
+        >>> clrp.study.Provenance("demo", decoding={"max_new_tokens": 64}).decoding
+        {'max_new_tokens': 64}
     """
 
     model: str
@@ -224,7 +248,17 @@ class Case:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """Token ids whose next token is explained."""
+        """Token ids whose next token is explained: the prompt's, and the completion's before it.
+
+        Example:
+            >>> failure = clrp.study.Case(
+            ...     "a/1", "a", "Hi", (5, 6), "abc", (7, 8, 9), target_position=1, target_id=8,
+            ...     target="b", contrast_id=3, contrast="x", delta=2.0,
+            ...     verdict=clrp.study.Verdict(False), provenance=clrp.study.Provenance("demo"),
+            ... )
+            >>> failure.ids
+            (5, 6, 7)
+        """
         return self.prompt_ids + self.completion_ids[: self.target_position]
 
 
@@ -237,6 +271,10 @@ class Dropped:
         benchmark: Name of the benchmark.
         reason: One of ``REASONS``.
         detail: More words.
+
+    Example:
+        >>> clrp.study.Dropped("demo/3", "demo", "small delta", "Δℓ is 0.4").reason
+        'small delta'
     """
 
     id: str

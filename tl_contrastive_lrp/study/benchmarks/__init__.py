@@ -51,6 +51,15 @@ def open_benchmark(
         ValueError: The name is unknown, or an option is wrong.
         FileNotFoundError: There is no such file, or the hub cannot be read.
         FileFormatError: A row is malformed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> text = '{"question": "How much is 2 + 2?", "answer": "#### 4"}'
+        >>> _ = Path("rows.jsonl").write_text(text)
+        >>> gsm8k = clrp.study.open_benchmark("gsm8k", path="rows.jsonl")
+        >>> [item] = gsm8k.items()
+        >>> item.source, gsm8k.check(item, "The sum is 4.").passed
+        ('rows.jsonl, line 1', True)
     """
     if name not in _CLASSES:
         raise ValueError(

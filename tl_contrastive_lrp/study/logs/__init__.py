@@ -56,6 +56,8 @@ class LoggedCompletion:
             names none.
 
     Example:
+        >>> import json
+        >>> from pathlib import Path
         >>> chat = [{"role": "user", "content": case.user},
         ...         {"role": "assistant", "content": case.model_answer}]
         >>> line = json.dumps({"id": "1", "messages": chat, "passed": False})
@@ -114,6 +116,7 @@ def completions_from_log(
         ValueError: The kind is unknown, or cannot be told.
 
     Example:
+        >>> from pathlib import Path
         >>> _ = Path("log.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}')
         >>> clrp.study.completions_from_log(model, "log.jsonl")[0].reason
         'malformed'
