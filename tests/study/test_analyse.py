@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.study_cases import case_of, demo_model, made_up, same_analysis, some_cases
+from support.study_failures import case_of, demo_model, made_up, same_analysis, some_cases
 from truth.families import boot
 
 import tl_contrastive_lrp as clrp

@@ -18,7 +18,7 @@ import pytest
 import torch
 from support.children import command, environment
 from support.study_bench import FILE, patched, small
-from support.study_cases import demo_model, same_analysis
+from support.study_failures import demo_model, same_analysis
 
 import tl_contrastive_lrp
 from tl_contrastive_lrp.errors import (
