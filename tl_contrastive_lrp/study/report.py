@@ -37,7 +37,7 @@ REPORT_VERSION = 1
 _SECTIONS: tuple[tuple[str, str, str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("about", "Models", "", ("models",), ()),
     ("clean", "From completions to cases", "", ("clean",), ()),
-    ("table1", "Outcomes and patterns", "", ("table1",), ("outcomes", "patterns")),
+    ("table1", "Outcomes and patterns (Table 1)", "", ("table1",), ("outcomes", "patterns")),
     ("rules", "Rule sets side by side", "", ("rules",), ()),
     ("flips", "Tokens to flip", "", ("flips",), ("flips",)),
     ("segments", "Segment sums", "", ("segments",), ("segments",)),
@@ -83,7 +83,7 @@ def report(
     labels = all_labels(results)
     tables = tables_of(results, labels)
     figures = figures_of(results, tables)
-    numbers = {
+    numbers: dict[str, Any] = {
         "version": REPORT_VERSION,
         "name": results.name,
         "facts": _plain(results.facts),
@@ -91,7 +91,7 @@ def report(
         "figures": {id: {"caption": f.caption, "data": f.data} for id, f in figures.items()},
         "cases": [_case_row(results, case_id, labels) for case_id in results.by_id],
     }
-    numbers = _plain(numbers)
+    numbers = {key: _plain(value) for key, value in numbers.items()}
     html = report_page(
         results.name,
         _facts(results, texts),

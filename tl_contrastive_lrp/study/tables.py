@@ -156,6 +156,7 @@ def table_1(results: StudyResults, labels: Sequence[Label]) -> StudyTable:
                     "kept": clean[name]["kept"],
                     "tokens": float(np.mean([len(c.ids) for c in cases])) if cases else None,
                     "model": results.base.name,
+                    "labelled": len(mine),
                     **{
                         o: portion(sum(la.outcome == o for la in mine), len(mine)) for o in OUTCOMES
                     },
@@ -177,10 +178,14 @@ def table_1(results: StudyResults, labels: Sequence[Label]) -> StudyTable:
         Column("kept", "kept", "share"),
         Column("tokens", "tokens", "number"),
         Column("model", "model"),
+        Column("labelled", "labelled", "count"),
         *(Column(name, name, "share") for name in (*OUTCOMES, *PATTERNS)),
     ]
     words = "; ".join(f"{name}: {meaning}" for name, meaning in {**OUTCOMES, **PATTERNS}.items())
-    note = f"{words}. Patterns are shares of the cases with a pattern; tokens are means over cases."
+    note = (
+        f"{words}. Patterns are shares of the cases with a pattern; tokens are means over cases. "
+        "A case without a clue in the heatmap and without a graph has no automatic label."
+    )
     return StudyTable("table1", "Outcomes and patterns (Table 1)", columns, rows, note)
 
 
@@ -193,6 +198,7 @@ def _published_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "kept": _given(row["kept"]),
         "tokens": row["tokens"],
         "model": row["model"],
+        "labelled": row["kept"][0],
         **{name: _given(pair) for name, pair in {**row["outcomes"], **row["patterns"]}.items()},
     }
 
@@ -496,7 +502,7 @@ def agreement_table(labels: Sequence[Label]) -> StudyTable | None:
     """Agreement between labellers, the automatic one included; None with fewer than two."""
     rows: list[dict[str, Any]] = []
     for field in ("outcome", "pattern"):
-        for found in label_agreement(labels, field):  # type: ignore[arg-type]
+        for found in label_agreement(labels, field):
             rows.append(
                 {
                     "field": field,
