@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .agreement import LabelAgreement, cohen_kappa, label_agreement
     from .analysis import CaseAnalysis, SegmentSum
-    from .bootstrap import Interval, bootstrap
+    from .bootstrap import Interval
     from .cases import Case, Dropped, Provenance, Verdict
-    from .label_page import label_page
     from .labels import (
         Criteria,
         Label,
@@ -32,16 +31,15 @@ if TYPE_CHECKING:
         read_labels,
         write_labels,
     )
-    from .report import report
     from .results import ModelEntry, StudyResults
 
-# Loaded at first use (PEP 562), by module.
+# Loaded at first use (PEP 562), by module. No name here is a module's: importing the module would
+# replace it.
 _NAMES = {
     "agreement": ("LabelAgreement", "cohen_kappa", "label_agreement"),
     "analysis": ("CaseAnalysis", "SegmentSum"),
-    "bootstrap": ("Interval", "bootstrap"),
+    "bootstrap": ("Interval",),
     "cases": ("Case", "Dropped", "Provenance", "Verdict"),
-    "label_page": ("label_page",),
     "labels": (
         "Criteria",
         "Label",
@@ -52,7 +50,6 @@ _NAMES = {
         "read_labels",
         "write_labels",
     ),
-    "report": ("report",),
     "results": ("ModelEntry", "StudyResults"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
@@ -72,14 +69,11 @@ __all__ = [
     "StudyResults",
     "Verdict",
     "automatic_label",
-    "bootstrap",
     "cohen_kappa",
     "label_agreement",
-    "label_page",
     "notebook_reading",
     "planted_truth",
     "read_labels",
-    "report",
     "write_labels",
 ]
 

@@ -301,6 +301,12 @@ def automatic_label(
 
     Raises:
         ValueError: The analysis is of another case, or of another number of tokens.
+
+    Example:
+        >>> case = study.cases[0]
+        >>> analysis = study.analysis(case.id, "demo", "attnlrp")
+        >>> clrp.study.automatic_label(case, analysis).outcome
+        'M-IA'
     """
     if analysis.case_id != case.id or len(analysis.tokens) != len(case.ids):
         raise ValueError(
@@ -361,6 +367,11 @@ def notebook_reading(analysis: CaseAnalysis) -> NotebookReading:
 
     Returns:
         The reading.
+
+    Example:
+        >>> reading = clrp.study.notebook_reading(study.analyses[0])
+        >>> reading.graph_needed, reading.reading  # the demo has no instruction segment
+        (False, 'neutral')
     """
     total = float(analysis.tokens[~analysis.special].double().sum())
     instruction = sum(s.relevance for s in analysis.segments if s.name == "instruction")
@@ -400,6 +411,11 @@ class PlantedTruth:
         recall_by_chance: The share that k tokens drawn at random would hold.
         manifest: Whether the automatic label, not told which tokens decide, finds a clue in the
             heatmap.
+
+    Example:
+        >>> pairs = [(case, study.analysis(case.id, "demo", "attnlrp")) for case in study.cases]
+        >>> clrp.study.planted_truth(pairs, k=5).recall.shape
+        (2,)
     """
 
     k: int
@@ -437,6 +453,12 @@ def planted_truth(
 
     Raises:
         ValueError: ``k`` is below 1.
+
+    Example:
+        >>> pairs = [(case, study.analysis(case.id, "demo", "attnlrp")) for case in study.cases]
+        >>> truth = clrp.study.planted_truth(pairs, k=5)
+        >>> bool(truth.hit.mean() > truth.hit_by_chance.mean())
+        True
     """
     if k < 1:
         raise ValueError(f"k is {k}; it must be 1 or more")
@@ -480,6 +502,11 @@ def write_labels(path: str | os.PathLike[str], labels: Iterable[Label]) -> Path:
 
     Raises:
         FileNotFoundError: The folder does not exist.
+
+    Example:
+        >>> path = clrp.study.write_labels("ada.jsonl", [clrp.study.Label("a/1", "Ada", "M-IA")])
+        >>> len(path.read_text().splitlines())
+        1
     """
     lines = [json.dumps({"version": LABEL_VERSION, **asdict(label)}) for label in labels]
     with atomic_path(path, example="labels.jsonl") as temporary:
@@ -499,6 +526,11 @@ def read_labels(path: str | os.PathLike[str]) -> tuple[Label, ...]:
     Raises:
         FileNotFoundError: There is no such file.
         FileFormatError: A line is no label; the message names line and field.
+
+    Example:
+        >>> path = clrp.study.write_labels("ada.jsonl", [clrp.study.Label("a/1", "Ada", "M-IA")])
+        >>> clrp.study.read_labels(path)[0].labeller
+        'Ada'
     """
     path = Path(path)
     if not path.is_file():

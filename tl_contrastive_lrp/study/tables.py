@@ -455,7 +455,8 @@ def truth_table(results: StudyResults) -> StudyTable | None:
     ]
     note = (
         "Cases whose decisive tokens are known. The automatic label of the last two columns was "
-        "not told them: it saw sign and concentration only."
+        "not told them: it saw sign and concentration only. It says something about the decisive "
+        "tokens only so far as its precision exceeds the share in the column of the hits."
     )
     return StudyTable("truth", "Against the planted truth", columns, rows, note) if rows else None
 
