@@ -227,6 +227,40 @@ def heatmap_clue(case: Case, analysis: CaseAnalysis, criteria: Criteria | None =
     return _clue(analysis.tokens, counted, relevant_positions(case), sign, criteria or Criteria())
 
 
+def manifest_by_chance(
+    case: Case, analysis: CaseAnalysis, criteria: Criteria | None = None
+) -> float:
+    """The probability of M-IA if the same relevance lay on the ordinary tokens in random order.
+
+    Sign and concentration do not depend on the order; whether a relevant token is among the
+    strongest does, and is likely by chance where many tokens are relevant. A share of M-IA says
+    something about where relevance lies only so far as it exceeds the mean of this number.
+
+    Args:
+        case: The case.
+        analysis: Its analysis.
+        criteria: The thresholds; None for the usual ones.
+
+    Returns:
+        A probability.
+    """
+    criteria = criteria or Criteria()
+    clue = heatmap_clue(case, analysis, criteria)
+    if not (clue.sign and clue.concentrated):
+        return 0.0
+    relevant, counted = relevant_positions(case), ordinary(analysis)
+    if relevant is None:
+        return 1.0
+    # Tokens without any relevance are never among the strongest.
+    drawn = min(criteria.strongest, int((analysis.tokens[counted] != 0).sum()))
+    return _hit_by_chance(int(counted.sum()), int((relevant & counted).sum()), drawn)
+
+
+def _hit_by_chance(n: int, relevant: int, drawn: int) -> float:
+    """The probability that tokens drawn at random without replacement hold a relevant one."""
+    return 1 - math.comb(n - relevant, drawn) / math.comb(n, drawn)
+
+
 def graph_clue(case: Case, analysis: CaseAnalysis, criteria: Criteria | None = None) -> Clue | None:
     """What a reader of the graph would find.
 
@@ -477,7 +511,7 @@ def planted_truth(
         rows.append(
             (
                 found > 0,
-                1 - math.comb(n - d, drawn) / math.comb(n, drawn),
+                _hit_by_chance(n, d, drawn),
                 found / drawn,
                 d / n,
                 found / d,

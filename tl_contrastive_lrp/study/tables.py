@@ -26,6 +26,7 @@ from .labels import (
     Label,
     automatic_label,
     heatmap_clue,
+    manifest_by_chance,
     notebook_reading,
     ordinary,
     planted_truth,
@@ -226,6 +227,9 @@ def rules_table(results: StudyResults) -> StudyTable:
                 "manifest": portion(
                     sum(la is not None and la.outcome == "M-IA" for la in labels), len(labels)
                 ),
+                "by_chance": float(np.mean([manifest_by_chance(*pair) for pair in pairs]))
+                if pairs
+                else None,
             }
         )
     columns = [
@@ -237,6 +241,7 @@ def rules_table(results: StudyResults) -> StudyTable:
         Column("relevant", "relevant token among the five strongest", "share"),
         Column("overlap", "five strongest shared with the first rule set", "estimate"),
         Column("manifest", "M-IA (automatic)", "share"),
+        Column("by_chance", "M-IA if relevance were shuffled", "percent"),
     ]
     note = (
         "Relevant tokens are the decisive ones where they are known, else the instruction; cases "
