@@ -19,6 +19,7 @@ from tl_contrastive_lrp.study.labels import (
     Label,
     automatic_label,
     heatmap_clue,
+    manifest_by_chance,
     notebook_reading,
     planted_truth,
     read_labels,
@@ -149,6 +150,23 @@ def test_chance_is_what_random_tokens_reach() -> None:
         assert np.ptp(expected) == 0
         assert getattr(found, what).mean() == pytest.approx(expected[0], abs=0.03)
     assert found.precision_by_chance[0] == pytest.approx(2 / 29)
+
+
+def test_the_chance_of_a_label_is_its_frequency_over_shuffled_relevance() -> None:
+    g = np.random.default_rng(0)
+    values = np.array(row(p4=-1.0, p12=3.0, p20=0.5)) + 1e-4 * np.arange(30)  # no ties
+    case = made_up_case()  # five of 29 tokens are relevant
+    expected = manifest_by_chance(case, made_up_analysis(case, values))
+    found = []
+    for _ in range(1500):
+        shuffled = values.copy()
+        shuffled[1:] = g.permutation(values[1:])
+        label = automatic_label(case, made_up_analysis(case, shuffled))
+        found.append(label is not None)
+    assert np.mean(found) == pytest.approx(expected, abs=0.04)
+    assert 0.5 < expected < 0.8
+    assert manifest_by_chance(case, made_up_analysis(case, -values)) == 0
+    assert manifest_by_chance(without_truth(case), made_up_analysis(case, values)) == 1
 
 
 def test_planted_truth_of_the_demo_by_slow_counting() -> None:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .agreement import LabelAgreement, cohen_kappa, label_agreement
     from .analysis import CaseAnalysis, SegmentSum
-    from .bootstrap import Interval, bootstrap
+    from .benchmarks import Benchmark, Item, open_benchmark
+    from .bootstrap import Interval
+    from .case_files import load_cases, save_cases, write_card
     from .cases import Case, Dropped, Provenance, Verdict
-    from .label_page import label_page
     from .labels import (
         Criteria,
         Label,
@@ -32,16 +33,19 @@ if TYPE_CHECKING:
         read_labels,
         write_labels,
     )
-    from .report import report
+    from .logs import LoggedCompletion, completions_from_log
     from .results import ModelEntry, StudyResults
+    from .study import Study
 
-# Loaded at first use (PEP 562), by module.
+# Loaded at first use (PEP 562), by module. No name here is a module's: importing the module would
+# replace it.
 _NAMES = {
     "agreement": ("LabelAgreement", "cohen_kappa", "label_agreement"),
     "analysis": ("CaseAnalysis", "SegmentSum"),
-    "bootstrap": ("Interval", "bootstrap"),
+    "benchmarks": ("Benchmark", "Item", "open_benchmark"),
+    "bootstrap": ("Interval",),
+    "case_files": ("load_cases", "save_cases", "write_card"),
     "cases": ("Case", "Dropped", "Provenance", "Verdict"),
-    "label_page": ("label_page",),
     "labels": (
         "Criteria",
         "Label",
@@ -52,34 +56,41 @@ _NAMES = {
         "read_labels",
         "write_labels",
     ),
-    "report": ("report",),
+    "logs": ("LoggedCompletion", "completions_from_log"),
     "results": ("ModelEntry", "StudyResults"),
+    "study": ("Study",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "Benchmark",
     "Case",
     "CaseAnalysis",
     "Criteria",
     "Dropped",
     "Interval",
+    "Item",
     "Label",
     "LabelAgreement",
+    "LoggedCompletion",
     "ModelEntry",
     "PlantedTruth",
     "Provenance",
     "SegmentSum",
+    "Study",
     "StudyResults",
     "Verdict",
     "automatic_label",
-    "bootstrap",
     "cohen_kappa",
+    "completions_from_log",
     "label_agreement",
-    "label_page",
+    "load_cases",
     "notebook_reading",
+    "open_benchmark",
     "planted_truth",
     "read_labels",
-    "report",
+    "save_cases",
+    "write_card",
     "write_labels",
 ]
 

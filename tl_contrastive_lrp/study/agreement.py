@@ -35,6 +35,11 @@ class LabelAgreement:
         same: Share of cases with the same label, with its bootstrap interval.
         kappa: Cohen's κ, with its bootstrap interval.
         table: How many cases have each pair of labels, (first's, second's).
+
+    Example:
+        >>> ada, bo = (clrp.study.Label("a/1", name, "M-IA") for name in ("Ada", "Bo"))
+        >>> clrp.study.label_agreement([ada, bo])[0].table
+        {('M-IA', 'M-IA'): 1}
     """
 
     field: str
@@ -111,6 +116,15 @@ def label_agreement(
 
     Raises:
         ValueError: ``field`` is another word.
+
+    Example:
+        >>> labels = [
+        ...     clrp.study.Label(f"a/{i}", who, outcome)
+        ...     for who, outcomes in {"Ada": ["M-IA", "NC-IA+AG"], "Bo": ["M-IA", "M-IA"]}.items()
+        ...     for i, outcome in enumerate(outcomes)
+        ... ]
+        >>> clrp.study.label_agreement(labels)[0].same.estimate
+        0.5
     """
     if field not in ("outcome", "pattern"):
         raise ValueError(f"field is {field!r}; use 'outcome' or 'pattern'")

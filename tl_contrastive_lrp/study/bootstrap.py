@@ -36,6 +36,10 @@ class Interval:
         low: Lower end; None with fewer than two cases, or where it is undefined.
         high: Upper end.
         n: Number of cases.
+
+    Example:
+        >>> clrp.study.Interval(0.5, 0.2, 0.8, 10).high
+        0.8
     """
 
     estimate: float | None
@@ -76,6 +80,12 @@ def bootstrap(
     Raises:
         ValueError: A value is not finite, or ``level``, ``method`` or ``resamples`` is out of
             range.
+
+    Example:
+        >>> from tl_contrastive_lrp.study.bootstrap import bootstrap
+        >>> found = bootstrap([1.0, 2.0, 3.0, 6.0])
+        >>> found.estimate, found.low < 3.0 < found.high
+        (3.0, True)
     """
     data = np.asarray(values, dtype=np.float64)
     if not np.isfinite(data).all():

@@ -36,6 +36,11 @@ def label_page(
 
     Raises:
         ValueError: No case has an analysis by the base model, or the file's name is no page's.
+
+    Example:
+        >>> from tl_contrastive_lrp.study.label_page import label_page
+        >>> label_page(study, "label.html").name
+        'label.html'
     """
     pairs = []
     for case in results.cases:

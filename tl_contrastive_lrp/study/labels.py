@@ -227,6 +227,40 @@ def heatmap_clue(case: Case, analysis: CaseAnalysis, criteria: Criteria | None =
     return _clue(analysis.tokens, counted, relevant_positions(case), sign, criteria or Criteria())
 
 
+def manifest_by_chance(
+    case: Case, analysis: CaseAnalysis, criteria: Criteria | None = None
+) -> float:
+    """The probability of M-IA if the same relevance lay on the ordinary tokens in random order.
+
+    Sign and concentration do not depend on the order; whether a relevant token is among the
+    strongest does, and is likely by chance where many tokens are relevant. A share of M-IA says
+    something about where relevance lies only so far as it exceeds the mean of this number.
+
+    Args:
+        case: The case.
+        analysis: Its analysis.
+        criteria: The thresholds; None for the usual ones.
+
+    Returns:
+        A probability.
+    """
+    criteria = criteria or Criteria()
+    clue = heatmap_clue(case, analysis, criteria)
+    if not (clue.sign and clue.concentrated):
+        return 0.0
+    relevant, counted = relevant_positions(case), ordinary(analysis)
+    if relevant is None:
+        return 1.0
+    # Tokens without any relevance are never among the strongest.
+    drawn = min(criteria.strongest, int((analysis.tokens[counted] != 0).sum()))
+    return _hit_by_chance(int(counted.sum()), int((relevant & counted).sum()), drawn)
+
+
+def _hit_by_chance(n: int, relevant: int, drawn: int) -> float:
+    """The probability that tokens drawn at random without replacement hold a relevant one."""
+    return 1 - math.comb(n - relevant, drawn) / math.comb(n, drawn)
+
+
 def graph_clue(case: Case, analysis: CaseAnalysis, criteria: Criteria | None = None) -> Clue | None:
     """What a reader of the graph would find.
 
@@ -301,6 +335,12 @@ def automatic_label(
 
     Raises:
         ValueError: The analysis is of another case, or of another number of tokens.
+
+    Example:
+        >>> case = study.cases[0]
+        >>> analysis = study.analysis(case.id, "demo", "attnlrp")
+        >>> clrp.study.automatic_label(case, analysis).outcome
+        'M-IA'
     """
     if analysis.case_id != case.id or len(analysis.tokens) != len(case.ids):
         raise ValueError(
@@ -361,6 +401,11 @@ def notebook_reading(analysis: CaseAnalysis) -> NotebookReading:
 
     Returns:
         The reading.
+
+    Example:
+        >>> reading = clrp.study.notebook_reading(study.analyses[0])
+        >>> reading.graph_needed, reading.reading  # the demo has no instruction segment
+        (False, 'neutral')
     """
     total = float(analysis.tokens[~analysis.special].double().sum())
     instruction = sum(s.relevance for s in analysis.segments if s.name == "instruction")
@@ -400,6 +445,11 @@ class PlantedTruth:
         recall_by_chance: The share that k tokens drawn at random would hold.
         manifest: Whether the automatic label, not told which tokens decide, finds a clue in the
             heatmap.
+
+    Example:
+        >>> pairs = [(case, study.analysis(case.id, "demo", "attnlrp")) for case in study.cases]
+        >>> clrp.study.planted_truth(pairs, k=5).recall.shape
+        (2,)
     """
 
     k: int
@@ -437,6 +487,12 @@ def planted_truth(
 
     Raises:
         ValueError: ``k`` is below 1.
+
+    Example:
+        >>> pairs = [(case, study.analysis(case.id, "demo", "attnlrp")) for case in study.cases]
+        >>> truth = clrp.study.planted_truth(pairs, k=5)
+        >>> bool(truth.hit.mean() > truth.hit_by_chance.mean())
+        True
     """
     if k < 1:
         raise ValueError(f"k is {k}; it must be 1 or more")
@@ -455,7 +511,7 @@ def planted_truth(
         rows.append(
             (
                 found > 0,
-                1 - math.comb(n - d, drawn) / math.comb(n, drawn),
+                _hit_by_chance(n, d, drawn),
                 found / drawn,
                 d / n,
                 found / d,
@@ -480,6 +536,11 @@ def write_labels(path: str | os.PathLike[str], labels: Iterable[Label]) -> Path:
 
     Raises:
         FileNotFoundError: The folder does not exist.
+
+    Example:
+        >>> path = clrp.study.write_labels("ada.jsonl", [clrp.study.Label("a/1", "Ada", "M-IA")])
+        >>> len(path.read_text().splitlines())
+        1
     """
     lines = [json.dumps({"version": LABEL_VERSION, **asdict(label)}) for label in labels]
     with atomic_path(path, example="labels.jsonl") as temporary:
@@ -499,6 +560,11 @@ def read_labels(path: str | os.PathLike[str]) -> tuple[Label, ...]:
     Raises:
         FileNotFoundError: There is no such file.
         FileFormatError: A line is no label; the message names line and field.
+
+    Example:
+        >>> path = clrp.study.write_labels("ada.jsonl", [clrp.study.Label("a/1", "Ada", "M-IA")])
+        >>> clrp.study.read_labels(path)[0].labeller
+        'Ada'
     """
     path = Path(path)
     if not path.is_file():

@@ -37,7 +37,7 @@ REPORT_VERSION = 1
 _SECTIONS: tuple[tuple[str, str, str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("about", "Models", "", ("models",), ()),
     ("clean", "From completions to cases", "", ("clean",), ()),
-    ("table1", "Outcomes and patterns", "", ("table1",), ("outcomes", "patterns")),
+    ("table1", "Outcomes and patterns (Table 1)", "", ("table1",), ("outcomes", "patterns")),
     ("rules", "Rule sets side by side", "", ("rules",), ()),
     ("flips", "Tokens to flip", "", ("flips",), ("flips",)),
     ("segments", "Segment sums", "", ("segments",), ("segments",)),
@@ -71,6 +71,12 @@ def report(
     Raises:
         ValueError: The study has no case, or the file's name is no page's.
         FileNotFoundError: The folder does not exist.
+
+    Example:
+        >>> from tl_contrastive_lrp.study.report import report
+        >>> numbers = report(study, "report.html")
+        >>> numbers["tables"]["truth"]["rows"][0]["k"]
+        1
     """
     path = Path(path)
     if (why := why_not_a_page(path)) is not None:
@@ -83,7 +89,7 @@ def report(
     labels = all_labels(results)
     tables = tables_of(results, labels)
     figures = figures_of(results, tables)
-    numbers = {
+    numbers: dict[str, Any] = {
         "version": REPORT_VERSION,
         "name": results.name,
         "facts": _plain(results.facts),
@@ -91,7 +97,7 @@ def report(
         "figures": {id: {"caption": f.caption, "data": f.data} for id, f in figures.items()},
         "cases": [_case_row(results, case_id, labels) for case_id in results.by_id],
     }
-    numbers = _plain(numbers)
+    numbers = {key: _plain(value) for key, value in numbers.items()}
     html = report_page(
         results.name,
         _facts(results, texts),
@@ -267,20 +273,6 @@ def _frames(results: StudyResults, labels: Sequence[Label], texts: bool) -> dict
         {k: v for k, v in _case_row(results, case_id, ()).items() if k != "labels"}
         for case_id in results.by_id
     ]
-    tokens = [
-        pd.DataFrame(
-            {
-                "case_id": a.case_id,
-                "model": a.model,
-                "rules": a.rules,
-                "position": np.arange(len(a.tokens)),
-                **({"token": [_readable(text) for text in a.str_tokens]} if texts else {}),
-                "special": a.special.numpy(),
-                "relevance": a.tokens.float().numpy(),
-            }
-        )
-        for a in results.analyses
-    ]
     frames = {
         "cases": pd.DataFrame(cases),
         "analyses": pd.DataFrame([_analysis_row(a) for a in results.analyses]),
@@ -292,14 +284,42 @@ def _frames(results: StudyResults, labels: Sequence[Label], texts: bool) -> dict
             [[d.id, d.benchmark, d.reason, d.detail if texts else ""] for d in results.dropped],
             columns=["id", "benchmark", "reason", "detail"],
         ),
-        "tokens": pd.concat(tokens, ignore_index=True) if tokens else pd.DataFrame(),
     }
     for frame in frames.values():
         for column in frame.select_dtypes(include=["object", "str"]).columns:
             frame[column] = [
                 _readable(one) if isinstance(one, str) else one for one in frame[column]
             ]
+    frames["tokens"] = _token_frame(results.analyses, texts)
     return frames
+
+
+def _token_frame(analyses: Sequence[CaseAnalysis], texts: bool) -> pd.DataFrame:
+    """One row for each token of each analysis; names repeat, so they are categories."""
+    import pandas as pd
+
+    lengths = [len(a.tokens) for a in analyses]
+
+    def repeated(names: list[str]) -> Any:
+        kinds = list(dict.fromkeys(_readable(name) for name in names))
+        at = {kind: i for i, kind in enumerate(kinds)}
+        codes = np.repeat([at[_readable(name)] for name in names], lengths).astype(np.int64)
+        return pd.Categorical.from_codes(codes, dtype=pd.CategoricalDtype(kinds))
+
+    def joined(parts: list[Any], kind: Any) -> Any:
+        return np.concatenate([np.zeros(0, kind), *parts])
+
+    columns: dict[str, Any] = {
+        "case_id": repeated([a.case_id for a in analyses]),
+        "model": repeated([a.model for a in analyses]),
+        "rules": repeated([a.rules for a in analyses]),
+        "position": joined([np.arange(n) for n in lengths], np.int64),
+    }
+    if texts:
+        columns["token"] = [_readable(text) for a in analyses for text in a.str_tokens]
+    columns["special"] = joined([a.special.numpy() for a in analyses], bool)
+    columns["relevance"] = joined([a.tokens.float().numpy() for a in analyses], np.float32)
+    return pd.DataFrame(columns)
 
 
 def _readable(text: str) -> str:

@@ -27,6 +27,10 @@ class ModelEntry:
 
     Raises:
         ValueError: The role is unknown, or a checkpoint has no step.
+
+    Example:
+        >>> clrp.study.ModelEntry("step 1000", "checkpoint", step=1000).role
+        'checkpoint'
     """
 
     name: str
@@ -57,6 +61,10 @@ class StudyResults:
 
     Raises:
         ValueError: Two records contradict each other or name what is not there.
+
+    Example:
+        >>> study.base.name, study.benchmarks, study.rules
+        ('demo', ('demo',), ('attnlrp', 'gradient'))
     """
 
     name: str
@@ -95,23 +103,43 @@ class StudyResults:
 
     @cached_property
     def by_id(self) -> dict[str, Case]:
-        """The cases by their id."""
+        """The cases by their id.
+
+        Example:
+            >>> len(study.by_id) == len(study.cases)
+            True
+        """
         return {case.id: case for case in self.cases}
 
-    @property
+    @cached_property
     def base(self) -> ModelEntry:
-        """The model whose failures are the cases."""
+        """The model whose failures are the cases.
+
+        Example:
+            >>> study.base.role
+            'base'
+        """
         return next(model for model in self.models if model.role == "base")
 
     @property
     def benchmarks(self) -> tuple[str, ...]:
-        """Names of the benchmarks, in order of appearance."""
+        """Names of the benchmarks, in order of appearance.
+
+        Example:
+            >>> study.benchmarks
+            ('demo',)
+        """
         records: tuple[Case | Dropped, ...] = (*self.cases, *self.dropped)
         return tuple(dict.fromkeys(record.benchmark for record in records))
 
-    @property
+    @cached_property
     def rules(self) -> tuple[str, ...]:
-        """Names of the rule sets of the base model; the first is the study's main one."""
+        """Names of the rule sets of the base model; the first is the study's main one.
+
+        Example:
+            >>> study.rules[0]
+            'attnlrp'
+        """
         return tuple(dict.fromkeys(a.rules for a in self.analyses if a.model == self.base.name))
 
     @cached_property
@@ -128,6 +156,10 @@ class StudyResults:
 
         Returns:
             The analysis, or None.
+
+        Example:
+            >>> study.analysis(study.cases[0].id, "demo", "relp") is None
+            True
         """
         return self._table.get((case_id, model, rules))
 
@@ -140,6 +172,10 @@ class StudyResults:
 
         Returns:
             The analyses that were made.
+
+        Example:
+            >>> len(study.of_model("demo")) == len(study.cases)
+            True
         """
         chosen = rules if rules is not None else next(iter(self.rules), "")
         found = ((case.id, self.analysis(case.id, model, chosen)) for case in self.cases)

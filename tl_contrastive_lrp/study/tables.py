@@ -26,6 +26,7 @@ from .labels import (
     Label,
     automatic_label,
     heatmap_clue,
+    manifest_by_chance,
     notebook_reading,
     ordinary,
     planted_truth,
@@ -156,6 +157,7 @@ def table_1(results: StudyResults, labels: Sequence[Label]) -> StudyTable:
                     "kept": clean[name]["kept"],
                     "tokens": float(np.mean([len(c.ids) for c in cases])) if cases else None,
                     "model": results.base.name,
+                    "labelled": len(mine),
                     **{
                         o: portion(sum(la.outcome == o for la in mine), len(mine)) for o in OUTCOMES
                     },
@@ -177,10 +179,14 @@ def table_1(results: StudyResults, labels: Sequence[Label]) -> StudyTable:
         Column("kept", "kept", "share"),
         Column("tokens", "tokens", "number"),
         Column("model", "model"),
+        Column("labelled", "labelled", "count"),
         *(Column(name, name, "share") for name in (*OUTCOMES, *PATTERNS)),
     ]
     words = "; ".join(f"{name}: {meaning}" for name, meaning in {**OUTCOMES, **PATTERNS}.items())
-    note = f"{words}. Patterns are shares of the cases with a pattern; tokens are means over cases."
+    note = (
+        f"{words}. Patterns are shares of the cases with a pattern; tokens are means over cases. "
+        "A case without a clue in the heatmap and without a graph has no automatic label."
+    )
     return StudyTable("table1", "Outcomes and patterns (Table 1)", columns, rows, note)
 
 
@@ -193,6 +199,7 @@ def _published_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "kept": _given(row["kept"]),
         "tokens": row["tokens"],
         "model": row["model"],
+        "labelled": row["kept"][0],
         **{name: _given(pair) for name, pair in {**row["outcomes"], **row["patterns"]}.items()},
     }
 
@@ -220,6 +227,9 @@ def rules_table(results: StudyResults) -> StudyTable:
                 "manifest": portion(
                     sum(la is not None and la.outcome == "M-IA" for la in labels), len(labels)
                 ),
+                "by_chance": float(np.mean([manifest_by_chance(*pair) for pair in pairs]))
+                if pairs
+                else None,
             }
         )
     columns = [
@@ -231,6 +241,7 @@ def rules_table(results: StudyResults) -> StudyTable:
         Column("relevant", "relevant token among the five strongest", "share"),
         Column("overlap", "five strongest shared with the first rule set", "estimate"),
         Column("manifest", "M-IA (automatic)", "share"),
+        Column("by_chance", "M-IA if relevance were shuffled", "percent"),
     ]
     note = (
         "Relevant tokens are the decisive ones where they are known, else the instruction; cases "
@@ -449,7 +460,8 @@ def truth_table(results: StudyResults) -> StudyTable | None:
     ]
     note = (
         "Cases whose decisive tokens are known. The automatic label of the last two columns was "
-        "not told them: it saw sign and concentration only."
+        "not told them: it saw sign and concentration only. It says something about the decisive "
+        "tokens only so far as its precision exceeds the share in the column of the hits."
     )
     return StudyTable("truth", "Against the planted truth", columns, rows, note) if rows else None
 
@@ -496,7 +508,7 @@ def agreement_table(labels: Sequence[Label]) -> StudyTable | None:
     """Agreement between labellers, the automatic one included; None with fewer than two."""
     rows: list[dict[str, Any]] = []
     for field in ("outcome", "pattern"):
-        for found in label_agreement(labels, field):  # type: ignore[arg-type]
+        for found in label_agreement(labels, field):
             rows.append(
                 {
                     "field": field,

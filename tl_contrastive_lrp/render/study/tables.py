@@ -109,7 +109,9 @@ def cell(value: Any, kind: str) -> ShownCell:
 def _ends(value: Mapping[str, Any], how: Any) -> str:
     if value.get("low") is None or value.get("high") is None:
         return ""
-    return f"[{how(value['low'])}, {how(value['high'])}]"
+    # The unit stands once, at the end.
+    low = how(value["low"]).removesuffix(" %")
+    return f"[{low}, {how(value['high'])}]"
 
 
 def _percent(value: float) -> str:
@@ -117,6 +119,12 @@ def _percent(value: float) -> str:
 
 
 def decimal(value: float) -> str:
-    """A number with two decimals, or three significant digits where it is small."""
-    text = f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.3g}"
+    """A number with two decimals; fewer where it is large, two digits where it is small."""
+    size = abs(value)
+    if size >= 1000:
+        text = f"{value:,.0f}"
+    elif size >= 100:
+        text = f"{value:.1f}"
+    else:
+        text = f"{value:.2f}" if size >= 0.005 or value == 0 else f"{value:.2g}"
     return text.replace("-", "\u2212")

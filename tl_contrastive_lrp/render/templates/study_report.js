@@ -3,12 +3,14 @@
   const data = JSON.parse(document.getElementById("data").textContent), cases = data.cases;
   const rows = [...document.querySelectorAll("details.case")];
   for (const [i, row] of rows.entries()) {
-    row.addEventListener("toggle", async () => {
-      const box = row.querySelector(".body");
+    const box = row.querySelector(".body");
+    const show = async () => {
       if (!row.open) { box.replaceChildren(); return; }
       const content = await view.inflate(cases[i].data);
       if (row.open) view.draw(box, content);
-    });
+    };
+    row.addEventListener("toggle", show);
+    if (row.open) show(); // a browser that comes back to a page restores it so
   }
   const by = (id) => document.getElementById(id);
   if (!by("filters")) return;
