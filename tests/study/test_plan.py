@@ -12,6 +12,7 @@ from support.study_bench import patched, small
 
 from tl_contrastive_lrp.engine.memory import plain_bytes
 from tl_contrastive_lrp.study import plan as plan_module
+from tl_contrastive_lrp.study import run as run_module
 from tl_contrastive_lrp.study.plan import ModelPlan, StudyPlan
 
 
@@ -105,7 +106,7 @@ def test_memory_is_that_of_the_longest_prompt_of_the_sample(tmp_path: Path) -> N
 def test_a_sample_without_a_case_is_timed_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_module, "collect", lambda *a, **_: [None] * len(a[2]))
+    monkeypatch.setattr(run_module, "collect", lambda *a, **_: [None] * len(a[2]))
     plan = small(tmp_path, limit=5, rules="gradient").plan(items=2, progress=False)
     assert plan.cases == 0
     assert plan.most_cases == 5

@@ -264,6 +264,40 @@ def test_siblings_and_checkpoints_are_analysed_under_the_first_rule_set(
         small(tmp_path, limit=5, more=more).run(**QUIET)
 
 
+def test_completions_of_a_log_become_the_cases_that_they_were(
+    reference: Any, tmp_path: Path
+) -> None:
+    """A log of what the model wrote gives the same target, contrast and analysis of each case."""
+    before = reference[0].results()
+    log, rows = tmp_path / "log.jsonl", []
+    for case in before.cases:
+        chat = [*case.messages, {"role": "assistant", "content": case.completion}]
+        rows.append(json.dumps({"id": case.id[9:], "messages": chat, "passed": False}))
+    log.write_text("\n".join(rows))
+    settings = FILE.format(store="store", limit=99, batch_size=2, rules="gradient", mass=0.85)
+    path = tmp_path / "study.yaml"
+    path.write_text(settings.replace("limit: 99", "log: log.jsonl"))
+    study = Study.load(path)
+    with pytest.raises(NotRunError):
+        study.results()
+    assert study.plan(items=2, progress=False).items == len(before.cases)
+    summary = study.run(**QUIET)
+    assert (summary.cases, summary.failed) == (len(before.cases), ())
+    results = study.results()
+    for one, other in zip(results.cases, before.cases, strict=True):
+        assert (one.ids, one.target_id, one.contrast_id) == (
+            other.ids, other.target_id, other.contrast_id,
+        )  # fmt: skip
+        found = results.analysis(one.id, "demo", "gradient")
+        expected = before.analysis(other.id, "demo", "gradient")
+        assert found is not None
+        assert expected is not None
+        assert torch.equal(found.tokens, expected.tokens)
+    assert Study.load(path).run(**QUIET).computed == 0
+    log.write_text("\n".join(rows[:-1]))
+    assert Study.load(path).run(**QUIET).cases == len(before.cases) - 1
+
+
 def test_threads_are_the_study_s_and_come_back(tmp_path: Path) -> None:
     before, seen = torch.get_num_threads(), list[int]()
     real = run_module.fingerprint
@@ -303,7 +337,7 @@ def test_labels_are_checked_and_kept(reference: Any, tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="line 1"):
         study.add_labels(tmp_path / "bad.jsonl")
     assert study.results().labels == (ours[0],)
-    assert case.target in study.label(tmp_path / "l.html").read_text("utf-8")
+    assert study.label(tmp_path / "l.html").stat().st_size > 1000
 
 
 # ---------------------------------------------------------------- processes

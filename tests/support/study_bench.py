@@ -40,7 +40,7 @@ class Recorded:
                 id=case.id,
                 messages=({"role": "user", "content": case.user},),
                 reference=case.answer,
-                row={"answer": case.answer, "contrast_id": case.contrast_id},
+                row={"prompt": case.user, "contrast_id": case.contrast_id},
             )
             for case in cases
         ]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..rules.rule_sets import RULE_SETS
@@ -31,6 +32,19 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """Hash of a file's bytes.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    with open(path, "rb") as file:
+        hashed = hashlib.sha256()
+        while part := file.read(1 << 20):
+            hashed.update(part)
+    return hashed.hexdigest()
+
+
 def model_key(store: Store, spec: ModelSpec) -> Key:
     """The key of a model's hash and size."""
     return store.key("model", **dataclasses.asdict(spec))
@@ -41,6 +55,7 @@ def chunk_key(
     benchmark: BenchmarkSettings,
     items: Sequence[Item],
     *,
+    log: Mapping[str, Any],
     spec: ModelSpec,
     fingerprint: str,
     collect: Any,
@@ -54,6 +69,7 @@ def chunk_key(
         store: The store.
         benchmark: Their benchmark.
         items: The items, with the rows that its checker reads.
+        log: Of completions from a log, its hash and which of them; {} otherwise.
         spec: The model that completes them.
         fingerprint: Hash of its weights.
         collect: The ``CollectSettings``.
@@ -66,6 +82,7 @@ def chunk_key(
         benchmark=benchmark.name,
         options=content_hash(benchmark.options),
         items=content_hash([dataclasses.asdict(item) for item in items]),
+        log=dict(log),
         model=dataclasses.asdict(spec),
         fingerprint=fingerprint,
         collect=dataclasses.asdict(collect),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +22,8 @@ from ..engine.fused import fused_blocks
 from ..engine.memory import free_bytes, gib, plain_bytes
 from ..inputs.tokens import model_device
 from .analyse import AnalysisSettings, analyse, prepare
-from .benchmarks.item import Item
-from .cases import Case, Provenance, Verdict
-from .collect import collect, complete
+from .cases import Case, Dropped, Provenance, Verdict
+from .collect import complete
 from .collect.place import Completion
 from .keys import analysis_key
 from .run import Chunk, StudyRun, cases_of, threads
@@ -139,14 +138,15 @@ def plan_study(run: StudyRun, n_items: int = 4) -> StudyPlan:
     """
     if n_items < 1:
         raise ValueError(f"items={n_items} must be 1 or more.")
-    items = sum(len(chunk.items) for chunk in run.chunks)
     models: list[ModelPlan] = []
     with threads(run.settings.threads):
         with run.opened(run.settings.base) as (base, base_hash):
-            sampled, found, seconds = _sample(run, base, base_hash, n_items)
+            chunks = run.chunks(base_hash, base)
+            items = sum(map(len, chunks))
+            found, seconds = _sample(run, base, base_hash, chunks, n_items)
             cases = [one for one in found if isinstance(one, Case)]
-            probes = cases or [_made_up(run, base, sampled)]
-            collected, known = _known(run, base_hash)
+            probes = cases or [_made_up(run, base, chunks)]
+            collected, known = _known(run, chunks, base_hash)
             rate = len(cases) / len(found)
             if collected:
                 rate = len(known) / collected
@@ -169,37 +169,34 @@ def plan_study(run: StudyRun, n_items: int = 4) -> StudyPlan:
 
 
 def _sample(
-    run: StudyRun, base: Any, base_hash: str, n_items: int
-) -> tuple[list[tuple[Chunk, Item]], list[Any], float]:
-    """Complete items of each benchmark, evenly spaced, and make cases of them."""
-    by_benchmark: dict[str, list[tuple[Chunk, Item]]] = {}
-    for chunk in run.chunks:
-        each = by_benchmark.setdefault(chunk.settings.name, [])
-        each += [(chunk, item) for item in chunk.items]
-    sampled, found, seconds = list[tuple[Chunk, Item]](), list[Any](), 0.0
+    run: StudyRun, base: Any, base_hash: str, chunks: Sequence[Chunk], n_items: int
+) -> tuple[list[Case | Dropped], float]:
+    """What becomes of some items of each benchmark, and the seconds it took.
+
+    They are the first of the middle chunk, so at most as many as are completed together.
+
+    Siblings are left out: their contrasts cost one forward an item at most.
+    """
+    by_benchmark: dict[str, list[Chunk]] = {}
+    for chunk in chunks:
+        by_benchmark.setdefault(chunk.settings.name, []).append(chunk)
+    found, seconds = list[Case | Dropped](), 0.0
     share = math.ceil(n_items / len(by_benchmark))
-    # Siblings are left out: their contrasts cost one forward an item at most.
-    settings = replace(run.collecting, contrast=_without_siblings(run.collecting.contrast))
     for each in by_benchmark.values():
-        chosen = each[:: max(1, len(each) // share)][:share]
+        part = each[len(each) // 2][:share]
         start = time.perf_counter()
-        found += collect(
-            base, chosen[0][0].benchmark, [item for _, item in chosen], settings,
-            spec=run.settings.base.spec, judges=run.judges, sandbox=run.sandbox,
-            model_fingerprint=base_hash,
-        )  # fmt: skip
+        found += run.collected(base, base_hash, part, {})
         seconds += time.perf_counter() - start
-        sampled += chosen
-    return sampled, found, seconds
+    return found, seconds
 
 
-def _without_siblings(contrast: Sequence[str]) -> tuple[str, ...]:
-    return tuple(one for one in contrast if one != "sibling")
-
-
-def _made_up(run: StudyRun, base: Any, sampled: Sequence[tuple[Chunk, Item]]) -> Case:
+def _made_up(run: StudyRun, base: Any, chunks: Sequence[Chunk]) -> Case:
     """A case to time where the sample gave none: the end of a completion, its first two choices."""
-    for _, item in sampled:
+    for chunk in chunks[:8]:
+        usable = [one for one in chunk.logged or () if not isinstance(one, Dropped)]
+        item = (usable[0].item if usable else None) if chunk.log else chunk.items[0]
+        if item is None:
+            continue
         (done,) = complete(base, [item], run.collecting)
         if isinstance(done, Completion) and done.ids:
             ids = (*done.prompt_ids, *done.ids[:-1])
@@ -218,7 +215,7 @@ def _made_up(run: StudyRun, base: Any, sampled: Sequence[tuple[Chunk, Item]]) ->
     raise ValueError("None of the sample's items fits into the model's context; try more items.")
 
 
-def _known(run: StudyRun, base_hash: str) -> tuple[int, list[Case]]:
+def _known(run: StudyRun, chunks: Sequence[Chunk], base_hash: str) -> tuple[int, list[Case]]:
     """How many items are collected, and the cases among them."""
     if "sibling" in run.collecting.contrast and run.settings.siblings:
         hashes = []
@@ -227,7 +224,7 @@ def _known(run: StudyRun, base_hash: str) -> tuple[int, list[Case]]:
                 hashes.append((one.name, sibling_hash))
     else:
         hashes = []
-    keys = run.chunk_keys(base_hash, hashes)
+    keys = run.chunk_keys(chunks, base_hash, hashes)
     found = [one for key in keys if run.store.has(key) for one in cases_of(run.store, key)]
     return len(found), [one for one in found if isinstance(one, Case)]
 

@@ -19,9 +19,9 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from ..errors import (
     FileFormatError,
     NonFiniteError,
+    NotRunError,
     PromptError,
     SettingsError,
     TokenError,
@@ -42,8 +43,9 @@ from .analyse import AnalysisSettings, analyse, prepare
 from .benchmarks import open_benchmark
 from .benchmarks.item import Benchmark, Item
 from .cases import Case, Dropped
-from .collect import CollectSettings, collect
-from .keys import analysis_key, chunk_key, model_key
+from .collect import CollectSettings, collect, collect_logged
+from .keys import analysis_key, chunk_key, content_hash, file_hash, model_key
+from .logs import LoggedCompletion, completions_from_log
 from .models import check_same_tokens, fingerprint, open_model
 from .records import analysis_data, analysis_from, case_data, case_from
 from .settings import BenchmarkSettings, ModelSettings, StudySettings
@@ -100,12 +102,24 @@ class Chunk:
     Attributes:
         settings: The benchmark's part of the settings.
         benchmark: The benchmark.
-        items: The items.
+        items: The items; () of a log.
+        logged: Of a log, its completions; None where they are not needed.
+        log: Of a log, what says which of its completions these are; {} otherwise.
     """
 
     settings: BenchmarkSettings
     benchmark: Benchmark
     items: tuple[Item, ...]
+    logged: tuple[LoggedCompletion | Dropped, ...] | None = None
+    log: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return int(self.log["end"] - self.log["start"]) if self.log else len(self.items)
+
+    def __getitem__(self, part: slice) -> Chunk:
+        """Some of the same items."""
+        logged = None if self.logged is None else self.logged[part]
+        return replace(self, items=self.items[part], logged=logged)
 
 
 @dataclass(eq=False)
@@ -150,28 +164,99 @@ class StudyRun:
         """What is computed of each case."""
         return AnalysisSettings(**vars(self.settings.analyse))
 
-    @cached_property
-    def chunks(self) -> tuple[Chunk, ...]:
+    def chunks(self, base_hash: str, base: Any = None) -> tuple[Chunk, ...]:
         """The chunks of all benchmarks, in the order of the settings.
+
+        Args:
+            base_hash: Hash of the base model.
+            base: The base model, which rebuilds the token ids of logs; without it, what a run has
+                stored says how many completions a log has.
 
         Raises:
             SettingsError: A benchmark or an option of one is unknown.
-            OSError, FileFormatError: Its rows cannot be read.
+            NotRunError: There is a log that no run has read, and no model.
+            OSError, FileFormatError: Rows or a log cannot be read.
         """
-        size, found = self.collecting.batch_size, []
+        size, found = self.collecting.batch_size, list[Chunk]()
         for place, one in enumerate(self.settings.benchmarks):
-            try:
-                benchmark = open_benchmark(one.name, one.path, one.limit, **one.options)
-            except FileFormatError:
-                raise
-            except (ValueError, TypeError) as error:
-                raise SettingsError(f"benchmarks[{place}]", str(error)) from error
+            benchmark = self._benchmark(place, one)
+            if one.log is not None:
+                found += self._chunks_of_log(one, benchmark, base_hash, base, size)
+                continue
             items = tuple(benchmark.items())
             found += [
                 Chunk(one, benchmark, items[start : start + size])
                 for start in range(0, len(items), size)
             ]
         return tuple(found)
+
+    def _benchmark(self, place: int, one: BenchmarkSettings) -> Benchmark:
+        # The first items of the benchmark need not be the first of its log.
+        limit = one.limit if one.log is None else None
+        try:
+            return open_benchmark(one.name, one.path, limit, **one.options)
+        except FileFormatError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise SettingsError(f"benchmarks[{place}]", str(error)) from error
+
+    def _chunks_of_log(
+        self, one: BenchmarkSettings, benchmark: Benchmark, base_hash: str, base: Any, size: int
+    ) -> list[Chunk]:
+        """The completions of a log, in its order; how many there are is stored."""
+        assert one.log is not None
+        causes = {
+            "log": file_hash(one.log),
+            "rows": None if one.path is None else file_hash(one.path),
+            "benchmark": one.name,
+            "options": content_hash(one.options),
+            "limit": one.limit,
+        }
+        model = {"model": asdict(self.settings.base.spec), "fingerprint": base_hash}
+        key, logged = self.store.key("log", **causes, **model), None
+        if base is not None:
+            read = completions_from_log(base, one.log, benchmark=benchmark)
+            logged = tuple(read[: one.limit])
+            self.store.put(key, {"n": len(logged)})
+        try:
+            n = int(self.store.get(key).record["n"])
+        except KeyError:
+            raise NotRunError(
+                f"The log {one.log} has not been read yet; run the study first (clrp study run)."
+            ) from None
+        return [
+            Chunk(
+                one, benchmark, (), None if logged is None else logged[start : start + size],
+                {**causes, "start": start, "end": min(start + size, n)},
+            )
+            for start in range(0, n, size)
+        ]  # fmt: skip
+
+    def collected(
+        self, base: Any, base_hash: str, chunk: Chunk, siblings: Mapping[str, Any]
+    ) -> list[Case | Dropped]:
+        """What becomes of a chunk's items, or of a log's completions.
+
+        Args:
+            base: The base model.
+            base_hash: Its hash.
+            chunk: The chunk.
+            siblings: Models that contrasts may come from, by name; without any, no contrast does.
+        """
+        settings, spec = self.collecting, self.settings.base.spec
+        if not siblings:
+            own = tuple(name for name in settings.contrast if name != "sibling")
+            settings = replace(settings, contrast=own)
+        named: dict[str, Any] = {
+            "spec": spec, "siblings": siblings, "judges": self.judges, "sandbox": self.sandbox,
+            "model_fingerprint": base_hash,
+        }  # fmt: skip
+        if chunk.logged is None:
+            return collect(base, chunk.benchmark, chunk.items, settings, **named)
+        usable = [one for one in chunk.logged if not isinstance(one, Dropped)]
+        items = [one.item for one in usable]
+        found = iter(collect_logged(base, chunk.benchmark, items, usable, settings, **named))
+        return [one if isinstance(one, Dropped) else next(found) for one in chunk.logged]
 
     def rules_of(self, model: ModelSettings) -> tuple[str, ...]:
         """The rule sets under which a model is analysed."""
@@ -197,8 +282,9 @@ class StudyRun:
         worker = Worker(self.store.folder, self.share)
         with worker.alive(), threads(self.settings.threads):
             with self.opened(self.settings.base) as (base, base_hash):
+                chunks = self.chunks(base_hash, base)
                 tokens = SimpleNamespace(cfg=base.cfg, tokenizer=base.tokenizer)
-                cases = self._collect(worker, base, base_hash)
+                cases = self._collect(worker, base, base_hash, chunks)
                 self._analyse(worker, self.settings.base, base, base_hash, cases)
             del base
             for one in self.settings.models[1:]:
@@ -206,7 +292,7 @@ class StudyRun:
                     check_same_tokens(tokens, model)
                     self._analyse(worker, one, model, model_hash, cases)
                 del model
-        dropped = sum(len(chunk.items) for chunk in self.chunks) - len(cases)
+        dropped = sum(map(len, chunks)) - len(cases)
         return RunSummary(
             cases=len(cases),
             dropped=dropped,
@@ -236,7 +322,9 @@ class StudyRun:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _collect(self, worker: Worker, base: Any, base_hash: str) -> list[Case]:
+    def _collect(
+        self, worker: Worker, base: Any, base_hash: str, chunks: Sequence[Chunk]
+    ) -> list[Case]:
         siblings: dict[str, Any] = {}
         hashes: list[tuple[str, str]] = []
         takes_siblings = "sibling" in self.collecting.contrast
@@ -244,16 +332,11 @@ class StudyRun:
             with self.opened(one) as (model, model_hash):
                 siblings[one.name] = model
                 hashes.append((one.name, model_hash))
-        keys = self.chunk_keys(base_hash, hashes)
-        spec = self.settings.base.spec
+        keys = self.chunk_keys(chunks, base_hash, hashes)
 
         def compute(i: int) -> bool:
-            chunk, start = self.chunks[i], time.perf_counter()
-            found = collect(
-                base, chunk.benchmark, chunk.items, self.collecting, spec=spec,
-                siblings=siblings, judges=self.judges, sandbox=self.sandbox,
-                model_fingerprint=base_hash,
-            )  # fmt: skip
+            start = time.perf_counter()
+            found = self.collected(base, base_hash, chunks[i], siblings)
             self.store.put(
                 keys[i],
                 {"cases": [case_data(one) for one in found]},
@@ -264,21 +347,24 @@ class StudyRun:
         self._phase(worker, "Collecting", keys, range(len(keys)), compute)
         return [one for key in keys for one in cases_of(self.store, key) if isinstance(one, Case)]
 
-    def chunk_keys(self, base_hash: str, siblings: Sequence[tuple[str, str]]) -> list[Key]:
+    def chunk_keys(
+        self, chunks: Sequence[Chunk], base_hash: str, siblings: Sequence[tuple[str, str]]
+    ) -> list[Key]:
         """The key of each chunk.
 
         Args:
+            chunks: The chunks.
             base_hash: Hash of the base model.
             siblings: Name and hash of each model that contrasts may come from.
         """
         checker = " ".join(map(_name_of, filter(None, (self.sandbox, *self.judges))))
         return [
             chunk_key(
-                self.store, chunk.settings, chunk.items, spec=self.settings.base.spec,
-                fingerprint=base_hash, collect=self.collecting, siblings=siblings,
-                seed=self.settings.seed, checker=checker,
+                self.store, chunk.settings, chunk.items, log=chunk.log,
+                spec=self.settings.base.spec, fingerprint=base_hash, collect=self.collecting,
+                siblings=siblings, seed=self.settings.seed, checker=checker,
             )
-            for chunk in self.chunks
+            for chunk in chunks
         ]  # fmt: skip
 
     def _analyse(

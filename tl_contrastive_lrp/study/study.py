@@ -281,7 +281,7 @@ class Study:
     def _collected(
         self, run: StudyRun, base_hash: str, siblings: Sequence[tuple[str, str]]
     ) -> list[Case | Dropped]:
-        keys = run.chunk_keys(base_hash, siblings)
+        keys = run.chunk_keys(run.chunks(base_hash), base_hash, siblings)
         gone = sum(not self.store.has(key) for key in keys)
         if gone:
             raise NotRunError(
