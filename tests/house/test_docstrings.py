@@ -3,7 +3,7 @@
 One test per object and question; ``pytest tests/house/test_docstrings.py -k prune -n 0`` runs those
 of one name. An example is a doctest under ``Example:`` and finds these names:
 
-``clrp``, ``torch``, ``model`` (the demo model), ``case`` (a case of the demo, with ``prompt``,
+``clrp``, ``torch``, ``json``, ``Path``, ``model`` (the demo model), ``case`` (a case of the demo, with ``prompt``,
 ``target`` and ``contrast``), ``objective``, ``result`` (``attribute`` of that case) and ``graph``
 (its ``attribution_graph``). It runs in an empty folder and leaves the model as it was.
 """
@@ -14,6 +14,7 @@ import dataclasses
 import doctest
 import functools
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,6 +159,8 @@ def namespace() -> dict[str, Any]:
     objective = clrp.logit_diff(model, case.target, case.contrast)
     return {
         "clrp": clrp,
+        "json": json,
+        "Path": Path,
         "torch": torch,
         "model": model,
         "case": case,

@@ -220,6 +220,14 @@ class Study:
         Raises:
             NotRunError: The study has not been run.
             ValueError, OSError: As ``report``.
+
+        Example:
+            >>> from tl_contrastive_lrp.study.settings import read_settings
+            >>> file = "{version: 1, base: {model: demo}, benchmarks: [{name: demo, limit: 9}]}"
+            >>> study = clrp.study.Study(read_settings(file), Path("."))
+            >>> _ = study.run(progress=False)
+            >>> study.report("study.html")["name"]
+            'study'
         """
         from .report import report
 
