@@ -88,6 +88,12 @@ class Study:
 
         Raises:
             FileFormatError: It is of another format version, or the folder holds something else.
+
+        Example:
+            >>> from tl_contrastive_lrp.study.settings import read_settings
+            >>> file = "{version: 1, base: {model: demo}, benchmarks: [{name: demo, limit: 9}]}"
+            >>> clrp.study.Study(read_settings(file), Path(".")).store.keys("analysis")
+            []
         """
         return store_of(self.settings, self.folder)
 
