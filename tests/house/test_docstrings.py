@@ -4,8 +4,9 @@ One test per object and question; ``pytest tests/house/test_docstrings.py -k pru
 of one name. An example is a doctest under ``Example:`` and finds these names:
 
 ``clrp``, ``torch``, ``json``, ``Path``, ``model`` (the demo model), ``case`` (a case of the demo,
-with ``prompt``, ``target`` and ``contrast``), ``objective``, ``result`` (``attribute`` of that case)
-and ``graph`` (its ``attribution_graph``). It runs in an empty folder and leaves the model as it was.
+with ``prompt``, ``target`` and ``contrast``), ``objective``, ``result`` (``attribute`` of that
+case) and ``graph`` (its ``attribution_graph``). It runs in an empty folder and leaves the model as
+it was.
 """
 
 from __future__ import annotations
