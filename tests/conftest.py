@@ -45,7 +45,7 @@ hypothesis.settings.load_profile("suite")
 NOT_NUMERICAL = (
     "test_attribution_files", "test_audit", "test_cli", "test_demo", "test_families_page",
     "test_docs", "test_docstrings", "test_graph_files", "test_grids", "test_mutations",
-    "test_refusals", "test_render", "test_shapes",
+    "test_label_page", "test_refusals", "test_render", "test_report", "test_results", "test_shapes",
     "test_shown", "test_tiled_killed", "test_versions",
 )  # fmt: skip
 
@@ -74,8 +74,9 @@ def _model_of(item: pytest.Item) -> str:
 SLOW_FILES = (
     "test_cli_bos", "test_demo", "test_demo_training", "test_devices", "test_edges_deep",
     "test_model_inputs", "test_mps", "test_one_prefill", "test_planted", "test_render_browser",
-    "test_render_graph_long", "test_render_graph_pages", "test_render_long_browser",
-    "test_tiled_details", "test_tiled_killed", "test_tiled_ties", "test_token_text",
+    "test_label_page_browser", "test_render_graph_long", "test_render_graph_pages",
+    "test_render_long_browser", "test_report_browser", "test_tiled_details", "test_tiled_killed",
+    "test_tiled_ties", "test_token_text",
 )  # fmt: skip
 
 # How many models one test function meets when slow tests are left out; functions take turns.

@@ -208,8 +208,37 @@ class VersionError(LrpError, ImportError):
     """TransformerLens is missing or older than this package needs."""
 
 
+class TokenizerMismatchError(LrpError, ValueError):
+    """Two models that are compared on the same token ids have different tokenizers."""
+
+
 class FileFormatError(LrpError, ValueError):
     """A file is damaged or was not written by this package."""
+
+
+class SettingsError(FileFormatError):
+    """A study's file is wrong at a named place.
+
+    Args:
+        where: The path of the key, such as "collect.max_new_tokens"; "" for the whole file.
+        problem: What is wrong, and what to write instead.
+
+    Attributes:
+        where: As given.
+        problem: As given.
+
+    Example:
+        >>> print(clrp.errors.SettingsError("seed", "it is -1; give 0 or more"))
+        seed: it is -1; give 0 or more
+    """
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"{where}: {problem}" if where else problem)
+        self.where, self.problem = where, problem
+
+
+class NotRunError(LrpError, RuntimeError):
+    """A step of a study needs results that are not in its store yet."""
 
 
 class SpecialTokenWarning(UserWarning):

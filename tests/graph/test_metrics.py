@@ -163,6 +163,63 @@ def test_a_summary_equals_slow_loops(case: Any) -> None:
         assert row["sparsity"] == pytest.approx(1 - pairs / (pos**2 * row["transitions"]))
 
 
+def test_the_published_numbers_by_hand() -> None:
+    row = made(EDGES, 3, 3, relevance=RELEVANCE).summary().iloc[0]
+    # Nodes (0, 0), (0, 2), (1, 0), (1, 2), (2, 2); no edge is between neighbours.
+    assert row["neighbour_share"] == 0
+    assert row["mean_lookback"] == pytest.approx(4 / 5)
+    assert row["fan_in_gini"] == pytest.approx((-4 * 0 - 2 * 0 + 0 * 1 + 2 * 2 + 4 * 2) / (5 * 5))
+    assert row["fan_out_gini"] == pytest.approx((-4 * 0 - 2 * 1 + 0 * 1 + 2 * 1 + 4 * 2) / (5 * 5))
+    # Degrees 2, 1, 2, 3, 2: mean 2, standard deviation √0.4, so that 3 alone is above.
+    assert row["degree_hubs"] == 1
+    share = [0.1, 0.3, 0.1, 0.3, 0.2]
+    expected = -sum(q * math.log(q) for q in share)
+    assert row["entropy"] == pytest.approx(expected)
+    assert row["entropy_share"] == pytest.approx(expected / math.log(5))
+    assert row["early_late"] == pytest.approx(4 / 2)  # the middle site counts nowhere
+    next_to = made([(1, 0, 1, 0, -1, 0, -9.0), (1, 0, 2, 2, -1, 0, 0.1)], 2, 3).summary().iloc[0]
+    assert next_to["neighbour_share"] == 0.5
+    assert next_to["early_late"] == pytest.approx(1)
+    bare = made([], 2, 3).summary().iloc[0]
+    assert bare["degree_hubs"] == 0
+    for name in ("neighbour_share", "mean_lookback", "fan_in_gini", "entropy_share"):
+        assert math.isnan(bare[name]), name
+
+
+@given(edge_lists())
+def test_the_published_numbers_equal_slow_loops(case: Any) -> None:
+    edges, sites, pos, split = case
+    relevance = torch.tensor([[(3 * s + p) % 7 - 2.5 for p in range(pos)] for s in range(sites)])
+    graph = made(edges, sites, pos, split=split, relevance=relevance)
+    row, rows = graph.summary().iloc[0], listed(graph)
+    present = {(t, j) for t, _, j, *_ in rows} | {(s, i) for _, s, _, i, *_ in rows}
+    present |= {(sites - 1, pos - 1)}
+    fan_in = [sum((e[0], e[2]) == node for e in rows) for node in sorted(present)]
+    fan_out = [sum((e[1], e[3]) == node for e in rows) for node in sorted(present)]
+    degree = [a + b for a, b in zip(fan_in, fan_out, strict=True)]
+    mean = sum(degree) / len(degree)
+    spread = math.sqrt(sum((d - mean) ** 2 for d in degree) / len(degree))
+    near = [d for d in degree if abs(d - mean - spread) < 1e-9]  # which rounding decides
+    above = sum(d > mean + spread for d in degree)
+    assert abs(row["degree_hubs"] - above) <= len(near)
+    for name, fan in (("fan_in_gini", fan_in), ("fan_out_gini", fan_out)):
+        total = sum(fan)
+        if total:
+            slow = sum(abs(a - b) for a in fan for b in fan) / (2 * len(fan) * total)
+            assert row[name] == pytest.approx(slow, abs=1e-9)
+    if rows:
+        steps = [e[2] - e[3] for e in rows]
+        assert row["neighbour_share"] == pytest.approx(steps.count(1) / len(steps))
+        assert row["mean_lookback"] == pytest.approx(sum(steps) / len(steps))
+    size = {node: abs(float(relevance[node])) for node in present}
+    total = sum(size.values())
+    entropy = -sum(x / total * math.log(x / total) for x in size.values() if x)
+    assert row["entropy"] == pytest.approx(entropy, abs=1e-9)
+    lower = sum(x for (site, _), x in size.items() if site < sites / 2 - 0.5)
+    upper = sum(x for (site, _), x in size.items() if site > sites / 2 - 0.5)
+    assert row["early_late"] == pytest.approx(lower / upper)
+
+
 def test_a_summary_says_how_much_pruning_kept() -> None:
     graph = made(EDGES, 3, 3, relevance=RELEVANCE)
     pruned = graph.prune(threshold=1.5).connected()

@@ -3,9 +3,10 @@
 One test per object and question; ``pytest tests/house/test_docstrings.py -k prune -n 0`` runs those
 of one name. An example is a doctest under ``Example:`` and finds these names:
 
-``clrp``, ``torch``, ``model`` (the demo model), ``case`` (a case of the demo, with ``prompt``,
-``target`` and ``contrast``), ``objective``, ``result`` (``attribute`` of that case) and ``graph``
-(its ``attribution_graph``). It runs in an empty folder and leaves the model as it was.
+``clrp``, ``torch``, ``json``, ``Path``, ``model`` (the demo model), ``case`` (a case of the demo,
+with ``prompt``, ``target`` and ``contrast``), ``objective``, ``result`` (``attribute`` of that
+case) and ``graph`` (its ``attribution_graph``). It runs in an empty folder and leaves the model as
+it was.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import doctest
 import functools
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +37,7 @@ MODULES = {
     "clrp.rules": clrp.rules,
     "clrp.errors": clrp.errors,
     "clrp.demo": clrp.demo,
+    "clrp.study": clrp.study,
 }
 # Values, which have a comment where they are defined, as Python has no docstrings for them.
 CONSTANTS = {
@@ -157,6 +160,8 @@ def namespace() -> dict[str, Any]:
     objective = clrp.logit_diff(model, case.target, case.contrast)
     return {
         "clrp": clrp,
+        "json": json,
+        "Path": Path,
         "torch": torch,
         "model": model,
         "case": case,

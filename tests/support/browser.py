@@ -96,11 +96,12 @@ class Visit:
         return "data-pwned" in self.dom
 
 
-def visit(folder: Path, html: str, probe: str = "null") -> Visit:
+def visit(folder: Path, html: str, probe: str = "null", *, budget: int = 5000) -> Visit:
     """Open a page from disk; what it became, what it asked for, and a probe's answer.
 
     The probe is an expression, evaluated in the page once it has settled. A page with a probe
-    loses its content security policy, so it shows what escaping alone achieves.
+    loses its content security policy, so it shows what escaping alone achieves. The page's clock
+    ends after ``budget`` milliseconds.
     """
     if probe != "null":
         html = re.sub(r"<meta http-equiv=[^>]*>", "", html)
@@ -128,7 +129,7 @@ def visit(folder: Path, html: str, probe: str = "null") -> Visit:
             "--host-resolver-rules=MAP * ~NOTFOUND",
             f"--user-data-dir={folder / 'profile'}",
             f"--log-net-log={log}",
-            "--virtual-time-budget=5000",
+            f"--virtual-time-budget={budget}",
             "--window-size=1200,900",
             "--dump-dom",
             file.as_uri(),

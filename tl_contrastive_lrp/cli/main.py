@@ -22,6 +22,7 @@ from .memory import MemoryOptions
 from .output import Output
 from .print_attribution import as_json, print_explained, print_json
 from .retype import PROGRAM
+from .study import study_app
 from .terminal import print_out
 from .tokens import tokens_command
 
@@ -134,6 +135,7 @@ def explain_command(options: ExplainOptions) -> None:
 app.command("graph", epilog=o.EXIT_CODES)(graph_command)
 app.command("tokens", epilog=o.EXIT_CODES)(tokens_command)
 app.command("check", epilog=o.EXIT_CODES)(check_command)
+app.add_typer(study_app, name="study")
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,6 +34,11 @@ _NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 def save(graph: GraphData, path: str | os.PathLike[str]) -> Path:
     """See ``AttributionGraph.save``."""
+    return write_result(path, _FILE, *to_parts(graph))
+
+
+def to_parts(graph: GraphData) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """A graph as named tensors and the data that JSON can hold, as its file has them."""
     tensors: dict[str, Tensor | None] = {name: getattr(graph, name) for name in _TENSORS}
     rest = {f.name: getattr(graph, f.name) for f in fields(graph) if f.name not in _TENSORS}
     if graph.prepended_bos is None:
@@ -48,25 +54,38 @@ def save(graph: GraphData, path: str | os.PathLike[str]) -> Path:
         del rest["segments"]
     if not graph.of_segments:  # as version 0.1 writes and reads it
         del rest["of_segments"]
-    return write_result(path, _FILE, tensors, rest)
+    return tensors, rest
 
 
 def load(path: str | os.PathLike[str], kind: type[GraphT]) -> GraphT:
     """See ``AttributionGraph.load``; ``kind`` is the class to instantiate."""
     tensors, data = read_result(path, _FILE)
     with rebuilding_from(path):
-        data["coverage"] = coverage_from(data["coverage"])
-        data["history"] = tuple(_step(step) for step in data["history"])
-        data["transitions"] = tuple((int(s), int(t)) for s, t in data["transitions"])
-        for name in ("sites", "str_tokens"):
-            data[name] = tuple(data[name])
-        data["earlier_final_pos"] = tuple(data.get("earlier_final_pos", ()))
-        data["segments"] = tuple(Segment(**one) for one in data.get("segments", ()))
-        data |= dict.fromkeys(("head", "path", *_DETAILS)) | tensors
-        missing = [name for name in _TENSORS if name not in data]
-        if missing:
-            raise KeyError(missing[0])
-        return kind(**data)
+        return from_parts(tensors, data, kind)
+
+
+def from_parts(
+    tensors: Mapping[str, Tensor], parts: Mapping[str, Any], kind: type[GraphT]
+) -> GraphT:
+    """The graph that ``to_parts`` took apart; ``kind`` is the class to instantiate.
+
+    Raises:
+        KeyError: Something is missing.
+        ValueError, TypeError: Something does not fit.
+    """
+    data = dict(parts)
+    data["coverage"] = coverage_from(data["coverage"])
+    data["history"] = tuple(_step(step) for step in data["history"])
+    data["transitions"] = tuple((int(s), int(t)) for s, t in data["transitions"])
+    for name in ("sites", "str_tokens"):
+        data[name] = tuple(data[name])
+    data["earlier_final_pos"] = tuple(data.get("earlier_final_pos", ()))
+    data["segments"] = tuple(Segment(**one) for one in data.get("segments", ()))
+    data |= {**dict.fromkeys(("head", "path", *_DETAILS)), **tensors}
+    missing = [name for name in _TENSORS if name not in data]
+    if missing:
+        raise KeyError(missing[0])
+    return kind(**data)
 
 
 def _step(data: dict[str, Any]) -> PruneStep:

@@ -208,6 +208,17 @@ def graph_summary(graph: GraphData) -> pd.DataFrame:
         sparsity: 1 − (pairs of nodes with an edge) / (n² · transitions).
         verticality, lookback, edge_gini: As in ``site_metrics``, over all edges.
         arrives: Σ R / Δℓ over all nodes of the first site, whether in the graph or not.
+        neighbour_share: Share of the edges, each counting once, that lead from a position to the
+            next one (target_pos − source_pos = 1): arXiv:2604.17761's local processing ratio.
+        mean_lookback: Mean of target_pos − source_pos over the edges, unweighted, in tokens.
+        fan_in_gini, fan_out_gini: Gini of the numbers of edges into (out of) a node, over the
+            graph's nodes.
+        degree_hubs: Nodes whose number of edges, into and out of it, is above the mean plus the
+            standard deviation (of the population) over the graph's nodes.
+        entropy: H = −Σ q ln q, nats, with q = |R| / Σ|R| over the graph's nodes.
+        entropy_share: H / ln(nodes); NaN for a graph of one node.
+        early_late: Σ|R| over the graph's nodes in the lower half of the sites, over the same in
+            the upper half; the middle one of an odd number of sites is in neither.
     """
     import pandas as pd
 
@@ -237,8 +248,38 @@ def graph_summary(graph: GraphData) -> pd.DataFrame:
         "lookback": _mean(back, mass),
         "edge_gini": gini(weight),
         "arrives": _mean(float(graph.relevance[0].sum(dtype=torch.float64)), graph.delta),
+        **_by_count(graph),
+        **_of_nodes(graph),
     }
     return pd.DataFrame([row])
+
+
+def _by_count(graph: GraphData) -> dict[str, Any]:
+    """Numbers for which each edge counts once, whatever its weight."""
+    distance = (graph.target_pos - graph.source_pos).double()
+    fan_in, fan_out = (fan[graph.node_mask].double() for fan in _fans(graph))
+    degree = fan_in + fan_out
+    high = degree.mean() + degree.std(correction=0)
+    return {
+        "neighbour_share": float((distance == 1).double().mean()) if len(distance) else NAN,
+        "mean_lookback": float(distance.mean()) if len(distance) else NAN,
+        "fan_in_gini": gini(fan_in),
+        "fan_out_gini": gini(fan_out),
+        "degree_hubs": int((degree > high).sum()),
+    }
+
+
+def _of_nodes(graph: GraphData) -> dict[str, Any]:
+    """How |R| is distributed over the graph's nodes."""
+    mask, sites = graph.node_mask, len(graph.sites)
+    size = graph.relevance.abs().double() * mask
+    spread = _distribution(size[mask], 1)
+    lower, upper = size[: sites // 2], size[sites - sites // 2 :]
+    return {
+        "entropy": spread["entropy"],
+        "entropy_share": spread["entropy_share"],
+        "early_late": _mean(float(lower.sum()), float(upper.sum())),
+    }
 
 
 NAN = float("nan")

@@ -10,3 +10,98 @@ From the bottom to the top: ``cases`` (the record of one failure), ``benchmarks`
 a contrast), ``analysis`` and ``analyse`` (what attribution says of a case), ``store``, ``settings``
 and ``run``, then ``labels``, ``sizes`` and ``report``.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .agreement import LabelAgreement, cohen_kappa, label_agreement
+    from .analysis import CaseAnalysis, SegmentSum
+    from .benchmarks import Benchmark, Item, open_benchmark
+    from .bootstrap import Interval
+    from .case_files import load_cases, save_cases, write_card
+    from .cases import Case, Dropped, Provenance, Verdict
+    from .labels import (
+        Criteria,
+        Label,
+        PlantedTruth,
+        automatic_label,
+        notebook_reading,
+        planted_truth,
+        read_labels,
+        write_labels,
+    )
+    from .logs import LoggedCompletion, completions_from_log
+    from .results import ModelEntry, StudyResults
+    from .study import Study
+
+# Loaded at first use (PEP 562), by module. No name here is a module's: importing the module would
+# replace it.
+_NAMES = {
+    "agreement": ("LabelAgreement", "cohen_kappa", "label_agreement"),
+    "analysis": ("CaseAnalysis", "SegmentSum"),
+    "benchmarks": ("Benchmark", "Item", "open_benchmark"),
+    "bootstrap": ("Interval",),
+    "case_files": ("load_cases", "save_cases", "write_card"),
+    "cases": ("Case", "Dropped", "Provenance", "Verdict"),
+    "labels": (
+        "Criteria",
+        "Label",
+        "PlantedTruth",
+        "automatic_label",
+        "notebook_reading",
+        "planted_truth",
+        "read_labels",
+        "write_labels",
+    ),
+    "logs": ("LoggedCompletion", "completions_from_log"),
+    "results": ("ModelEntry", "StudyResults"),
+    "study": ("Study",),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = [
+    "Benchmark",
+    "Case",
+    "CaseAnalysis",
+    "Criteria",
+    "Dropped",
+    "Interval",
+    "Item",
+    "Label",
+    "LabelAgreement",
+    "LoggedCompletion",
+    "ModelEntry",
+    "PlantedTruth",
+    "Provenance",
+    "SegmentSum",
+    "Study",
+    "StudyResults",
+    "Verdict",
+    "automatic_label",
+    "cohen_kappa",
+    "completions_from_log",
+    "label_agreement",
+    "load_cases",
+    "notebook_reading",
+    "open_benchmark",
+    "planted_truth",
+    "read_labels",
+    "save_cases",
+    "write_card",
+    "write_labels",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -321,7 +321,7 @@ def faithfulness_curves(
     masks = [
         first_in_order(order, removed, n_pos)
         for name, ranking in rankings.items()
-        for order in _orders(_checked(name, ranking, setting), setting)
+        for order in _orders(setting.checked(name, ranking), setting)
     ]
     morf, lerf = rearrange(
         setting.values(torch.cat(masks)),
@@ -347,18 +347,6 @@ def faithfulness_curves(
 
 def _name_of(scores: Scores) -> str:
     return scores.rules if isinstance(scores, Attribution) else "scores"
-
-
-def _checked(name: str, ranking: Scores, setting: Removal) -> Tensor:
-    scores = ranking.tokens if isinstance(ranking, Attribution) else ranking
-    n = setting.tokens.shape[1]
-    if not isinstance(scores, Tensor) or tuple(scores.shape) != (n,):
-        got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(f"Scores {name!r} are {got}; the prompt needs a tensor [{n}].")
-    scores = scores.detach().cpu().double()
-    if not bool(torch.isfinite(scores[setting.removable]).all()):
-        raise ValueError(f"Scores {name!r} hold NaN or infinity.")
-    return scores
 
 
 def _orders(scores: Tensor, setting: Removal) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ...attribution.result import Attribution
 from ...engine.plain import unembedded
 from ...errors import PromptError
 from ...hooks.placement import own_hooks
@@ -62,6 +63,26 @@ class Removal:
         """The positions that may be removed, in ascending order."""
         return torch.nonzero(self.removable)[:, 0]
 
+    def checked(self, name: str, ranking: Attribution | Tensor) -> Float[Tensor, " pos"]:
+        """Scores in float64, if there is a finite one for each position that may be removed.
+
+        Args:
+            name: What messages call them.
+            ranking: The scores.
+
+        Raises:
+            ValueError: There is not.
+        """
+        scores = ranking.tokens if isinstance(ranking, Attribution) else ranking
+        n = self.tokens.shape[1]
+        if not isinstance(scores, Tensor) or tuple(scores.shape) != (n,):
+            got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"Scores {name!r} are {got}; the prompt needs a tensor [{n}].")
+        scores = scores.detach().cpu().double()
+        if not bool(torch.isfinite(scores[self.removable]).all()):
+            raise ValueError(f"Scores {name!r} hold NaN or infinity.")
+        return scores
+
     def values(
         self, removed: Bool[Tensor, "run pos"], what: str = "removing tokens"
     ) -> Float[Tensor, " run"]:
@@ -80,15 +101,20 @@ class Removal:
         starts = range(0, len(runs), self.batch_size)
         for start in tqdm(starts, desc=what, leave=False, disable=not self.progress):
             rows, draw_of_row = zip(*runs[start : start + self.batch_size], strict=True)
-            logits = self._logits(masks[list(rows)], list(draw_of_row))
+            logits = self.logits(masks[list(rows)], list(draw_of_row))
             for row, logits_of_run in zip(rows, logits, strict=True):
                 values[row] += float(self._of_read(logits_of_run[None])) / draws
         return values[mask_of_run]
 
-    def _logits(
+    def logits(
         self, removed: Bool[Tensor, "run pos"], draw_of_run: list[int]
     ) -> Float[Tensor, "run read vocab"]:
-        """The logits that the objective reads, of all runs of a batch."""
+        """The logits of one forward with these positions removed, at every position that is read.
+
+        Args:
+            removed: The positions that each run removes.
+            draw_of_run: The draw of replacements that each run uses.
+        """
         removed = removed.to(self.tokens.device)
         tokens = self.tokens.expand(len(removed), -1)
         hooks = []

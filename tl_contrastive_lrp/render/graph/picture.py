@@ -31,7 +31,9 @@ __all__ = [
     "GraphPicture",
     "GraphView",
     "attention_matrices",
+    "graph_function",
     "graph_html",
+    "graph_markup",
     "graph_picture",
     "graph_section",
     "section_script",
@@ -113,6 +115,21 @@ def graph_section(
 def section_script() -> str:
     """The script for a :func:`graph_section`: always the same text, so that a page can hash it."""
     return _script(_SECTION)
+
+
+def graph_markup(
+    view: GraphView, uid: str, *, max_edges: int = MAX_EDGES, max_positions: int = MAX_POSITIONS
+) -> Markup:
+    """The same picture for a page of many pictures, each in an element with an id of its own.
+
+    The page calls :func:`graph_function` with that id once the element is there.
+    """
+    return Markup(_body(view, max_edges, uid, max_positions))
+
+
+def graph_function() -> str:
+    """JavaScript of the function (id) that makes the picture in the element interactive."""
+    return f"(uid)=>({source('graph.js').strip()})(uid,{source('find.js').strip()})"
 
 
 def graph_title(view: GraphView) -> str:

@@ -1,0 +1,49 @@
+"""The bundle refuses records that contradict each other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from support.studies import made_up_analysis, made_up_study
+
+from tl_contrastive_lrp.study.labels import Label
+from tl_contrastive_lrp.study.results import ModelEntry
+
+
+def test_a_bundle_finds_its_analyses() -> None:
+    results = made_up_study(4)
+    assert results.base.name == "small"
+    assert results.rules == ("attnlrp", "gradient")
+    assert results.benchmarks == ("ifeval", "math")
+    case = results.cases[1]
+    found = results.analysis(case.id, "large", "attnlrp")
+    assert found is not None
+    assert (found.case_id, found.model) == (case.id, "large")
+    assert results.analysis(case.id, "large", "gradient") is None
+    assert list(results.of_model("large")) == [case.id for case in results.cases]
+
+
+def test_contradictions_are_refused() -> None:
+    good = made_up_study(4)
+    with pytest.raises(ValueError, match="'ifeval/0' is there twice"):
+        replace(good, cases=(*good.cases, good.cases[0]))
+    with pytest.raises(ValueError, match="exactly one base"):
+        replace(good, models=good.models[1:])
+    with pytest.raises(ValueError, match=r"analysis .*is there twice"):
+        replace(good, analyses=(*good.analyses, good.analyses[3]))
+    with pytest.raises(ValueError, match="which is no case"):
+        replace(good, cases=good.cases[1:])
+    with pytest.raises(ValueError, match="is by 'large'; the study's models"):
+        replace(good, models=(good.models[0], *good.models[2:]))
+    short = made_up_analysis(replace(good.cases[0], prompt_ids=good.cases[0].prompt_ids[1:]))
+    with pytest.raises(ValueError, match="25 relevances and 25 texts for 26 tokens"):
+        replace(good, analyses=(short, *good.analyses[1:]))
+    with pytest.raises(ValueError, match="'Cy' labelled 'math/99'"):
+        replace(good, labels=(Label("math/99", "Cy", "M-IA"),))
+    with pytest.raises(ValueError, match=r"label .*is there twice"):
+        replace(good, labels=(*good.labels, replace(good.labels[0], outcome="M-IA")))
+    with pytest.raises(ValueError, match="has no step"):
+        ModelEntry("x", "checkpoint")
+    with pytest.raises(ValueError, match="role of 'x'"):
+        ModelEntry("x", "parent")

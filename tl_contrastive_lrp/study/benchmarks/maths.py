@@ -1,0 +1,202 @@
+r"""GSM8K and MATH: word problems with a numeric answer, and problems whose answer is an expression.
+
+GSM8K's reference is the number after ``####`` at the end of its published solution. The answer of
+a completion is, in this order:
+
+1. the first number that directly follows a ``####`` on its line, with nothing between but spaces
+   and the marks ``$ * \ ( { [ :``;
+2. otherwise the last number inside the last ``\boxed{...}``;
+3. otherwise the last number anywhere.
+
+Thousands may be grouped by commas; a currency or percent sign is no part of the number. A minus
+counts unless a digit, a letter or a closing bracket is before it, as in ``16-3``. The two numbers
+are compared exactly, as decimals: 18, 18.0 and 18.00 are equal.
+
+Because the first ``####`` counts, a completion is decided once the number after it is complete.
+
+MATH is checked by the package ``math-verify``, which parses the reference and the last answer of
+the completion (preferring ``\boxed{...}``) and compares them as expressions.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable
+from decimal import Decimal
+from typing import ClassVar
+
+from ...errors import FileFormatError
+from ..cases import Verdict
+from .item import Item
+from .published import OnError, Published, missing_extra
+from .rows import Row, Table
+
+_UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_NUMBER = rf"(?:(?<![\w)\]}}])-\s?)?\$?(?:{_UNSIGNED})"
+_ANY = re.compile(_NUMBER)
+_MARKED = re.compile(rf"(?<!#)####(?!#)[ \t$*\\(\[{{:]*?({_NUMBER})")
+_CAN_GROW = re.compile(r"[.,]?\d*\Z")
+
+
+def _decimal(number: str) -> Decimal:
+    return Decimal(re.sub(r"[\s$,]", "", number))
+
+
+def marked_number(text: str) -> tuple[Decimal, bool] | None:
+    """The number after the first ``####`` that has one, and whether more text could change it.
+
+    Args:
+        text: A completion or the beginning of one.
+
+    Returns:
+        The number, and whether it is complete; None if there is none.
+    """
+    match = _MARKED.search(text)
+    if match is None:
+        return None
+    return _decimal(match[1]), _CAN_GROW.fullmatch(text[match.end() :]) is None
+
+
+def boxed(text: str) -> str | None:
+    r"""What stands in the last ``\boxed{...}``, with braces in it balanced.
+
+    Args:
+        text: A completion.
+
+    Returns:
+        The content; None if no box is closed.
+    """
+    for start in reversed([m.end() for m in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for brace in re.finditer(r"(?<!\\)[{}]", text[start:]):
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                return text[start : start + brace.start()]
+    return None
+
+
+def number_of(completion: str) -> Decimal | None:
+    """The numeric answer of a completion, by the three steps of the module's description.
+
+    Args:
+        completion: What a model wrote.
+
+    Returns:
+        The number; None if the text holds none.
+    """
+    marked = marked_number(completion)
+    if marked is not None:
+        return marked[0]
+    for text in (boxed(completion) or "", completion):
+        numbers = _ANY.findall(text)
+        if numbers:
+            return _decimal(numbers[-1])
+    return None
+
+
+class _Maths(Published):
+    """What both have in common: the problem, and a sentence that says how to answer.
+
+    Args:
+        rows: The rows as published.
+        limit: The most items.
+        on_error: What to do with malformed rows.
+        request: The sentence after the problem, its only instruction; None for the class's own,
+            "" for none.
+    """
+
+    default_request: ClassVar[str]
+
+    def __init__(
+        self,
+        rows: Iterable[Row | FileFormatError],
+        limit: int | None = None,
+        on_error: OnError = "raise",
+        request: str | None = None,
+    ) -> None:
+        self.request = self.default_request if request is None else request
+        super().__init__(rows, limit, on_error)
+
+    def _asked(self, id: str, problem: str, reference: str, row: Row) -> Item:
+        text = f"{problem}\n\n{self.request}" if self.request else problem
+        return Item(
+            id=id,
+            messages=({"role": "user", "content": text},),
+            reference=reference,
+            instructions=(self.request,) if self.request else (),
+            row=row.values,
+            source=row.where,
+        )
+
+
+class GSM8K(_Maths):
+    """GSM8K: word problems whose answer is a number."""
+
+    name = "gsm8k"
+    table = Table("openai/gsm8k", "MIT", ("question", "answer"), subset="main")
+    default_request = "Reason step by step, and end with the answer as a number after ####."
+
+    def _item(self, row: Row) -> Item:
+        question, answer = row.text("question"), row.text("answer")
+        marked = marked_number(answer)
+        if marked is None:
+            raise row.wrong("answer", "has no number after ####")
+        return self._asked(str(row.number), question, answer, row)
+
+    def check(self, item: Item, completion: str) -> Verdict:
+        """Whether the completion's number is the reference's."""
+        expected = self._expected(item)
+        found = number_of(completion)
+        if found is None:
+            return Verdict(False, "there is no number in the completion")
+        if found != expected:
+            return Verdict(False, f"the answer is {found}, but should be {expected}")
+        return Verdict(True)
+
+    def can_pass(self, item: Item, beginning: str) -> bool | None:
+        """Whether the number after ``####`` is right; None until it is complete."""
+        marked = marked_number(beginning)
+        if marked is None or not marked[1]:
+            return None
+        return marked[0] == self._expected(item)
+
+    def _expected(self, item: Item) -> Decimal:
+        marked = marked_number(item.reference or "")
+        if marked is None:
+            raise ValueError(f"The reference of item {item.id!r} has no number after ####.")
+        return marked[0]
+
+
+class MATH(_Maths):
+    """MATH-500: competition problems whose answer is an expression."""
+
+    name = "math"
+    table = Table(
+        "HuggingFaceH4/MATH-500",
+        "MIT",
+        ("problem", "solution", "answer", "subject", "level", "unique_id"),
+    )
+    default_request = r"Reason step by step, and put your final answer within \boxed{}."
+
+    def _item(self, row: Row) -> Item:
+        id = row.text("unique_id") if "unique_id" in row.values else str(row.number)
+        return self._asked(id, row.text("problem"), row.text("answer"), row)
+
+    def check(self, item: Item, completion: str) -> Verdict:
+        """Whether math-verify finds the completion's answer equal to the reference."""
+        try:
+            from math_verify import parse, verify
+        except ImportError:
+            return missing_extra("math-verify", "Checking MATH")
+        if threading.current_thread() is not threading.main_thread():
+            return Verdict.unchecked("math-verify limits its time only in the main thread")
+        expected = parse(rf"\boxed{{{item.reference}}}")
+        if not expected:
+            return Verdict.unchecked("math-verify cannot read the reference")
+        found = parse(completion)
+        if not found:
+            return Verdict(False, "there is no answer in the completion")
+        if verify(expected, found):
+            return Verdict(True)
+        return Verdict(False, f"the answer is {found[-1]}, but should be {item.reference}")

@@ -1,0 +1,276 @@
+"""How large a study is: cases, tokens, memory and hours, from a timed sample.
+
+Some items of each benchmark are completed and made into cases, as the study would do it, and one
+case is explained under every model and rule set, twice, of which the second time counts. Time is
+taken to be proportional to the number of items, and of cases. Where the study has begun, what is in
+the store counts as done, and the number of cases among the collected items as their share.
+
+Nothing of the sample is stored: its chunks are other chunks than the study's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..engine.fused import fused_blocks
+from ..engine.memory import free_bytes, gib, plain_bytes
+from ..inputs.tokens import model_device
+from .analyse import AnalysisSettings, analyse, prepare
+from .cases import Case, Dropped, Provenance, Verdict
+from .collect import complete
+from .collect.place import Completion
+from .keys import analysis_key
+from .run import Chunk, StudyRun, cases_of, threads
+from .settings import ModelSettings
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What one model costs.
+
+    Attributes:
+        name: The model.
+        n_parameters: Its size.
+        weight_bytes: Bytes of its weights.
+        plain_bytes: Bytes that the longest prompt of the sample needs besides, without tiles.
+        free_bytes: Bytes that are free with the model loaded.
+        seconds: Seconds of one case, by rule set.
+        analyses: Analyses that are still to be made, at the expected number of cases.
+    """
+
+    name: str
+    n_parameters: int
+    weight_bytes: int
+    plain_bytes: int
+    free_bytes: int
+    seconds: dict[str, float]
+    analyses: int
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the longest prompt runs in tiles, because it does not fit otherwise."""
+        return self.plain_bytes > self.free_bytes
+
+    @property
+    def hours(self) -> float:
+        """Hours of one worker for this model's analyses."""
+        each = sum(self.seconds.values()) / len(self.seconds)
+        return each * self.analyses / 3600
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """How large a study is.
+
+    Attributes:
+        items: Items of all benchmarks.
+        collected: How many of them are in the store.
+        cases: Expected number of cases.
+        most_cases: The number if every item that is not collected became one.
+        rate_from: What the expectation is from: "the store" or "the sample".
+        tokens: Tokens of a prompt with the answer so far, in the sample: median and largest.
+        seconds_per_item: Seconds to make a case of an item, or find that it is none.
+        models: What each model costs.
+    """
+
+    items: int
+    collected: int
+    cases: int
+    most_cases: int
+    rate_from: str
+    tokens: tuple[int, int]
+    seconds_per_item: float
+    models: tuple[ModelPlan, ...]
+
+    @property
+    def hours(self) -> float:
+        """Hours of one worker for all that is missing; n workers take an n-th of that."""
+        collecting = self.seconds_per_item * (self.items - self.collected) / 3600
+        return collecting + sum(model.hours for model in self.models)
+
+    def __str__(self) -> str:
+        done = f", {self.collected:,} collected already" if self.collected else ""
+        lines = [
+            f"{self.items:,} items{done}; about {self.cases:,} cases (the share of {self.rate_from}"
+            f"), at most {self.most_cases:,}.",
+            f"Tokens of a case: {self.tokens[0]:,} in the median, {self.tokens[1]:,} at most "
+            "(of the sample).",
+            f"Collecting: {self.seconds_per_item:.2g} s an item, "
+            f"{_duration(self.seconds_per_item * (self.items - self.collected))} in all.",
+        ]
+        for model in self.models:
+            each = ", ".join(f"{name} {seconds:.2g} s" for name, seconds in model.seconds.items())
+            how = "in tiles: not all of it is free" if model.is_tiled else "in one pass"
+            lines.append(
+                f"{model.name}: {model.n_parameters / 1e6:,.2f}M parameters, "
+                f"{gib(model.weight_bytes)}; the longest prompt needs {gib(model.plain_bytes)} "
+                f"({how}); a case {each}; {model.analyses:,} analyses, "
+                f"{_duration(model.hours * 3600)}."
+            )
+        lines.append(
+            f"In all about {_duration(self.hours * 3600)} ({self.hours:.2g} hours) with one "
+            "worker; n workers take an n-th of that."
+        )
+        return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def plan_study(run: StudyRun, n_items: int = 4) -> StudyPlan:
+    """Time a sample of a study, and reckon what all of it takes.
+
+    Args:
+        run: The study.
+        n_items: Items that are completed for the sample, over all benchmarks.
+
+    Raises:
+        ValueError: ``n_items`` is below 1; or as ``StudyRun.go``.
+    """
+    if n_items < 1:
+        raise ValueError(f"items={n_items} must be 1 or more.")
+    models: list[ModelPlan] = []
+    with threads(run.settings.threads):
+        with run.opened(run.settings.base) as (base, base_hash):
+            chunks = run.chunks(base_hash, base)
+            items = sum(map(len, chunks))
+            found, seconds = _sample(run, base, base_hash, chunks, n_items)
+            cases = [one for one in found if isinstance(one, Case)]
+            probes = cases or [_made_up(run, base, chunks)]
+            collected, known = _known(run, chunks, base_hash)
+            rate = len(cases) / len(found)
+            if collected:
+                rate = len(known) / collected
+            expected = len(known) + math.ceil(rate * (items - collected))
+            models.append(_model(run, run.settings.base, base, base_hash, probes, known, expected))
+        for one in run.settings.models[1:]:
+            with run.opened(one) as (model, model_hash):
+                models.append(_model(run, one, model, model_hash, probes, known, expected))
+    lengths = sorted(len(case.ids) for case in probes)
+    return StudyPlan(
+        items=items,
+        collected=collected,
+        cases=expected,
+        most_cases=len(known) + items - collected,
+        rate_from="the store" if collected else "the sample",
+        tokens=(lengths[len(lengths) // 2], lengths[-1]),
+        seconds_per_item=seconds / len(found),
+        models=tuple(models),
+    )
+
+
+def _sample(
+    run: StudyRun, base: Any, base_hash: str, chunks: Sequence[Chunk], n_items: int
+) -> tuple[list[Case | Dropped], float]:
+    """What becomes of some items of each benchmark, and the seconds it took.
+
+    They are the first of the middle chunk, so at most as many as are completed together.
+
+    Siblings are left out: their contrasts cost one forward an item at most.
+    """
+    by_benchmark: dict[str, list[Chunk]] = {}
+    for chunk in chunks:
+        by_benchmark.setdefault(chunk.settings.name, []).append(chunk)
+    found, seconds = list[Case | Dropped](), 0.0
+    share = math.ceil(n_items / len(by_benchmark))
+    for each in by_benchmark.values():
+        part = each[len(each) // 2][:share]
+        start = time.perf_counter()
+        found += run.collected(base, base_hash, part, {})
+        seconds += time.perf_counter() - start
+    return found, seconds
+
+
+def _made_up(run: StudyRun, base: Any, chunks: Sequence[Chunk]) -> Case:
+    """A case to time where the sample gave none: the end of a completion, its first two choices."""
+    for chunk in chunks[:8]:
+        usable = [one for one in chunk.logged or () if not isinstance(one, Dropped)]
+        item = (usable[0].item if usable else None) if chunk.log else chunk.items[0]
+        if item is None:
+            continue
+        (done,) = complete(base, [item], run.collecting)
+        if isinstance(done, Completion) and done.ids:
+            ids = (*done.prompt_ids, *done.ids[:-1])
+            device = next(base.original_model.parameters()).device
+            with torch.no_grad():
+                logits = base(torch.tensor(ids, device=device)[None])[0, -1]
+            target = done.ids[-1]
+            order = logits.argsort(descending=True)[:2].tolist()
+            contrast = order[0] if order[0] != target else order[1]
+            return Case(
+                id="sample/0", benchmark="sample", prompt=done.prompt, prompt_ids=done.prompt_ids,
+                completion=done.text, completion_ids=done.ids, target_position=len(done.ids) - 1,
+                target_id=target, target=" ", contrast_id=contrast, contrast=" ", delta=1.0,
+                verdict=Verdict(False, "a sample"), provenance=Provenance("sample"),
+            )  # fmt: skip
+    raise ValueError("None of the sample's items fits into the model's context; try more items.")
+
+
+def _known(run: StudyRun, chunks: Sequence[Chunk], base_hash: str) -> tuple[int, list[Case]]:
+    """How many items are collected, and the cases among them."""
+    if "sibling" in run.collecting.contrast and run.settings.siblings:
+        hashes = []
+        for one in run.settings.siblings:
+            with run.opened(one) as (_, sibling_hash):
+                hashes.append((one.name, sibling_hash))
+    else:
+        hashes = []
+    keys = run.chunk_keys(chunks, base_hash, hashes)
+    found = [one for key in keys if run.store.has(key) for one in cases_of(run.store, key)]
+    return len(found), [one for one in found if isinstance(one, Case)]
+
+
+def _model(
+    run: StudyRun,
+    one: ModelSettings,
+    model: Any,
+    model_hash: str,
+    probes: Sequence[Case],
+    known: Sequence[Case],
+    expected: int,
+) -> ModelPlan:
+    settings: AnalysisSettings = run.analysing
+    rules = run.rules_of(one)
+    probe = sorted(probes, key=lambda case: len(case.ids))[len(probes) // 2]
+    seconds = {}
+    for name in rules:
+        for _ in range(2):  # the first one audits the model
+            start = time.perf_counter()
+            analyse(
+                model, probe, name, settings, name=one.name, fingerprint=model_hash,
+                prepared=prepare(model, probe),
+            )  # fmt: skip
+            seconds[name] = time.perf_counter() - start
+    done = sum(
+        run.store.has(
+            analysis_key(
+                run.store, case, model=one.name, fingerprint=model_hash, rules=name,
+                settings=settings,
+            )
+        )
+        for case in known
+        for name in rules
+    )  # fmt: skip
+    longest = max(len(case.ids) for case in probes)
+    parameters = list(model.original_model.parameters())
+    return ModelPlan(
+        name=one.name,
+        n_parameters=sum(p.numel() for p in parameters),
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        plain_bytes=plain_bytes(
+            model, longest, graphs=int(settings.graph is not False), pruned=True,
+            fused=fused_blocks(model, settings.attention, longest),
+        ),
+        free_bytes=free_bytes(model_device(model)),
+        seconds=seconds,
+        analyses=expected * len(rules) - done,
+    )  # fmt: skip
