@@ -88,8 +88,8 @@ def _pieces(pieces: list[str], number: int) -> bool | None:
     """What pieces between asterisks say that must be exactly so many, with no blank one between."""
     if any(not piece.strip() for piece in pieces[1:-1]):
         return False
-    count = sum(bool(piece.strip()) for piece in pieces[:-1])
-    count += bool(pieces[-1].rstrip().rstrip("*").strip())
+    # Asterisks at the end count: were they to become a mark, a blank piece would be before it.
+    count = sum(bool(piece.strip()) for piece in pieces)
     return False if count > number else None
 
 
