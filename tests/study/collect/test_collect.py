@@ -63,7 +63,7 @@ def test_cases_are_those_that_the_generators_own_script_recorded(found):
 def test_a_case_holds_what_one_plain_forward_says(model, found, benchmark, items):
     by_id = {f"demo/{item.id}": item for item in items}
     for case in found:
-        logits = model(torch.tensor([case.ids]))[0, -1]
+        logits = model(torch.tensor([case.ids]))[0, -1].detach()
         assert int(logits.argmax()) == case.target_id == case.completion_ids[case.target_position]
         assert case.delta == pytest.approx(
             float(logits[case.target_id] - logits[case.contrast_id]), abs=1e-4
@@ -88,7 +88,7 @@ def test_segments_are_the_instructions_and_the_rest_of_the_message(model, found)
     row = next(i for i in open_benchmark("demo").items() if f"demo/{i.id}" == case.id)
     told = " ".join(row.instructions)
     assert "".join(text["instruction"]).split() == told.split()
-    assert sorted("".join(text["instruction"] + text["query"]).split()) == sorted(
+    assert sorted(" ".join(text["instruction"] + text["query"]).split()) == sorted(
         case.messages[0]["content"].split()
     )
 
@@ -121,7 +121,7 @@ def test_another_writer_changes_nothing_of_what_a_case_says(model, benchmark, it
     kept = [c for c in cases if isinstance(c, Case)]
     assert len(kept) > len(items) // 2
     for case in kept:
-        logits = model(torch.tensor([case.ids]))[0, -1]
+        logits = model(torch.tensor([case.ids]))[0, -1].detach()
         assert int(logits.argmax()) == case.target_id
         assert case.delta == pytest.approx(
             float(logits[case.target_id] - logits[case.contrast_id]), abs=1e-4

@@ -97,7 +97,7 @@ class Logged(Protocol):
 
     @property
     def verdict(self) -> Verdict | None:
-        """What the log's own checker said; None to ask the benchmark's."""
+        """What the log's own checker said; None or unchecked to ask the benchmark's."""
         ...
 
 
@@ -354,7 +354,8 @@ def _one(
     def dropped(reason: str, detail: str = "") -> Dropped:
         return Dropped(name, benchmark.name, reason, detail)
 
-    verdict = benchmark.check(item, done.text) if verdict is None else verdict
+    if verdict is None or not verdict.checked:
+        verdict = benchmark.check(item, done.text)
     if verdict.passed:
         return dropped("passes")
     if not verdict.checked:
