@@ -35,6 +35,7 @@ MODULES = {
     "clrp.rules": clrp.rules,
     "clrp.errors": clrp.errors,
     "clrp.demo": clrp.demo,
+    "clrp.study": clrp.study,
 }
 # Values, which have a comment where they are defined, as Python has no docstrings for them.
 CONSTANTS = {

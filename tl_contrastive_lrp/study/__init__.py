@@ -10,3 +10,48 @@ From the bottom to the top: ``cases`` (the record of one failure), ``benchmarks`
 a contrast), ``analysis`` and ``analyse`` (what attribution says of a case), ``store``, ``settings``
 and ``run``, then ``labels``, ``sizes`` and ``report``.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .benchmarks import Benchmark, Item, open_benchmark
+    from .case_files import load_cases, save_cases, write_card
+    from .cases import Case, Dropped, Provenance, Verdict
+    from .logs import LoggedCompletion, completions_from_log
+
+__all__ = [
+    "Benchmark",
+    "Case",
+    "Dropped",
+    "Item",
+    "LoggedCompletion",
+    "Provenance",
+    "Verdict",
+    "completions_from_log",
+    "load_cases",
+    "open_benchmark",
+    "save_cases",
+    "write_card",
+]
+
+# Loaded at first use (PEP 562), like the package's own names.
+_FILES = {
+    "benchmarks": ("Benchmark", "Item", "open_benchmark"),
+    "case_files": ("load_cases", "save_cases", "write_card"),
+    "cases": ("Case", "Dropped", "Provenance", "Verdict"),
+    "logs": ("LoggedCompletion", "completions_from_log"),
+}
+_FILE_OF = {name: file for file, names in _FILES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _FILE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_FILE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

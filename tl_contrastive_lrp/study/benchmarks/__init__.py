@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import Any
 
 from .item import Benchmark, Item
+from .rows import Table
 
-__all__ = ["BENCHMARKS", "Benchmark", "Item", "open_benchmark"]
+__all__ = ["BENCHMARKS", "Benchmark", "Item", "open_benchmark", "published_table"]
 
 _CLASSES = {
     "demo": (".demo", "DemoBenchmark"),
@@ -50,6 +51,15 @@ def open_benchmark(
         ValueError: The name is unknown, or an option is wrong.
         FileNotFoundError: There is no such file, or the hub cannot be read.
         FileFormatError: A row is malformed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> text = '{"question": "How much is 2 + 2?", "answer": "#### 4"}'
+        >>> _ = Path("rows.jsonl").write_text(text)
+        >>> gsm8k = clrp.study.open_benchmark("gsm8k", path="rows.jsonl")
+        >>> [item] = gsm8k.items()
+        >>> item.source, gsm8k.check(item, "The sum is 4.").passed
+        ('rows.jsonl, line 1', True)
     """
     if name not in _CLASSES:
         raise ValueError(
@@ -59,3 +69,19 @@ def open_benchmark(
     opened = getattr(import_module(module, __name__), cls)
     benchmark: Benchmark = opened.open(path=path, limit=limit, **options)
     return benchmark
+
+
+def published_table(name: str) -> Table | None:
+    """Where a benchmark is published, and its licence.
+
+    Args:
+        name: Any name.
+
+    Returns:
+        The table; None for the demo and for names that ``open_benchmark`` does not know.
+    """
+    if name not in _CLASSES or name == "demo":
+        return None
+    module, cls = _CLASSES[name]
+    table: Table = getattr(import_module(module, __name__), cls).table
+    return table

@@ -184,8 +184,8 @@ def follows(kind: str, args: Mapping[str, Any], answer: str) -> bool:
     letter = str(args.get("letter", "a")).lower()
     if kind == "keywords:letter_frequency" and not "a" <= letter <= "z":
         count = answer.lower().count(letter)
-        less = args["let_relation"] == "less than"
-        return count < args["let_frequency"] if less else count >= args["let_frequency"]
+        enough = bool(count >= args["let_frequency"])
+        return enough if args["let_relation"] == "at least" else not enough
     with _same_chance():
         checker = INSTRUCTION_DICT[kind](kind)
         checker.build_description(**args)

@@ -1,4 +1,4 @@
-"""What the beginning of an answer already settles about one constraint of IFEval.
+r"""What the beginning of an answer already settles about one constraint of IFEval.
 
 Each function answers False where no continuation can follow the constraint any more, True where
 none can break it any more, and None otherwise. They follow the published checks to the letter,
@@ -47,9 +47,7 @@ def _no_comma(args: Args, text: str) -> bool | None:  # noqa: ARG001
 def _forbidden(args: Args, text: str) -> bool | None:
     for word in args["forbidden_words"]:
         for match in re.finditer(rf"\b{word}\b", text, flags=re.IGNORECASE):
-            if match.end() < len(text.rstrip()):  # at the end the word could go on
-                return False
-            if match.end() < len(text):
+            if match.end() < len(text):  # at the end the word could go on
                 return False
     return None
 
@@ -200,7 +198,7 @@ def begins_json(text: str) -> bool:
         rest = text[error.pos :]
         if error.msg.startswith(("Unterminated string", "Invalid \\")):
             # An escape is wrong where its characters are there and are none.
-            escape = re.search(r"\\(?:u[0-9a-fA-F]{0,3})?\Z", text)
+            escape = re.search(r"\\(?:u[0-9a-fA-F]{0,4})?\Z", text)
             return error.msg.startswith("Unterminated") or escape is not None
         if error.msg.startswith("Invalid control"):
             return False

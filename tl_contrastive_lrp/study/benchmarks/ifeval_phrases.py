@@ -4,43 +4,54 @@ The published rows give the kinds of constraint and their arguments, not where t
 A phrase is found in two steps:
 
 1. The prompt is cut into sentences, at line breaks and after ``. ! ?`` where white space and no
-   small letter follow; a sentence of more than ``LONG`` words is cut into clauses, at commas,
-   semicolons and colons outside quotation marks.
-2. For each constraint, the pieces that mention it are its phrases: the words that name it
-   ("comma", "bullet"), or its arguments (a forbidden word beside a negation, a phrase to end with).
-   Of a constraint that no piece mentions, there is no phrase.
+   small letter follow; and each sentence into pieces, after commas, semicolons and colons and
+   before words that begin a part of a sentence (``_BEGINS``), outside quotation marks and brackets.
+2. For each constraint and each sentence, its phrases are the shortest runs of neighbouring pieces
+   that mention it: by the words that name it ("comma", "bullet"), or by its arguments (a forbidden
+   word beside a negation, a phrase to end with). A run has all the words of a list that the
+   sentence has; runs that touch are one phrase. Of a constraint that no sentence mentions, there
+   is no phrase.
 
-Pieces are verbatim, but for white space around them. The text that is to be repeated is no
-instruction of "repeat the request"; the sentence that asks for it is.
+Phrases are verbatim, but for white space around them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
-LONG = 25
-
-_NOT = r"\b(?:not|cannot|never|no|without|avoid\w*|exclud\w*|refrain\w*|omit\w*|skip\w*|forbid\w*|ban\w*|free)\b|n['’]t\b"
+# Words beside which a forbidden, a frequent and a wanted word is an instruction.
+_NOT = (
+    r"\b(?:not|cannot|never|no|without|avoid\w*|exclud\w*|refrain\w*|omit\w*|skip\w*|forbid\w*"
+    r"|ban\w*|free)\b|n['’]t\b"
+)
 _TIMES = r"\b(?:times?|once|twice|least|most|less|more|fewer|than|occur\w*|appear\w*)\b"
 _INCLUDE = r"\b(?:includ\w*|keywords?|mention\w*|use|using|contain\w*|words?|add\w*|phrases?)\b"
+_CAPITALS = r"capital|upper ?-?case|all[ -]caps|\bcaps\b|lower ?-?case"
 
 # Words that name a kind of constraint.
 _CUES: Mapping[str, str] = {
-    "change_case:capital_word_frequency": r"capital|upper ?-?case|all[ -]caps|\bcaps\b",
-    "change_case:english_capital": r"capital|upper ?-?case|all[ -]caps|\bcaps\b|lower ?-?case",
-    "change_case:english_lowercase": r"lower ?-?case|capital|upper ?-?case|small letters",
+    "change_case:capital_word_frequency": _CAPITALS,
+    "change_case:english_capital": _CAPITALS,
+    "change_case:english_lowercase": rf"{_CAPITALS}|small letters",
     "combination:repeat_prompt": r"\brepeat\w*|\bword for word\b",
-    "combination:two_responses": r"\*{3,}|asterisk|\b(?:two|2)\b.*\b(?:responses?|answers?)\b|\bdifferent (?:responses?|answers?)\b",
+    "combination:two_responses": (
+        r"\*{3,}|asterisk|\b(?:two|2)\b.*\b(?:responses?|answers?)\b"
+        r"|\bdifferent (?:responses?|answers?)\b"
+    ),
     "detectable_content:number_placeholders": r"placeholder|square bracket",
     "detectable_content:postscript": r"post ?-?script|\bP\. ?(?:P\. ?)?S",
-    "detectable_format:constrained_response": r"my answer is|following (?:exact )?(?:phrases|options|choices)|exact phrase",
+    "detectable_format:constrained_response": (
+        r"my answer is|following (?:exact )?(?:phrases|options|choices)|exact phrase"
+    ),
     "detectable_format:json_format": r"\bjson\b",
     "detectable_format:multiple_sections": r"\bsections?\b",
     "detectable_format:number_bullet_lists": r"bullet|^\* ",
     "detectable_format:number_highlighted_sections": r"highlight|\*[^*\s][^*\n]*\*",
     "detectable_format:title": r"<<|angular|\btitle\b",
+    "keywords:frequency": r"\b(?:times|once|twice)\b",
     "keywords:letter_frequency": r"\bletters?\b",
     "language:response_language": r"\blanguages?\b|\bonly in [A-Z]",
     "length_constraints:nth_paragraph_first_word": r"\bparagraphs?\b|first word",
@@ -48,7 +59,9 @@ _CUES: Mapping[str, str] = {
     "length_constraints:number_sentences": r"\bsentences?\b",
     "length_constraints:number_words": r"\bwords?\b",
     "punctuation:no_comma": r"\bcommas?\b",
-    "startend:end_checker": r"\b(?:end|ends|ending|finish|conclude)\b|\blast (?:sentence|words?|phrase)\b",
+    "startend:end_checker": (
+        r"\b(?:end|ends|ending|finish|conclude)\b|\blast (?:sentence|words?|phrase)\b"
+    ),
     "startend:quotation": r"\bquot(?:ation|ations|e|es)\b",
 }
 
@@ -66,13 +79,55 @@ def instruction_phrases(
         The phrases in the prompt's order, each once; each occurs in the prompt verbatim.
     """
     constraints = list(constraints)
-    pieces = [piece for sentence in _sentences(prompt) for piece in _clauses(sentence)]
-    return tuple(
-        dict.fromkeys(
-            piece
-            for piece in pieces
-            if any(_mentions(piece, kind, args) for kind, args in constraints)
-        )
+    phrases = []
+    for sentence in _sentences(prompt):
+        pieces = _pieces(sentence)
+        found = {run for kind, args in constraints for run in _runs(sentence, pieces, kind, args)}
+        phrases += [sentence[start:end].strip() for start, end in _joined(found)]
+    return tuple(dict.fromkeys(phrases))
+
+
+def _joined(runs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Runs in order, those that touch or overlap joined."""
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(runs):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _runs(
+    sentence: str, pieces: list[tuple[int, int]], kind: str, args: Mapping[str, Any]
+) -> list[tuple[int, int]]:
+    """The shortest runs of pieces that mention a constraint."""
+    if not _mentions(sentence, kind, args):
+        return []
+    words = [w for name in ("keywords", "forbidden_words") for w in args.get(name, ())]
+    listed = [word for word in words if _names(sentence, [word])]
+    for length in range(1, len(pieces) + 1):
+        runs = [
+            (pieces[first][0], pieces[first + length - 1][1])
+            for first in range(len(pieces) - length + 1)
+        ]
+        found = [
+            (start, end)
+            for start, end in runs
+            if _mentions(sentence[start:end], kind, args)
+            and all(_names(sentence[start:end], [word]) for word in listed)
+        ]
+        if found:
+            return found
+    return []
+
+
+def _names(text: str, words: Iterable[str]) -> bool:
+    """Whether a text has one of some words."""
+    return any(
+        re.search(rf"(?<!\w){re.escape(word.strip())}", text, re.IGNORECASE) is not None
+        for word in words
+        if word.strip()
     )
 
 
@@ -81,14 +136,14 @@ def _mentions(piece: str, kind: str, args: Mapping[str, Any]) -> bool:
         return re.search(pattern, piece, re.IGNORECASE) is not None
 
     def names(words: Iterable[str]) -> bool:
-        return any(has(rf"(?<!\w){re.escape(word.strip())}") for word in words if word.strip())
+        return _names(piece, words)
 
     if kind == "keywords:forbidden_words":
         return names(args["forbidden_words"]) and has(_NOT)
     if kind == "keywords:existence":
         return names(args["keywords"]) and has(_INCLUDE)
     if kind == "keywords:frequency":
-        return names([args["keyword"]]) and has(_TIMES) or has(r"\b(?:times|once|twice)\b")
+        return has(_CUES[kind]) or (names([args["keyword"]]) and has(_TIMES))
     if kind == "keywords:letter_frequency" and not args["letter"].isalnum():
         return args["letter"] in piece
     if kind == "length_constraints:number_words":
@@ -113,16 +168,24 @@ def _sentences(text: str) -> list[str]:
     return [sentence for sentence in found if sentence]
 
 
-def _clauses(sentence: str) -> list[str]:
-    if len(sentence.split()) <= LONG:
-        return [sentence]
-    quoted = [m.span() for m in re.finditer(r'"[^"]*"|“[^”]*”|\([^)]*\)', sentence)]
-    cuts = [
+# Words before which a sentence is cut, unless "not" or "without" is before them.
+_BEGINS = (
+    r"(?:(?:and |but |or )?(?:in|with|without|using|including|containing|where|which|that"
+    r"|make sure|please|then|by|do not|don['’]t|at the end|your)"
+    r"|(?:and|but) (?:end|finish|include|highlight|mention|wrap|separate|add|use|put|repeat|keep"
+    r"|avoid|mark|start|begin))\b"
+)
+
+
+def _pieces(sentence: str) -> list[tuple[int, int]]:
+    """Where the pieces of a sentence begin and end."""
+    quoted = [m.span() for m in re.finditer(r'"[^"]*"|“[^”]*”|\([^)]*\)|\[[^\]]*\]', sentence)]
+    cuts = {
         match.end()
-        for match in re.finditer(r"[,;:](?=\s)", sentence)
+        for match in re.finditer(
+            rf"[,;:](?=\s)|(?<!not)(?<!without)\s(?={_BEGINS})", sentence, re.IGNORECASE
+        )
         if not any(a <= match.start() < b for a, b in quoted)
-    ]
-    clauses = [
-        sentence[a:b].strip() for a, b in zip([0, *cuts], [*cuts, len(sentence)], strict=True)
-    ]
-    return [clause for clause in clauses if clause]
+    }
+    places = sorted(cuts | {0, len(sentence)})
+    return list(pairwise(places))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ...errors import FileFormatError
 from ..cases import Verdict
@@ -85,7 +85,7 @@ class Published:
         split: str | None = None,
         revision: str | None = None,
         on_error: OnError = "raise",
-        **options: object,
+        **options: Any,
     ) -> Published:
         """Read the benchmark from a file or from the hub; ``open_benchmark`` describes it.
 
@@ -101,7 +101,7 @@ class Published:
             The benchmark.
         """
         rows = read_rows(cls.table, cls.name, path, split, revision)
-        return cls(rows, limit=limit, on_error=on_error, **options)  # type: ignore[arg-type]
+        return cls(rows, limit=limit, on_error=on_error, **options)
 
     def _item(self, row: Row) -> Item:
         """The item of a row."""

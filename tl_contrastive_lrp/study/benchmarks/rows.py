@@ -123,9 +123,9 @@ def read_rows(
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     readers = {
-        ".jsonl": _jsonl,
-        ".ndjson": _jsonl,
-        ".json": _json,
+        ".jsonl": json_lines,
+        ".ndjson": json_lines,
+        ".json": json_list,
         ".csv": _csv,
         ".parquet": _parquet,
     }
@@ -137,7 +137,15 @@ def read_rows(
     yield from reader(path)
 
 
-def _jsonl(path: Path) -> Iterator[Row | FileFormatError]:
+def json_lines(path: Path) -> Iterator[Row | FileFormatError]:
+    """The lines of a JSONL file.
+
+    Args:
+        path: The file.
+
+    Yields:
+        A row for each line that is not blank; an error in place of one that is no object.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -151,7 +159,18 @@ def _jsonl(path: Path) -> Iterator[Row | FileFormatError]:
             yield _row(value, number, where)
 
 
-def _json(path: Path) -> Iterator[Row | FileFormatError]:
+def json_list(path: Path) -> Iterator[Row | FileFormatError]:
+    """The elements of a JSON list.
+
+    Args:
+        path: The file.
+
+    Yields:
+        A row for each element; an error in place of one that is no object.
+
+    Raises:
+        FileFormatError: The file is no JSON list.
+    """
     try:
         values = json.loads(path.read_bytes().decode("utf-8"))
     except ValueError as error:
