@@ -162,8 +162,7 @@ def card(
         )
     steps = sorted(m.step for m, _ in rows if m.name.startswith("small") and m.step is not None)
     commands = [
-        _command(name, config, steps if name == "small" else [])
-        for name, config in configs.items()
+        _command(name, config, steps if name == "small" else []) for name, config in configs.items()
     ]
     return _CARD.format(
         kinds=" | ".join(KINDS),

@@ -18,19 +18,27 @@ if TYPE_CHECKING:
     from .benchmarks import Benchmark, Item, open_benchmark
     from .case_files import load_cases, save_cases, write_card
     from .cases import Case, Dropped, Provenance, Verdict
+    from .collect import CollectSettings, register_locator
     from .logs import LoggedCompletion, completions_from_log
+    from .models import ModelSpec, check_same_tokens, fingerprint, open_model
 
 __all__ = [
     "Benchmark",
     "Case",
+    "CollectSettings",
     "Dropped",
     "Item",
     "LoggedCompletion",
+    "ModelSpec",
     "Provenance",
     "Verdict",
+    "check_same_tokens",
     "completions_from_log",
+    "fingerprint",
     "load_cases",
     "open_benchmark",
+    "open_model",
+    "register_locator",
     "save_cases",
     "write_card",
 ]
@@ -40,6 +48,8 @@ _FILES = {
     "benchmarks": ("Benchmark", "Item", "open_benchmark"),
     "case_files": ("load_cases", "save_cases", "write_card"),
     "cases": ("Case", "Dropped", "Provenance", "Verdict"),
+    "collect": ("CollectSettings", "register_locator"),
+    "models": ("ModelSpec", "check_same_tokens", "fingerprint", "open_model"),
     "logs": ("LoggedCompletion", "completions_from_log"),
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names}

@@ -1,5 +1,7 @@
 """From items to cases, on the demo benchmark, where the truth is planted."""
 
+# ruff: noqa: ARG002, ARG005 (made-up checkers, writers and judges)
+
 from __future__ import annotations
 
 import dataclasses
@@ -108,14 +110,12 @@ def test_logged_completions_give_the_same_cases(model, benchmark, items, found):
     for case, want in zip(cases, found, strict=True):
         assert case.verdict.reason == "as logged"
         assert case.provenance.decoding == {"method": "logged"}
-        assert dataclasses.replace(
-            case, verdict=want.verdict, provenance=want.provenance
-        ) == want
+        assert dataclasses.replace(case, verdict=want.verdict, provenance=want.provenance) == want
     with pytest.raises(ValueError, match="items, but 1 logged"):
         collect_logged(model, benchmark, items, logged[:1], SETTINGS, spec=SPEC)
 
 
-def test_another_writer_changes_nothing_of_what_a_case_says(model, benchmark, items, found):
+def test_another_writer_changes_nothing_of_what_a_case_says(model, benchmark, items):
     writer = clrp.load_demo_model(device="cpu", dtype=torch.bfloat16)
     cases = collect(model, benchmark, items, SETTINGS, spec=SPEC, writer=writer)
     kept = [c for c in cases if isinstance(c, Case)]

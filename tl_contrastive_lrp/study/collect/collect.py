@@ -44,6 +44,10 @@ class CollectSettings:
 
     Raises:
         ValueError: A number is out of range, or a name is unknown.
+
+    Example:
+        >>> clrp.study.CollectSettings(locators=("given",)).contrast
+        ('own', 'sibling', 'given')
     """
 
     max_new_tokens: int = 256
@@ -380,9 +384,7 @@ def _one(
     if int(logits.argmax()) != target:
         rank = int((logits > logits[target]).sum()) + 1
         return dropped("not the top token", f"{where}: rank {rank}")
-    pair = find_contrast(
-        failure, position, logits, settings.contrast, settings.top_k, siblings
-    )
+    pair = find_contrast(failure, position, logits, settings.contrast, settings.top_k, siblings)
     if pair is None:
         return dropped("no contrast", where)
     contrast, contrast_source = pair
