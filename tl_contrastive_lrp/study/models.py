@@ -221,7 +221,9 @@ def check_same_tokens(base: Any, other: Any) -> None:
         TokenizerMismatchError: A token differs, or which are special; the message shows it.
 
     Example:
-        >>> clrp.study.check_same_tokens(model, clrp.load_demo_model(device="cpu"))
+        >>> same = clrp.load_demo_model(device="cpu")
+        >>> clrp.study.check_same_tokens(model, same) is None
+        True
     """
     one, two = (_vocabulary(m) for m in (base, other))
     for i in sorted(one.keys() | two.keys()):
