@@ -58,7 +58,9 @@ def record(task: Task, name: str, tokenizer: Any) -> dict[str, Any]:
     if "".join(text for text, _ in tokens) != answer:
         raise AssertionError(f"{name}: the tokens do not spell the answer")
     used = {name for s in turn.answer for name in s.by} | set(turn.end_by)
-    pieces = [[list(s.by), s.options] for s in turn.answer] + [[list(turn.end_by), turn.end_options]]
+    pieces = [[list(s.by), s.options] for s in turn.answer] + [
+        [list(turn.end_by), turn.end_options]
+    ]
     return {
         "id": name,
         "kind": task.kind,

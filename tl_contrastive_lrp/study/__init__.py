@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .bootstrap import Interval
     from .case_files import load_cases, save_cases, write_card
     from .cases import Case, Dropped, Provenance, Verdict
+    from .collect import CollectSettings, register_locator
     from .labels import (
         Criteria,
         Label,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         write_labels,
     )
     from .logs import LoggedCompletion, completions_from_log
+    from .models import ModelSpec, check_same_tokens, fingerprint, open_model
     from .results import ModelEntry, StudyResults
     from .study import Study
 
@@ -46,6 +48,7 @@ _NAMES = {
     "bootstrap": ("Interval",),
     "case_files": ("load_cases", "save_cases", "write_card"),
     "cases": ("Case", "Dropped", "Provenance", "Verdict"),
+    "collect": ("CollectSettings", "register_locator"),
     "labels": (
         "Criteria",
         "Label",
@@ -57,6 +60,7 @@ _NAMES = {
         "write_labels",
     ),
     "logs": ("LoggedCompletion", "completions_from_log"),
+    "models": ("ModelSpec", "check_same_tokens", "fingerprint", "open_model"),
     "results": ("ModelEntry", "StudyResults"),
     "study": ("Study",),
 }
@@ -66,6 +70,7 @@ __all__ = [
     "Benchmark",
     "Case",
     "CaseAnalysis",
+    "CollectSettings",
     "Criteria",
     "Dropped",
     "Interval",
@@ -74,6 +79,7 @@ __all__ = [
     "LabelAgreement",
     "LoggedCompletion",
     "ModelEntry",
+    "ModelSpec",
     "PlantedTruth",
     "Provenance",
     "SegmentSum",
@@ -81,14 +87,18 @@ __all__ = [
     "StudyResults",
     "Verdict",
     "automatic_label",
+    "check_same_tokens",
     "cohen_kappa",
     "completions_from_log",
+    "fingerprint",
     "label_agreement",
     "load_cases",
     "notebook_reading",
     "open_benchmark",
+    "open_model",
     "planted_truth",
     "read_labels",
+    "register_locator",
     "save_cases",
     "write_card",
     "write_labels",

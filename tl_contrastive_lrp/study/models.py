@@ -50,6 +50,10 @@ class ModelSpec:
 
     Raises:
         ValueError: A field is empty or unknown, or does not go with the others.
+
+    Example:
+        >>> clrp.study.ModelSpec("step 1000", "demo/small@1000").dtype
+        'float32'
     """
 
     name: str
@@ -70,9 +74,7 @@ class ModelSpec:
             )
 
 
-def open_model(
-    spec: ModelSpec, device: str | torch.device | None = None
-) -> TransformerBridge:
+def open_model(spec: ModelSpec, device: str | torch.device | None = None) -> TransformerBridge:
     """Load a model of a study as a TransformerLens bridge in evaluation mode.
 
     Args:
@@ -86,6 +88,11 @@ def open_model(
         FileNotFoundError: It is of the demo family, and that model is not there.
         ValueError: A device is given besides a ``device_map``.
         OSError: The hub or the folder does not have it, as transformers raises it.
+
+    Example:
+        >>> opened = clrp.study.open_model(clrp.study.ModelSpec("mine", "demo"), device="cpu")
+        >>> opened.cfg.model_name
+        'demo model'
     """
     dtype: torch.dtype = getattr(torch, spec.dtype)
     demo = _DEMO.fullmatch(spec.model)
@@ -174,6 +181,10 @@ def fingerprint(model: Any) -> str:
 
     Raises:
         TypeError: It is no bridge.
+
+    Example:
+        >>> len(clrp.study.fingerprint(model))
+        64
     """
     require_bridge(model)
     sha = hashlib.sha256()
@@ -194,9 +205,9 @@ def fingerprint(model: Any) -> str:
     return sha.hexdigest()
 
 
-def _bytes(x: Tensor) -> memoryview:
+def _bytes(x: Tensor) -> bytes:
     flat = x.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def check_same_tokens(base: Any, other: Any) -> None:
@@ -208,6 +219,11 @@ def check_same_tokens(base: Any, other: Any) -> None:
 
     Raises:
         TokenizerMismatchError: A token differs, or which are special; the message shows it.
+
+    Example:
+        >>> same = clrp.load_demo_model(device="cpu")
+        >>> clrp.study.check_same_tokens(model, same) is None
+        True
     """
     one, two = (_vocabulary(m) for m in (base, other))
     for i in sorted(one.keys() | two.keys()):

@@ -6,8 +6,8 @@ found what the prediction rests on. Removed tokens' embeddings are set to zero, 
 by given tokens; special tokens and the first token are never removed.
 
 The steps are computed in batches, the first ones first, since few tokens are usually enough. The
-unembedding runs at the explained position alone, and the size of a batch depends on nothing but the
-prompt and the model, so that results do not depend on the machine's free memory.
+size of a batch depends on the prompt and the model alone, so that results do not depend on the
+machine's free memory.
 """
 
 from __future__ import annotations
@@ -20,15 +20,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ...attribution.result import Attribution
-from ...hooks.placement import own_hooks
-from ...inputs.bridge import hook_points, public_name
 from ...inputs.devices import precise
 from ...inputs.objective import target_logit
 from ...rules.threads import one_at_a_time
 from ..ranking import first_in_order
 from .removal import Removal, prepare_removal
 
-_UNEMBED = "unembed.hook_in"
 _FIRST_STEPS = 4
 # Numbers in the largest tensor of a batch: 256 MiB in float32.
 _NUMBERS = 1 << 26
@@ -117,14 +114,5 @@ def _stays_first(
     setting: Removal, removed: Bool[Tensor, "run pos"], target: Tensor
 ) -> Bool[Tensor, " run"]:
     """Whether a target token is still first, of equals the one with the lowest id."""
-    model = setting.model
-    points, hooks = hook_points(model), []
-    if _UNEMBED in points:
-
-        def at_the_end(normed: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-            return normed[:, -1:]
-
-        hooks.append((public_name(points, _UNEMBED), at_the_end))
-    with own_hooks(model, hooks):
-        logits = setting.logits(removed, [0] * len(removed))
+    logits = setting.logits(removed, [0] * len(removed))
     return torch.isin(precise(logits[:, -1]).argmax(-1).cpu(), target)

@@ -44,6 +44,10 @@ class CollectSettings:
 
     Raises:
         ValueError: A number is out of range, or a name is unknown.
+
+    Example:
+        >>> clrp.study.CollectSettings(locators=("given",)).contrast
+        ('own', 'sibling', 'given')
     """
 
     max_new_tokens: int = 256
@@ -97,7 +101,7 @@ class Logged(Protocol):
 
     @property
     def verdict(self) -> Verdict | None:
-        """What the log's own checker said; None to ask the benchmark's."""
+        """What the log's own checker said; None or unchecked to ask the benchmark's."""
         ...
 
 
@@ -354,7 +358,8 @@ def _one(
     def dropped(reason: str, detail: str = "") -> Dropped:
         return Dropped(name, benchmark.name, reason, detail)
 
-    verdict = benchmark.check(item, done.text) if verdict is None else verdict
+    if verdict is None or not verdict.checked:
+        verdict = benchmark.check(item, done.text)
     if verdict.passed:
         return dropped("passes")
     if not verdict.checked:
@@ -379,9 +384,7 @@ def _one(
     if int(logits.argmax()) != target:
         rank = int((logits > logits[target]).sum()) + 1
         return dropped("not the top token", f"{where}: rank {rank}")
-    pair = find_contrast(
-        failure, position, logits, settings.contrast, settings.top_k, siblings
-    )
+    pair = find_contrast(failure, position, logits, settings.contrast, settings.top_k, siblings)
     if pair is None:
         return dropped("no contrast", where)
     contrast, contrast_source = pair

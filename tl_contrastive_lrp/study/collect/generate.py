@@ -147,9 +147,7 @@ class Greedy:
         """
         before = [reading.ids[reading.n_prompt : reading.n_prompt + at] for at, _ in branches]
         starts = [(*b, token) for b, (_, token) in zip(before, branches, strict=True)]
-        open_ = [
-            i for i, s in enumerate(starts) if s[-1] not in self.end_ids and len(s) < limit
-        ]
+        open_ = [i for i, s in enumerate(starts) if s[-1] not in self.end_ids and len(s) < limit]
         limits = [limit - len(starts[i]) for i in open_]
         if reading.cache is None:
             prompt = reading.ids[: reading.n_prompt]

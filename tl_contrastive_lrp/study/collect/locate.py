@@ -198,6 +198,14 @@ def register_locator(name: str, locator: Locator) -> None:
     Raises:
         ValueError: The name is taken.
         TypeError: It cannot be called.
+
+    Example:
+        >>> def first_digit(failure, settings):
+        ...     pieces = failure.completion.pieces
+        ...     return next((i for i, piece in enumerate(pieces) if piece.strip().isdigit()), None)
+        >>> clrp.study.register_locator("first digit", first_digit)
+        >>> clrp.study.CollectSettings(locators=("first digit",)).locators
+        ('first digit',)
     """
     if not callable(locator):
         raise TypeError(f"The locator {name!r} is a {type(locator).__name__}, not a callable.")

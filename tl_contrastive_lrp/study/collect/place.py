@@ -90,7 +90,9 @@ class Failure:
         new = [b for b in dict.fromkeys(branches) if b not in self._passes]
         if new:
             self.n_rollouts += len(new)
-            for branch, ids in zip(new, self.writer.roll(self.reading, new, self.limit), strict=True):
+            for branch, ids in zip(
+                new, self.writer.roll(self.reading, new, self.limit), strict=True
+            ):
                 text = self.writer.text(ids)
                 self._passes[branch] = self.benchmark.check(self.item, text).passed
         return [self._passes[b] for b in branches]

@@ -10,9 +10,7 @@ import numpy as np
 from ..benchmarks.item import Item
 
 
-def character_spans(
-    texts: Sequence[str], spans: Iterable[tuple[int, int]]
-) -> tuple[int, ...]:
+def character_spans(texts: Sequence[str], spans: Iterable[tuple[int, int]]) -> tuple[int, ...]:
     """The tokens that have a character in one of the spans.
 
     Args:
