@@ -21,6 +21,7 @@ from tl_contrastive_lrp.study.labels import (
     heatmap_clue,
     manifest_by_chance,
     notebook_reading,
+    ordinary,
     planted_truth,
     read_labels,
     without_truth,
@@ -101,6 +102,15 @@ def test_patterns_by_hand(values: list[float], pattern: str | None) -> None:
     assert label.pattern == pattern
 
 
+def test_the_first_token_never_counts_even_if_it_is_not_special() -> None:
+    case = made_up_case()
+    nothing = torch.zeros(30, dtype=torch.bool)
+    analysis = made_up_analysis(case, row(p0=-90.0, p4=-1.0, p12=3.0), special=nothing)
+    assert not ordinary(analysis)[0]
+    assert heatmap_clue(case, analysis).sign
+    assert not bool(nothing.any())  # the analysis itself is as it was
+
+
 def test_thresholds_are_data() -> None:
     case = replace(made_up_case(n=60), segments={})
     values = [0.0] * 60
@@ -129,6 +139,7 @@ def test_a_label_refuses_another_case() -> None:
         (row(p4=1.0), {"with target": 1.0}, "under- and overweighted", False),
         (row(p4=1.0), {"with target": 1.0, "without target": 0.5}, "underweighted", False),
         (row(p4=1.0), {"with target": -1.0, "without target": 2.0}, "underweighted", False),
+        (row(p4=1.0), {"without target": -0.5}, "underweighted", False),
         ([0.0] * 30, {}, "neutral", False),
     ],
 )  # fmt: skip

@@ -21,6 +21,10 @@ def test_a_bundle_finds_its_analyses() -> None:
     assert found is not None
     assert (found.case_id, found.model) == (case.id, "large")
     assert results.analysis(case.id, "large", "gradient") is None
+    other = replace(results, main_rules="gradient")
+    assert other.rules == ("gradient", "attnlrp")
+    assert other.of_model("small")[case.id].rules == "gradient"
+    assert other.of_model("large") == {}
     assert list(results.of_model("large")) == [case.id for case in results.cases]
 
 
@@ -43,6 +47,8 @@ def test_contradictions_are_refused() -> None:
         replace(good, labels=(Label("math/99", "Cy", "M-IA"),))
     with pytest.raises(ValueError, match=r"label .*is there twice"):
         replace(good, labels=(*good.labels, replace(good.labels[0], outcome="M-IA")))
+    with pytest.raises(ValueError, match="main_rules is 'relp'"):
+        replace(good, main_rules="relp")
     with pytest.raises(ValueError, match="has no step"):
         ModelEntry("x", "checkpoint")
     with pytest.raises(ValueError, match="role of 'x'"):

@@ -58,6 +58,8 @@ class StudyResults:
         models: The models, the base among them.
         facts: What the first paragraph of the report says: "date", "versions", "command",
             "settings", "differences" (what differs from the published study, sentences).
+        main_rules: Name of the rule set that labels, sizes and checkpoints are about; "" for that
+            of the first analysis.
 
     Raises:
         ValueError: Two records contradict each other or name what is not there.
@@ -74,6 +76,7 @@ class StudyResults:
     labels: tuple[Label, ...] = ()
     models: tuple[ModelEntry, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    main_rules: str = ""
 
     def __post_init__(self) -> None:
         _once("case", [case.id for case in self.cases] + [gone.id for gone in self.dropped])
@@ -97,6 +100,11 @@ class StudyResults:
                     f"an analysis of {case.id!r} has {len(analysis.tokens)} relevances and "
                     f"{len(analysis.str_tokens)} texts for {len(case.ids)} tokens"
                 )
+        if self.main_rules and self.analyses and self.main_rules not in self.rules:
+            raise ValueError(
+                f"main_rules is {self.main_rules!r}; the base model was analysed under "
+                f"{', '.join(self.rules) or 'no rule set'}"
+            )
         for label in self.labels:
             if label.case_id not in self.by_id:
                 raise ValueError(f"{label.labeller!r} labelled {label.case_id!r}, which is no case")
@@ -140,7 +148,9 @@ class StudyResults:
             >>> study.rules[0]
             'attnlrp'
         """
-        return tuple(dict.fromkeys(a.rules for a in self.analyses if a.model == self.base.name))
+        found = dict.fromkeys(a.rules for a in self.analyses if a.model == self.base.name)
+        first = [self.main_rules] if self.main_rules in found else []
+        return tuple(dict.fromkeys([*first, *found]))
 
     @cached_property
     def _table(self) -> dict[tuple[str, str, str], CaseAnalysis]:

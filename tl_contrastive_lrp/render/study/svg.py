@@ -359,16 +359,30 @@ def lines(
     low, high = _padded([v for v in values if v is not None], zero=True)
     if percent:
         low, high = 0.0, 1.0
-    width, height = 620.0, 330.0
     xs = [x for x, _ in x_names] or [0.0]
     edge = 0.04 * (max(xs) - min(xs)) or 0.5
-    frame = _Frame(width, height, 62, 34, 16, 52, min(xs) - edge, max(xs) + edge, low, high)
+    # Names that do not fit beside each other slant.
+    longest = 6.8 * max((len(name) for _, name in x_names), default=0)
+    slanted = longest > 540 / max(len(x_names), 1)
+    deep = min(0.6 * longest, 110.0) if slanted else 0.0
+    width, height = 620.0, 330.0 + deep
+    left = 62 + (max(0.0, 0.8 * longest - 50) if slanted else 0.0)
+    frame = _Frame(
+        width, height, left, 34, 16, 52 + deep, min(xs) - edge, max(xs) + edge, low, high
+    )
     colour = [one.colour or COLOURS[i % len(COLOURS)] for i, one in enumerate(series)]
     named = [(one.name, tone) for one, tone in zip(series, colour, strict=True) if one.name]
     parts = _legend(named, frame.left, 18, width)
     parts += _y_axis(frame, y_label, ticks(low, high), percent)
     for x, name in x_names:
-        parts.append(_text(frame.x(x), height - 34, name, text_anchor="middle", fill=_SOFT))
+        if slanted:
+            parts.append(
+                f'<g transform="translate({frame.x(x)} {height - deep - 36:g}) rotate(-36)">'
+                + _text(0, 0, name, text_anchor="end", fill=_SOFT)
+                + "</g>"
+            )
+        else:
+            parts.append(_text(frame.x(x), height - 34, name, text_anchor="middle", fill=_SOFT))
     middle = (frame.left + width - frame.right) / 2
     parts.append(_text(middle, height - 12, x_label, text_anchor="middle", fill=_SOFT))
     for one, tone in zip(series, colour, strict=True):
