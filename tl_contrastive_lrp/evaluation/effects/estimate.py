@@ -27,7 +27,7 @@ from .passes import Replaced, last_logits, logits_at, measured_logits, run_strea
 
 Objective = Callable[[Tensor], Tensor]
 
-_NUMBERS = 1 << 25  # of one [row, head, tile, key] tensor
+_NUMBERS = 1 << 24  # of one [row, head, tile, key] tensor
 _TILE = 16  # the smallest
 
 
@@ -72,10 +72,10 @@ class Questions:
             TokenError, ModelStateError: as ``positions_of``.
         """
         length = int(tokens.shape[1])
-        if all(isinstance(one, LocatedObjective) for one in objectives):
-            read = sorted({p for one in objectives for p in positions_of(one, tokens, length)})
-            local = [one.at(tuple(read), length) for one in objectives]  # type: ignore[attr-defined]
-            return cls(tuple(local), tuple(read), length)
+        located = [one for one in objectives if isinstance(one, LocatedObjective)]
+        if len(located) == len(objectives):
+            read = sorted({p for one in located for p in one.positions(length)})
+            return cls(tuple(one.at(tuple(read), length) for one in located), tuple(read), length)
         with torch.no_grad():
             logits: Tensor = model(tokens)
         read = sorted({p for one in objectives for p in positions_of(one, logits, length)})
@@ -154,15 +154,15 @@ def estimated(
     later = None
     if far > 0:
         gradients = gradients_at_z(model, parts, used.tokens, questions.objectives, read, attention)
-        on_device = effect.to(used.tokens.device if used.tokens.device.type != "mps" else "cpu")
-        later = LaterPositions(gradients, window, last if with_last else last + 1, on_device)
+        later = LaterPositions(gradients, window, last if with_last else last + 1)
     streams = run_streams(
         model, parts, used, window, read, None if later is None else later.add, tile, progress
     )
     clean = torch.stack([streams.logits[p][-1] for p in read])
     delta = questions.values(clean[None])
     if later is not None:
-        effect += later.effect.cpu()
+        for of_objective, found in zip(effect, later.effects, strict=True):
+            of_objective[: used.length] += found
     # Tokens whose window holds a position that is read: its logits are known exactly.
     near = sorted({p - o for p in read for o in range(window + 1) if p >= o})
     for positions in torch.split(torch.tensor(near), batch_size):

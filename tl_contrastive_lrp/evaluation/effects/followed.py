@@ -25,8 +25,8 @@ from .streams import AttentionWatch, Operands, by_head, refused, require_seen, w
 
 _TOKENS, _TILE = 9, 4
 # Relative to the largest logit, and of the first block's sums to their largest.
-_SLACK = {torch.float64: 1e-7, torch.float32: 1e-3}
-_LOW_SLACK = 0.1  # of types with fewer bits
+_SLACK = {torch.float64: 1e-4, torch.float32: 1e-2}  # parts of a model may be float32
+_LOW_SLACK = 0.2  # of types with fewer bits
 
 # Whether each model works over a key-value cache, and the state in which that was found out.
 _known: WeakKeyDictionary[Any, tuple[object, bool]] = WeakKeyDictionary()
@@ -81,13 +81,12 @@ def _try(model: Any, parts: dict[str, Any], replaced: Replaced, tile: int | None
         streams = run_streams(model, parts, replaced, window, (), None, tile, False)
         _require_last(model, replaced, streams, window, truth[0, -1])
     first = next(iter(parts))
-    sums = torch.zeros(1, _TOKENS, dtype=torch.float64)
     g = _noise(heard[0].shape).to(heard)
-    nothing = {path: heard[0].new_zeros(0) for path in parts}
-    later = LaterPositions(nothing | {first: g[None]}, 0, _TOKENS, sums.to(g.device))
+    elsewhere = dict.fromkeys(parts, g[None, :0, :, :0][:0])
+    later = LaterPositions(elsewhere | {first: g[None]}, 0, _TOKENS)
     run_streams(model, parts, replaced, 0, (), later.add, tile, False)
     changes = ((heard[:-1] - heard[-1]) * g).double().sum((1, 3)).cpu()  # [token, pos]
-    _require_close(model, later.effect[0].cpu(), changes.triu(1).sum(1))
+    _require_close(model, later.effects[0], changes.triu(1).sum(1))
 
 
 def _noise(shape: tuple[int, ...]) -> Tensor:

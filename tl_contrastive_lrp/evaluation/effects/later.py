@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...rules.functions import at_least_float32
 from .streams import Seen, refused
 
 _SLACK = {torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of a pattern's entries, beside 1e-4
@@ -37,7 +36,7 @@ class LaterPositions:
         window: The number of positions after the replaced token whose streams are known exactly.
         stop: Positions from here on are left out: their streams are known exactly, or nothing reads
             them.
-        effect: The predicted change of each objective so far, [objective, pos].
+        effects: The predicted change of each objective so far, by position, [pos], on the CPU.
     """
 
     def __init__(
@@ -45,9 +44,13 @@ class LaterPositions:
         gradients: Mapping[str, Float[Tensor, "objective head pos d_v"]],
         window: int,
         stop: int,
-        effect: Float[Tensor, "objective pos"],
     ) -> None:
-        self.gradients, self.window, self.stop, self.effect = gradients, window, stop, effect
+        self.gradients, self.window, self.stop = gradients, window, stop
+        shapes = [g.shape for g in gradients.values()]
+        self.effects = [
+            torch.zeros(max(shape[2] for shape in shapes), dtype=torch.float64)
+            for _ in range(max(shape[0] for shape in shapes))
+        ]
 
     def add(self, seen: Seen) -> None:
         """Add what one attention's later positions of one tile contribute.
@@ -56,37 +59,33 @@ class LaterPositions:
             UncoveredComponentError: its pattern is not the softmax of its scores.
         """
         n_keys = seen.values.shape[-2]
-        scores = at_least_float32(seen.scores)
+        # What a key with nearly all of a query's attention leaves to others is a small difference.
+        wide = torch.float32 if seen.scores.device.type == "mps" else torch.float64
+        scores, values = seen.scores.to(wide), seen.values.to(wide)
         level = scores[-1].logsumexp(-1, keepdim=True)
         shares = (scores[..., :n_keys] - level).exp_()  # e, and in the last row p
-        pattern = shares[-1]
         slack = _SLACK.get(seen.pattern.dtype, 1e-4)
-        if not torch.allclose(pattern, seen.pattern.to(pattern), rtol=slack, atol=slack):
+        if not torch.allclose(shares[-1], seen.pattern.to(wide), rtol=slack, atol=slack):
             raise refused(seen.path, "its pattern is not the softmax of its scores.")
-        queries = min(pattern.shape[-2], self.stop - seen.start)
-        if queries <= 0:
+        queries, n_tokens = min(shares.shape[-2], self.stop - seen.start), n_keys - self.window
+        if queries <= 0 or n_tokens <= 0:
             return
-        shares, z = shares[:, :, :queries], at_least_float32(seen.z[:, :queries])
-        n_tokens = n_keys - self.window
-        if n_tokens <= 0:
-            return
-        own = slice(seen.start, seen.start + queries)
-        totals = self._windowed(shares[:-1] - shares[-1:], n_tokens)
+        shares = shares[:, :, :queries]
+        clean, changed = shares[-1:].expand_as(shares[:-1]), shares[:-1]
         # What the window leaves of the clean pattern is never negative, whatever rounding says.
-        left = (1.0 - self._windowed(shares[-1:].expand_as(shares[:-1]), n_tokens)).clamp_min_(0.0)
-        taken = totals + self._windowed(shares[-1:].expand_as(shares[:-1]), n_tokens)
-        total = (left + taken).clamp_min_(torch.finfo(left.dtype).eps)
+        total = (1.0 - self._windowed(clean, n_tokens)).clamp_min_(0.0)
+        total += self._windowed(changed, n_tokens)
+        total.clamp_min_(torch.finfo(wide).tiny)
         at = torch.arange(seen.start, seen.start + queries, device=total.device)[:, None]
         later = at > torch.arange(n_tokens, device=total.device) + self.window
-        values = at_least_float32(seen.values)
         for which, of_path in enumerate(self.gradients[seen.path]):
-            g = at_least_float32(of_path[:, own])
-            dots = g @ values.mT  # [row, head, query, key]
-            dots -= torch.linalg.vecdot(z, g)[..., None]
+            g = of_path[:, seen.start : seen.start + queries].to(wide)
+            dots = g @ values.mT  # a', and in the last row a: [row, head, query, key]
+            dots -= torch.linalg.vecdot(shares[-1], dots[-1])[..., None]  # c
             dots *= shares
-            changed = self._windowed(dots[:-1] - dots[-1:], n_tokens).div_(total)
-            changed.masked_fill_(~later, 0.0)
-            self.effect[which, :n_tokens] += changed.sum((0, 1)).to(self.effect)
+            change = self._windowed(dots[:-1] - dots[-1:], n_tokens).div_(total)
+            change.masked_fill_(~later, 0.0)
+            self.effects[which][:n_tokens] += change.sum((0, 1)).cpu()
 
     def _windowed(
         self, x: Float[Tensor, "offset head query key"], n_tokens: int

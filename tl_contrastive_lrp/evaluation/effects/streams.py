@@ -157,17 +157,28 @@ class _Scores:
         self.steps.append(_Step(func, args, kwargs, out))
         self._known.update((id(x), x) for x in results if isinstance(x, Tensor))
 
-    def redo(self, product: Tensor, scores: Tensor) -> Tensor:
-        """What ``scores`` would have been with another product."""
+    def redo(self, product: Tensor, scores: Tensor, rows: int) -> Tensor:
+        """What ``scores`` would have been with another product.
+
+        What a component derives from whole rows of scores, such as the largest of each to subtract
+        before the softmax, is that of the last row of the batch for all of them, so that a softmax
+        of scores from several rows of the batch can be put together.
+        """
         now: dict[int, Tensor] = {id(self.product): product}
 
         def instead(x: Any) -> Any:
             return now.get(id(x), x)
 
+        def of_last(x: Tensor) -> Tensor:
+            if x.numel() >= product.numel():
+                return x
+            by_row = rearrange(x, "(row more) ... -> row more ...", row=rows)
+            return by_row[-1:].expand_as(by_row).reshape(x.shape)
+
         for step in self.steps:
             out = step.func(*tree_map(instead, tuple(step.args)), **tree_map(instead, step.kwargs))
             pairs = zip(_tuple(step.out), _tuple(out), strict=True)
-            now.update((id(old), new) for old, new in pairs if isinstance(old, Tensor))
+            now.update((id(old), of_last(new)) for old, new in pairs if isinstance(old, Tensor))
         return now[id(scores)]
 
 
@@ -307,7 +318,7 @@ class ReplacedStreams(AttentionWatch):
         if self.sink is not None:
             q = self._queries[-1:].expand_as(self._queries)
             product = self._multiply(q, self._keys_t)
-            self._of_clean = by_head(self.scores.redo(product, scores), self.rows)
+            self._of_clean = by_head(self.scores.redo(product, scores, self.rows), self.rows)
 
     def times_values(self, operands: Operands) -> Tensor:
         """Pattern times clean values, with each replaced token's own on the diagonals."""
