@@ -27,7 +27,7 @@ from .passes import Replaced, last_logits, logits_at, measured_logits, run_strea
 
 Objective = Callable[[Tensor], Tensor]
 
-_NUMBERS = 1 << 24  # of one [row, head, tile, key] tensor
+_NUMBERS = 1 << 23  # of one [row, head, tile, key] tensor
 _TILE = 16  # the smallest
 
 
@@ -98,7 +98,7 @@ class Questions:
                 found.append(target if contrast is None else target - contrast)
             else:
                 found.append(torch.stack([one(row[None]).detach() for row in logits]).flatten())
-        return torch.stack([value.detach().double() for value in found]).cpu()
+        return torch.stack([value.detach().cpu().double() for value in found])
 
     def described(
         self, objectives: Sequence[Objective], clean: Float[Tensor, "read vocab"]

@@ -85,7 +85,7 @@ def _try(model: Any, parts: dict[str, Any], replaced: Replaced, tile: int | None
     elsewhere = dict.fromkeys(parts, g[None, :0, :, :0][:0])
     later = LaterPositions(elsewhere | {first: g[None]}, 0, _TOKENS)
     run_streams(model, parts, replaced, 0, (), later.add, tile, False)
-    changes = ((heard[:-1] - heard[-1]) * g).double().sum((1, 3)).cpu()  # [token, pos]
+    changes = ((heard[:-1] - heard[-1]) * g).cpu().double().sum((1, 3))  # [token, pos]
     _require_close(model, later.effects[0], changes.triu(1).sum(1))
 
 

@@ -49,7 +49,7 @@ def refused(path: str, why: str) -> UncoveredComponentError:
 
 
 def attention_components(model: Any) -> dict[str, Any]:
-    """The attention component of each block, by path.
+    """The attention component of each block, by path, the first block's first.
 
     Raises:
         UncoveredComponentError: a part of the model that no rule covers, or a block without
@@ -62,11 +62,13 @@ def attention_components(model: Any) -> dict[str, Any]:
         and site.operation in ("softmax", "attention")
         and site.path.startswith("blocks.")
     }
+    in_order = {}
     for layer in range(int(model.cfg.n_layers)):
         own = [path for path in found if path.startswith(f"blocks.{layer}.")]
         if len(own) != 1:
             raise refused(f"blocks.{layer}", f"it has {len(own)} attention components, not one.")
-    return found
+        in_order[own[0]] = found[own[0]]
+    return in_order
 
 
 @dataclass(frozen=True, eq=False)
