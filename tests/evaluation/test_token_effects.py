@@ -32,6 +32,7 @@ WAYS: dict[str, Tensor | None] = {"zero": None, "others": OTHERS}
 
 # Keys are chosen by a product of their own, before the softmax.
 FOLLOWED_NOT = {"glm_moe_dsa": "keys at once"}
+WITHOUT_CACHE = ("openai_gpt",)
 NOT_CAUSAL = ("bert", "roberta")
 CAUSAL = [name for name in COVERED if name not in NOT_CAUSAL and name not in FOLLOWED_NOT]
 
@@ -71,6 +72,7 @@ def test_every_causal_family(name: str, way: str) -> None:
     assert (measured.effect - truth).abs().max() < limit
     assert (whole.effect - truth).abs().max() < limit
     assert (short.effect - truth)[short.exact].abs().max() < limit
+    assert followed._known[model][1] == (name not in WITHOUT_CACHE)
     same = clrp.token_effects(
         model, TOKENS, clrp.logit_diff(model, 7, 12), replace=TOKENS[0], window=2, **QUIET
     )
@@ -87,6 +89,7 @@ def test_float64(name: str, way: str) -> None:
         for window in (None, N - 1, N + 5):
             found = effects_of(model, way, window=window)
             assert (found.effect - truth).abs().max() < limit, window
+        assert followed._known[model][1]  # over a cache, with the last position exact
         for window, tile in ((0, 3), (1, 5), (3, 16)):
             found = effects_of(model, way, window=window, tile=tile)
             assert (found.effect - truth)[found.exact].abs().max() < limit, window
