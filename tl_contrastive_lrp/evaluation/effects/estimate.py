@@ -28,7 +28,7 @@ from .passes import Replaced, last_logits, logits_at, measured_logits, run_strea
 Objective = Callable[[Tensor], Tensor]
 
 _NUMBERS = 1 << 23  # of one [row, head, tile, key] tensor
-_TILE = 16  # the smallest
+_TILES = (16, 128)  # the smallest, and the largest on a processor: later keys are not computed
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +114,12 @@ class Questions:
         ]
 
 
-def tile_of(model: Any, length: int, window: int) -> int:
+def tile_of(model: Any, tokens: Tensor, window: int) -> int:
     """Positions per tile, such that no tensor of scores is larger than a fixed size."""
+    length = int(tokens.shape[1])
+    least, most = _TILES[0], _TILES[1] if tokens.device.type == "cpu" else length
     room = _NUMBERS // ((window + 2) * int(model.cfg.n_heads) * length)
-    return max(_TILE, min(length, room))
+    return max(least, min(most, length, room))
 
 
 def estimated(

@@ -297,7 +297,7 @@ def _run(model: Any, replaced: Replaced, questions: Questions, options: _Options
     parts = attention_components(model)
     tile = None
     if works_cached(model, parts, replaced.tokens):
-        tile = options.tile or tile_of(model, replaced.length, window)
+        tile = options.tile or tile_of(model, replaced.tokens, window)
     return estimated(
         model, parts, replaced, questions, window, tile,
         options.batch_size, options.attention, options.progress,
