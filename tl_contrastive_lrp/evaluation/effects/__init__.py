@@ -1,0 +1,7 @@
+"""What replacing a token does to Δℓ, predicted for every token at once.
+
+``token_effects`` reads top to bottom: the question, the prompt, what replaces its tokens, whether
+the model's code can be followed (``followed.py``), the run (``estimate.py``), the result
+(``result.py``). It is no relevance: it answers *what if this token were not there*, not *which
+token spoke for the answer*.
+"""
