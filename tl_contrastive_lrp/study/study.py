@@ -334,10 +334,20 @@ class Study:
         return {
             "date": datetime.now(timezone.utc).date().isoformat(),
             "versions": versions,
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": _command(sys.argv),
             "settings": self.settings.as_data(),
             "missing_analyses": missing,
         }
+
+
+def _command(argv: Sequence[str]) -> str:
+    """What was typed, without the folders of this machine's programs."""
+    program = Path(argv[0])
+    if program.stem in ("__main__", "clrp", "tl-contrastive-lrp"):
+        return shlex.join(["clrp", *argv[1:]])
+    if program.suffix == ".py" and "ipykernel" not in program.name:
+        return shlex.join(["python", program.name, *argv[1:]])
+    return "Study.report, in Python"
 
 
 def _entry(settings: StudySettings, one: ModelSettings, record: Mapping[str, Any]) -> ModelEntry:
