@@ -47,7 +47,7 @@ from .collect import CollectSettings, collect, collect_logged
 from .keys import analysis_key, chunk_key, content_hash, file_hash, model_key
 from .logs import LoggedCompletion, completions_from_log
 from .models import check_same_tokens, fingerprint, open_model
-from .records import analysis_data, analysis_from, case_data, case_from
+from .records import analysis_data, analysis_from, collected_data, collected_from
 from .settings import BenchmarkSettings, ModelSettings, StudySettings
 from .store import Key, Store
 from .workers import Share, Worker
@@ -339,7 +339,7 @@ class StudyRun:
             found = self.collected(base, base_hash, chunks[i], siblings)
             self.store.put(
                 keys[i],
-                {"cases": [case_data(one) for one in found]},
+                {"cases": [collected_data(one) for one in found]},
                 notes={"seconds": time.perf_counter() - start, **_made_by(base)},
             )
             return True
@@ -454,7 +454,7 @@ def cases_of(store: Store, key: str) -> list[Case | Dropped]:
         KeyError: It is not in the store.
         FileFormatError: Its file is damaged.
     """
-    return [case_from(one) for one in store.get(key).record["cases"]]
+    return [collected_from(one) for one in store.get(key).record["cases"]]
 
 
 def analysis_of(store: Store, key: str) -> Any:
