@@ -322,16 +322,21 @@ class StudyRun:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _collect(
-        self, worker: Worker, base: Any, base_hash: str, chunks: Sequence[Chunk]
-    ) -> list[Case]:
-        siblings: dict[str, Any] = {}
+    def contrasting(self) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+        """The siblings that contrasts may come from, together in memory, and their hashes."""
+        models: dict[str, Any] = {}
         hashes: list[tuple[str, str]] = []
         takes_siblings = "sibling" in self.collecting.contrast
         for one in self.settings.siblings if takes_siblings else ():
             with self.opened(one) as (model, model_hash):
-                siblings[one.name] = model
+                models[one.name] = model
                 hashes.append((one.name, model_hash))
+        return models, hashes
+
+    def _collect(
+        self, worker: Worker, base: Any, base_hash: str, chunks: Sequence[Chunk]
+    ) -> list[Case]:
+        siblings, hashes = self.contrasting()
         keys = self.chunk_keys(chunks, base_hash, hashes)
 
         def compute(i: int) -> bool:
