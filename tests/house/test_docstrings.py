@@ -5,8 +5,8 @@ of one name. An example is a doctest under ``Example:`` and finds these names:
 
 ``clrp``, ``torch``, ``json``, ``Path``, ``model`` (the demo model), ``case`` (a case of the demo,
 with ``prompt``, ``target`` and ``contrast``), ``objective``, ``result`` (``attribute`` of that
-case) and ``graph`` (its ``attribution_graph``). It runs in an empty folder and leaves the model as
-it was.
+case), ``graph`` (its ``attribution_graph``) and ``results`` (a study of two failures of the demo).
+It runs in an empty folder and leaves the model as it was; a locator that it registers is forgotten.
 """
 
 from __future__ import annotations
@@ -21,12 +21,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from support.model_state import snapshot_of
+from support.studies import demo_study
 
 import tl_contrastive_lrp as clrp
+from tl_contrastive_lrp.study.bootstrap import bootstrap
+from tl_contrastive_lrp.study.collect import LOCATORS
+from tl_contrastive_lrp.study.label_page import label_page
+from tl_contrastive_lrp.study.report import report
 
 PACKAGE = clrp.__name__
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -39,6 +45,8 @@ MODULES = {
     "clrp.demo": clrp.demo,
     "clrp.study": clrp.study,
 }
+# Calls that are documented, but imported from their own modules.
+CALLS = (bootstrap, label_page, report)
 # Values, which have a comment where they are defined, as Python has no docstrings for them.
 CONSTANTS = {
     "clrp.DEFAULT_RULES",
@@ -117,6 +125,8 @@ def public_objects() -> list[Documented]:
             if isinstance(value, type):
                 for member, method in members_of(value):
                     found.setdefault(id(method), Documented(f"{full}.{member}", method))
+    for call in CALLS:
+        found[id(call)] = Documented(call.__module__.replace(PACKAGE, "clrp"), call)
     return list(found.values())
 
 
@@ -133,7 +143,16 @@ def test_the_list_is_whole() -> None:
     assert {"clrp.attribute", "clrp.AttributionGraph", "clrp.AttributionGraph.prune"} <= names
     assert {"clrp.Attribution.save", "clrp.RuleSet", "clrp.errors.LrpError"} <= names
     assert {"clrp.patching.relevance_patch", "clrp.rules.uniform"} <= names
+    assert {"clrp.study.Study.run", "clrp.study.StudyResults.base"} <= names
+    assert {f"clrp.study.{name}" for name in clrp.study.__all__} <= names
     assert len(names) == len(OBJECTS) > 100
+
+
+def test_no_public_name_of_the_study_is_a_modules() -> None:
+    """Importing ``study/x.py`` sets ``study.x`` to the module, whatever the lazy table says."""
+    modules = {path.stem for path in Path(inspect.getfile(clrp.study)).parent.iterdir()}
+    assert modules & set(clrp.study.__all__) == set()
+    assert all(callable(getattr(clrp.study, name)) for name in clrp.study.__all__)
 
 
 @named(OBJECTS)
@@ -168,6 +187,7 @@ def namespace() -> dict[str, Any]:
         "objective": objective,
         "result": clrp.attribute(model, case.prompt, objective),
         "graph": clrp.attribution_graph(model, case.prompt, objective),
+        "results": demo_study(2, graphs=False),
     }
 
 
@@ -186,7 +206,8 @@ def test_its_example_runs(
     assert test.examples, f"{documented.name} has an example without >>>"
     assert any(e.want or "assert" in e.source for e in test.examples), "it shows nothing"
     monkeypatch.chdir(tmp_path)
-    before, report = snapshot_of(namespace["model"]), []
-    failed, _ = doctest.DocTestRunner(optionflags=OPTIONS).run(test, out=report.append)
-    assert not failed, "".join(report)
+    before, said = snapshot_of(namespace["model"]), []
+    with mock.patch.dict(LOCATORS):
+        failed, _ = doctest.DocTestRunner(optionflags=OPTIONS).run(test, out=said.append)
+    assert not failed, "".join(said)
     assert snapshot_of(namespace["model"]) == before, "the example changes the model"

@@ -15,7 +15,12 @@ from tl_contrastive_lrp.errors import NonFiniteError
 from tl_contrastive_lrp.evaluation.faithfulness import tokens_to_flip
 from tl_contrastive_lrp.study import analyse as module
 from tl_contrastive_lrp.study.analyse import AnalysisSettings, analyse, prepare
-from tl_contrastive_lrp.study.records import analysis_data, analysis_from, case_data, case_from
+from tl_contrastive_lrp.study.records import (
+    analysis_data,
+    analysis_from,
+    collected_data,
+    collected_from,
+)
 from tl_contrastive_lrp.study.segments import instruction_groups, segment_masks, segment_sums
 from tl_contrastive_lrp.study.store import Store
 
@@ -214,9 +219,9 @@ def test_the_store_gives_back_every_bit(tmp_path: Any) -> None:
             assert torch.equal(again.graph.weight, found.graph.weight)
             assert again.graph.history == found.graph.history
     key = store.key("chunk")
-    store.put(key, {"cases": [case_data(case)]})
-    assert case_from(store.get(key).record["cases"][0]) == case
-    wrong = case_data(case)
+    store.put(key, {"cases": [collected_data(case)]})
+    assert collected_from(store.get(key).record["cases"][0]) == case
+    wrong = collected_data(case)
     del wrong["locator"]
     with pytest.raises(ValueError, match="locator"):
-        case_from(wrong)
+        collected_from(wrong)

@@ -93,8 +93,17 @@ def test_verdicts_follow_the_right_answer():
         assert all(p in item.row["user"] + answer for p in benchmark.decisive(item, answer, 4))
 
 
+def test_only_a_newline_ends_a_task(tmp_path):
+    row = json.loads(FILE.read_text("utf-8").split("\n")[0])
+    row["user"] += "\u2028\x85"
+    line = json.dumps(row, ensure_ascii=False)
+    (tmp_path / "t.jsonl").write_text(f"{line}\n{line}", "utf-8")
+    items = open_benchmark("demo", tmp_path / "t.jsonl").items()
+    assert [item.row["user"] for item in items] == [row["user"]] * 2
+
+
 def test_files_that_are_no_tasks_are_named(tmp_path):
-    line = FILE.read_text("utf-8").splitlines()[0]
+    line = FILE.read_text("utf-8").split("\n")[0]
     row = json.loads(line)
     wrong = {
         "not JSON": "{",

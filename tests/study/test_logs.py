@@ -374,6 +374,15 @@ def test_message_lists(model: Any, failure: Any, tmp_path: Path, suffix: str) ->
     assert (first.verdict.failed, second.verdict.passed) == (True, True)
 
 
+def test_only_a_newline_ends_a_line_of_a_log(model: Any, failure: Any, tmp_path: Path) -> None:
+    rows = [message_row(failure, id=id, note="a\u2028b\x85c") for id in ("q1", "q2")]
+    path = tmp_path / "c.jsonl"
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_bytes(text.encode())
+    found = completions_from_log(model, path)
+    assert [one.item.id for one in found] == ["q1", "q2"]  # type: ignore[union-attr]
+
+
 def test_recorded_counts_and_texts_prove_the_ids_or_refuse_them(
     model: Any, failure: Any, tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ def test_the_family_lies_beside_the_package(model, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "__file__", str(tmp_path / "tl_contrastive_lrp/study/models.py"))
     with pytest.raises(FileNotFoundError, match=r"Only the model 'demo' is part of the installed"):
         open_model(ModelSpec("s", "demo/small"))
+    assert models.family_steps() is None
     for name, steps in (("small", 5000), ("small-0250", 250)):
         folder = tmp_path / "demo_family" / name
         folder.mkdir(parents=True)
@@ -46,6 +47,8 @@ def test_the_family_lies_beside_the_package(model, tmp_path, monkeypatch):
             (folder / file).write_bytes((clrp.demo.demo_dir() / file).read_bytes())
         text = (folder / "config.json").read_text()
         (folder / "config.json").write_text(text.replace("{", f'{{"trained_steps": {steps},', 1))
+    (tmp_path / "demo_family" / "small-notes").mkdir()
+    assert models.family_steps() == (250, 5000)
     for name in ("demo/small", "demo/small@250", "demo/small@5000"):
         opened = open_model(ModelSpec("s", name), device="cpu")
         assert opened.cfg.model_name == name

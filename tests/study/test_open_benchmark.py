@@ -74,6 +74,18 @@ def test_lines_that_are_no_rows(tmp_path: Path) -> None:
     assert len(benchmark.items()) == 1
 
 
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    """JSON may hold U+2028, U+2029 and U+0085 as they are."""
+    question = "One\u2028two\u2029three\x85four?"
+    row = json.dumps({"question": question, "answer": "#### 1"}, ensure_ascii=False)
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(f"{row}\n{row}\n".encode())
+    items = open_benchmark("gsm8k", path=path).items()
+    assert [item.id for item in items] == ["1", "2"]
+    assert all(item.row["question"] == question for item in items)
+    assert items[1].source == "r.jsonl, line 2"
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_benchmark("gsm8k", path=tmp_path / "none.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from tl_contrastive_lrp.engine.memory import plain_bytes
 from tl_contrastive_lrp.study import plan as plan_module
 from tl_contrastive_lrp.study import run as run_module
 from tl_contrastive_lrp.study.plan import ModelPlan, StudyPlan
+from tl_contrastive_lrp.study.study import Study
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +116,15 @@ def test_a_sample_without_a_case_is_timed_all_the_same(
     assert plan.tokens[0] > 5
     with pytest.raises(ValueError, match="items=0"):
         small(tmp_path).plan(items=0)
+
+
+def test_contrasts_of_siblings_are_part_of_the_sample(tmp_path: Path) -> None:
+    """A sibling with the base's weights has the base's contrasts, so as many cases."""
+    expected = []
+    for contrast in ("own", "sibling"):
+        more = "siblings: [{name: other, model: demo}]\n"
+        study = small(tmp_path, limit=9, batch_size=9, rules="gradient", more=more)
+        collect = replace(study.settings.collect, contrast=(contrast,), max_new_tokens=48)
+        study = Study(replace(study.settings, collect=collect), tmp_path)
+        expected.append(study.plan(items=9, progress=False).cases)
+    assert expected[0] == expected[1] > 0

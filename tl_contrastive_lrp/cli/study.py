@@ -56,7 +56,8 @@ def init_command(options: InitOptions) -> None:
     With the demo family at hand (a checkout of the repository), it has other sizes and checkpoints.
     """
     with exit_codes(options.debug):
-        from ..study.settings import family_steps, write_template
+        from ..study.models import family_steps
+        from ..study.settings import write_template
 
         write_template(options.file, family=family_steps())
         file = shell_word(str(options.file))

@@ -91,7 +91,7 @@ def _all_cases() -> tuple[DemoCase, ...]:
     text = files(__package__).joinpath("data").joinpath("cases.jsonl").read_text("utf-8")
     names = {f.name for f in fields(DemoCase)}
     cases = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         values = json.loads(line)
         if set(values) != names:
             differing = ", ".join(sorted(set(values) ^ names))

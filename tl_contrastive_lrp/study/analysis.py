@@ -22,6 +22,10 @@ class SegmentSum:
         n_tokens: Tokens counted.
         relevance: Their relevance, in logits.
         normalised: The same over the largest |relevance| of a token that is not special.
+
+    Example:
+        >>> {type(part) for part in results.analyses[0].segments} == {clrp.study.SegmentSum}
+        True
     """
 
     name: str
@@ -55,6 +59,11 @@ class CaseAnalysis:
             longer first; None if it stays first within the limit, or was not measured.
         flip_limit: The most tokens removed; 0 where not measured.
         seconds: Wall time of the parts: "attribute", "graph", "flip".
+
+    Example:
+        >>> analysis = results.analyses[0]
+        >>> analysis.rules, len(analysis.tokens) == len(analysis.str_tokens)
+        ('attnlrp', True)
     """
 
     case_id: str

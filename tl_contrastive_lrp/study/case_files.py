@@ -14,13 +14,14 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import FileFormatError
 from ..files import atomic_path
 from .benchmarks import published_table
+from .benchmarks.rows import Row, json_lines, parquet_rows
 from .cases import CASE_VERSION, Case, case_from, record_of
 
 # Fields that are JSON text in Parquet.
@@ -61,22 +62,24 @@ def load_cases(
     cases: dict[str, Case] = {}
     places: dict[str, str] = {}
     malformed: list[str] = []
-    for where, record in (_lines if suffix == ".jsonl" else _parquet_rows)(path):
+    for row in (json_lines if suffix == ".jsonl" else parquet_rows)(path):
         try:
-            if isinstance(record, FileFormatError):
-                raise record
-            case = case_from(record, where)
+            if isinstance(row, FileFormatError):
+                raise row
+            record = row.values if suffix == ".jsonl" else _with_objects(row)
+            case = case_from(record, row.where)
             if case.id in cases:
                 raise FileFormatError(
-                    f"{where}: field 'id': {case.id!r} is the id of the case at {places[case.id]}."
+                    f"{row.where}: field 'id': {case.id!r} is the id of the case at "
+                    f"{places[case.id]}."
                 )
         except FileFormatError as error:
-            other = isinstance(record, Mapping) and record.get("version") != CASE_VERSION
-            if on_error == "raise" or (other and "version" in record):
+            record = row.values if isinstance(row, Row) else {}
+            if on_error == "raise" or record.get("version", CASE_VERSION) != CASE_VERSION:
                 raise
             malformed.append(str(error))
             continue
-        cases[case.id], places[case.id] = case, where
+        cases[case.id], places[case.id] = case, row.where
     if malformed:
         warnings.warn(
             f"{len(malformed)} malformed cases of {path} are left out:\n" + "\n".join(malformed),
@@ -188,18 +191,6 @@ def _suffix(path: Path) -> str:
     return suffix
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path.name}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                yield where, json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                yield where, FileFormatError(f"{where}: no JSON ({error}).")
-
-
 def _write_parquet(path: Path, cases: Sequence[Case]) -> None:
     import pyarrow
     import pyarrow.parquet
@@ -216,25 +207,18 @@ def _write_parquet(path: Path, cases: Sequence[Case]) -> None:
     pyarrow.parquet.write_table(table, path)
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
+def _with_objects(row: Row) -> Mapping[str, Any]:
+    """A row of a Parquet file with its texts of JSON as what they hold."""
+    values = dict(row.values)
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise FileFormatError(f"{path} is no readable Parquet file: {error}") from error
-    for number, row in enumerate(rows, 1):
-        where = f"{path.name}, row {number}"
-        try:
-            for name in JSON_FIELDS:
-                row[name] = _unpacked(row, name)
-            if isinstance(row.get("provenance"), Mapping):
-                row["provenance"]["decoding"] = _unpacked(row["provenance"], "decoding")
-        except ValueError as error:
-            yield where, FileFormatError(f"{where}: {error}.")
-            continue
-        yield where, row
+        for name in JSON_FIELDS:
+            values[name] = _unpacked(values, name)
+        if isinstance(values.get("provenance"), Mapping):
+            decoding = _unpacked(values["provenance"], "decoding")
+            values["provenance"] = {**values["provenance"], "decoding": decoding}
+    except ValueError as error:
+        raise FileFormatError(f"{row.where}: {error}.") from error
+    return values
 
 
 def _unpacked(row: Mapping[str, Any], name: str) -> Any:

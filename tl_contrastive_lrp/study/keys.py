@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..rules.rule_sets import RULE_SETS
-from .records import case_data
+from .records import collected_data
 
 if TYPE_CHECKING:
     from .analyse import AnalysisSettings
@@ -116,7 +116,7 @@ def analysis_key(
     return store.key(
         "analysis",
         case=case.id,
-        content=content_hash(case_data(case)),
+        content=content_hash(collected_data(case)),
         model=model,
         fingerprint=fingerprint,
         rules=rules,

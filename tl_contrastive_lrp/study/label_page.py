@@ -39,7 +39,7 @@ def label_page(
 
     Example:
         >>> from tl_contrastive_lrp.study.label_page import label_page
-        >>> label_page(study, "label.html").name
+        >>> label_page(results, "label.html").name
         'label.html'
     """
     pairs = []

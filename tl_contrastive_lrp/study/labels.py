@@ -337,8 +337,8 @@ def automatic_label(
         ValueError: The analysis is of another case, or of another number of tokens.
 
     Example:
-        >>> case = study.cases[0]
-        >>> analysis = study.analysis(case.id, "demo", "attnlrp")
+        >>> case = results.cases[0]
+        >>> analysis = results.analysis(case.id, "demo", "attnlrp")
         >>> clrp.study.automatic_label(case, analysis).outcome
         'M-IA'
     """
@@ -403,7 +403,7 @@ def notebook_reading(analysis: CaseAnalysis) -> NotebookReading:
         The reading.
 
     Example:
-        >>> reading = clrp.study.notebook_reading(study.analyses[0])
+        >>> reading = clrp.study.notebook_reading(results.analyses[0])
         >>> reading.graph_needed, reading.reading  # the demo has no instruction segment
         (False, 'neutral')
     """
@@ -447,7 +447,7 @@ class PlantedTruth:
             heatmap.
 
     Example:
-        >>> pairs = [(case, study.analysis(case.id, "demo", "attnlrp")) for case in study.cases]
+        >>> pairs = [(case, results.analysis(case.id, "demo", "attnlrp")) for case in results.cases]
         >>> clrp.study.planted_truth(pairs, k=5).recall.shape
         (2,)
     """
@@ -463,12 +463,26 @@ class PlantedTruth:
 
     @property
     def label_precision(self) -> tuple[int, int]:
-        """Of the cases called manifest without being told, those with a decisive token on top."""
+        """Of the cases called manifest without being told, those with a decisive token on top.
+
+        Example:
+            >>> pairs = [(c, results.analysis(c.id, "demo", "attnlrp")) for c in results.cases]
+            >>> both, called = clrp.study.planted_truth(pairs).label_precision
+            >>> both <= called
+            True
+        """
         return int((self.hit & self.manifest).sum()), int(self.manifest.sum())
 
     @property
     def label_recall(self) -> tuple[int, int]:
-        """Of the cases with a decisive token on top, those called manifest without being told."""
+        """Of the cases with a decisive token on top, those called manifest without being told.
+
+        Example:
+            >>> pairs = [(c, results.analysis(c.id, "demo", "attnlrp")) for c in results.cases]
+            >>> both, found = clrp.study.planted_truth(pairs).label_recall
+            >>> both <= found
+            True
+        """
         return int((self.hit & self.manifest).sum()), int(self.hit.sum())
 
 
@@ -489,7 +503,7 @@ def planted_truth(
         ValueError: ``k`` is below 1.
 
     Example:
-        >>> pairs = [(case, study.analysis(case.id, "demo", "attnlrp")) for case in study.cases]
+        >>> pairs = [(case, results.analysis(case.id, "demo", "attnlrp")) for case in results.cases]
         >>> truth = clrp.study.planted_truth(pairs, k=5)
         >>> bool(truth.hit.mean() > truth.hit_by_chance.mean())
         True

@@ -129,13 +129,31 @@ def open_model(spec: ModelSpec, device: str | torch.device | None = None) -> Tra
     return model
 
 
+def _family() -> Path:
+    return Path(__file__).resolve().parents[2] / "demo_family"
+
+
+def family_steps() -> tuple[int, ...] | None:
+    """Steps of the small demo model's checkpoints, the model itself last.
+
+    Returns:
+        The steps, rising; None where the demo family is not at hand.
+    """
+    root = _family()
+    last = _last_step(root / "small")
+    if last is None:
+        return None
+    found = (path.parent.name.removeprefix("small-") for path in root.glob("small-*/config.json"))
+    return tuple(sorted({int(step) for step in found if step.isdigit()} | {last}))
+
+
 def _family_dir(size: str, step: str | None) -> Path:
     """The folder of a model of the demo family.
 
     Raises:
         FileNotFoundError: The family is not installed, or has no such model.
     """
-    root = Path(__file__).resolve().parents[2] / "demo_family"
+    root = _family()
     if not root.is_dir():
         raise FileNotFoundError(
             f"The demo family is not in {root}. Only the model 'demo' is part of the installed "

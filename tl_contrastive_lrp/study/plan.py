@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from .collect.place import Completion
 from .keys import analysis_key
 from .run import Chunk, StudyRun, cases_of, threads
 from .settings import ModelSettings
+from .store import Key
 
 
 @dataclass(frozen=True)
@@ -143,10 +144,12 @@ def plan_study(run: StudyRun, n_items: int = 4) -> StudyPlan:
         with run.opened(run.settings.base) as (base, base_hash):
             chunks = run.chunks(base_hash, base)
             items = sum(map(len, chunks))
-            found, seconds = _sample(run, base, base_hash, chunks, n_items)
+            siblings, hashes = run.contrasting()
+            found, seconds = _sample(run, base, base_hash, chunks, siblings, n_items)
+            del siblings
             cases = [one for one in found if isinstance(one, Case)]
             probes = cases or [_made_up(run, base, chunks)]
-            collected, known = _known(run, chunks, base_hash)
+            collected, known = _known(run, run.chunk_keys(chunks, base_hash, hashes))
             rate = len(cases) / len(found)
             if collected:
                 rate = len(known) / collected
@@ -169,13 +172,16 @@ def plan_study(run: StudyRun, n_items: int = 4) -> StudyPlan:
 
 
 def _sample(
-    run: StudyRun, base: Any, base_hash: str, chunks: Sequence[Chunk], n_items: int
+    run: StudyRun,
+    base: Any,
+    base_hash: str,
+    chunks: Sequence[Chunk],
+    siblings: Mapping[str, Any],
+    n_items: int,
 ) -> tuple[list[Case | Dropped], float]:
     """What becomes of some items of each benchmark, and the seconds it took.
 
     They are the first of the middle chunk, so at most as many as are completed together.
-
-    Siblings are left out: their contrasts cost one forward an item at most.
     """
     by_benchmark: dict[str, list[Chunk]] = {}
     for chunk in chunks:
@@ -185,7 +191,7 @@ def _sample(
     for each in by_benchmark.values():
         part = each[len(each) // 2][:share]
         start = time.perf_counter()
-        found += run.collected(base, base_hash, part, {})
+        found += run.collected(base, base_hash, part, siblings)
         seconds += time.perf_counter() - start
     return found, seconds
 
@@ -215,16 +221,8 @@ def _made_up(run: StudyRun, base: Any, chunks: Sequence[Chunk]) -> Case:
     raise ValueError("None of the sample's items fits into the model's context; try more items.")
 
 
-def _known(run: StudyRun, chunks: Sequence[Chunk], base_hash: str) -> tuple[int, list[Case]]:
+def _known(run: StudyRun, keys: Sequence[Key]) -> tuple[int, list[Case]]:
     """How many items are collected, and the cases among them."""
-    if "sibling" in run.collecting.contrast and run.settings.siblings:
-        hashes = []
-        for one in run.settings.siblings:
-            with run.opened(one) as (_, sibling_hash):
-                hashes.append((one.name, sibling_hash))
-    else:
-        hashes = []
-    keys = run.chunk_keys(chunks, base_hash, hashes)
     found = [one for key in keys if run.store.has(key) for one in cases_of(run.store, key)]
     return len(found), [one for one in found if isinstance(one, Case)]
 

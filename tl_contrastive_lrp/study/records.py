@@ -16,18 +16,19 @@ from torch import Tensor
 from ..graph.export import from_parts, to_parts
 from ..graph.graph import AttributionGraph
 from .analysis import CaseAnalysis, SegmentSum
-from .cases import Case, Dropped, Provenance, Verdict
+from .cases import Case, Dropped, case_from, record_of
 
 RecordT = TypeVar("RecordT")
 
 
-def case_data(case: Case | Dropped) -> dict[str, Any]:
-    """A case, or a dropped completion, as JSON holds it."""
-    return {"type": type(case).__name__, **dataclasses.asdict(case)}
+def collected_data(one: Case | Dropped) -> dict[str, Any]:
+    """What became of a completion, as JSON holds it."""
+    fields_of_it = record_of(one) if isinstance(one, Case) else dataclasses.asdict(one)
+    return {"type": type(one).__name__, **fields_of_it}
 
 
-def case_from(data: Mapping[str, Any]) -> Case | Dropped:
-    """The case, or dropped completion, that ``case_data`` wrote.
+def collected_from(data: Mapping[str, Any]) -> Case | Dropped:
+    """The case, or dropped completion, that ``collected_data`` wrote.
 
     Raises:
         KeyError, TypeError, ValueError: A field is missing, unknown or wrong.
@@ -37,17 +38,8 @@ def case_from(data: Mapping[str, Any]) -> Case | Dropped:
         return _made(Dropped, rest)
     if data["type"] != "Case":
         raise ValueError(f"{data['type']!r} is no record of a case")
-    for name in ("prompt_ids", "completion_ids", "decisive_positions"):
-        rest[name] = _as_tuple(rest[name])
-    for name in ("messages", "tools"):
-        rest[name] = _as_tuple(rest[name])
-    rest["segments"] = {
-        name: tuple((int(start), int(end)) for start, end in spans)
-        for name, spans in rest["segments"].items()
-    }
-    rest["verdict"] = _made(Verdict, rest["verdict"])
-    rest["provenance"] = _made(Provenance, rest["provenance"])
-    return _made(Case, rest)
+    _require_fields(Case, rest)
+    return case_from(rest)
 
 
 def analysis_data(analysis: CaseAnalysis) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -93,13 +85,13 @@ def analysis_from(
     return _made(CaseAnalysis, {**rest, "seconds": dict(seconds)})
 
 
-def _as_tuple(value: Any) -> Any:
-    return None if value is None else tuple(value)
-
-
 def _made(kind: type[RecordT], data: Mapping[str, Any]) -> RecordT:
-    names = {one.name for one in fields(kind)}  # type: ignore[arg-type]
+    _require_fields(kind, data)
+    return kind(**data)
+
+
+def _require_fields(kind: type[Any], data: Mapping[str, Any]) -> None:
+    names = {one.name for one in fields(kind)}
     if names != set(data):
         differing = ", ".join(sorted(names ^ set(data)))
         raise ValueError(f"fields of {kind.__name__} missing or unknown: {differing}")
-    return kind(**data)

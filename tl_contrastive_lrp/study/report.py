@@ -74,7 +74,7 @@ def report(
 
     Example:
         >>> from tl_contrastive_lrp.study.report import report
-        >>> numbers = report(study, "report.html")
+        >>> numbers = report(results, "report.html")
         >>> numbers["tables"]["truth"]["rows"][0]["k"]
         1
     """

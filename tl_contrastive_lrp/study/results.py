@@ -65,7 +65,7 @@ class StudyResults:
         ValueError: Two records contradict each other or name what is not there.
 
     Example:
-        >>> study.base.name, study.benchmarks, study.rules
+        >>> results.base.name, results.benchmarks, results.rules
         ('demo', ('demo',), ('attnlrp', 'gradient'))
     """
 
@@ -114,7 +114,7 @@ class StudyResults:
         """The cases by their id.
 
         Example:
-            >>> len(study.by_id) == len(study.cases)
+            >>> len(results.by_id) == len(results.cases)
             True
         """
         return {case.id: case for case in self.cases}
@@ -124,7 +124,7 @@ class StudyResults:
         """The model whose failures are the cases.
 
         Example:
-            >>> study.base.role
+            >>> results.base.role
             'base'
         """
         return next(model for model in self.models if model.role == "base")
@@ -134,7 +134,7 @@ class StudyResults:
         """Names of the benchmarks, in order of appearance.
 
         Example:
-            >>> study.benchmarks
+            >>> results.benchmarks
             ('demo',)
         """
         records: tuple[Case | Dropped, ...] = (*self.cases, *self.dropped)
@@ -145,7 +145,7 @@ class StudyResults:
         """Names of the rule sets of the base model; the first is the study's main one.
 
         Example:
-            >>> study.rules[0]
+            >>> results.rules[0]
             'attnlrp'
         """
         found = dict.fromkeys(a.rules for a in self.analyses if a.model == self.base.name)
@@ -168,7 +168,7 @@ class StudyResults:
             The analysis, or None.
 
         Example:
-            >>> study.analysis(study.cases[0].id, "demo", "relp") is None
+            >>> results.analysis(results.cases[0].id, "demo", "relp") is None
             True
         """
         return self._table.get((case_id, model, rules))
@@ -184,7 +184,7 @@ class StudyResults:
             The analyses that were made.
 
         Example:
-            >>> len(study.of_model("demo")) == len(study.cases)
+            >>> len(results.of_model("demo")) == len(results.cases)
             True
         """
         chosen = rules if rules is not None else next(iter(self.rules), "")

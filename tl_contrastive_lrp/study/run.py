@@ -47,7 +47,7 @@ from .collect import CollectSettings, collect, collect_logged
 from .keys import analysis_key, chunk_key, content_hash, file_hash, model_key
 from .logs import LoggedCompletion, completions_from_log
 from .models import check_same_tokens, fingerprint, open_model
-from .records import analysis_data, analysis_from, case_data, case_from
+from .records import analysis_data, analysis_from, collected_data, collected_from
 from .settings import BenchmarkSettings, ModelSettings, StudySettings
 from .store import Key, Store
 from .workers import Share, Worker
@@ -322,16 +322,21 @@ class StudyRun:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _collect(
-        self, worker: Worker, base: Any, base_hash: str, chunks: Sequence[Chunk]
-    ) -> list[Case]:
-        siblings: dict[str, Any] = {}
+    def contrasting(self) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+        """The siblings that contrasts may come from, together in memory, and their hashes."""
+        models: dict[str, Any] = {}
         hashes: list[tuple[str, str]] = []
         takes_siblings = "sibling" in self.collecting.contrast
         for one in self.settings.siblings if takes_siblings else ():
             with self.opened(one) as (model, model_hash):
-                siblings[one.name] = model
+                models[one.name] = model
                 hashes.append((one.name, model_hash))
+        return models, hashes
+
+    def _collect(
+        self, worker: Worker, base: Any, base_hash: str, chunks: Sequence[Chunk]
+    ) -> list[Case]:
+        siblings, hashes = self.contrasting()
         keys = self.chunk_keys(chunks, base_hash, hashes)
 
         def compute(i: int) -> bool:
@@ -339,7 +344,7 @@ class StudyRun:
             found = self.collected(base, base_hash, chunks[i], siblings)
             self.store.put(
                 keys[i],
-                {"cases": [case_data(one) for one in found]},
+                {"cases": [collected_data(one) for one in found]},
                 notes={"seconds": time.perf_counter() - start, **_made_by(base)},
             )
             return True
@@ -454,7 +459,7 @@ def cases_of(store: Store, key: str) -> list[Case | Dropped]:
         KeyError: It is not in the store.
         FileFormatError: Its file is damaged.
     """
-    return [case_from(one) for one in store.get(key).record["cases"]]
+    return [collected_from(one) for one in store.get(key).record["cases"]]
 
 
 def analysis_of(store: Store, key: str) -> Any:

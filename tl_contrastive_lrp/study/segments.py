@@ -9,7 +9,6 @@ belong to none. So the segments and the special tokens together are all tokens, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from .analysis import SegmentSum
 from .cases import Case
+from .collect.spans import character_spans
 
 WITH_TARGET, WITHOUT_TARGET = "with target", "without target"
 
@@ -67,7 +67,6 @@ def _said(case: Case, str_tokens: Sequence[str]) -> Iterator[tuple[int, int]]:
         yield 0, len(str_tokens)
         return
     text = "".join(str_tokens)
-    ends = list(accumulate(map(len, str_tokens)))
     at = 0
     for message in case.messages:
         content = message.get("content")
@@ -77,12 +76,7 @@ def _said(case: Case, str_tokens: Sequence[str]) -> Iterator[tuple[int, int]]:
         if start < 0:
             continue
         at = start + len(content)
-        # Tokens that hold one of its characters.
-        touched = [
-            i
-            for i, (end, token) in enumerate(zip(ends, str_tokens, strict=True))
-            if token and end > start and end - len(token) < at
-        ]
+        touched = character_spans(str_tokens, [(start, at)])
         yield touched[0], touched[-1] + 1
 
 

@@ -510,20 +510,15 @@ siblings:                 # other sizes with the same tokenizer
   - {name: demo large, model: demo/large}
 checkpoints:              # of the base, in the order of training
 """
-_STEPS = (500, 1000, 1500, 2000, 3000, 4000)
 _MISSING = """\
-# The demo family lies in demo_family/ of the project's repository and is not in this folder, so
-# its lines are commented out. With it, let base be {model: demo/small} and take away the marks.
+# Siblings and checkpoints need models with the same tokenizer. The demo family has them, in
+# demo_family/ of the project's repository; this installation is without it. There, this command
+# writes a file with all of its models. Others are named like this:
+# siblings:
+#   - {name: large, model: my/large}
+# checkpoints:
+#   - {name: "step 1000", model: my/model, revision: step1000, step: 1000}
 """
-
-
-def family_steps() -> tuple[int, ...] | None:
-    """Steps of the small demo model's checkpoints; None where the demo family is not at hand."""
-    folder = Path(__file__).resolve().parents[2] / "demo_family"
-    if not (folder / "small" / "config.json").is_file():
-        return None
-    found = (path.parent.name.removeprefix("small-") for path in folder.glob("small-*/config.json"))
-    return tuple(sorted(int(step) for step in found if step.isdigit()))
 
 
 def template(file: str, *, family: Sequence[int] | None, store: str = "demo-study") -> str:
@@ -531,19 +526,17 @@ def template(file: str, *, family: Sequence[int] | None, store: str = "demo-stud
 
     Args:
         file: Name of the file, for the commands in its comments.
-        family: Steps of the small model's checkpoints, where the demo family is at hand; else None.
+        family: Steps of the small model's checkpoints (``family_steps``); None without the family.
         store: Folder for results.
 
     Returns:
         YAML.
     """
-    lines = [
-        f'  - {{name: "step {step}", model: demo/small@{step}, step: {step}}}'
-        for step in (_STEPS if family is None else family)
-    ]
-    text = _SIBLINGS + "\n".join(lines) + "\n"
     if family is None:
-        text = _MISSING + "".join(f"# {line}\n" for line in text.splitlines())
+        text = _MISSING
+    else:
+        steps = [f'  - {{name: "step {n}", model: demo/small@{n}, step: {n}}}\n' for n in family]
+        text = _SIBLINGS + "".join(steps)
     base = "{model: demo}" if family is None else "{model: demo/small}"
     return _TEMPLATE.format(file=file, store=store, base=base, family=text)
 

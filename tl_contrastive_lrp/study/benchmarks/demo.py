@@ -76,7 +76,10 @@ class DemoBenchmark:
         source = files("tl_contrastive_lrp.demo").joinpath("data/tasks.jsonl")
         text = source.read_text("utf-8") if path is None else Path(path).read_text("utf-8")
         name = "demo tasks.jsonl" if path is None else str(path)
-        found = [_item(line, f"{name}:{n}") for n, line in enumerate(text.splitlines(), 1)]
+        # Not splitlines: JSON may hold U+2028 as it is, and no line ends there.
+        found = [
+            _item(line, f"{name}:{n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()
+        ]
         return cls([item for item in found if item.row["kind"] in kinds][:limit])
 
     def items(self) -> Sequence[Item]:

@@ -127,7 +127,7 @@ def read_rows(
         ".ndjson": json_lines,
         ".json": json_list,
         ".csv": _csv,
-        ".parquet": _parquet,
+        ".parquet": parquet_rows,
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -201,7 +201,18 @@ def _csv(path: Path) -> Iterator[Row | FileFormatError]:
             raise FileFormatError(f"{path}, after row {number}: {error}.") from error
 
 
-def _parquet(path: Path) -> Iterator[Row | FileFormatError]:
+def parquet_rows(path: Path) -> Iterator[Row | FileFormatError]:
+    """The rows of a Parquet file.
+
+    Args:
+        path: The file.
+
+    Yields:
+        Its rows.
+
+    Raises:
+        FileFormatError: The file cannot be read.
+    """
     import pyarrow
     import pyarrow.parquet
 
