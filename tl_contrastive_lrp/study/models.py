@@ -2,7 +2,8 @@
 
 A model is named by a ``ModelSpec``: a name on the hub, a local folder, or one of the demo family.
 "demo" is the model of the package; "demo/small", "demo/large" and the checkpoints "demo/small@1000"
-lie in the folder ``demo_family`` of a checkout, beside the package, and share its tokenizer.
+lie in the folder ``demo_family`` of a checkout, beside the package or above the current folder, and
+share its tokenizer.
 
 ``fingerprint`` is what a store keys results by: two models with equal fingerprints have the same
 configuration and the same numbers in the same parameters.
@@ -130,7 +131,12 @@ def open_model(spec: ModelSpec, device: str | torch.device | None = None) -> Tra
 
 
 def _family() -> Path:
-    return Path(__file__).resolve().parents[2] / "demo_family"
+    """The demo family's folder: beside the package, else in the current folder or one above it."""
+    beside, here = Path(__file__).resolve().parents[2], Path.cwd()
+    for root in (beside, here, *here.parents):
+        if (root / "demo_family" / "small" / "config.json").is_file():
+            return root / "demo_family"
+    return beside / "demo_family"
 
 
 def family_steps() -> tuple[int, ...] | None:
@@ -157,8 +163,8 @@ def _family_dir(size: str, step: str | None) -> Path:
     if not root.is_dir():
         raise FileNotFoundError(
             f"The demo family is not in {root}. Only the model 'demo' is part of the installed "
-            "package; the others come with a checkout of its repository: install that one with "
-            "pip install -e, or use 'demo'."
+            "package; the others come with a checkout of its repository: run this in a folder "
+            "of the checkout, or use 'demo'."
         )
     folder = root / (size if step is None else f"{size}-{int(step):04d}")
     if step is not None and not folder.is_dir() and _last_step(root / size) == int(step):
