@@ -484,7 +484,7 @@ base: {base}
 
 {family}
 benchmarks:
-  - {{name: demo, limit: 200}}
+  - {{name: demo, limit: 400}}
   # - {{name: gsm8k, path: gsm8k_test.jsonl, limit: 150}}     # rows in a local file
   # - {{name: gsm8k, log: run.eval}}                          # completions of a finished run
 
