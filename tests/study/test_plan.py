@@ -46,7 +46,7 @@ def test_hours_by_hand() -> None:
     for words in (
         "1,000 items, 100 collected already; about 300 cases", "at most 930",
         "50 in the median, 90 at most", "a case a 1 s, b 3 s; 1,800 analyses, 60 min",
-        "In all about 2.0 h",
+        "In all about 2.0 h", "3.4 h if every item became a case",  # 630 cases more, 2 models · 4 s
     ):  # fmt: skip
         assert words in text, words
     tiled = StudyPlan(**{**vars(plan), "models": (model_plan(free_bytes=1),)})

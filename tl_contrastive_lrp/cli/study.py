@@ -71,7 +71,7 @@ class PlanOptions:
     file: FileArgument
     items: Annotated[
         int, typer.Option(min=1, help="Items that are completed for the timed sample.")
-    ] = 4
+    ] = 8
     json: o.JsonOption = False
     quiet: o.QuietOption = False
     debug: o.DebugOption = False

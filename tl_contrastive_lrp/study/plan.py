@@ -95,6 +95,12 @@ class StudyPlan:
         collecting = self.seconds_per_item * (self.items - self.collected) / 3600
         return collecting + sum(model.hours for model in self.models)
 
+    @property
+    def most_hours(self) -> float:
+        """Hours that one worker needs if every item becomes a case."""
+        a_case = sum(sum(model.seconds.values()) for model in self.models)
+        return self.hours + a_case * (self.most_cases - self.cases) / 3600
+
     def __str__(self) -> str:
         done = f", {self.collected:,} collected already" if self.collected else ""
         lines = [
@@ -116,7 +122,8 @@ class StudyPlan:
             )
         lines.append(
             f"In all about {_duration(self.hours * 3600)} ({self.hours:.2g} hours) with one "
-            "worker; n workers take an n-th of that."
+            f"worker, {_duration(self.most_hours * 3600)} if every item became a case; n workers "
+            "take an n-th of that."
         )
         return "\n".join(lines)
 
@@ -127,7 +134,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def plan_study(run: StudyRun, n_items: int = 4) -> StudyPlan:
+def plan_study(run: StudyRun, n_items: int = 8) -> StudyPlan:
     """Time a sample of a study, and reckon what all of it takes.
 
     Args:

@@ -102,7 +102,7 @@ class Study:
         given = share if share is not None else Share()
         return StudyRun(settings, self.store, given, self.sandbox, self.judges, progress)
 
-    def plan(self, *, items: int = 4, progress: bool = True) -> StudyPlan:
+    def plan(self, *, items: int = 8, progress: bool = True) -> StudyPlan:
         """Say how large the study is, from a timed sample, before anything is run.
 
         Args:
