@@ -122,8 +122,8 @@ def run_command(options: RunOptions) -> None:
     """Collect and explain what is not in the store yet.
 
     Interrupted, killed or run again, it continues. Several processes with one store share the
-    work: **accelerate launch -m tl_contrastive_lrp study run FILE**, or **--shard** in each job of
-    an array. Results do not depend on how many there are.
+    work: **accelerate launch -m tl_contrastive_lrp study run FILE** on GPUs, **torchrun** on CPUs,
+    or **--shard** in each job of an array. Results do not depend on how many there are.
 
     **--json** prints one object: *cases, dropped, computed* (units of this process), *found* (in
     the store, or by other processes), *failed* (*case_id, model, rules, why*), *damaged* (files
