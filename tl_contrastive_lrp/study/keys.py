@@ -35,6 +35,12 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def failure_hash(case: Case) -> str:
+    """Hash of what a person labels: the model's weights, the ids it read, and the two tokens."""
+    what = [case.provenance.fingerprint, case.ids, case.target_id, case.contrast_id]
+    return content_hash(what)
+
+
 def file_hash(path: str | os.PathLike[str]) -> str:
     """Hash of a file's bytes.
 
