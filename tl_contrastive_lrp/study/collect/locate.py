@@ -118,7 +118,9 @@ def constraint(failure: Failure, settings: RecoverySettings) -> int | None:  # n
     done, writer = failure.completion, failure.writer
     last = len(done.ids) - (1 if done.ended else 0)
     for i in range(last):
-        if failure.benchmark.can_pass(done.item, writer.text(done.ids[: i + 1])) is False:
+        # The bytes of a character that is not whole yet say nothing.
+        beginning = writer.text(done.ids[: i + 1]).rstrip("\ufffd")
+        if failure.benchmark.can_pass(done.item, beginning) is False:
             return i
     return None
 
