@@ -236,6 +236,10 @@ def _from_hub(
 def _row(value: Any, number: int, where: str) -> Row | FileFormatError:
     if not isinstance(value, Mapping):
         return FileFormatError(f"{where}: {_kind(value)} in place of an object with fields.")
+    try:  # a text with half a surrogate pair, which no tokenizer takes
+        json.dumps(value, ensure_ascii=False, default=repr).encode()
+    except UnicodeEncodeError as error:
+        return FileFormatError(f"{where}: no Unicode text ({error}).")
     return Row(value, number, where)
 
 
