@@ -112,7 +112,7 @@ def read_rows(
         FileFormatError: The file as a whole cannot be read.
     """
     if path is None:
-        yield from _from_hub(table, name, split, revision)
+        yield from map(_unicode, _from_hub(table, name, split, revision))
         return
     if split is not None or revision is not None:
         raise ValueError(
@@ -134,7 +134,7 @@ def read_rows(
         raise ValueError(
             f"{path} ends in none of {', '.join(readers)}; the suffix tells its format."
         )
-    yield from reader(path)
+    yield from map(_unicode, reader(path))
 
 
 def json_lines(path: Path) -> Iterator[Row | FileFormatError]:
@@ -233,13 +233,19 @@ def _from_hub(
         yield _row(value, number, f"{table.hub} ({split}), row {number}")
 
 
+def _unicode(row: Row | FileFormatError) -> Row | FileFormatError:
+    """An error in place of a row with half a surrogate pair, which no tokenizer takes."""
+    if isinstance(row, Row):
+        try:
+            json.dumps(row.values, ensure_ascii=False, default=repr).encode()
+        except UnicodeEncodeError as error:
+            return FileFormatError(f"{row.where}: no Unicode text ({error}).")
+    return row
+
+
 def _row(value: Any, number: int, where: str) -> Row | FileFormatError:
     if not isinstance(value, Mapping):
         return FileFormatError(f"{where}: {_kind(value)} in place of an object with fields.")
-    try:  # a text with half a surrogate pair, which no tokenizer takes
-        json.dumps(value, ensure_ascii=False, default=repr).encode()
-    except UnicodeEncodeError as error:
-        return FileFormatError(f"{where}: no Unicode text ({error}).")
     return Row(value, number, where)
 
 
