@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 from support.children import environment
 from support.study_bench import patched, small
 
-from tl_contrastive_lrp.study import register_locator
+from tl_contrastive_lrp.study import benchmarks, register_locator
 from tl_contrastive_lrp.study.collect import LOCATORS
 from tl_contrastive_lrp.study.keys import content_hash, function_data
+from tl_contrastive_lrp.study.settings import read_settings
 from tl_contrastive_lrp.study.study import Study
 
 SOURCE = """
@@ -103,6 +105,33 @@ def test_another_judge_and_another_locator_are_asked_anew(
         study = with_locators("mine")
         assert study.run(progress=False).found == 0
         assert "token 0" in _where(study)
+
+
+def test_what_no_library_could_check_is_checked_once_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        '{"key": 1, "prompt": "Name a lamp.", "instruction_id_list": ["keywords:existence"],'
+        ' "kwargs": [{"keywords": ["zebra"]}]}\n'
+    )
+    file = "{version: 1, base: {model: demo}, benchmarks: [{name: ifeval, path: rows.jsonl}]}"
+    study = Study(read_settings(file), tmp_path)
+    real = benchmarks.version
+
+    def without(library: str) -> str:
+        if library == "if-verifiable":
+            raise PackageNotFoundError
+        return real(library)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "if_verifiable.common", None)
+        patch.setattr(benchmarks, "version", without)
+        study.run(progress=False)
+        assert [gone.reason for gone in study.results().dropped] == ["unchecked"]
+    assert study.run(progress=False).found == 0
+    assert [gone.reason for gone in study.results().dropped] != ["unchecked"]
+    monkeypatch.setattr(benchmarks, "version", lambda library: real(library) + ".1")
+    assert study.run(progress=False).found == 0
 
 
 def _where(study: Study) -> str:

@@ -145,7 +145,7 @@ def chunk_key(
         siblings: Name and hash of each model that contrasts may come from.
         seed: The study's seed.
         checker: Hash of the user's functions that it depends on: the sandbox, the judges, and
-            locators that are not the package's.
+            locators that are not the package's; and of the libraries that its checker asks.
     """
     return store.key(
         "chunk",

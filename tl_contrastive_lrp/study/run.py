@@ -40,7 +40,7 @@ from ..errors import (
     is_out_of_memory,
 )
 from .analyse import AnalysisSettings, analyse, prepare
-from .benchmarks import open_benchmark
+from .benchmarks import checked_with, open_benchmark
 from .benchmarks.item import Benchmark, Item
 from .cases import Case, Dropped
 from .collect import LOCATORS, CollectSettings, collect, collect_logged
@@ -368,12 +368,13 @@ class StudyRun:
         used = [LOCATORS[name] for name in self.collecting.locators]
         own = [one for one in used if getattr(one, "__module__", "") != judge.__module__]
         functions = [self.sandbox and function_data(self.sandbox)]
-        checker = content_hash([*functions, *map(function_data, (*self.judges, *own))])
+        functions += map(function_data, (*self.judges, *own))
         return [
             chunk_key(
                 self.store, chunk.settings, chunk.items, log=chunk.log,
                 spec=self.settings.base.spec, fingerprint=base_hash, collect=self.collecting,
-                siblings=siblings, seed=self.settings.seed, checker=checker,
+                siblings=siblings, seed=self.settings.seed,
+                checker=content_hash([functions, checked_with(chunk.settings.name)]),
             )
             for chunk in chunks
         ]  # fmt: skip
