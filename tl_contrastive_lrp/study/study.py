@@ -265,7 +265,9 @@ class Study:
             NotRunError: The study has not been run, or not to its end.
             FileFormatError: A file of the store is damaged; running again replaces it, and adding
                 labels again those of labels.
-            OSError, ValueError: A benchmark cannot be opened.
+            OSError: A benchmark cannot be opened.
+            ValueError: That too, or none of the base's analyses under the first rule set was made,
+                though others were.
 
         Example:
             >>> from tl_contrastive_lrp.study.settings import read_settings
@@ -306,6 +308,8 @@ class Study:
                 _entry(run.settings, one, hashes[one.name]) for one in run.settings.models
             ),
             facts=self._facts(missing),
+            # Not that of the first analysis, which may be missing.
+            main_rules=self.settings.analyse.rules[0],
         )
 
     def _collected(
