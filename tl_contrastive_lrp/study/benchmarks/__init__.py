@@ -90,10 +90,8 @@ def checked_with(name: str) -> dict[str, str | None]:
     """
     found = {library: _version(library) for library in _LIBRARIES.get(name, ())}
     if found.get("nltk") is not None:
-        import nltk
-
         try:
-            nltk.data.find("tokenizers/punkt_tab")
+            import_module("nltk").data.find("tokenizers/punkt_tab")
             found["punkt_tab"] = "installed"
         except LookupError:
             found["punkt_tab"] = None
