@@ -527,6 +527,41 @@ def test_items_of_a_benchmark_are_found_by_their_question(
     assert "no item with this question" in dropped.detail
 
 
+def test_an_item_that_was_asked_several_times_gives_cases_of_their_own(
+    model: Any, failure: Any, tmp_path: Path
+) -> None:
+    rows = [{"question": failure.user, "answer": "#### 3"}]
+    benchmark = open_benchmark("gsm8k", path=lines(tmp_path / "g.jsonl", rows))
+    unknown = [{"role": "user", "content": "unknown"}, {"role": "assistant", "content": "a"}]
+    path = lines(
+        tmp_path / "c.jsonl",
+        [message_row(failure, id="7"), message_row(failure, id="8"),
+         message_row(failure, id="1", messages=unknown), message_row(failure, id="9")],
+    )  # fmt: skip
+    found = completions_from_log(model, path, benchmark=benchmark)
+    ids = [one.id if isinstance(one, Dropped) else f"gsm8k/{one.item.id}" for one in found]
+    assert ids == ["gsm8k/1", "gsm8k/1 (2)", "gsm8k/1 (3)", "gsm8k/1 (4)"]
+    assert isinstance(found[2], Dropped)
+    same = [one.completion_ids for one in found if isinstance(one, LoggedCompletion)]
+    assert len(same) == 3
+    assert len(set(same)) == 1
+
+
+def test_the_question_may_be_what_the_item_itself_asks(
+    model: Any, failure: Any, tmp_path: Path
+) -> None:
+    """The demo's rows have no field of a published name; GSM8K's request follows the problem."""
+    demo = open_benchmark("demo", limit=3)
+    rows = [{"question": failure.user, "answer": "#### 3"}]
+    gsm8k = open_benchmark("gsm8k", path=lines(tmp_path / "g.jsonl", rows))
+    for benchmark, item in ((demo, demo.items()[2]), (gsm8k, gsm8k.items()[0])):
+        chat = [*item.messages, {"role": "assistant", "content": "No."}]
+        path = lines(tmp_path / "c.jsonl", [message_row(failure, messages=chat)])
+        [found] = completions_from_log(model, path, benchmark=benchmark)
+        assert isinstance(found, LoggedCompletion)
+        assert found.item.id == item.id
+
+
 def test_a_text_that_may_begin_with_bos_needs_to_be_told(
     model: Any, failure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,30 @@ def test_a_fingerprint_is_that_of_the_numbers(model):
     assert fingerprint(changed) != own
 
 
+def test_a_fingerprint_is_also_that_of_what_decides_prompts_and_ends(model):
+    own, changed = fingerprint(model), clrp.load_demo_model(device="cpu")
+    tokenizer = changed.tokenizer
+    tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=8)
+    assert fingerprint(changed) == own  # what a call leaves behind is no part of the model
+    template = tokenizer.chat_template
+    tokenizer.chat_template = template.replace("<|im_end|>", "<|im_end|> ", 1)
+    assert fingerprint(changed) != own
+    tokenizer.chat_template = template
+    tokenizer.add_special_tokens({"additional_special_tokens": ["desk"]})
+    assert fingerprint(changed) != own
+    changed = clrp.load_demo_model(device="cpu")
+    changed.original_model.generation_config.eos_token_id = [2, 5]
+    assert fingerprint(changed) != own
+    changed = clrp.load_demo_model(device="cpu")
+    inner = changed.original_model.model
+    inner.register_buffer("correction", torch.zeros(2))  # such as the bias of a router
+    hashes = {own, fingerprint(changed)}
+    inner.correction += 1
+    assert len(hashes | {fingerprint(changed)}) == 3
+    inner.register_buffer("correction", torch.zeros(2), persistent=False)  # computed, not loaded
+    assert fingerprint(changed) == own
+
+
 def test_the_family_lies_beside_the_package(model, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "__file__", str(tmp_path / "tl_contrastive_lrp/study/models.py"))
     with pytest.raises(FileNotFoundError, match=r"Only the model 'demo' is part of the installed"):

@@ -86,6 +86,18 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     assert items[1].source == "r.jsonl, line 2"
 
 
+def test_a_row_that_is_no_unicode_text_is_malformed(tmp_path: Path) -> None:
+    """Half a surrogate pair, which JSON can hold and no tokenizer takes."""
+    path = tmp_path / "r.jsonl"
+    good = '{"question": "a \\ud83d\\ude00?", "answer": "#### 1"}\n'
+    path.write_text(good + good.replace("\\ude00", ""))
+    with pytest.raises(FileFormatError, match=r"r\.jsonl, line 2: no Unicode text"):
+        open_benchmark("gsm8k", path=path)
+    with pytest.warns(UserWarning, match="line 2: no Unicode text"):
+        benchmark = open_benchmark("gsm8k", path=path, on_error="skip")
+    assert [item.id for item in benchmark.items()] == ["1"]
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_benchmark("gsm8k", path=tmp_path / "none.jsonl")

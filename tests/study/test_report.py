@@ -18,6 +18,8 @@ from support.browser import HOSTILE
 from support.studies import made_up_study
 
 from tl_contrastive_lrp.render.study.tables import cell
+from tl_contrastive_lrp.study.cases import REASONS, Dropped
+from tl_contrastive_lrp.study.label_page import label_page
 from tl_contrastive_lrp.study.labels import OUTCOMES, automatic_label
 from tl_contrastive_lrp.study.report import report
 
@@ -239,11 +241,40 @@ def test_texts_can_be_left_out(tmp_path: Path) -> None:
 
 def test_reports_that_cannot_be_made_say_why(tmp_path: Path) -> None:
     study = made_up_study(4)
-    with pytest.raises(ValueError, match="has no case to report; 4 completions"):
+    with pytest.raises(ValueError, match=r"has no case to report; 4 completions were d.*1"):
         report(replace(study, cases=(), analyses=(), labels=()), tmp_path / "out.html")
+    gone = (Dropped("demo/1", "demo", "passes"),)
+    none = replace(study, cases=(), analyses=(), labels=(), dropped=gone)
+    with pytest.raises(ValueError, match=r"has no case to label; 1 completion was dropped \(pas"):
+        label_page(none, tmp_path / "out.html")
     with pytest.raises(ValueError, match=r"out\.html"):
         report(study, tmp_path / "out.pdf")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_nobody_checked_is_no_failure(tmp_path: Path) -> None:
+    """Without exact tokens, or too long to be read, a completion may as well have passed."""
+    study = made_up_study(4)
+    name = study.cases[0].benchmark
+    dropped = [Dropped(f"{name}/x{i}", name, reason) for i, reason in enumerate(REASONS)]
+    study = replace(study, cases=study.cases, dropped=tuple(dropped))
+    kept = sum(case.benchmark == name for case in study.cases)
+    table = report(study, tmp_path / "out.html")["tables"]["clean"]
+    row = next(row for row in table["rows"] if row["benchmark"] == name)
+    # Judged wrong: not located, no contrast, small delta, not the top token.
+    assert row["failures"] == kept + 4
+    assert (row["kept"]["count"], row["kept"]["of"]) == (kept, kept + 4)
+    assert row["completions"] == kept + len(REASONS)
+
+
+def test_analyses_that_are_missing_are_said(tmp_path: Path) -> None:
+    study = made_up_study(3)
+    for missing, words in ((0, False), (2, True)):
+        facts = {**study.facts, "missing_analyses": missing}
+        report(replace(study, facts=facts), tmp_path / "out.html")
+        text = (tmp_path / "out.html").read_text("utf-8")
+        assert ("2 analyses are missing" in text) == words
+        assert ("analyses are missing" in text) == words
 
 
 def test_a_study_with_one_benchmark_and_nothing_else_has_a_report(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from support.studies import made_up_analysis, made_up_study
+from support.study_bench import patched, small
 
 from tl_contrastive_lrp.study.labels import Label
 from tl_contrastive_lrp.study.results import ModelEntry
@@ -53,3 +55,21 @@ def test_contradictions_are_refused() -> None:
         ModelEntry("x", "checkpoint")
     with pytest.raises(ValueError, match="role of 'x'"):
         ModelEntry("x", "parent")
+
+
+def test_the_main_rule_set_is_the_file_s_also_where_its_first_analysis_is_missing(
+    tmp_path: Path,
+) -> None:
+    with patched():
+        study = small(tmp_path, limit=9, rules="attnlrp, gradient")
+        study.run(progress=False)
+        first = study.results().analyses[0]
+        assert first.rules == "attnlrp"
+        for key in study.store.keys("analysis"):
+            what = study.store.get(key).what
+            if (what["case"], what["rules"]) == (first.case_id, "attnlrp"):
+                study.store.path(key).unlink()
+        results = study.results()
+    assert results.facts["missing_analyses"] == 1
+    assert results.rules == ("attnlrp", "gradient")
+    assert {a.rules for a in results.of_model("demo").values()} == {"attnlrp"}

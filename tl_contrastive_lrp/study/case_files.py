@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import FileFormatError
+from ..errors import FileFormatError, a_kind
 from ..files import atomic_path
 from .benchmarks import published_table
 from .benchmarks.rows import Row, json_lines, parquet_rows
@@ -122,7 +122,7 @@ def save_cases(
     suffix = _suffix(path)
     for case in cases:
         if not isinstance(case, Case):
-            raise TypeError(f"{case!r} is a {type(case).__name__}; give objects of Case.")
+            raise TypeError(f"{case!r} is {a_kind(case)}; give objects of Case.")
     repeated = [id for id, count in Counter(case.id for case in cases).items() if count > 1]
     if repeated:
         raise ValueError(f"Two cases have the id {repeated[0]!r}; ids must be unique.")

@@ -35,13 +35,16 @@ def label_page(
         The path.
 
     Raises:
-        ValueError: No case has an analysis by the base model, or the file's name is no page's.
+        ValueError: There is no case, or none with an analysis by the base model, or the file's name
+            is no page's.
 
     Example:
         >>> from tl_contrastive_lrp.study.label_page import label_page
         >>> label_page(results, "label.html").name
         'label.html'
     """
+    if not results.cases:
+        raise ValueError(f"study {results.name!r} has no case to label; {results.why_none}")
     pairs = []
     for case in results.cases:
         found = [results.analysis(case.id, results.base.name, rules) for rules in results.rules]

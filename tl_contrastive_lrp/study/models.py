@@ -6,7 +6,7 @@ lie in the folder ``demo_family`` of a checkout, beside the package or above the
 share its tokenizer.
 
 ``fingerprint`` is what a store keys results by: two models with equal fingerprints have the same
-configuration and the same numbers in the same parameters.
+configuration, the same numbers in the same parameters, and the same tokenizer and chat template.
 """
 
 from __future__ import annotations
@@ -192,10 +192,12 @@ def _last_step(folder: Path) -> int | None:
 
 @torch.no_grad()
 def fingerprint(model: Any) -> str:
-    """A hash of a model's configuration and of every parameter.
+    """A hash of a model's configuration, of every parameter, and of what makes texts of its ids.
 
-    It covers each parameter's name, type, shape and bytes, wherever it is (also weights that
-    accelerate keeps on disk), and is the same for the same weights on any device.
+    It covers the name, type, shape and bytes of each parameter and of each buffer that is saved
+    with them, wherever it is (also weights that accelerate keeps on disk); the tokenizer with its
+    special tokens and chat template; and the tokens that end a completion. It is the same for the
+    same model on any device.
 
     Args:
         model: A ``TransformerBridge``.
@@ -215,10 +217,16 @@ def fingerprint(model: Any) -> str:
     config = model.original_model.config.to_dict()
     kept = {k: v for k, v in config.items() if k not in _NOT_WEIGHTS}
     sha.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    sha.update(json.dumps(_reading_and_writing(model), sort_keys=True, default=str).encode())
     seen: set[int] = set()
     for module, path in paths_under(model.original_model).items():
         with loaded(module):
-            for name, parameter in module._parameters.items():
+            loaded_with_it = {
+                name: buffer
+                for name, buffer in module._buffers.items()
+                if name not in module._non_persistent_buffers_set
+            }
+            for name, parameter in {**module._parameters, **loaded_with_it}.items():
                 if parameter is None or id(parameter) in seen:
                     continue
                 if not parameter.is_meta:
@@ -227,6 +235,27 @@ def fingerprint(model: Any) -> str:
                 sha.update(f"\n{full} {parameter.dtype} {list(parameter.shape)}\n".encode())
                 sha.update(_bytes(parameter))
     return sha.hexdigest()
+
+
+def _reading_and_writing(model: Any) -> dict[str, Any]:
+    """What decides the ids of a prompt, which of them are special, and where a completion ends."""
+    tokenizer = model.tokenizer
+    ends = getattr(getattr(model.original_model, "generation_config", None), "eos_token_id", None)
+    if tokenizer is None:
+        return {"ends": ends}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content: dict[str, Any] = tokenizer.get_vocab() if backend is None else {}
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        for left_by_calls in ("padding", "truncation"):
+            content.pop(left_by_calls, None)
+    return {
+        "ends": ends,
+        "content": content,
+        "special": special_ids(model),
+        "roles": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "template": getattr(tokenizer, "chat_template", None),
+    }
 
 
 def _bytes(x: Tensor) -> bytes:

@@ -82,10 +82,7 @@ def report(
     if (why := why_not_a_page(path)) is not None:
         raise ValueError(why)
     if not results.cases:
-        raise ValueError(
-            f"study {results.name!r} has no case to report; {len(results.dropped)} completions "
-            "were dropped"
-        )
+        raise ValueError(f"study {results.name!r} has no case to report; {results.why_none}")
     labels = all_labels(results)
     tables = tables_of(results, labels)
     figures = figures_of(results, tables)
@@ -152,6 +149,9 @@ def _facts(results: StudyResults, texts: bool) -> list[str]:
     others = [f"{m.name} ({m.role})" for m in results.models if m.role != "base"]
     if others:
         sentences.append(f"The same cases through {', '.join(others)}.")
+    if missing := facts.get("missing_analyses"):
+        words = "1 analysis is" if missing == 1 else f"{missing:,} analyses are"
+        sentences.append(f"{words} missing: the run was not finished, or could not make them.")
     differences = facts.get("differences") or ()
     if isinstance(differences, str):
         differences = (differences,)

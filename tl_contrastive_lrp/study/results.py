@@ -140,6 +140,19 @@ class StudyResults:
         records: tuple[Case | Dropped, ...] = (*self.cases, *self.dropped)
         return tuple(dict.fromkeys(record.benchmark for record in records))
 
+    @property
+    def why_none(self) -> str:
+        """Why there is no case: what became of the completions, in words.
+
+        Example:
+            >>> study.why_none
+            '1 completion was dropped (passes 1)'
+        """
+        n, reasons = len(self.dropped), Counter(gone.reason for gone in self.dropped)
+        words = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+        was = "1 completion was" if n == 1 else f"{n:,} completions were"
+        return f"{was} dropped" + (f" ({words})" if words else "")
+
     @cached_property
     def rules(self) -> tuple[str, ...]:
         """Names of the rule sets of the base model; the first is the study's main one.

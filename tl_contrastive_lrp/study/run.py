@@ -40,11 +40,19 @@ from ..errors import (
     is_out_of_memory,
 )
 from .analyse import AnalysisSettings, analyse, prepare
-from .benchmarks import open_benchmark
+from .benchmarks import checked_with, open_benchmark
 from .benchmarks.item import Benchmark, Item
 from .cases import Case, Dropped
-from .collect import CollectSettings, collect, collect_logged
-from .keys import analysis_key, chunk_key, content_hash, file_hash, model_key
+from .collect import LOCATORS, CollectSettings, collect, collect_logged
+from .collect.locate import judge
+from .keys import (
+    analysis_key,
+    chunk_key,
+    content_hash,
+    file_hash,
+    function_data,
+    model_key,
+)
 from .logs import LoggedCompletion, completions_from_log
 from .models import check_same_tokens, fingerprint, open_model
 from .records import analysis_data, analysis_from, collected_data, collected_from
@@ -362,12 +370,16 @@ class StudyRun:
             base_hash: Hash of the base model.
             siblings: Name and hash of each model that contrasts may come from.
         """
-        checker = " ".join(map(_name_of, filter(None, (self.sandbox, *self.judges))))
+        used = [LOCATORS[name] for name in self.collecting.locators]
+        own = [one for one in used if getattr(one, "__module__", "") != judge.__module__]
+        functions = [self.sandbox and function_data(self.sandbox)]
+        functions += map(function_data, (*self.judges, *own))
         return [
             chunk_key(
                 self.store, chunk.settings, chunk.items, log=chunk.log,
                 spec=self.settings.base.spec, fingerprint=base_hash, collect=self.collecting,
-                siblings=siblings, seed=self.settings.seed, checker=checker,
+                siblings=siblings, seed=self.settings.seed,
+                checker=content_hash([functions, checked_with(chunk.settings.name)]),
             )
             for chunk in chunks
         ]  # fmt: skip
@@ -491,10 +503,6 @@ def threads(n: int) -> Iterator[None]:
 def _made_by(model: Any) -> dict[str, Any]:
     device = next(model.original_model.parameters()).device
     return {"device": str(device), "torch": torch.__version__, "at": time.time()}
-
-
-def _name_of(function: Any) -> str:
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
 
 
 def store_of(settings: StudySettings, folder: Path) -> Store:

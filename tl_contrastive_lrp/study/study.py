@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -15,10 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import NotRunError
+from ..errors import FileFormatError, NotRunError
 from .cases import Case, Dropped
-from .keys import analysis_key, model_key
-from .labels import Label, read_labels
+from .keys import analysis_key, failure_hash, model_key
+from .labels import AUTOMATIC, Label, read_labels
 from .plan import StudyPlan, plan_study
 from .results import ModelEntry, StudyResults
 from .run import RunSummary, StudyRun, analysis_of, cases_of, store_of
@@ -187,6 +188,10 @@ class Study:
     def add_labels(self, path: str | os.PathLike[str]) -> tuple[Label, ...]:
         """Check labels that the labelling page gave, and keep a copy of them in the store.
 
+        They count for the failures that these cases are now: a label is not taken for that of
+        another failure of the same item, as after a change of the model, or in another study with
+        the same store. Labels of other cases are kept and do not count.
+
         Args:
             path: The file of JSON lines; one of the same name is replaced.
 
@@ -195,7 +200,8 @@ class Study:
 
         Raises:
             FileNotFoundError: There is no such file.
-            FileFormatError: A line is no label.
+            FileFormatError: A line is no label, or is an automatic one.
+            NotRunError: The study has not been run.
 
         Example:
             >>> from tl_contrastive_lrp.study.settings import read_settings
@@ -208,8 +214,18 @@ class Study:
         from ..files import atomic_path
 
         labels = read_labels(path)
+        if any(label.labeller == AUTOMATIC for label in labels):
+            raise FileFormatError(
+                f"{path} has labels by {AUTOMATIC!r}, which is the name of the study's own first "
+                "label. Give people's labels, each by another name."
+            )
+        failures = {case.id: failure_hash(case) for case in self.results().cases}
+        ours = {label.case_id: failures.get(label.case_id) for label in labels}
         folder = self.store.folder / "labels"
         folder.mkdir(exist_ok=True)
+        # What the labels are of stands there before they do.
+        with atomic_path(folder / (Path(path).stem + ".cases.json")) as temporary:
+            temporary.write_text(json.dumps(ours), "utf-8")
         with atomic_path(folder / (Path(path).stem + ".jsonl")) as temporary:
             shutil.copyfile(path, temporary)
         return labels
@@ -247,8 +263,11 @@ class Study:
 
         Raises:
             NotRunError: The study has not been run, or not to its end.
-            FileFormatError: A file of the store is damaged; running again replaces it.
-            OSError, ValueError: A benchmark cannot be opened.
+            FileFormatError: A file of the store is damaged; running again replaces it, and adding
+                labels again those of labels.
+            OSError: A benchmark cannot be opened.
+            ValueError: That too, or none of the base's analyses under the first rule set was made,
+                though others were.
 
         Example:
             >>> from tl_contrastive_lrp.study.settings import read_settings
@@ -279,17 +298,18 @@ class Study:
                         analyses.append(analysis_of(self.store, key))
                     else:
                         missing += 1
-        ids = {case.id for case in cases}
         return StudyResults(
             name=self.settings.name,
             cases=cases,
             dropped=tuple(one for one in found if isinstance(one, Dropped)),
             analyses=tuple(analyses),
-            labels=tuple(label for label in self._labels() if label.case_id in ids),
+            labels=self._labels(cases),
             models=tuple(
                 _entry(run.settings, one, hashes[one.name]) for one in run.settings.models
             ),
             facts=self._facts(missing),
+            # Not that of the first analysis, which may be missing.
+            main_rules=self.settings.analyse.rules[0],
         )
 
     def _collected(
@@ -313,14 +333,24 @@ class Study:
                 "(clrp study run)."
             ) from None
 
-    def _labels(self) -> list[Label]:
-        """People's labels; of several by one person for one case, the last file's counts."""
-        labels = {
-            (label.case_id, label.labeller): label
-            for path in sorted((self.store.folder / "labels").glob("*.jsonl"))
-            for label in read_labels(path)
-        }
-        return list(labels.values())
+    def _labels(self, cases: Sequence[Case]) -> tuple[Label, ...]:
+        """People's labels of these failures; of several by one person, the last file's counts."""
+        failures = {case.id: failure_hash(case) for case in cases}
+        labels = {}
+        for path in sorted((self.store.folder / "labels").glob("*.jsonl")):
+            of = path.with_suffix(".cases.json")
+            try:
+                known = json.loads(of.read_text("utf-8"))
+            except (OSError, ValueError) as error:
+                raise FileFormatError(
+                    f"{of} says of which failures {path.name} speaks, and cannot be read ({error})."
+                    " Add those labels again: clrp study label --add."
+                ) from error
+            for label in read_labels(path):
+                failure = failures.get(label.case_id)
+                if failure is not None and known.get(label.case_id) == failure:
+                    labels[label.case_id, label.labeller] = label
+        return tuple(labels.values())
 
     def _facts(self, missing: int) -> dict[str, Any]:
         from .. import __version__

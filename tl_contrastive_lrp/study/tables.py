@@ -34,8 +34,8 @@ from .labels import (
 from .results import StudyResults
 from .sizes import CORRECTED, NOT_CORRECTED, SEGMENTS, checkpoints, segment_means, size_points
 
-# Drops that are no failures of the model.
-NO_FAILURES = ("passes", "malformed", "unchecked")
+# Drops that no checker called wrong, so that they are no failures of the model.
+NO_FAILURES = ("passes", "malformed", "unchecked", "too long", "tokens unknown")
 
 
 def estimate(interval: Interval) -> dict[str, Any]:
@@ -134,6 +134,9 @@ def clean_table(results: StudyResults) -> StudyTable:
     ]
     meanings = [f"{reason}: {REASONS[reason]}" for reason in seen if reason in REASONS]
     note = f"Not kept, by reason. {'; '.join(meanings)}." if meanings else ""
+    others = [reason for reason in seen if reason in NO_FAILURES]
+    if others:
+        note += f" Not among the failures: {', '.join(others)}."
     return StudyTable("clean", "From completions to cases", columns, rows, note)
 
 

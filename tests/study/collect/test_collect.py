@@ -176,6 +176,8 @@ def test_every_other_completion_says_why_it_is_no_case(model):
     order = model(torch.tensor([done.prompt_ids]))[0, -1].argsort(descending=True).tolist()
     assert order[0] == done.ids[0]
     close, far = order[1], order[-1]
+    for no_token in (-1, len(order), 10**9):
+        assert reason(model, wrong, at(target_position=0, contrast_id=no_token)) == "no contrast"
     near = at(target_position=0, contrast_id=close)
     assert reason(model, wrong, near, min_delta=1000.0) == "small delta"
     kept = collect(model, wrong, [at(target_position=0, contrast_id=far)],

@@ -90,6 +90,18 @@ def test_a_constraint_is_broken_where_the_checker_can_no_longer_pass():
     assert LOCATORS["constraint"](failure("abd", rule), SETTINGS) is None
 
 
+def test_half_a_character_breaks_no_constraint():
+    class Bytes(Letters):
+        def text(self, ids):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    rule = Rule(lambda text: False, lambda text: None if "née"[: len(text)] == text else False)
+    for text, index in (("née", None), ("nèe", 2), ("nex", 1)):
+        ids = tuple(text.encode())
+        done = Completion(Item("1"), "?", (0,), ids, text, tuple(text), False)
+        assert LOCATORS["constraint"](Failure(done, rule, Bytes(), len(ids)), SETTINGS) == index
+
+
 def test_more_than_half_of_the_judges_must_agree():
     def votes(*indices):
         return [lambda item, pieces, i=i: i for i in indices]

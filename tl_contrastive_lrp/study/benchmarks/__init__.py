@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from .item import Benchmark, Item
 from .rows import Table
 
-__all__ = ["BENCHMARKS", "Benchmark", "Item", "open_benchmark", "published_table"]
+__all__ = ["BENCHMARKS", "Benchmark", "Item", "checked_with", "open_benchmark", "published_table"]
 
 _CLASSES = {
     "demo": (".demo", "DemoBenchmark"),
@@ -19,6 +20,12 @@ _CLASSES = {
     "humaneval": (".humaneval", "HumanEval"),
     "evalplus": (".humaneval", "EvalPlus"),
     "gaia2": (".gaia2", "GAIA2"),
+}
+
+# Packages that the checkers ask, and what those read.
+_LIBRARIES = {
+    "ifeval": ("if-verifiable", "langdetect", "nltk"),
+    "math": ("math-verify", "latex2sympy2-extended", "sympy"),
 }
 
 # Names that ``open_benchmark`` knows.
@@ -69,6 +76,33 @@ def open_benchmark(
     opened = getattr(import_module(module, __name__), cls)
     benchmark: Benchmark = opened.open(path=path, limit=limit, **options)
     return benchmark
+
+
+def checked_with(name: str) -> dict[str, str | None]:
+    """What the verdicts of a benchmark depend on besides this package.
+
+    Args:
+        name: Any name.
+
+    Returns:
+        The version of each package that its checker asks, None where it is not installed; and for
+        IFEval where NLTK's data "punkt_tab" is there, "installed".
+    """
+    found = {library: _version(library) for library in _LIBRARIES.get(name, ())}
+    if found.get("nltk") is not None:
+        try:
+            import_module("nltk").data.find("tokenizers/punkt_tab")
+            found["punkt_tab"] = "installed"
+        except LookupError:
+            found["punkt_tab"] = None
+    return found
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def published_table(name: str) -> Table | None:

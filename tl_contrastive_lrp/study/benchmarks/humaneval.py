@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-from ...errors import FileFormatError
+from ...errors import FileFormatError, a_kind
 from ..cases import Verdict
 from .item import Item
 from .published import OnError, Published
@@ -62,7 +62,7 @@ class HumanEval(Published):
     ) -> None:
         if sandbox is not None and not callable(sandbox):
             raise TypeError(
-                f"sandbox is a {type(sandbox).__name__}; give a callable sandbox(program, seconds) "
+                f"sandbox is {a_kind(sandbox)}; give a callable sandbox(program, seconds) "
                 "that answers True or False."
             )
         self.sandbox, self.timeout, self.chat = sandbox, timeout, chat

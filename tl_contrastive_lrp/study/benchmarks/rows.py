@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import FileFormatError
+from ...errors import FileFormatError, a_kind
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def read_rows(
         FileFormatError: The file as a whole cannot be read.
     """
     if path is None:
-        yield from _from_hub(table, name, split, revision)
+        yield from map(_unicode, _from_hub(table, name, split, revision))
         return
     if split is not None or revision is not None:
         raise ValueError(
@@ -134,7 +134,7 @@ def read_rows(
         raise ValueError(
             f"{path} ends in none of {', '.join(readers)}; the suffix tells its format."
         )
-    yield from reader(path)
+    yield from map(_unicode, reader(path))
 
 
 def json_lines(path: Path) -> Iterator[Row | FileFormatError]:
@@ -244,6 +244,16 @@ def _from_hub(
         yield _row(value, number, f"{table.hub} ({split}), row {number}")
 
 
+def _unicode(row: Row | FileFormatError) -> Row | FileFormatError:
+    """An error in place of a row with half a surrogate pair, which no tokenizer takes."""
+    if isinstance(row, Row):
+        try:
+            json.dumps(row.values, ensure_ascii=False, default=repr).encode()
+        except UnicodeEncodeError as error:
+            return FileFormatError(f"{row.where}: no Unicode text ({error}).")
+    return row
+
+
 def _row(value: Any, number: int, where: str) -> Row | FileFormatError:
     if not isinstance(value, Mapping):
         return FileFormatError(f"{where}: {_kind(value)} in place of an object with fields.")
@@ -254,4 +264,4 @@ def _kind(value: Any) -> str:
     """What a JSON value is, in words."""
     kinds = {str: "a text", bool: "true or false", int: "a number", float: "a number",
              list: "a list", dict: "an object", type(None): "null"}  # fmt: skip
-    return kinds.get(type(value), f"a {type(value).__name__}")
+    return kinds.get(type(value), a_kind(value))

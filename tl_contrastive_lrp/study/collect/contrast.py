@@ -61,7 +61,7 @@ def find_contrast(
                     return token, f"sibling {name}"
         else:
             token = _given(failure, position)
-            if token is not None and token != target:
+            if token is not None and token != target and 0 <= token < len(logits):
                 return token, "given"
     return None
 

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from ...errors import a_kind
 from .place import Failure
 
 
@@ -118,7 +119,9 @@ def constraint(failure: Failure, settings: RecoverySettings) -> int | None:  # n
     done, writer = failure.completion, failure.writer
     last = len(done.ids) - (1 if done.ended else 0)
     for i in range(last):
-        if failure.benchmark.can_pass(done.item, writer.text(done.ids[: i + 1])) is False:
+        # The bytes of a character that is not whole yet say nothing.
+        beginning = writer.text(done.ids[: i + 1]).rstrip("\ufffd")
+        if failure.benchmark.can_pass(done.item, beginning) is False:
             return i
     return None
 
@@ -208,7 +211,7 @@ def register_locator(name: str, locator: Locator) -> None:
         ('first digit',)
     """
     if not callable(locator):
-        raise TypeError(f"The locator {name!r} is a {type(locator).__name__}, not a callable.")
+        raise TypeError(f"The locator {name!r} is {a_kind(locator)}, not a callable.")
     if name in LOCATORS and LOCATORS[name] is not locator:
         raise ValueError(f"There is a locator {name!r} already; choose another name.")
     LOCATORS[name] = locator

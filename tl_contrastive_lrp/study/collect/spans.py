@@ -33,7 +33,8 @@ def instruction_tokens(
 ) -> Mapping[str, tuple[tuple[int, int], ...]]:
     """The prompt's two named stretches: its instructions, and the rest of the user's message.
 
-    A token that shares a character with an instruction is the instruction's.
+    A token that shares a character with an instruction is the instruction's. Each phrase is a range
+    of its own, also beside another one.
 
     Args:
         prompt: The whole prompt.
@@ -55,10 +56,12 @@ def instruction_tokens(
         at = prompt.find(phrase, start, start + len(asked))
         if phrase and at >= 0:
             spans.append((at, at + len(phrase)))
+    phrases = sorted({_ranges(character_spans(texts, [span])) for span in spans} - {()})
     told = set(character_spans(texts, spans))
-    whole = set(character_spans(texts, [(start, start + len(asked))]))
-    both = {"instruction": told, "query": whole - told}
-    return {name: _ranges(sorted(tokens)) for name, tokens in both.items() if tokens}
+    rest = sorted(set(character_spans(texts, [(start, start + len(asked))])) - told)
+    both = {"instruction": tuple(one for ranges in phrases for one in ranges)}
+    both["query"] = _ranges(rest)
+    return {name: ranges for name, ranges in both.items() if ranges}
 
 
 def _ranges(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,8 @@ def completions_from_log(
 
     Returns:
         For each entry of the log, in its order, the completion or why it is dropped; lines that
-        cannot be read may stand at the end.
+        cannot be read may stand at the end. Where an item was asked several times, as in epochs,
+        its later completions have ids that end in (2), (3) and so on.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -155,7 +156,28 @@ def completions_from_log(
                 provenance,
             )
         )  # fmt: skip
-    return found
+    return _with_own_ids(found)
+
+
+def _with_own_ids(
+    found: Sequence[LoggedCompletion | Dropped],
+) -> list[LoggedCompletion | Dropped]:
+    """The same with ids that differ: "3", "3 (2)", "3 (3)" where one item was asked three times."""
+    own: list[LoggedCompletion | Dropped] = []
+    seen = set[str]()
+    for one in found:
+        id, n = one.id if isinstance(one, Dropped) else f"{one.benchmark}/{one.item.id}", 1
+        name = id
+        while name in seen:
+            n += 1
+            name = f"{id} ({n})"
+        seen.add(name)
+        if n > 1 and isinstance(one, Dropped):
+            one = replace(one, id=name)
+        elif n > 1 and not isinstance(one, Dropped):
+            one = replace(one, item=replace(one.item, id=f"{one.item.id} ({n})"))
+        own.append(one)
+    return own
 
 
 def _kind_of(path: Path) -> str:
@@ -194,7 +216,8 @@ def _by_question(benchmark: Benchmark | None) -> dict[str, Item]:
         return {}
     items: dict[str, Item] = {}
     for item in benchmark.items():
-        for text in _questions(item.row):
+        asked = _questions({"messages": list(item.messages or ())})
+        for text in (*_questions(item.row), *asked):
             items.setdefault(text, item)
     return items
 
