@@ -139,3 +139,13 @@ def _where(study: Study) -> str:
     results = study.results()
     places = [f"token {case.target_position}" for case in results.cases]
     return "; ".join([*places, *(gone.detail for gone in results.dropped)])
+
+
+def test_another_number_of_threads_is_another_cause(tmp_path: Path) -> None:
+    """Sums are rounded otherwise then."""
+    with patched():
+        one = small(tmp_path, limit=2).run(progress=False)
+        two = small(tmp_path, limit=2, more="threads: 2\n").run(progress=False)
+        again = small(tmp_path, limit=2).run(progress=False)
+    assert one.computed == two.computed > 0
+    assert (one.found, two.found, again.computed) == (0, 0, 0)

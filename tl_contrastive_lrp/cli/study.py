@@ -196,10 +196,14 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _counted(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def _print_summary(options: RunOptions, summary: RunSummary) -> None:
     print_out(
-        f"{summary.cases:,} cases, {summary.dropped:,} completions dropped; "
-        f"{summary.computed:,} units computed, {summary.found:,} found, in "
+        f"{_counted(summary.cases, 'case')}, {_counted(summary.dropped, 'completion')} dropped; "
+        f"{_counted(summary.computed, 'unit')} computed, {summary.found:,} found, in "
         f"{summary.seconds:,.0f} s."
     )
     for message in () if options.quiet else summary.damaged:

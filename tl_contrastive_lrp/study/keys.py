@@ -130,6 +130,7 @@ def chunk_key(
     collect: Any,
     siblings: Sequence[tuple[str, str]],
     seed: int,
+    threads: int,
     checker: str,
 ) -> Key:
     """The key of what became of some items.
@@ -144,6 +145,7 @@ def chunk_key(
         collect: The ``CollectSettings``.
         siblings: Name and hash of each model that contrasts may come from.
         seed: The study's seed.
+        threads: Threads of one process on a CPU, on which rounding depends.
         checker: Hash of the user's functions that it depends on: the sandbox, the judges, and
             locators that are not the package's; and of the libraries that its checker asks.
     """
@@ -158,6 +160,7 @@ def chunk_key(
         collect=dataclasses.asdict(collect),
         siblings=[list(pair) for pair in siblings],
         seed=seed,
+        threads=threads,
         checker=checker,
     )
 
@@ -170,6 +173,7 @@ def analysis_key(
     fingerprint: str,
     rules: str,
     settings: AnalysisSettings,
+    threads: int,
 ) -> Key:
     """The key of what attribution says of a case.
 
@@ -180,6 +184,7 @@ def analysis_key(
         fingerprint: Hash of its weights.
         rules: Name of the rule set; its rules count too.
         settings: What is computed; which other rule sets there are does not matter.
+        threads: Threads of one process on a CPU, on which rounding depends.
     """
     rest = dataclasses.asdict(settings)
     del rest["rules"]
@@ -192,4 +197,5 @@ def analysis_key(
         rules=rules,
         rule_set=repr(RULE_SETS[rules]),
         settings=rest,
+        threads=threads,
     )

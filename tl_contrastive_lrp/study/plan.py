@@ -259,7 +259,7 @@ def _model(
         run.store.has(
             analysis_key(
                 run.store, case, model=one.name, fingerprint=model_hash, rules=name,
-                settings=settings,
+                settings=settings, threads=run.settings.threads,
             )
         )
         for case in known

@@ -378,7 +378,7 @@ class StudyRun:
             chunk_key(
                 self.store, chunk.settings, chunk.items, log=chunk.log,
                 spec=self.settings.base.spec, fingerprint=base_hash, collect=self.collecting,
-                siblings=siblings, seed=self.settings.seed,
+                siblings=siblings, seed=self.settings.seed, threads=self.settings.threads,
                 checker=content_hash([functions, checked_with(chunk.settings.name)]),
             )
             for chunk in chunks
@@ -391,7 +391,7 @@ class StudyRun:
         keys = [
             analysis_key(
                 self.store, cases[number], model=one.name, fingerprint=model_hash, rules=rules,
-                settings=self.analysing,
+                settings=self.analysing, threads=self.settings.threads,
             )
             for number, rules in units
         ]  # fmt: skip

@@ -292,7 +292,7 @@ class Study:
                     key = analysis_key(
                         self.store, case, model=one.name,
                         fingerprint=str(hashes[one.name]["fingerprint"]), rules=rules,
-                        settings=run.analysing,
+                        settings=run.analysing, threads=run.settings.threads,
                     )  # fmt: skip
                     if self.store.has(key):
                         analyses.append(analysis_of(self.store, key))

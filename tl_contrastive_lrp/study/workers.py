@@ -92,6 +92,11 @@ class Share:
         try:
             index, of = int(environment["RANK"]), int(environment["WORLD_SIZE"])
             return cls(index, of, int(environment.get("LOCAL_RANK", "0")))
+        except ValueError as error:
+            raise ValueError(
+                f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, and together a share: "
+                f"{error}. Unset them, or give --shard i/n."
+            ) from None
         except KeyError as error:
             raise ValueError(
                 f"RANK and WORLD_SIZE go together, but {error} is not set; start the study with "
