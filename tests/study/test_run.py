@@ -369,30 +369,17 @@ def written(folder: Path) -> list[Path]:
     return list((folder / "store").glob("*/??/*.safetensors"))
 
 
-def units(out: str) -> list[int]:
-    """How many units each process says that it computed."""
-    return [int(n) for n in re.findall(r"(\d+) units computed", out)]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["shards", "accelerate"])
-def test_two_processes_are_one_bit_for_bit(reference: Any, tmp_path: Path, how: str) -> None:
-    """By hand, and by accelerate as it starts processes for several GPUs: by torchrun."""
-    if how == "shards":
-        outs = finished(*(started(tmp_path, "--shard", f"{i}/2") for i in range(2)))
-    else:
-        outs = finished(
-            started(
-                tmp_path, OMP_NUM_THREADS="2",
-                launcher=[
-                    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
-                    "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-                    "--dynamo_backend", "no", "--main_process_port", "0",
-                ],
-            )
-        )  # fmt: skip
+def test_two_processes_are_one_bit_for_bit(reference: Any, tmp_path: Path) -> None:
+    """Started by accelerate as it starts processes for several GPUs, by torchrun."""
+    launcher = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", "0",
+    ]  # fmt: skip
+    [out] = finished(started(tmp_path, launcher=launcher, OMP_NUM_THREADS="2"))
     assert digests(tmp_path / "store") == reference[1]
-    computed = [n for out in outs for n in units(out)]
+    computed = [int(n) for n in re.findall(r"(\d+) units computed", out)]
     assert len(computed) == 2
     assert min(computed) > 0
     assert sum(computed) <= len(reference[1]) + 1  # a unit twice at most, and none for the model

@@ -9,7 +9,8 @@ Here a first label comes from criteria that a computer can apply (``automatic_la
 three things: the sign of the sum, whether relevance lies on few tokens, and, where it is known
 which tokens decide (decisive positions, else the instruction), whether one of them is among the
 strongest. They are no substitute for a person: a page to confirm or correct them is in
-``label_page``, and ``planted_truth`` measures them where the truth is planted.
+``label_page``, and ``planted_truth`` measures them where the truth is planted. The file is long
+because the record, the criteria, their measure and the files of labels share the same few words.
 """
 
 from __future__ import annotations

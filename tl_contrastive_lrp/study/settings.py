@@ -2,6 +2,9 @@
 
 Every key is known or an error: a misspelt one names its path ("collect.max_new_token") and the
 nearest known name, and so do values of the wrong type or out of range. Nothing is guessed.
+
+The file is long because each key is documented where it is read, and because the file that
+``study init`` writes stands beside them, so that both change together.
 """
 
 from __future__ import annotations
