@@ -42,7 +42,8 @@ def run(out: Path, processes: int) -> float:
         )
         for i in range(processes)
     ]  # fmt: skip
-    if any([worker.wait() for worker in workers]):
+    codes = [worker.wait() for worker in workers]
+    if any(codes):
         raise SystemExit("A process of the study failed; see above.")
     return time.monotonic() - start
 

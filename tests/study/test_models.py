@@ -59,8 +59,13 @@ def test_a_fingerprint_is_also_that_of_what_decides_prompts_and_ends(model):
     assert fingerprint(changed) == own
 
 
-def test_the_family_lies_beside_the_package(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "__file__", str(tmp_path / "tl_contrastive_lrp/study/models.py"))
+def test_the_family_lies_beside_the_package_or_above_the_current_folder(
+    model, tmp_path, monkeypatch
+):
+    installed = tmp_path / "elsewhere" / "tl_contrastive_lrp" / "study" / "models.py"
+    monkeypatch.setattr(models, "__file__", str(installed))
+    (tmp_path / "tutorials").mkdir()
+    monkeypatch.chdir(tmp_path / "tutorials")
     with pytest.raises(FileNotFoundError, match=r"Only the model 'demo' is part of the installed"):
         open_model(ModelSpec("s", "demo/small"))
     assert models.family_steps() is None
@@ -72,7 +77,10 @@ def test_the_family_lies_beside_the_package(model, tmp_path, monkeypatch):
         text = (folder / "config.json").read_text()
         (folder / "config.json").write_text(text.replace("{", f'{{"trained_steps": {steps},', 1))
     (tmp_path / "demo_family" / "small-notes").mkdir()
-    assert models.family_steps() == (250, 5000)
+    assert models.family_steps() == (250, 5000)  # above the current folder
+    monkeypatch.setattr(models, "__file__", str(tmp_path / "tl_contrastive_lrp/study/models.py"))
+    monkeypatch.chdir("/")
+    assert models.family_steps() == (250, 5000)  # beside the package
     for name in ("demo/small", "demo/small@250", "demo/small@5000"):
         opened = open_model(ModelSpec("s", name), device="cpu")
         assert opened.cfg.model_name == name

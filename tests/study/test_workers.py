@@ -35,7 +35,7 @@ def test_shares_of_launchers() -> None:
         Share.of_environment({"RANK": "1"})
     with pytest.raises(ValueError, match="shard 8/8"):
         Share.of_environment({"RANK": "8", "WORLD_SIZE": "8"})
-    with pytest.raises(ValueError, match="must be whole numbers.*'a'"):
+    with pytest.raises(ValueError, match=r"must be whole numbers.*'a'"):
         Share.of_environment({"RANK": "a", "WORLD_SIZE": "8"})
 
 
