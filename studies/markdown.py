@@ -56,7 +56,7 @@ def table(numbers: Mapping[str, Any], name: str, columns: Sequence[str] = ()) ->
     by_key = {column["key"]: column for column in data["columns"]}
     chosen = [by_key[key] for key in columns or by_key]
     lines = [
-        "| " + " | ".join(column["title"] for column in chosen) + " |",
+        "| " + " | ".join(c["title"].replace("|", "\\|") for c in chosen) + " |",
         "| " + " | ".join("---" for _ in chosen) + " |",
     ]
     for row in data["rows"]:
