@@ -145,7 +145,9 @@ class StudyResults:
         """Why there is no case: what became of the completions, in words.
 
         Example:
-            >>> study.why_none
+            >>> import dataclasses
+            >>> gone = clrp.study.Dropped("demo/1", "demo", "passes")
+            >>> dataclasses.replace(results, cases=(), analyses=(), dropped=(gone,)).why_none
             '1 completion was dropped (passes 1)'
         """
         n, reasons = len(self.dropped), Counter(gone.reason for gone in self.dropped)

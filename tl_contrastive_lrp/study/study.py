@@ -207,6 +207,7 @@ class Study:
             >>> from tl_contrastive_lrp.study.settings import read_settings
             >>> file = "{version: 1, base: {model: demo}, benchmarks: [{name: demo, limit: 9}]}"
             >>> study = clrp.study.Study(read_settings(file), Path("."))
+            >>> _ = study.run(progress=False)
             >>> label = clrp.study.Label("demo/1", "Ada", "M-IA", "URT")
             >>> study.add_labels(clrp.study.write_labels("ada.jsonl", [label])) == (label,)
             True
