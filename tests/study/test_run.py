@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -441,3 +442,38 @@ def test_accelerate_launch_starts_it(reference: Any, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("0 units computed") == 2
     assert os.environ.get("RANK") is None
+
+
+def test_another_dtype_writes_and_the_base_measures(
+    tmp_path: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrote = []
+
+    def watched(base: Any, *arguments: Any, writer: Any = None, **named: Any) -> Any:
+        wrote.append((base.cfg.dtype, None if writer is None else writer.cfg.dtype))
+        return collect(base, *arguments, writer=writer, **named)
+
+    collect = run_module.collect
+    monkeypatch.setattr(run_module, "collect", watched)
+    study = small(tmp_path, store=str(reference[0].store.folder))  # a store with other results
+    section = dataclasses.replace(study.settings.collect, writer_dtype="float64")
+    study.settings = dataclasses.replace(study.settings, collect=section)
+    assert study.run(**QUIET).found < 9  # nothing that the base itself wrote is taken for it
+    assert set(wrote) == {(torch.float32, torch.float64)}
+    cases = study.results().cases
+    assert {case.provenance.decoding["dtype"] for case in cases} == {"float64"}
+    exact = {case.id: case.delta for case in reference[0].results().cases}
+    assert [case.delta for case in cases] == [exact[case.id] for case in cases]
+
+
+def test_a_benchmark_has_its_own_way_of_collecting(tmp_path: Path) -> None:
+    study = small(tmp_path)
+    [one] = study.settings.benchmarks
+    own = dataclasses.replace(one, collect={"batch_size": 9, "max_new_tokens": 1})
+    study.settings = dataclasses.replace(study.settings, benchmarks=(own,))
+    summary = study.run(**QUIET)
+    [key] = study.store.keys("chunk")  # one chunk of nine items
+    assert len(study.store.get(key).record["cases"]) == 9
+    results = study.results()
+    assert len(results.cases) == summary.cases
+    assert {len(case.completion_ids) for case in results.cases} == {1}

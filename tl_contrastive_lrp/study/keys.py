@@ -62,6 +62,7 @@ def chunk_key(
     siblings: Sequence[tuple[str, str]],
     seed: int,
     checker: str,
+    writer: str | None = None,
 ) -> Key:
     """The key of what became of some items.
 
@@ -76,6 +77,7 @@ def chunk_key(
         siblings: Name and hash of each model that contrasts may come from.
         seed: The study's seed.
         checker: What the verdict depends on besides: the sandbox's and the judges' names.
+        writer: Type of the copy that writes; None for the model itself.
     """
     return store.key(
         "chunk",
@@ -89,6 +91,7 @@ def chunk_key(
         siblings=[list(pair) for pair in siblings],
         seed=seed,
         checker=checker,
+        writer=writer,
     )
 
 

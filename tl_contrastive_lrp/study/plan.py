@@ -181,11 +181,12 @@ def _sample(
     for chunk in chunks:
         by_benchmark.setdefault(chunk.settings.name, []).append(chunk)
     found, seconds = list[Case | Dropped](), 0.0
+    writer = run.writer()
     share = math.ceil(n_items / len(by_benchmark))
     for each in by_benchmark.values():
         part = each[len(each) // 2][:share]
         start = time.perf_counter()
-        found += run.collected(base, base_hash, part, {})
+        found += run.collected(base, base_hash, part, {}, writer)
         seconds += time.perf_counter() - start
     return found, seconds
 
@@ -197,7 +198,7 @@ def _made_up(run: StudyRun, base: Any, chunks: Sequence[Chunk]) -> Case:
         item = (usable[0].item if usable else None) if chunk.log else chunk.items[0]
         if item is None:
             continue
-        (done,) = complete(base, [item], run.collecting)
+        (done,) = complete(base, [item], run.collecting_of(chunk.settings))
         if isinstance(done, Completion) and done.ids:
             ids = (*done.prompt_ids, *done.ids[:-1])
             device = next(base.original_model.parameters()).device
@@ -217,7 +218,7 @@ def _made_up(run: StudyRun, base: Any, chunks: Sequence[Chunk]) -> Case:
 
 def _known(run: StudyRun, chunks: Sequence[Chunk], base_hash: str) -> tuple[int, list[Case]]:
     """How many items are collected, and the cases among them."""
-    if "sibling" in run.collecting.contrast and run.settings.siblings:
+    if run.takes_siblings and run.settings.siblings:
         hashes = []
         for one in run.settings.siblings:
             with run.opened(one) as (_, sibling_hash):

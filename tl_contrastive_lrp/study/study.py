@@ -262,7 +262,7 @@ class Study:
         hashes = {one.name: self._model(one) for one in run.settings.models}
         siblings = [
             (one.name, str(hashes[one.name]["fingerprint"]))
-            for one in (run.settings.siblings if "sibling" in run.collecting.contrast else ())
+            for one in (run.settings.siblings if run.takes_siblings else ())
         ]
         found = self._collected(run, str(hashes[run.settings.base.name]["fingerprint"]), siblings)
         cases = tuple(one for one in found if isinstance(one, Case))
