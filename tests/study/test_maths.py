@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import itertools
 import json
 import random
 import threading
@@ -104,7 +105,7 @@ def test_what_is_settled_no_continuation_changes(gsm8k: Any) -> None:
     pens = gsm8k.items()[0]
     rng = random.Random(0)
     pieces = ["#### ", "1", "2", "0", ",", ".", " ", "\n", "1,200", r"\boxed{", "}", "so "]
-    settled = {True: 0, False: 0, None: 0}
+    settled: dict[bool | None, int] = {True: 0, False: 0, None: 0}
     for _ in range(3000):
         beginning = "".join(rng.choices(pieces, k=rng.randint(1, 8)))
         said = gsm8k.can_pass(pens, beginning)
@@ -126,10 +127,52 @@ def test_what_is_settled_no_continuation_changes(gsm8k: Any) -> None:
         ("#### 1200.0\n", True),
         ("#### 1200 ", True),
         ("#### 120 ", False),
+        ("#### 1201", False),
+        ("#### 3", False),
+        ("#### -", None),  # a text may follow that ends with 1200
+        ("#### -1", False),
+        ("#### 0", None),
+        ("#### 1,2", None),
+        ("#### 1,20", None),
+        ("#### 1,3", False),
+        ("#### 12,", False),
+        ("#### 1200.5", False),
+        ("#### 1,200.0", None),
+        ("#### 1,2000", False),  # its number is 1
     ],
 )
 def test_gsm8k_beginnings(gsm8k: Any, beginning: str, expected: bool | None) -> None:
     assert gsm8k.can_pass(gsm8k.items()[0], beginning) is expected
+
+
+@pytest.mark.parametrize("reference", ["12", "1", "-3", "0.5", "0", "3000", "12.5"])
+def test_gsm8k_is_false_exactly_from_where_no_continuation_passes(
+    tmp_path: Path, reference: str
+) -> None:
+    rows = [{"question": "How much?", "answer": f"#### {reference}"}]
+    gsm8k: Any = open_benchmark("gsm8k", path=written(tmp_path / "g.jsonl", rows))
+    [item] = gsm8k.items()
+    expected = Decimal(reference)
+    rng = random.Random(0)
+    signs = sorted(set(reference) | set("0,"))
+    longest = 7 if len(signs) < 4 else 5  # "00," needs seven signs to become 003,000
+    rests = ["".join(r) for n in range(longest + 1) for r in itertools.product(signs, repeat=n)]
+    said: dict[bool | None, int] = {True: 0, False: 0, None: 0}
+    for _ in range(60):
+        number = "".join(rng.choices(reference * 2 + "0,.-4", k=rng.randint(1, 5)))
+        beginning = rng.choice(["#### ", "It is 12.\n#### $"]) + number
+        answer = gsm8k.can_pass(item, beginning)
+        said[answer] += 1
+        passes = any(number_of(beginning + rest) == expected for rest in rests)
+        assert passes is (answer is not False), (beginning, answer)
+    assert min(said[False], said[None]) > 5
+
+
+def test_gsm8k_locates_the_first_wrong_digit(gsm8k: Any) -> None:
+    pens, bike = gsm8k.items()
+    for item, text, wrong in ((pens, "So #### 1,300 pens", "3"), (bike, "#### -20", "0")):
+        first = next(i for i in range(len(text)) if gsm8k.can_pass(item, text[: i + 1]) is False)
+        assert text[first] == wrong
 
 
 def test_the_request_is_the_instruction(tmp_path: Path) -> None:

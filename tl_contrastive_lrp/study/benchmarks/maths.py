@@ -12,10 +12,14 @@ Thousands may be grouped by commas; a currency or percent sign is no part of the
 counts unless a digit, a letter or a closing bracket is before it, as in ``16-3``. The two numbers
 are compared exactly, as decimals: 18, 18.0 and 18.00 are equal.
 
-Because the first ``####`` counts, a completion is decided once the number after it is complete.
+Because the first ``####`` counts, a completion is decided once the number after it is complete, and
+wrong as soon as it holds a sign, a digit or a point with which no number equal to the reference
+begins. With 1200 as reference, ``#### 13`` is wrong; ``#### 12``, ``#### 0`` (of 01200) and
+``#### 1,2`` are open, and so is ``#### -``, after which no number need follow.
 
 MATH is checked by the package ``math-verify``, which parses the reference and the last answer of
-the completion (preferring ``\boxed{...}``) and compares them as expressions.
+the completion (preferring ``\boxed{...}``) and compares them as expressions. A later box always
+counts more than an earlier one, so no beginning decides a completion.
 """
 
 from __future__ import annotations
@@ -37,25 +41,67 @@ _NUMBER = rf"(?:(?<![\w)\]}}])-\s?)?\$?(?:{_UNSIGNED})"
 _ANY = re.compile(_NUMBER)
 _MARKED = re.compile(rf"(?<!#)####(?!#)[ \t$*\\(\[{{:]*?({_NUMBER})")
 _CAN_GROW = re.compile(r"[.,]?\d*\Z")
+_WHOLE = re.compile(r"\d*|\d{1,3}(?:,\d{3})+")
+_GROUPS = re.compile(r"\d{1,3}(?:,\d{3})*,\d{0,3}")
 
 
 def _decimal(number: str) -> Decimal:
     return Decimal(re.sub(r"[\s$,]", "", number))
 
 
-def marked_number(text: str) -> tuple[Decimal, bool] | None:
-    """The number after the first ``####`` that has one, and whether more text could change it.
+def marked_number(text: str) -> tuple[Decimal, str | None] | None:
+    """The number after the first ``####`` that has one, and what more text could change.
 
     Args:
         text: A completion or the beginning of one.
 
     Returns:
-        The number, and whether it is complete; None if there is none.
+        The number, and the end of the text from the number's sign on if more text could change
+        the number, else None; None in place of both if there is no number.
     """
     match = _MARKED.search(text)
     if match is None:
         return None
-    return _decimal(match[1]), _CAN_GROW.fullmatch(text[match.end() :]) is None
+    open = _CAN_GROW.fullmatch(text[match.end() :]) is not None
+    return _decimal(match[1]), text[match.start(1) :] if open else None
+
+
+def can_become(written: str, expected: Decimal) -> bool:
+    """Whether a number that stands at the end of a text can grow to an expected one.
+
+    Growing is by whole digits, commas before groups of three, and a point. A comma that turns out
+    to begin no group ends the number before it, as in ``1,2000``, whose number is 1.
+
+    Args:
+        written: What is written of the number: its sign, then digits, commas and points.
+        expected: The number that it should become.
+
+    Returns:
+        Whether a longer text has the expected number; that the number is as expected already is
+        for the caller to see.
+    """
+    digits = "".join(str(int(c)) if c.isdecimal() else c for c in re.sub(r"[\s$]", "", written))
+    if expected and digits.startswith("-") != (expected < 0):
+        return False
+    whole, point, fraction = digits.removeprefix("-").partition(".")
+    wanted, _, wanted_fraction = f"{abs(expected):f}".partition(".")
+    wanted, wanted_fraction = wanted.lstrip("0"), wanted_fraction.rstrip("0")
+    if point:
+        if not (_WHOLE.fullmatch(whole) and (fraction.isdecimal() or not fraction)):
+            return False
+        same = whole.replace(",", "").lstrip("0") == wanted
+        return same and (wanted_fraction + "0" * len(fraction)).startswith(fraction)
+    known = whole.replace(",", "").lstrip("0")
+    head, comma, group = whole.rpartition(",")
+    if not comma:
+        return wanted.startswith(known)
+    if not _GROUPS.fullmatch(whole):
+        return False
+    if len(group) == 3 and _decimal(head) == abs(expected):
+        return True  # one more digit, and the last comma begins no group
+    missing = len(wanted) - len(known)
+    fills = missing >= 3 - len(group) and missing % 3 == -len(group) % 3
+    return wanted.startswith(known) and (not known or fills)
 
 
 def boxed(text: str) -> str | None:
@@ -155,11 +201,14 @@ class GSM8K(_Maths):
         return Verdict(True)
 
     def can_pass(self, item: Item, beginning: str) -> bool | None:
-        """Whether the number after ``####`` is right; None until it is complete."""
+        """Whether the number after ``####`` is right; None as long as it can become so."""
         marked = marked_number(beginning)
-        if marked is None or not marked[1]:
+        if marked is None:
             return None
-        return marked[0] == self._expected(item)
+        (number, written), expected = marked, self._expected(item)
+        if written is None:
+            return number == expected
+        return None if number == expected or can_become(written, expected) else False
 
     def _expected(self, item: Item) -> Decimal:
         marked = marked_number(item.reference or "")
