@@ -469,11 +469,12 @@ def test_another_dtype_writes_and_the_base_measures(
 def test_a_benchmark_has_its_own_way_of_collecting(tmp_path: Path) -> None:
     study = small(tmp_path)
     [one] = study.settings.benchmarks
-    own = dataclasses.replace(one, collect={"batch_size": 9, "max_new_tokens": 1})
+    own = dataclasses.replace(one, collect={"batch_size": 9, "max_new_tokens": 11})
     study.settings = dataclasses.replace(study.settings, benchmarks=(own,))
     summary = study.run(**QUIET)
     [key] = study.store.keys("chunk")  # one chunk of nine items
     assert len(study.store.get(key).record["cases"]) == 9
     results = study.results()
-    assert len(results.cases) == summary.cases
-    assert {len(case.completion_ids) for case in results.cases} == {1}
+    assert len(results.cases) == summary.cases > 0
+    decoding = [case.provenance.decoding for case in results.cases]
+    assert {(one["batch_size"], one["max_new_tokens"]) for one in decoding} == {(9, 11)}

@@ -47,13 +47,19 @@ def test_every_value_arrives() -> None:
         checkpoints=[{"model": "org/a", "revision": "step10", "step": 10}],
         benchmarks=[
             {
-                "name": "gsm8k", "path": "x.jsonl", "limit": 3, "options": {"split": "t"},
+                "name": "gsm8k",
+                "path": "x.jsonl",
+                "limit": 3,
+                "options": {"split": "t"},
                 "collect": {"top_k": 4, "thinking": False},
             },
             {"name": "math"},
         ],
         collect={
-            "locators": ["given"], "min_delta": 2, "thinking": None, "top_k": 5,
+            "locators": ["given"],
+            "min_delta": 2,
+            "thinking": None,
+            "top_k": 5,
             "writer_dtype": "bfloat16",
         },
         analyse={"rules": ["gim", "relp"], "graph": "not clear", "mass": 1, "flip_limit": 0},

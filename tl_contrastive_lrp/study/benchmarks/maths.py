@@ -150,6 +150,8 @@ class _Maths(Published):
         on_error: What to do with malformed rows.
         request: The sentence after the problem, its only instruction; None for the class's own,
             "" for none.
+        begin: What every answer begins with, such as ``####``. It is put into the model's mouth:
+            the chat ends with it, the completion goes on from there, and the checker reads both.
     """
 
     default_request: ClassVar[str]
@@ -160,7 +162,9 @@ class _Maths(Published):
         limit: int | None = None,
         on_error: OnError = "raise",
         request: str | None = None,
+        begin: str = "",
     ) -> None:
+        self.begin = begin
         self.request = self.default_request if request is None else request
         super().__init__(rows, limit, on_error)
 
@@ -168,7 +172,10 @@ class _Maths(Published):
         text = f"{problem}\n\n{self.request}" if self.request else problem
         return Item(
             id=id,
-            messages=({"role": "user", "content": text},),
+            messages=(
+                {"role": "user", "content": text},
+                *([{"role": "assistant", "content": self.begin}] if self.begin else []),
+            ),
             reference=reference,
             instructions=(self.request,) if self.request else (),
             row=row.values,
@@ -193,7 +200,7 @@ class GSM8K(_Maths):
     def check(self, item: Item, completion: str) -> Verdict:
         """Whether the completion's number is the reference's."""
         expected = self._expected(item)
-        found = number_of(completion)
+        found = number_of(self.begin + completion)
         if found is None:
             return Verdict(False, "there is no number in the completion")
         if found != expected:
@@ -202,7 +209,7 @@ class GSM8K(_Maths):
 
     def can_pass(self, item: Item, beginning: str) -> bool | None:
         """Whether the number after ``####`` is right; None as long as it can become so."""
-        marked = marked_number(beginning)
+        marked = marked_number(self.begin + beginning)
         if marked is None:
             return None
         (number, written), expected = marked, self._expected(item)
@@ -243,7 +250,7 @@ class MATH(_Maths):
         expected = parse(rf"\boxed{{{item.reference}}}")
         if not expected:
             return Verdict.unchecked("math-verify cannot read the reference")
-        found = parse(completion)
+        found = parse(self.begin + completion)
         if not found:
             return Verdict(False, "there is no answer in the completion")
         if verify(expected, found):
