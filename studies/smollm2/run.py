@@ -66,6 +66,7 @@ def worker(share: str) -> None:
 
 
 def main() -> None:
+    """Run the study, or write its page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with the benchmarks' files")
     parser.add_argument("--out", type=Path, required=True, help="folder for store and report")

@@ -289,3 +289,16 @@ def test_a_given_beginning_ends_the_prompt(tmp_path: Path) -> None:
     assert ids[1][: len(ids[0])] == ids[0]
     rest = model.tokenizer.decode(list(ids[1][len(ids[0]) :]))
     assert rest.strip() == "####"
+
+
+def test_only_short_answers(tmp_path: Path) -> None:
+    def asked(name: str, rows: list[Any], **options: Any) -> list[str | None]:
+        path = written(tmp_path / f"{name}.jsonl", rows)
+        return [one.id for one in open_benchmark(name, path=path, **options).items()]
+
+    # 1,200 has four characters without its comma, -2 has two.
+    assert asked("gsm8k", GSM8K, longest_answer=2) == ["2"]
+    assert asked("gsm8k", GSM8K, longest_answer=4) == ["1", "2"]
+    assert asked("math", MATH, longest_answer=5) == ["made/up/2.json"]
+    with pytest.raises(FileFormatError, match=r"No answer of gsm8k .* longest_answer=2"):
+        asked("gsm8k", GSM8K, longest_answer=2, limit=1)

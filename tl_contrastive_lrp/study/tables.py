@@ -34,8 +34,8 @@ from .labels import (
 from .results import StudyResults
 from .sizes import CORRECTED, NOT_CORRECTED, SEGMENTS, checkpoints, segment_means, size_points
 
-# Drops that are no failures of the model.
-NO_FAILURES = ("passes", "malformed", "unchecked")
+# Drops that are no failures of the model: what is too long was never completed or never read.
+NO_FAILURES = ("passes", "malformed", "unchecked", "too long")
 
 
 def estimate(interval: Interval) -> dict[str, Any]:

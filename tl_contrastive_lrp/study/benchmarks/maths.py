@@ -152,6 +152,12 @@ class _Maths(Published):
             "" for none.
         begin: What every answer begins with, such as ``####``. It is put into the model's mouth:
             the chat ends with it, the completion goes on from there, and the checker reads both.
+        longest_answer: Only items whose right answer has at most that many characters (of GSM8K,
+            without commas), such as one digit, which one token decides; None for all. It chooses
+            among the first ``limit``.
+
+    Raises:
+        FileFormatError: As for all benchmarks; or no right answer is so short.
     """
 
     default_request: ClassVar[str]
@@ -163,10 +169,22 @@ class _Maths(Published):
         on_error: OnError = "raise",
         request: str | None = None,
         begin: str = "",
+        longest_answer: int | None = None,
     ) -> None:
         self.begin = begin
         self.request = self.default_request if request is None else request
         super().__init__(rows, limit, on_error)
+        if longest_answer is not None:
+            self._items = tuple(i for i in self._items if len(self._answer(i)) <= longest_answer)
+            if not self._items:
+                raise FileFormatError(
+                    f"No answer of {self.name} has at most longest_answer={longest_answer} "
+                    "characters."
+                )
+
+    def _answer(self, item: Item) -> str:
+        """The right answer of an item, as short as it can be written."""
+        return item.reference or ""
 
     def _asked(self, id: str, problem: str, reference: str, row: Row) -> Item:
         text = f"{problem}\n\n{self.request}" if self.request else problem
@@ -196,6 +214,9 @@ class GSM8K(_Maths):
         if marked is None:
             raise row.wrong("answer", "has no number after ####")
         return self._asked(str(row.number), question, answer, row)
+
+    def _answer(self, item: Item) -> str:
+        return f"{self._expected(item):f}"
 
     def check(self, item: Item, completion: str) -> Verdict:
         """Whether the completion's number is the reference's."""
