@@ -478,3 +478,18 @@ def test_a_benchmark_has_its_own_way_of_collecting(tmp_path: Path) -> None:
     assert len(results.cases) == summary.cases > 0
     decoding = [case.provenance.decoding for case in results.cases]
     assert {(one["batch_size"], one["max_new_tokens"]) for one in decoding} == {(9, 11)}
+
+
+def test_graphs_of_the_first_rule_set_alone(tmp_path: Path, reference: Any) -> None:
+    def analyses(rules: str) -> dict[tuple[str, str], bool]:
+        study = small(tmp_path, rules=rules, store=str(reference[0].store.folder))
+        section = dataclasses.replace(study.settings.analyse, graph="first")
+        study.settings = dataclasses.replace(study.settings, analyse=section)
+        study.run(**QUIET)
+        return {(a.case_id, a.rules): a.graph is not None for a in study.results().analyses}
+
+    for rules in ("attnlrp, gradient", "gradient, attnlrp"):  # in one store
+        found = analyses(rules)
+        assert {(name, graph) for (_, name), graph in found.items()} == {
+            (name, name == rules.split(",")[0]) for name in ("attnlrp", "gradient")
+        }

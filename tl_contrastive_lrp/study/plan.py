@@ -255,7 +255,7 @@ def _model(
         run.store.has(
             analysis_key(
                 run.store, case, model=one.name, fingerprint=model_hash, rules=name,
-                settings=settings,
+                settings=settings.under(name),
             )
         )
         for case in known

@@ -410,7 +410,7 @@ class StudyRun:
         keys = [
             analysis_key(
                 self.store, cases[number], model=one.name, fingerprint=model_hash, rules=rules,
-                settings=self.analysing,
+                settings=self.analysing.under(rules),
             )
             for number, rules in units
         ]  # fmt: skip

@@ -193,8 +193,9 @@ class AnalyseSection(Section):
 
     Attributes:
         rules: Rule sets; the base is explained under each, all other models under the first.
-        graph: Whether a graph is made: true, false, or "not clear" for the cases alone whose
-            input relevance adds up to less than 0 though Δℓ is above 1.
+        graph: Whether a graph is made: true, false, "first" for the first rule set alone, or "not
+            clear" for the cases alone whose input relevance adds up to less than 0 though Δℓ is
+            above 1.
         granularity: Sites of the graph: "block" or "sublayer".
         mass: Share of each transition's mass that the pruned graph keeps.
         node_threshold: Nodes with |relevance| at or below it, in logits, are not expanded.
@@ -206,7 +207,7 @@ class AnalyseSection(Section):
     LEAST: ClassVar[Mapping[str, float]] = {"node_threshold": 0, "flip_limit": 0}
 
     rules: tuple[str, ...] = ("attnlrp",)
-    graph: bool | Literal["not clear"] = True
+    graph: bool | Literal["not clear", "first"] = True
     granularity: Literal["block", "sublayer"] = "block"
     mass: float = 0.85
     node_threshold: float = 0.01
@@ -522,7 +523,8 @@ collect:
 analyse:
   # The base under every rule set, all other models under the first.
   rules: [attnlrp, cplrp, relp, gim, gradient]
-  graph: true             # or false, or "not clear": only where input relevance is no clue
+  graph: true             # or false; "first": of the first rule set alone; or "not clear": only
+                          # where input relevance is no clue
   mass: 0.85              # share of each transition's mass that the graph keeps
   node_threshold: 0.01    # logits; smaller nodes are not expanded
   flip_limit: 16          # at most so many tokens are removed to flip the prediction

@@ -273,7 +273,7 @@ class Study:
                     key = analysis_key(
                         self.store, case, model=one.name,
                         fingerprint=str(hashes[one.name]["fingerprint"]), rules=rules,
-                        settings=run.analysing,
+                        settings=run.analysing.under(rules),
                     )  # fmt: skip
                     if self.store.has(key):
                         analyses.append(analysis_of(self.store, key))
