@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from tl_contrastive_lrp.render.study.tables import cell
+from tl_contrastive_lrp.study.labels import ordinary
+from tl_contrastive_lrp.study.tables import portion
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
@@ -73,6 +76,7 @@ def write(out: Path) -> None:
     facts = {**results.facts, "command": RUN, "differences": DIFFERENCES}
     results = dataclasses.replace(results, facts=facts)
     numbers = compact(report(results, "report.html", texts=False), _seconds(study.store))
+    numbers["tables"]["digits"] = digits_table(results)
     DOCS.joinpath(f"{NAME}.json").write_text(
         json.dumps(numbers, ensure_ascii=True, allow_nan=False, indent=None) + "\n", "utf-8"
     )
@@ -97,6 +101,65 @@ def _seconds(store: Any) -> dict[str, float]:
     for key in store.keys("analysis"):
         spent.update(store.get(key).notes["seconds"])
     return dict(spent)
+
+
+def digits_table(results: Any, benchmark: str = "gsm8k", strongest: int = 5) -> dict[str, Any]:
+    """Whether relevance of a wrong digit lies on the digits of the question.
+
+    Counted are ordinary tokens, neither special nor the first. By chance is the mean probability
+    that as many tokens, drawn at random from a case's, hold a digit.
+
+    Args:
+        results: The study.
+        benchmark: The benchmark whose answers are digits.
+        strongest: How many tokens of the largest |relevance| a reader looks at.
+    """
+    rows = []
+    for rules in results.rules:
+        first, few, same, by_chance, same_by_chance = [], [], [], [], []
+        for case_id, analysis in results.of_model(results.base.name, rules).items():
+            case = results.by_id[case_id]
+            if case.benchmark != benchmark:
+                continue
+            counted = ordinary(analysis).nonzero().flatten().tolist()
+            texts = [analysis.str_tokens[i].strip() for i in counted]
+            sizes = analysis.tokens.double().abs()[counted].tolist()
+            order = sorted(range(len(counted)), key=lambda i: (-sizes[i], i))[:strongest]
+            digits = [text.isdecimal() for text in texts]
+            first.append(digits[order[0]])
+            few.append(any(digits[i] for i in order))
+            by_chance.append(_hit(len(texts), sum(digits), len(order)))
+            if case.target.strip().isdecimal() and case.target.strip() in texts:
+                copies = [text == case.target.strip() for text in texts]
+                same.append(any(copies[i] for i in order))
+                same_by_chance.append(_hit(len(texts), sum(copies), len(order)))
+        rows.append(
+            {
+                "rules": rules,
+                "cases": len(few),
+                "first": portion(sum(first), len(first)),
+                "few": portion(sum(few), len(few)),
+                "by_chance": sum(by_chance) / max(len(by_chance), 1),
+                "same": portion(sum(same), len(same)),
+                "same_by_chance": sum(same_by_chance) / max(len(same_by_chance), 1),
+            }
+        )
+    titles = {
+        "rules": ("rule set", "text"),
+        "cases": ("cases", "count"),
+        "first": ("the strongest token is a digit", "share"),
+        "few": (f"a digit is among the {strongest} strongest", "share"),
+        "by_chance": ("by chance", "percent"),
+        "same": ("the written digit is in the question, and among them", "share"),
+        "same_by_chance": ("by chance", "percent"),
+    }
+    columns = [{"key": k, "title": title, "kind": kind} for k, (title, kind) in titles.items()]
+    return {"title": "Digits of the question", "columns": columns, "rows": rows, "note": ""}
+
+
+def _hit(n: int, wanted: int, drawn: int) -> float:
+    """The probability that tokens drawn without replacement hold a wanted one."""
+    return 1 - math.comb(n - wanted, drawn) / math.comb(n, drawn)
 
 
 def compact(numbers: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -197,9 +260,9 @@ def page(numbers: Mapping[str, Any]) -> str:
 
 
 def _cell(numbers: Mapping[str, Any], path: str) -> str:
-    """A cell by its path: table, column=value of the row (several with commas), column."""
+    """A cell by its path: table, column=value of the row (several with &), column."""
     name, where, column = path.split("/")
-    row = dict(pair.split("=", 1) for pair in where.split(","))
+    row = dict(pair.split("=", 1) for pair in where.split("&"))
     return value(numbers, name, row, column)
 
 
