@@ -75,7 +75,7 @@ def write(out: Path) -> None:
         )
     facts = {**results.facts, "command": RUN, "differences": DIFFERENCES}
     results = dataclasses.replace(results, facts=facts)
-    numbers = compact(report(results, "report.html", texts=False), _seconds(study.store))
+    numbers = compact(report(results, "report.html", texts=False), _seconds(study, results))
     numbers["tables"]["digits"] = digits_table(results)
     DOCS.joinpath(f"{NAME}.json").write_text(
         json.dumps(numbers, ensure_ascii=True, allow_nan=False, indent=None) + "\n", "utf-8"
@@ -93,13 +93,14 @@ def _sandbox() -> Any:
     return sandbox
 
 
-def _seconds(store: Any) -> dict[str, float]:
-    """Wall time by part, over all processes."""
+def _seconds(study: Any, results: Any) -> dict[str, float]:
+    """Wall time by part, over all processes; what other settings left in the store is not counted."""
     spent: Counter[str] = Counter()
-    for key in store.keys("chunk"):
-        spent["collect"] += store.get(key).notes["seconds"]
-    for key in store.keys("analysis"):
-        spent.update(store.get(key).notes["seconds"])
+    for analysis in results.analyses:
+        spent.update(analysis.seconds)
+    run, base = study._run(), results.analyses[0].fingerprint
+    for key in run.chunk_keys(run.chunks(base), base, ()):
+        spent["collect"] += study.store.get(key).notes["seconds"]
     return dict(spent)
 
 
