@@ -94,7 +94,7 @@ def _sandbox() -> Any:
 
 
 def _seconds(study: Any, results: Any) -> dict[str, float]:
-    """Wall time by part, over all processes; what other settings left in the store is not counted."""
+    """Wall time by part, over all processes, of this study's results alone."""
     spent: Counter[str] = Counter()
     for analysis in results.analyses:
         spent.update(analysis.seconds)
