@@ -196,7 +196,7 @@ def table(numbers: Mapping[str, Any], name: str, columns: Sequence[str] = ()) ->
     data = numbers["tables"][name]
     chosen = [c for c in data["columns"] if not columns or c["key"] in columns]
     lines = [
-        "| " + " | ".join(c["title"] for c in chosen) + " |",
+        "| " + " | ".join(c["title"].replace("|", "\\|") for c in chosen) + " |",
         "| " + " | ".join("---" for _ in chosen) + " |",
     ]
     for row in data["rows"]:
@@ -240,6 +240,7 @@ def page(numbers: Mapping[str, Any]) -> str:
     filled = {
         "differences": " ".join(f"{one}." for one in DIFFERENCES),
         "cases": str(len(numbers["cases"]["rows"])),
+        "counts": _counts(numbers),
         "run": RUN,
         "page": PAGE,
         "date": facts["date"],
@@ -265,6 +266,14 @@ def _cell(numbers: Mapping[str, Any], path: str) -> str:
     name, where, column = path.split("/")
     row = dict(pair.split("=", 1) for pair in where.split("&"))
     return value(numbers, name, row, column)
+
+
+def _counts(numbers: Mapping[str, Any]) -> str:
+    """How many cases are of which benchmark: most are of one, and a reader must know."""
+    rows = numbers["tables"]["clean"]["rows"]
+    return ", ".join(
+        f"{r['kept']['count']} {r['benchmark']}" for r in rows if r["benchmark"] != "all"
+    )
 
 
 def _limits(settings: Mapping[str, Any]) -> str:

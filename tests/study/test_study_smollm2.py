@@ -108,6 +108,10 @@ def test_of_a_report_the_numbers_alone_are_kept(tmp_path: Path) -> None:
     kept = module.compact(whole, {"collect": 7200.0, "flip": 1800.0})
     assert not re.search("secret|hidden", json.dumps(kept))
     assert [row[0] for row in kept["cases"]["rows"]] == [case["id"] for case in whole["cases"]]
+    for name, data in kept["tables"].items():  # a bar in a title would begin another column
+        lines = module.table(kept, name).splitlines()
+        bars = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+        assert bars == {len(data["columns"]) + 1}
     written = module.table(kept, "flips").splitlines()
     assert len(written) == 2 + len(kept["tables"]["flips"]["rows"])
     first = kept["tables"]["flips"]["rows"][0]
