@@ -80,7 +80,7 @@ def test_the_unembedding_runs_at_one_position(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Removal, "logits", spied)
     model = boot("qwen3")
     tokens_to_flip(model, TOKENS, torch.zeros(N), target=int(model(TOKENS)[0, -1].argmax()))
-    assert tuple(shapes[0][:2]) == (5, 1)
+    assert tuple(shapes[0][:2]) == (3, 1)
 
 
 def test_refusals() -> None:

@@ -13,9 +13,13 @@ from typing import Any
 
 import pytest
 
+import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import FileFormatError
 from tl_contrastive_lrp.study.benchmarks import open_benchmark
 from tl_contrastive_lrp.study.benchmarks.maths import boxed, number_of
+from tl_contrastive_lrp.study.collect import CollectSettings
+from tl_contrastive_lrp.study.collect.collect import complete
+from tl_contrastive_lrp.study.collect.place import Completion
 
 GSM8K = [
     {
@@ -251,3 +255,50 @@ def test_malformed_rows_are_named(tmp_path: Path, name: str, row: Any, named: st
     with pytest.raises(FileFormatError, match=r"rows\.jsonl, line 2: ") as error:
         open_benchmark(name, path=path)
     assert named in str(error.value)
+
+
+def test_a_given_beginning_belongs_to_the_answer(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", GSM8K)
+    gsm8k = open_benchmark("gsm8k", path=path, begin="####")
+    item = gsm8k.items()[0]
+    assert item.messages is not None
+    assert [one["role"] for one in item.messages] == ["user", "assistant"]
+    assert item.messages[1]["content"] == "####"
+    # Without the beginning, the last number would count: 4.
+    assert gsm8k.check(item, " 1200\n\nSo 4.").passed
+    assert not gsm8k.check(item, " 12\n\nSo 1200.").passed
+    assert gsm8k.can_pass(item, " 12") is None
+    assert gsm8k.can_pass(item, " 13") is False
+    math = open_benchmark("math", path=written(tmp_path / "m.jsonl", MATH), begin=r"\boxed{")
+    asked = math.items()[0]
+    assert math.check(asked, r"\frac{1}{4}} is the answer.").passed
+    assert not math.check(asked, r"\frac{1}{2}} is the answer.").passed
+
+
+def test_a_given_beginning_ends_the_prompt(tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", GSM8K)
+    model = clrp.load_demo_model(device="cpu")
+    settings = CollectSettings(max_new_tokens=3)
+    ids = []
+    for begin in ("", "####"):
+        items = open_benchmark("gsm8k", path=path, begin=begin).items()[:1]
+        [done] = complete(model, items, settings)
+        assert isinstance(done, Completion)
+        ids.append(done.prompt_ids)
+    # In a new message the model would have a template's words after the beginning.
+    assert ids[1][: len(ids[0])] == ids[0]
+    rest = model.tokenizer.decode(list(ids[1][len(ids[0]) :]))
+    assert rest.strip() == "####"
+
+
+def test_only_short_answers(tmp_path: Path) -> None:
+    def asked(name: str, rows: list[Any], **options: Any) -> list[str | None]:
+        path = written(tmp_path / f"{name}.jsonl", rows)
+        return [one.id for one in open_benchmark(name, path=path, **options).items()]
+
+    # 1,200 has four characters without its comma, -2 has two.
+    assert asked("gsm8k", GSM8K, longest_answer=2) == ["2"]
+    assert asked("gsm8k", GSM8K, longest_answer=4) == ["1", "2"]
+    assert asked("math", MATH, longest_answer=5) == ["made/up/2.json"]
+    with pytest.raises(FileFormatError, match=r"No answer of gsm8k .* longest_answer=2"):
+        asked("gsm8k", GSM8K, longest_answer=2, limit=1)

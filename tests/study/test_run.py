@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -423,3 +424,54 @@ def test_interrupted_it_says_how_to_continue(reference: Any, tmp_path: Path) -> 
     summary = Study.load(tmp_path / "study.yaml").run(**QUIET)
     assert summary.computed > 0
     assert digests(tmp_path / "store") == reference[1]
+
+
+def test_another_dtype_writes_and_the_base_measures(
+    tmp_path: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrote = []
+
+    def watched(base: Any, *arguments: Any, writer: Any = None, **named: Any) -> Any:
+        wrote.append((base.cfg.dtype, None if writer is None else writer.cfg.dtype))
+        return collect(base, *arguments, writer=writer, **named)
+
+    collect = run_module.collect
+    monkeypatch.setattr(run_module, "collect", watched)
+    study = small(tmp_path, store=str(reference[0].store.folder))  # a store with other results
+    section = dataclasses.replace(study.settings.collect, writer_dtype="float64")
+    study.settings = dataclasses.replace(study.settings, collect=section)
+    assert study.run(**QUIET).found < 9  # nothing that the base itself wrote is taken for it
+    assert set(wrote) == {(torch.float32, torch.float64)}
+    cases = study.results().cases
+    assert {case.provenance.decoding["dtype"] for case in cases} == {"float64"}
+    exact = {case.id: case.delta for case in reference[0].results().cases}
+    assert [case.delta for case in cases] == [exact[case.id] for case in cases]
+
+
+def test_a_benchmark_has_its_own_way_of_collecting(tmp_path: Path) -> None:
+    study = small(tmp_path)
+    [one] = study.settings.benchmarks
+    own = dataclasses.replace(one, collect={"batch_size": 9, "max_new_tokens": 11})
+    study.settings = dataclasses.replace(study.settings, benchmarks=(own,))
+    summary = study.run(**QUIET)
+    [key] = study.store.keys("chunk")  # one chunk of nine items
+    assert len(study.store.get(key).record["cases"]) == 9
+    results = study.results()
+    assert len(results.cases) == summary.cases > 0
+    decoding = [case.provenance.decoding for case in results.cases]
+    assert {(one["batch_size"], one["max_new_tokens"]) for one in decoding} == {(9, 11)}
+
+
+def test_graphs_of_the_first_rule_set_alone(tmp_path: Path, reference: Any) -> None:
+    def analyses(rules: str) -> dict[tuple[str, str], bool]:
+        study = small(tmp_path, rules=rules, store=str(reference[0].store.folder))
+        section = dataclasses.replace(study.settings.analyse, graph="first")
+        study.settings = dataclasses.replace(study.settings, analyse=section)
+        study.run(**QUIET)
+        return {(a.case_id, a.rules): a.graph is not None for a in study.results().analyses}
+
+    for rules in ("attnlrp, gradient", "gradient, attnlrp"):  # in one store
+        found = analyses(rules)
+        assert {(name, graph) for (_, name), graph in found.items()} == {
+            (name, name == rules.split(",")[0]) for name in ("attnlrp", "gradient")
+        }

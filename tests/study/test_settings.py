@@ -45,8 +45,23 @@ def test_every_value_arrives() -> None:
     settings = read(
         siblings=[{"name": "b", "model": "org/b", "revision": "main", "dtype": "bfloat16"}],
         checkpoints=[{"model": "org/a", "revision": "step10", "step": 10}],
-        benchmarks=[{"name": "gsm8k", "path": "x.jsonl", "limit": 3, "options": {"split": "t"}}],
-        collect={"locators": ["given"], "min_delta": 2, "thinking": None, "top_k": 5},
+        benchmarks=[
+            {
+                "name": "gsm8k",
+                "path": "x.jsonl",
+                "limit": 3,
+                "options": {"split": "t"},
+                "collect": {"top_k": 4, "thinking": False},
+            },
+            {"name": "math"},
+        ],
+        collect={
+            "locators": ["given"],
+            "min_delta": 2,
+            "thinking": None,
+            "top_k": 5,
+            "writer_dtype": "bfloat16",
+        },
         analyse={"rules": ["gim", "relp"], "graph": "not clear", "mass": 1, "flip_limit": 0},
     )
     assert settings.siblings[0].dtype == "bfloat16"
@@ -55,6 +70,11 @@ def test_every_value_arrives() -> None:
     assert settings.collect.given() == {
         "batch_size": 8, "thinking": None, "locators": ("given",), "min_delta": 2.0, "top_k": 5,
     }  # fmt: skip
+    assert settings.collect.writer_dtype == "bfloat16"
+    own, other = (one.collecting(settings.collect) for one in settings.benchmarks)
+    assert own.given() == {**settings.collect.given(), "top_k": 4, "thinking": False}
+    assert own.writer_dtype == "bfloat16"
+    assert other == settings.collect
     assert settings.analyse.rules == ("gim", "relp")
     assert (settings.analyse.graph, settings.analyse.mass) == ("not clear", 1.0)
 
@@ -74,6 +94,22 @@ def test_every_value_arrives() -> None:
         ({"collect": {"locators": ["given", 3]}}, "collect.locators", "give a list"),
         ({"collect": {"thinking": "no thanks"}}, "collect.thinking", "true or false"),
         ({"collect": None}, "collect", "it is empty; give a mapping of max_new_tokens"),
+        ({"collect": {"writer_dtype": "int8"}}, "collect.writer_dtype", "give 'float32' or"),
+        (
+            {"benchmarks": [{"name": "a", "collect": {"topk": 3}}]},
+            "benchmarks[0].collect.topk",
+            "did you mean top_k",
+        ),
+        (
+            {"benchmarks": [{"name": "a", "collect": {"top_k": 1}}]},
+            "benchmarks[0].collect.top_k",
+            "give 2 or more",
+        ),
+        (
+            {"benchmarks": [{"name": "a", "collect": {"writer_dtype": "float16"}}]},
+            "benchmarks[0].collect.writer_dtype",
+            "one writer completes all benchmarks",
+        ),
         ({"analyse": {"rules": ["attnlpr"]}}, "analyse.rules", "did you mean attnlrp?"),
         ({"analyse": {"rules": []}}, "analyse.rules", "it is empty"),
         ({"analyse": {"rules": ["gim", "gim"]}}, "analyse.rules", "there twice"),

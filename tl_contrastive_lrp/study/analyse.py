@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -52,7 +52,8 @@ class AnalysisSettings:
 
     Attributes:
         rules: Names of rule sets; the base is explained under each, other models under the first.
-        graph: Whether to make a graph; "not clear": only where input relevance is no clue.
+        graph: Whether to make a graph; "not clear": only where input relevance is no clue; "first":
+            under the first of ``rules`` alone.
         granularity: Sites of the graph.
         mass: Share of each transition's mass that the pruned graph keeps.
         node_threshold: Nodes with |relevance| at or below it, in logits, are not expanded.
@@ -62,13 +63,21 @@ class AnalysisSettings:
     """
 
     rules: tuple[str, ...] = ("attnlrp",)
-    graph: bool | Literal["not clear"] = True
+    graph: bool | Literal["not clear", "first"] = True
     granularity: Granularity = "block"
     mass: float = 0.85
     node_threshold: float = 0.01
     flip_limit: int = 16
     memory: Memory = "auto"
     attention: AttentionKind = "auto"
+
+    def under(self, rules: str) -> AnalysisSettings:
+        """What is computed under one rule set, whatever its place among the others.
+
+        Args:
+            rules: Its name.
+        """
+        return replace(self, graph=rules == self.rules[0]) if self.graph == "first" else self
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +150,7 @@ def analyse(
         PromptError, TokenError, ModelStateError, UncoveredComponentError: As for ``attribute``.
         ValueError: ``prepared`` is of another case.
     """
+    settings = settings.under(rules)
     shared = prepared if prepared is not None else prepare(model, case)
     if shared.case is not case:
         raise ValueError(f"prepared= is of case {shared.case.id!r}, not of {case.id!r}.")

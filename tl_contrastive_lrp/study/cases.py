@@ -289,7 +289,7 @@ REASONS = {
     "no contrast": "no other token there makes the completion pass",
     "small delta": "Δℓ is not above the study's minimum",
     "not the top token": "the wrong token is not the model's first choice at its position",
-    "too long": "prompt and completion do not fit into the model's context",
+    "too long": "prompt and completion exceed the model's context or the study's limit",
     "malformed": "the row cannot be read",
     "unchecked": "there is no checker for this row here",
     "tokens unknown": "the exact token ids cannot be rebuilt from the log",

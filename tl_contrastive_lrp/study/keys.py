@@ -132,6 +132,7 @@ def chunk_key(
     seed: int,
     threads: int,
     checker: str,
+    writer: str | None = None,
 ) -> Key:
     """The key of what became of some items.
 
@@ -148,6 +149,7 @@ def chunk_key(
         threads: Threads of one process on a CPU, on which rounding depends.
         checker: Hash of the user's functions that it depends on: the sandbox, the judges, and
             locators that are not the package's; and of the libraries that its checker asks.
+        writer: Type of the copy that writes; None for the model itself.
     """
     return store.key(
         "chunk",
@@ -162,6 +164,7 @@ def chunk_key(
         seed=seed,
         threads=threads,
         checker=checker,
+        writer=writer,
     )
 
 

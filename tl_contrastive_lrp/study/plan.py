@@ -194,11 +194,12 @@ def _sample(
     for chunk in chunks:
         by_benchmark.setdefault(chunk.settings.name, []).append(chunk)
     found, seconds = list[Case | Dropped](), 0.0
+    writer = run.writer()
     share = math.ceil(n_items / len(by_benchmark))
     for each in by_benchmark.values():
         part = each[len(each) // 2][:share]
         start = time.perf_counter()
-        found += run.collected(base, base_hash, part, siblings)
+        found += run.collected(base, base_hash, part, siblings, writer)
         seconds += time.perf_counter() - start
     return found, seconds
 
@@ -210,7 +211,7 @@ def _made_up(run: StudyRun, base: Any, chunks: Sequence[Chunk]) -> Case:
         item = (usable[0].item if usable else None) if chunk.log else chunk.items[0]
         if item is None:
             continue
-        (done,) = complete(base, [item], run.collecting)
+        (done,) = complete(base, [item], run.collecting_of(chunk.settings))
         if isinstance(done, Completion) and done.ids:
             ids = (*done.prompt_ids, *done.ids[:-1])
             device = next(base.original_model.parameters()).device
@@ -259,7 +260,7 @@ def _model(
         run.store.has(
             analysis_key(
                 run.store, case, model=one.name, fingerprint=model_hash, rules=name,
-                settings=settings, threads=run.settings.threads,
+                settings=settings.under(name), threads=run.settings.threads,
             )
         )
         for case in known

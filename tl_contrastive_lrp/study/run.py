@@ -155,17 +155,29 @@ class StudyRun:
     _computed: int = 0
     _units: int = 0
 
-    @cached_property
-    def collecting(self) -> CollectSettings:
-        """How failures become cases.
+    def collecting_of(self, one: BenchmarkSettings) -> CollectSettings:
+        """How the failures of one benchmark become cases.
+
+        Args:
+            one: The benchmark's part of the settings.
 
         Raises:
             SettingsError: A value is out of range, or a name is unknown.
         """
         try:
-            return CollectSettings(**self.settings.collect.given())
+            return CollectSettings(**one.collecting(self.settings.collect).given())
         except ValueError as error:
-            raise SettingsError("collect", str(error)) from error
+            if isinstance(error, SettingsError):
+                raise
+            where = f"the benchmark {one.name!r}, collect" if one.collect else "collect"
+            raise SettingsError(where, str(error)) from error
+
+    @cached_property
+    def takes_siblings(self) -> bool:
+        """Whether contrasts of any benchmark may come from siblings."""
+        return any(
+            "sibling" in self.collecting_of(one).contrast for one in self.settings.benchmarks
+        )
 
     @cached_property
     def analysing(self) -> AnalysisSettings:
@@ -185,8 +197,9 @@ class StudyRun:
             NotRunError: There is a log that no run has read, and no model.
             OSError, FileFormatError: Rows or a log cannot be read.
         """
-        size, found = self.collecting.batch_size, list[Chunk]()
+        found = list[Chunk]()
         for place, one in enumerate(self.settings.benchmarks):
+            size = self.collecting_of(one).batch_size
             benchmark = self._benchmark(place, one)
             if one.log is not None:
                 found += self._chunks_of_log(one, benchmark, base_hash, base, size)
@@ -241,7 +254,12 @@ class StudyRun:
         ]  # fmt: skip
 
     def collected(
-        self, base: Any, base_hash: str, chunk: Chunk, siblings: Mapping[str, Any]
+        self,
+        base: Any,
+        base_hash: str,
+        chunk: Chunk,
+        siblings: Mapping[str, Any],
+        writer: Any = None,
     ) -> list[Case | Dropped]:
         """What becomes of a chunk's items, or of a log's completions.
 
@@ -250,8 +268,9 @@ class StudyRun:
             base_hash: Its hash.
             chunk: The chunk.
             siblings: Models that contrasts may come from, by name; without any, no contrast does.
+            writer: The copy of the base that writes; None for the base.
         """
-        settings, spec = self.collecting, self.settings.base.spec
+        settings, spec = self.collecting_of(chunk.settings), self.settings.base.spec
         if not siblings:
             own = tuple(name for name in settings.contrast if name != "sibling")
             settings = replace(settings, contrast=own)
@@ -260,7 +279,9 @@ class StudyRun:
             "model_fingerprint": base_hash,
         }  # fmt: skip
         if chunk.logged is None:
-            return collect(base, chunk.benchmark, chunk.items, settings, **named)
+            return collect(
+                base, chunk.benchmark, chunk.items, settings, writer=writer, **named
+            )  # fmt: skip
         usable = [one for one in chunk.logged if not isinstance(one, Dropped)]
         items = [one.item for one in usable]
         found = iter(collect_logged(base, chunk.benchmark, items, usable, settings, **named))
@@ -314,10 +335,7 @@ class StudyRun:
     @contextmanager
     def opened(self, one: ModelSettings) -> Iterator[tuple[Any, str]]:
         """A model of the study and its hash, which is stored with its size; freed afterwards."""
-        device = None
-        if one.device_map is None and torch.cuda.is_available():
-            device = f"cuda:{self.share.device % torch.cuda.device_count()}"
-        model: Any = open_model(one.spec, device)
+        model: Any = open_model(one.spec, self._device(one))
         try:
             found = fingerprint(model)
             n_parameters = sum(p.numel() for p in model.original_model.parameters())
@@ -330,12 +348,24 @@ class StudyRun:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
+    def writer(self) -> Any:
+        """The copy of the base that writes, in the type that the settings ask for."""
+        dtype, base = self.settings.collect.writer_dtype, self.settings.base
+        if dtype is None or dtype == base.dtype:
+            return None
+        return open_model(replace(base.spec, dtype=dtype), self._device(base))
+
+    def _device(self, one: ModelSettings) -> str | None:
+        """The device of a model of this worker; None leaves it to TransformerLens."""
+        if one.device_map is None and torch.cuda.is_available():
+            return f"cuda:{self.share.device % torch.cuda.device_count()}"
+        return None
+
     def contrasting(self) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         """The siblings that contrasts may come from, together in memory, and their hashes."""
         models: dict[str, Any] = {}
         hashes: list[tuple[str, str]] = []
-        takes_siblings = "sibling" in self.collecting.contrast
-        for one in self.settings.siblings if takes_siblings else ():
+        for one in self.settings.siblings if self.takes_siblings else ():
             with self.opened(one) as (model, model_hash):
                 models[one.name] = model
                 hashes.append((one.name, model_hash))
@@ -347,9 +377,13 @@ class StudyRun:
         siblings, hashes = self.contrasting()
         keys = self.chunk_keys(chunks, base_hash, hashes)
 
+        writer: list[Any] = []
+
         def compute(i: int) -> bool:
             start = time.perf_counter()
-            found = self.collected(base, base_hash, chunks[i], siblings)
+            if not writer:  # only a process that collects opens it
+                writer.append(self.writer())
+            found = self.collected(base, base_hash, chunks[i], siblings, writer[0])
             self.store.put(
                 keys[i],
                 {"cases": [collected_data(one) for one in found]},
@@ -370,19 +404,28 @@ class StudyRun:
             base_hash: Hash of the base model.
             siblings: Name and hash of each model that contrasts may come from.
         """
-        used = [LOCATORS[name] for name in self.collecting.locators]
-        own = [one for one in used if getattr(one, "__module__", "") != judge.__module__]
-        functions = [self.sandbox and function_data(self.sandbox)]
-        functions += map(function_data, (*self.judges, *own))
         return [
             chunk_key(
                 self.store, chunk.settings, chunk.items, log=chunk.log,
-                spec=self.settings.base.spec, fingerprint=base_hash, collect=self.collecting,
-                siblings=siblings, seed=self.settings.seed, threads=self.settings.threads,
-                checker=content_hash([functions, checked_with(chunk.settings.name)]),
+                spec=self.settings.base.spec, fingerprint=base_hash,
+                collect=self.collecting_of(chunk.settings), siblings=siblings,
+                seed=self.settings.seed, threads=self.settings.threads,
+                checker=self._asked(chunk),
+                writer=None if chunk.log else self.settings.collect.writer_dtype,
             )
             for chunk in chunks
         ]  # fmt: skip
+
+    def _asked(self, chunk: Chunk) -> str:
+        """Hash of what is asked about a chunk's items beside the model.
+
+        The sandbox, the judges, locators that are not the package's, and the checker's libraries.
+        """
+        used = [LOCATORS[name] for name in self.collecting_of(chunk.settings).locators]
+        own = [one for one in used if getattr(one, "__module__", "") != judge.__module__]
+        functions = [self.sandbox and function_data(self.sandbox)]
+        functions += map(function_data, (*self.judges, *own))
+        return content_hash([functions, checked_with(chunk.settings.name)])
 
     def _analyse(
         self, worker: Worker, one: ModelSettings, model: Any, model_hash: str, cases: list[Case]
@@ -391,7 +434,7 @@ class StudyRun:
         keys = [
             analysis_key(
                 self.store, cases[number], model=one.name, fingerprint=model_hash, rules=rules,
-                settings=self.analysing, threads=self.settings.threads,
+                settings=self.analysing.under(rules), threads=self.settings.threads,
             )
             for number, rules in units
         ]  # fmt: skip

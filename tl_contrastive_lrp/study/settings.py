@@ -111,6 +111,7 @@ class BenchmarkSettings(Section):
             or OpenAI-style messages.
         limit: Only that many items, the first.
         options: More options of this benchmark.
+        collect: What differs here from the study's own ``collect``, such as {max_new_tokens: 24}.
     """
 
     LEAST: ClassVar[Mapping[str, float]] = {"limit": 1}
@@ -120,11 +121,30 @@ class BenchmarkSettings(Section):
     log: str | None = None
     limit: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    collect: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Refuse a name that could not begin a case's id."""
+        """Refuse a name that could not begin a case's id, and what is no part of ``collect``."""
         if not self.name or "/" in self.name:
             raise SettingsError("name", f"it is {self.name!r}; give a name without /")
+        if "writer_dtype" in self.collect:
+            raise SettingsError(
+                "collect.writer_dtype", "one writer completes all benchmarks; give it in collect"
+            )
+        self.collecting(CollectSection())
+
+    def collecting(self, general: CollectSection) -> CollectSection:
+        """How this benchmark's failures are made into cases.
+
+        Args:
+            general: The study's ``collect``.
+
+        Raises:
+            SettingsError: A key of this benchmark's own is unknown, or a value wrong.
+        """
+        own = _section(CollectSection, self.collect, "collect")
+        given = {name: getattr(own, name) for name in self.collect}
+        return dataclasses.replace(general, **given)
 
 
 @dataclass(frozen=True)
@@ -142,6 +162,8 @@ class CollectSection(Section):
         recovery_top_k: Tokens that the locator "recovery" tries at a position.
         max_rollouts: The most rollouts of that locator for one completion.
         max_prompt_tokens: Longer prompts are dropped.
+        writer_dtype: Type of a copy of the base that writes completions and rollouts, such as
+            "bfloat16"; by default the base itself writes. Rank and Δℓ are always those of the base.
     """
 
     LEAST: ClassVar[Mapping[str, float]] = {
@@ -159,10 +181,12 @@ class CollectSection(Section):
     recovery_top_k: int | None = None
     max_rollouts: int | None = None
     max_prompt_tokens: int | None = None
+    writer_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
 
     def given(self) -> dict[str, Any]:
         """The values that are given, by name: arguments of ``CollectSettings``."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
+        del values["writer_dtype"]
         return {n: v for n, v in values.items() if v is not None or n == "thinking"}
 
 
@@ -172,8 +196,9 @@ class AnalyseSection(Section):
 
     Attributes:
         rules: Rule sets; the base is explained under each, all other models under the first.
-        graph: Whether a graph is made: true, false, or "not clear" for the cases alone whose
-            input relevance adds up to less than 0 though Δℓ is above 1.
+        graph: Whether a graph is made: true, false, "first" for the first rule set alone, or "not
+            clear" for the cases alone whose input relevance adds up to less than 0 though Δℓ is
+            above 1.
         granularity: Sites of the graph: "block" or "sublayer".
         mass: Share of each transition's mass that the pruned graph keeps.
         node_threshold: Nodes with |relevance| at or below it, in logits, are not expanded.
@@ -185,7 +210,7 @@ class AnalyseSection(Section):
     LEAST: ClassVar[Mapping[str, float]] = {"node_threshold": 0, "flip_limit": 0}
 
     rules: tuple[str, ...] = ("attnlrp",)
-    graph: bool | Literal["not clear"] = True
+    graph: bool | Literal["not clear", "first"] = True
     granularity: Literal["block", "sublayer"] = "block"
     mass: float = 0.85
     node_threshold: float = 0.01
@@ -501,7 +526,8 @@ collect:
 analyse:
   # The base under every rule set, all other models under the first.
   rules: [attnlrp, cplrp, relp, gim, gradient]
-  graph: true             # or false, or "not clear": only where input relevance is no clue
+  graph: true             # or false; "first": of the first rule set alone; or "not clear": only
+                          # where input relevance is no clue
   mass: 0.85              # share of each transition's mass that the graph keeps
   node_threshold: 0.01    # logits; smaller nodes are not expanded
   flip_limit: 16          # at most so many tokens are removed to flip the prediction

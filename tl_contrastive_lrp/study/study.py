@@ -282,7 +282,7 @@ class Study:
         hashes = {one.name: self._model(one) for one in run.settings.models}
         siblings = [
             (one.name, str(hashes[one.name]["fingerprint"]))
-            for one in (run.settings.siblings if "sibling" in run.collecting.contrast else ())
+            for one in (run.settings.siblings if run.takes_siblings else ())
         ]
         found = self._collected(run, str(hashes[run.settings.base.name]["fingerprint"]), siblings)
         cases = tuple(one for one in found if isinstance(one, Case))
@@ -293,7 +293,7 @@ class Study:
                     key = analysis_key(
                         self.store, case, model=one.name,
                         fingerprint=str(hashes[one.name]["fingerprint"]), rules=rules,
-                        settings=run.analysing, threads=run.settings.threads,
+                        settings=run.analysing.under(rules), threads=run.settings.threads,
                     )  # fmt: skip
                     if self.store.has(key):
                         analyses.append(analysis_of(self.store, key))

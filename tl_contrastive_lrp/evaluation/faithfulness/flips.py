@@ -26,7 +26,8 @@ from ...rules.threads import one_at_a_time
 from ..ranking import first_in_order
 from .removal import Removal, prepare_removal
 
-_FIRST_STEPS = 4
+# Most wrong tokens flip at once, so few prompts come first and the others only where needed.
+_FIRST_STEPS = 2
 # Numbers in the largest tensor of a batch: 256 MiB in float32.
 _NUMBERS = 1 << 26
 

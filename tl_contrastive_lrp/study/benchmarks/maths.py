@@ -150,6 +150,14 @@ class _Maths(Published):
         on_error: What to do with malformed rows.
         request: The sentence after the problem, its only instruction; None for the class's own,
             "" for none.
+        begin: What every answer begins with, such as ``####``. It is put into the model's mouth:
+            the chat ends with it, the completion goes on from there, and the checker reads both.
+        longest_answer: Only items whose right answer has at most that many characters (of GSM8K,
+            without commas), such as one digit, which one token decides; None for all. It chooses
+            among the first ``limit``.
+
+    Raises:
+        FileFormatError: As for all benchmarks; or no right answer is so short.
     """
 
     default_request: ClassVar[str]
@@ -160,15 +168,32 @@ class _Maths(Published):
         limit: int | None = None,
         on_error: OnError = "raise",
         request: str | None = None,
+        begin: str = "",
+        longest_answer: int | None = None,
     ) -> None:
+        self.begin = begin
         self.request = self.default_request if request is None else request
         super().__init__(rows, limit, on_error)
+        if longest_answer is not None:
+            self._items = tuple(i for i in self._items if len(self._answer(i)) <= longest_answer)
+            if not self._items:
+                raise FileFormatError(
+                    f"No answer of {self.name} has at most longest_answer={longest_answer} "
+                    "characters."
+                )
+
+    def _answer(self, item: Item) -> str:
+        """The right answer of an item, as short as it can be written."""
+        return item.reference or ""
 
     def _asked(self, id: str, problem: str, reference: str, row: Row) -> Item:
         text = f"{problem}\n\n{self.request}" if self.request else problem
         return Item(
             id=id,
-            messages=({"role": "user", "content": text},),
+            messages=(
+                {"role": "user", "content": text},
+                *([{"role": "assistant", "content": self.begin}] if self.begin else []),
+            ),
             reference=reference,
             instructions=(self.request,) if self.request else (),
             row=row.values,
@@ -190,10 +215,13 @@ class GSM8K(_Maths):
             raise row.wrong("answer", "has no number after ####")
         return self._asked(str(row.number), question, answer, row)
 
+    def _answer(self, item: Item) -> str:
+        return f"{self._expected(item):f}"
+
     def check(self, item: Item, completion: str) -> Verdict:
         """Whether the completion's number is the reference's."""
         expected = self._expected(item)
-        found = number_of(completion)
+        found = number_of(self.begin + completion)
         if found is None:
             return Verdict(False, "there is no number in the completion")
         if found != expected:
@@ -202,7 +230,7 @@ class GSM8K(_Maths):
 
     def can_pass(self, item: Item, beginning: str) -> bool | None:
         """Whether the number after ``####`` is right; None as long as it can become so."""
-        marked = marked_number(beginning)
+        marked = marked_number(self.begin + beginning)
         if marked is None:
             return None
         (number, written), expected = marked, self._expected(item)
@@ -243,7 +271,7 @@ class MATH(_Maths):
         expected = parse(rf"\boxed{{{item.reference}}}")
         if not expected:
             return Verdict.unchecked("math-verify cannot read the reference")
-        found = parse(completion)
+        found = parse(self.begin + completion)
         if not found:
             return Verdict(False, "there is no answer in the completion")
         if verify(expected, found):
