@@ -437,7 +437,8 @@ def test_another_dtype_writes_and_the_base_measures(
 
     collect = run_module.collect
     monkeypatch.setattr(run_module, "collect", watched)
-    study = small(tmp_path, store=str(reference[0].store.folder))  # a store with other results
+    shutil.copytree(reference[0].store.folder, tmp_path / "store")  # it has other results
+    study = small(tmp_path)
     section = dataclasses.replace(study.settings.collect, writer_dtype="float64")
     study.settings = dataclasses.replace(study.settings, collect=section)
     assert study.run(**QUIET).found < 9  # nothing that the base itself wrote is taken for it
@@ -463,8 +464,10 @@ def test_a_benchmark_has_its_own_way_of_collecting(tmp_path: Path) -> None:
 
 
 def test_graphs_of_the_first_rule_set_alone(tmp_path: Path, reference: Any) -> None:
+    shutil.copytree(reference[0].store.folder, tmp_path / "store")
+
     def analyses(rules: str) -> dict[tuple[str, str], bool]:
-        study = small(tmp_path, rules=rules, store=str(reference[0].store.folder))
+        study = small(tmp_path, rules=rules)
         section = dataclasses.replace(study.settings.analyse, graph="first")
         study.settings = dataclasses.replace(study.settings, analyse=section)
         study.run(**QUIET)
