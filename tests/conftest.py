@@ -8,6 +8,7 @@ fewer of the many families (TEST_EVERY).
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -26,6 +27,10 @@ from truth.families import ALL
 from truth.zoo import ROWS
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# Started in the background, a shell's children ignore Ctrl-C, and so would those that tests stop.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports the package. CHECK_SHAPES=0 leaves it out, as for other kernels.
 if os.environ.get("CHECK_SHAPES", "1") != "0":

@@ -339,6 +339,7 @@ def test_circuits_at_an_earlier_position_are_those_of_the_cut_prompt() -> None:
         assert getattr(found, name) == pytest.approx(getattr(wanted, name), abs=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:.*mean little here")  # a random model's circuits
 @pytest.mark.parametrize("split", [False, True])
 def test_circuits_of_several_positions(split: bool) -> None:
     """All edges: the model itself. None: every position explained as if alone."""
