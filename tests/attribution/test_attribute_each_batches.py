@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from support.hooking import off
 from support.long_zoo import float64_throughout
 from support.low_precision import shrunk
 from support.model_state import snapshot_of
+from support.stretched import stretched
 from support.tiling import assert_same
 from torch import Tensor
 from truth import zoo
@@ -312,18 +311,7 @@ def test_rows_that_affect_each_other_are_found(shapes: list[Any]) -> None:
 
 def test_angles_that_depend_on_the_length_of_the_batch(shapes: list[Any]) -> None:
     """Rotations stretched beyond 10 tokens: a prompt of 9 turns otherwise if padded to 17."""
-    row = zoo.ROWS["phi3"]
-    half = 4
-    settings = {
-        "rope_type": "longrope", "rope_theta": 80.0,
-        "short_factor": [1.0] * half, "long_factor": [3.0 + i for i in range(half)],
-    }  # fmt: skip
-    kwargs = {
-        **row.kwargs, "rope_parameters": settings, "original_max_position_embeddings": 10,
-    }  # fmt: skip
-    stretched = dataclasses.replace(row, name="phi3-longrope", kwargs=kwargs)
-    with mock.patch.dict(zoo.ROWS, {stretched.name: stretched}):
-        model = zoo.boot(stretched.name, torch.float32)
+    model = stretched(10)
     assert_within_one_at_a_time(model, (12, 17))
     assert shapes == [(2, 17)]
     shapes.clear()

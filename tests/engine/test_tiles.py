@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+from support.stretched import stretched
 from support.tiling import FIELDS, LIMIT, PLAIN, TILED, assert_same, both
 from torch import Tensor
 from truth import zoo
@@ -142,15 +142,7 @@ def test_positions_stretched_for_long_prompts_are_not_tiled(limit: int, length: 
 
     The probe of 13 tokens finds this out where the limit lies below it, and no other.
     """
-    row, half = zoo.ROWS["phi3"], 4
-    settings = {
-        "rope_type": "longrope", "rope_theta": 80.0,
-        "short_factor": [1.0] * half, "long_factor": [3.0 + i for i in range(half)],
-    }  # fmt: skip
-    kwargs = {**row.kwargs, "rope_parameters": settings, "original_max_position_embeddings": limit}
-    stretched = dataclasses.replace(row, name=f"phi3-longrope-{limit}", kwargs=kwargs)
-    with mock.patch.dict(zoo.ROWS, {stretched.name: stretched}):
-        model = zoo.boot(stretched.name, torch.float32)
+    model = stretched(limit)
     ids, objective = random_tokens(1, length), clrp.logit_diff(model, 7, 11)
     if length == limit:
         assert_same(*both(model, ids, objective))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.grids import diagonal
+from support.stretched import stretched
 from support.zoo_expected import COVERED
 from torch import Tensor
 from truth import families, zoo
@@ -430,3 +431,17 @@ def test_a_file_gives_the_result_back(tmp_path: Any) -> None:
         assert read.by({"all": (0, N)}).equals(found.by({"all": (0, N)}))
         assert repr(read) == repr(found)
         assert (read.window, read.forwards, read.earlier_pos) == (2, found.forwards, ())
+
+
+def test_positions_stretched_for_long_prompts_run_at_once() -> None:
+    """Beyond 20 tokens all angles change, so a tile's keys would not be those of the prompt."""
+    model = stretched(20)
+    how = {"target": 7, "contrast": 11, "replace": 5, "progress": False}
+    ids = zoo.random_tokens(24)
+    found = clrp.token_effects(model, ids, tile=6, window=23, **how)
+    truth = clrp.token_effects(model, ids, window=None, **how)
+    with torch.no_grad():
+        scale = 2 * float(model(ids).abs().max())
+    limit = PROMISED[torch.float32] * (scale + float(truth.effect.abs().max()))
+    assert truth.effect.abs().max() > 100 * limit
+    assert (found.effect - truth.effect).abs().max() < limit

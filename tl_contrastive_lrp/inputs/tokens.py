@@ -39,6 +39,18 @@ def special_ids(model: Any) -> list[int]:
     return sorted(marked.union(tokenizer.all_special_ids))
 
 
+def drawable_ids(model: Any) -> Int[Tensor, " token"]:
+    """The ids that may stand for any token of a text: none that is special, or has no text.
+
+    A vocabulary may be larger than its tokenizer's; the embeddings beyond were never used.
+    """
+    size = vocab_size(model)
+    if model.tokenizer is not None:
+        size = min(size, len(model.tokenizer))
+    ids = torch.arange(size)
+    return ids[~torch.isin(ids, torch.tensor(special_ids(model), dtype=ids.dtype))]
+
+
 def str_tokens(model: Any, ids: Iterable[int]) -> tuple[str, ...]:
     """What each token of a prompt contributes to its text; joined, they are the prompt's text.
 

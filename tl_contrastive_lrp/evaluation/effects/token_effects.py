@@ -25,7 +25,8 @@ from ...inputs.answers import AnswerDiff
 from ...inputs.facts import PromptFacts
 from ...inputs.forced import runs_of
 from ...inputs.objective import logit_diff, question, require_objectives
-from ...inputs.tokens import special_ids, to_tokens, vocab_size
+from ...inputs.rotary import depends_on_length
+from ...inputs.tokens import drawable_ids, to_tokens
 from ...rules.threads import one_at_a_time
 from .estimate import Estimate, Questions, estimated, measured, tile_of
 from .followed import works_cached
@@ -227,11 +228,7 @@ def _stand_ins(
                 f"replace={replace!r} is unknown; use 'zero', 'random', a token id, or token ids "
                 "[pos]."
             )
-        size = vocab_size(model)
-        if model.tokenizer is not None:  # embeddings beyond the tokenizer's words were never used
-            size = min(size, len(model.tokenizer))
-        pool = torch.arange(size)
-        pool = pool[~torch.isin(pool, torch.tensor(special_ids(model), dtype=pool.dtype))]
+        pool = drawable_ids(model)
         generator = torch.Generator().manual_seed(seed)
         drawn = pool[torch.randint(len(pool), (length,), generator=generator)]
         return drawn.to(tokens), f"random tokens (seed {seed})"
@@ -296,7 +293,8 @@ def _run(model: Any, replaced: Replaced, questions: Questions, options: _Options
         )
     parts = attention_components(model)
     tile = None
-    if works_cached(model, parts, replaced.tokens):
+    cached = works_cached(model, parts, replaced.tokens)
+    if cached and not depends_on_length(model, replaced.length):
         tile = options.tile or tile_of(model, replaced.tokens, window)
     return estimated(
         model, parts, replaced, questions, window, tile,

@@ -29,7 +29,7 @@ from ...hooks.placement import own_hooks
 from ...hooks.user_hooks import user_hooks
 from ...inputs.bridge import LEAVES, hook_points, public_name, require_bridge
 from ...inputs.located import LocatedObjective
-from ...inputs.tokens import special_ids, special_mask, to_single_prompt, to_tokens, vocab_size
+from ...inputs.tokens import drawable_ids, special_ids, special_mask, to_single_prompt, to_tokens
 
 Replace = Literal["zero", "random"]
 
@@ -193,7 +193,7 @@ def prepare_removal(
             "Nothing is left to remove: every token is special, the first one, or excluded. "
             "Use include_special=True, or exclude fewer."
         )
-    stand_ins, how = _stand_ins(model, tokens, replace, draws, pool, seed, special)
+    stand_ins, how = _stand_ins(model, tokens, replace, draws, pool, seed)
     return Removal(model, tokens, objective, ~protected, stand_ins, how, batch_size, progress)
 
 
@@ -204,7 +204,6 @@ def _stand_ins(
     draws: int,
     pool: Tensor | None,
     seed: int,
-    special: list[int],
 ) -> tuple[Tensor | None, str]:
     if isinstance(replace, Tensor):
         stand_ins = to_tokens(model, replace)
@@ -221,11 +220,7 @@ def _stand_ins(
             f"replace={replace!r} is unknown; use 'zero', 'random', or token ids [pos]."
         )
     if pool is None:
-        size = vocab_size(model)
-        if model.tokenizer is not None:  # embeddings beyond the tokenizer's words were never used
-            size = min(size, len(model.tokenizer))
-        pool = torch.arange(size)
-        pool = pool[~torch.isin(pool, torch.tensor(special, dtype=pool.dtype))]
+        pool = drawable_ids(model)
     pool = to_tokens(model, pool.flatten().to(tokens.device))[0].cpu()
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randint(len(pool), (draws, tokens.shape[1]), generator=generator)
