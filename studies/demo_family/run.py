@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 DOCS = ROOT / "docs"
 FIGURES = ("scatter-1", "scatter-2", "trajectories", "flips")
-sys.path[:0] = [str(HERE.parent), str(ROOT)]
+sys.path.insert(0, str(ROOT))
 
 
 def run(out: Path, processes: int) -> float:
@@ -68,7 +68,7 @@ def report(out: Path, seconds: float, processes: int) -> None:
 
 def page() -> str:
     """The text of the page, from the numbers."""
-    from markdown import filled
+    from studies.markdown import filled
 
     numbers = json.loads(DOCS.joinpath("study_demo.json").read_text("utf-8"))
     facts, took = numbers["facts"], numbers["run"]

@@ -13,11 +13,11 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tl_contrastive_lrp.render.study.tables import cell
+from studies.markdown import RULES, filled
 from tl_contrastive_lrp.study.labels import ordinary
 from tl_contrastive_lrp.study.tables import portion
 
@@ -35,9 +35,6 @@ FIGURES = {
 }
 # What is kept of a case: no text of a benchmark.
 CASE = ("id", "benchmark", "delta", "tokens", "locator", "contrast_source")
-RULES = {
-    "attnlrp": "AttnLRP", "cplrp": "CP-LRP", "relp": "RelP", "gim": "GIM", "gradient": "gradient",
-}  # fmt: skip
 DIFFERENCES = (
     "The model is SmolLM2-135M-Instruct, as a four-bit file dequantised, in place of Qwen3-0.6B",
     "There are no judges: the first wrong token is found by rules, the violated constraint (IFEval,"
@@ -185,48 +182,6 @@ def compact(numbers: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[st
     }
 
 
-def table(numbers: Mapping[str, Any], name: str, columns: Sequence[str] = ()) -> str:
-    """A table in Markdown.
-
-    Args:
-        numbers: What ``compact`` gives.
-        name: Its id.
-        columns: Keys of the columns; all by default.
-    """
-    data = numbers["tables"][name]
-    chosen = [c for c in data["columns"] if not columns or c["key"] in columns]
-    lines = [
-        "| " + " | ".join(c["title"].replace("|", "\\|") for c in chosen) + " |",
-        "| " + " | ".join("---" for _ in chosen) + " |",
-    ]
-    for row in data["rows"]:
-        cells = [_written(row.get(c["key"]), c["kind"]) for c in chosen]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _written(value: Any, kind: str) -> str:
-    if kind == "text" and value in RULES:
-        value = RULES[value]
-    shown = cell(value, kind)
-    return f"{shown.text} {shown.small}".strip().replace("|", "\\|")
-
-
-def value(numbers: Mapping[str, Any], name: str, row: Mapping[str, Any], column: str) -> str:
-    """One cell of a table, as ``table`` writes it.
-
-    Args:
-        numbers: What ``compact`` gives.
-        name: The table's id.
-        row: What the row holds, by column.
-        column: The key of the column.
-    """
-    data = numbers["tables"][name]
-    [found] = [r for r in data["rows"] if all(r.get(k) == v for k, v in row.items())]
-    [kind] = [c["kind"] for c in data["columns"] if c["key"] == column]
-    return _written(found.get(column), kind)
-
-
 def page(numbers: Mapping[str, Any]) -> str:
     """The text of the page.
 
@@ -237,7 +192,7 @@ def page(numbers: Mapping[str, Any]) -> str:
     facts = numbers["facts"]
     hours = {name: spent / 3600 for name, spent in numbers["seconds"].items()}
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    filled = {
+    own = {
         "differences": " ".join(f"{one}." for one in DIFFERENCES),
         "cases": str(len(numbers["cases"]["rows"])),
         "counts": _counts(numbers),
@@ -248,24 +203,11 @@ def page(numbers: Mapping[str, Any]) -> str:
         "hours collecting": f"{hours['collect']:.1f}",
         "hours analysing": f"{sum(hours.values()) - hours['collect']:.1f}",
         "limits": _limits(facts["settings"]),
-        **{f"table {name}": table(numbers, name) for name in numbers["tables"]},
         **{
             f"figure {name}": f"![{words}]({NAME}_{name}.svg)" for name, words in FIGURES.items()
         },
     }  # fmt: skip
-    parts = text.split("{{")
-    done = [parts[0]]
-    for part in parts[1:]:
-        name, rest = part.split("}}", 1)
-        done += [filled[name] if name in filled else _cell(numbers, name), rest]
-    return "".join(done)
-
-
-def _cell(numbers: Mapping[str, Any], path: str) -> str:
-    """A cell by its path: table, column=value of the row (several with &), column."""
-    name, where, column = path.split("/")
-    row = dict(pair.split("=", 1) for pair in where.split("&"))
-    return value(numbers, name, row, column)
+    return filled(text, numbers, own)
 
 
 def _counts(numbers: Mapping[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,17 +14,13 @@ ROOT = Path(__file__).parents[2]
 
 def script(name: str) -> ModuleType:
     """A study's script, as a module."""
-    sys.path.insert(0, str(ROOT / "studies"))
-    try:
-        path = ROOT / "studies" / name / "run.py"
-        spec = importlib.util.spec_from_file_location(f"study_{name}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(ROOT / "studies"))
+    path = ROOT / "studies" / name / "run.py"
+    spec = importlib.util.spec_from_file_location(f"study_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_demo_s_page_is_made_of_its_numbers() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from support.studies import made_up_analysis, made_up_case, made_up_study
 
+from studies.markdown import table, value
 from tl_contrastive_lrp.study.report import report
 from tl_contrastive_lrp.study.results import ModelEntry, StudyResults
 
@@ -109,17 +110,17 @@ def test_of_a_report_the_numbers_alone_are_kept(tmp_path: Path) -> None:
     assert not re.search("secret|hidden", json.dumps(kept))
     assert [row[0] for row in kept["cases"]["rows"]] == [case["id"] for case in whole["cases"]]
     for name, data in kept["tables"].items():  # a bar in a title would begin another column
-        lines = module.table(kept, name).splitlines()
+        lines = table(kept, name).splitlines()
         bars = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
         assert bars == {len(data["columns"]) + 1}
-    written = module.table(kept, "flips").splitlines()
+    written = table(kept, "flips").splitlines()
     assert len(written) == 2 + len(kept["tables"]["flips"]["rows"])
     first = kept["tables"]["flips"]["rows"][0]
     share = first["flipped"]
     assert f"{share['count']}/{share['of']}" in written[2]
-    assert module.value(kept, "flips", {"rules": first["rules"]}, "flipped") in written[2]
+    assert value(kept, "flips", {"rules": first["rules"]}, "flipped") in written[2]
     with pytest.raises(ValueError, match="unpack"):
-        module.value(kept, "flips", {"rules": "none"}, "flipped")
+        value(kept, "flips", {"rules": "none"}, "flipped")
 
 
 def test_digits_are_counted_as_by_hand() -> None:
