@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.markdown import RULES, filled
-from tl_contrastive_lrp.study.labels import ordinary
+from tl_contrastive_lrp.study.criteria import ordinary
 from tl_contrastive_lrp.study.tables import portion
 
 HERE = Path(__file__).resolve().parent

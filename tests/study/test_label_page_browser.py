@@ -10,8 +10,9 @@ from support.browser import HOSTILE, browser, visit
 from support.studies import made_up_study
 
 from tl_contrastive_lrp.render.text import visible
+from tl_contrastive_lrp.study.criteria import automatic_label
 from tl_contrastive_lrp.study.label_page import label_page
-from tl_contrastive_lrp.study.labels import automatic_label, read_labels
+from tl_contrastive_lrp.study.labels import read_labels
 
 # The page's own keys; blobs are caught where the browser would save them.
 TOOLS = """

@@ -14,19 +14,15 @@ import torch
 from support.studies import demo_study, made_up_analysis, made_up_case
 
 from tl_contrastive_lrp.errors import FileFormatError
-from tl_contrastive_lrp.study.labels import (
+from tl_contrastive_lrp.study.criteria import (
     Criteria,
-    Label,
     automatic_label,
     heatmap_clue,
-    manifest_by_chance,
     notebook_reading,
     ordinary,
-    planted_truth,
-    read_labels,
-    without_truth,
-    write_labels,
 )
+from tl_contrastive_lrp.study.labels import Label, read_labels, write_labels
+from tl_contrastive_lrp.study.planted import manifest_by_chance, planted_truth, without_truth
 
 
 def row(n: int = 30, **at: float) -> list[float]:

@@ -19,8 +19,9 @@ from support.studies import made_up_study
 
 from tl_contrastive_lrp.render.study.tables import cell
 from tl_contrastive_lrp.study.cases import REASONS, Dropped
+from tl_contrastive_lrp.study.criteria import automatic_label
 from tl_contrastive_lrp.study.label_page import label_page
-from tl_contrastive_lrp.study.labels import OUTCOMES, automatic_label
+from tl_contrastive_lrp.study.labels import OUTCOMES
 from tl_contrastive_lrp.study.report import report
 
 

@@ -8,7 +8,7 @@ interrupted, continued and shared between machines.
 From the bottom to the top: ``cases`` (the record of one failure), ``benchmarks`` and ``logs``
 (where completions and verdicts come from), ``collect`` (from a failure to its first wrong token and
 a contrast), ``analysis`` and ``analyse`` (what attribution says of a case), ``store``, ``settings``
-and ``run``, then ``labels``, ``sizes`` and ``report``.
+and ``run``, then ``labels``, ``criteria``, ``sizes`` and ``report``.
 """
 
 from __future__ import annotations
@@ -24,18 +24,11 @@ if TYPE_CHECKING:
     from .case_files import load_cases, save_cases, write_card
     from .cases import Case, Dropped, Provenance, Verdict
     from .collect import CollectSettings, register_locator
-    from .labels import (
-        Criteria,
-        Label,
-        PlantedTruth,
-        automatic_label,
-        notebook_reading,
-        planted_truth,
-        read_labels,
-        write_labels,
-    )
+    from .criteria import Criteria, automatic_label, notebook_reading
+    from .labels import Label, read_labels, write_labels
     from .logs import LoggedCompletion, completions_from_log
     from .models import ModelSpec, check_same_tokens, fingerprint, open_model
+    from .planted import PlantedTruth, planted_truth
     from .results import ModelEntry, StudyResults
     from .study import Study
 
@@ -49,15 +42,19 @@ _NAMES = {
     "case_files": ("load_cases", "save_cases", "write_card"),
     "cases": ("Case", "Dropped", "Provenance", "Verdict"),
     "collect": ("CollectSettings", "register_locator"),
-    "labels": (
+    "criteria": (
         "Criteria",
-        "Label",
-        "PlantedTruth",
         "automatic_label",
         "notebook_reading",
-        "planted_truth",
+    ),
+    "labels": (
+        "Label",
         "read_labels",
         "write_labels",
+    ),
+    "planted": (
+        "PlantedTruth",
+        "planted_truth",
     ),
     "logs": ("LoggedCompletion", "completions_from_log"),
     "models": ("ModelSpec", "check_same_tokens", "fingerprint", "open_model"),

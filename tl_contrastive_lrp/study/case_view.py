@@ -9,7 +9,7 @@ from ..graph.picture import view_of
 from ..render.study.cases import CaseView
 from .analysis import CaseAnalysis
 from .cases import Case
-from .labels import automatic_label, ordinary, relevant_positions
+from .criteria import automatic_label, ordinary, relevant_positions
 
 _LONG_TEXT = 4000
 

@@ -21,8 +21,9 @@ from ..render.study.page import CaseEntry, Section, report_page
 from ..render.study.tables import StudyTable
 from .analysis import CaseAnalysis
 from .case_view import case_view
+from .criteria import notebook_reading
 from .figures import Figure, figures_of
-from .labels import Label, notebook_reading
+from .labels import Label
 from .results import StudyResults
 from .sizes import segment_values
 from .tables import all_labels, tables_of

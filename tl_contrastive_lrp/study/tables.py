@@ -19,18 +19,9 @@ from .agreement import label_agreement
 from .analysis import CaseAnalysis
 from .bootstrap import Interval, bootstrap, share
 from .cases import REASONS, Case
-from .labels import (
-    AUTOMATIC,
-    OUTCOMES,
-    PATTERNS,
-    Label,
-    automatic_label,
-    heatmap_clue,
-    manifest_by_chance,
-    notebook_reading,
-    ordinary,
-    planted_truth,
-)
+from .criteria import automatic_label, heatmap_clue, notebook_reading, ordinary
+from .labels import AUTOMATIC, OUTCOMES, PATTERNS, Label
+from .planted import manifest_by_chance, planted_truth
 from .results import StudyResults
 from .sizes import CORRECTED, NOT_CORRECTED, SEGMENTS, checkpoints, segment_means, size_points
 
