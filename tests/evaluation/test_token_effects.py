@@ -6,6 +6,8 @@ The oracle (``truth/replaced_tokens.py``) replaces tokens of the Hugging Face mo
 from __future__ import annotations
 
 import copy
+import json
+import re
 from typing import Any
 
 import pytest
@@ -201,7 +203,7 @@ def test_later_positions_by_a_slow_softmax(window: int, sink: bool) -> None:
         own = slice(start, end)
         later.add(
             Seen("attn", start, scores[:, :, own][..., keys], values[:, :, :end],
-                 pattern[:, own, :end], z[:, own])
+                 pattern[:, own, :end])
         )  # fmt: skip
     assert expected.abs().max() > 1.0
     assert (torch.stack(later.effects) - expected).abs().max() < 1e-12
@@ -215,7 +217,7 @@ def test_a_token_that_has_all_attention_is_replaced_without_dividing_by_zero() -
     scores = scores.masked_fill(mask, -torch.inf)
     pattern = scores[-1].softmax(-1)
     later = LaterPositions({"attn": torch.ones(1, 1, 3, 1)}, 0, 3)
-    later.add(Seen("attn", 0, scores, values, pattern, pattern @ values[-1]))
+    later.add(Seen("attn", 0, scores, values, pattern))
     (found,) = later.effects
     assert found.isfinite().all()
     # The clean score of 200 becomes 0, still far above the others, so 1 becomes 5 at both.
@@ -237,14 +239,16 @@ def test_tiles_and_fused_attention_change_nothing() -> None:
 def test_objectives_together_are_objectives_alone() -> None:
     model = families.boot("qwen3")
     each = [clrp.logit_diff(model, 7, 12), clrp.target_logit(model, 9, pos=5), delta_of]
-    together = clrp.token_effects_each(model, TOKENS, each, **QUIET)
-    for one, found in zip(each, together, strict=True):
-        measured = clrp.token_effects(model, TOKENS, one, window=None, **QUIET)
-        assert found.delta == pytest.approx(measured.delta, abs=1e-5)
-        assert torch.corrcoef(torch.stack([found.effect, measured.effect]))[0, 1] > 0.7
-    alone = clrp.token_effects(model, TOKENS, each[0], **QUIET)
-    function = clrp.token_effects(model, TOKENS, delta_of, **QUIET)
-    assert (alone.effect - function.effect).abs().max() < 1e-9
+    with true_float64(model):
+        together = clrp.token_effects_each(model, TOKENS, each, **QUIET)
+        for one, found in zip(each, together, strict=True):
+            alone = clrp.token_effects(model, TOKENS, one, **QUIET)
+            measured = clrp.token_effects(model, TOKENS, one, window=None, **QUIET)
+            assert found.delta == pytest.approx(measured.delta, abs=1e-9)
+            assert (found.effect - alone.effect).abs().max() < 1e-9
+            assert torch.equal(found.exact, alone.exact)
+            assert (found.effect - measured.effect)[found.exact].abs().max() < 1e-9
+    assert (together[0].effect - together[2].effect).abs().max() < 1e-9  # the same, as a function
     assert together[1].effect[6:].abs().max() == 0.0  # nothing after it is read
     assert together[1].pos == 5
 
@@ -328,7 +332,7 @@ def test_a_pattern_that_is_no_softmax_is_refused() -> None:
     scores, values = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 5)
     later = LaterPositions({"blocks.7.attn": torch.ones(1, 2, 4, 5)}, 1, 4)
     for pattern in (scores[-1].softmax(-1) ** 2, scores[0].softmax(-1)):
-        seen = Seen("blocks.7.attn", 0, scores, values, pattern, pattern @ values[-1])
+        seen = Seen("blocks.7.attn", 0, scores, values, pattern)
         with pytest.raises(UncoveredComponentError, match=r"blocks\.7\.attn.*not the softmax"):
             later.add(seen)
 
@@ -419,8 +423,10 @@ def test_colours_mean_what_they_mean_for_relevance() -> None:
     """What is red is what Δℓ would lose without the token."""
     found = effects_of(families.boot("llama"), "zero")
     page = str(found.show(include_special=True))
-    largest = int(found.effect.abs().argmax())
-    assert f"{-float(found.effect[largest]):.3f}"[:5] in page
+    match = re.search(r'"values": ?(\[[^\]]*\])', page)
+    assert match is not None
+    shown = json.loads(match[1])
+    assert shown == pytest.approx((-found.effect).tolist(), rel=1e-4, abs=1e-5)  # as it is written
 
 
 def test_a_file_gives_the_result_back(tmp_path: Any) -> None:
@@ -433,15 +439,31 @@ def test_a_file_gives_the_result_back(tmp_path: Any) -> None:
         assert (read.window, read.forwards, read.earlier_pos) == (2, found.forwards, ())
 
 
-def test_positions_stretched_for_long_prompts_run_at_once() -> None:
-    """Beyond 20 tokens all angles change, so a tile's keys would not be those of the prompt."""
+@pytest.mark.parametrize("pos", [-1, 12])
+def test_positions_stretched_for_long_prompts_run_at_once(pos: int) -> None:
+    """Beyond 20 tokens all angles change, those of a tile and of a prompt that is cut off too."""
     model = stretched(20)
-    how = {"target": 7, "contrast": 11, "replace": 5, "progress": False}
+    how = {"target": 7, "contrast": 11, "pos": pos, "replace": 5, "progress": False}
     ids = zoo.random_tokens(24)
     found = clrp.token_effects(model, ids, tile=6, window=23, **how)
     truth = clrp.token_effects(model, ids, window=None, **how)
     with torch.no_grad():
-        scale = 2 * float(model(ids).abs().max())
+        logits = model(ids)
+        scale = 2 * float(logits.abs().max())
+    delta = float(logits[0, pos, 7] - logits[0, pos, 11])
+    assert found.delta == pytest.approx(delta, abs=PROMISED[torch.float32] * scale)
+    assert truth.delta == pytest.approx(delta, abs=PROMISED[torch.float32] * scale)
     limit = PROMISED[torch.float32] * (scale + float(truth.effect.abs().max()))
     assert truth.effect.abs().max() > 100 * limit
     assert (found.effect - truth.effect).abs().max() < limit
+
+
+def test_measuring_lets_a_hook_at_the_unembedding_see_every_position() -> None:
+    model, seen = families.boot("llama"), list[int]()
+    with model.hooks([("unembed.hook_in", lambda x, **_: seen.append(x.shape[1]))]):
+        hooked = effects_of(model, "zero", window=None)
+    assert {*seen} == {N}
+    bare = effects_of(model, "zero", window=None)
+    with torch.no_grad():
+        scale = 2 * float(model(TOKENS).abs().max())
+    assert (hooked.effect - bare.effect).abs().max() < PROMISED[torch.float32] * scale

@@ -24,7 +24,7 @@ from ..hooks.context import plan
 from ..hooks.coverage import Coverage
 from ..hooks.hook_rules import HookWatch, rules_in_hooks
 from ..hooks.placement import attached, check_ready, check_single, embedding_leaves, reading_hooks
-from ..hooks.user_hooks import restarted, user_hooks
+from ..hooks.user_hooks import UserHook, restarted, user_hooks
 from ..inputs.facts import ObjectiveFacts
 from ..inputs.located import LocatedObjective
 from ..rules.deferred import PatternNeededError
@@ -244,7 +244,7 @@ def _forward(
         attention == "auto" and saves_logits(model, read, length)
     )
     fused = FusedBlocks(model, attachments, readings, hooks, eager) if worth else None
-    if not worth or any(hook.name.startswith("unembed") for hook in hooks):
+    if not worth or sees_unembed(hooks):
         read = None
     with (
         frozen_parameters(model),
@@ -360,6 +360,11 @@ def _require_of_logits(value: Tensor, logits: Iterable[Tensor]) -> None:
                 "its argument, and .detach() everything else that it uses."
             )
         pending += [earlier for earlier, _ in node.next_functions]
+
+
+def sees_unembed(hooks: Iterable[UserHook]) -> bool:
+    """Whether one of the user's hooks would see that only some positions are unembedded."""
+    return any(hook.name.startswith("unembed") for hook in hooks)
 
 
 @contextmanager

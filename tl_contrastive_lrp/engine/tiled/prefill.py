@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ...errors import NotTileableError
+from ...errors import NotTileableError, is_out_of_memory
 from ...inputs.rotary import depends_on_length
 from ...rules.threads import mine
 from ...rules.visible import LazyMask
@@ -270,7 +270,7 @@ def check_tileable(model: Any, tokens: Tensor) -> None:
             every = ((0, length),)
             logits = prefill(model, short, every, tile_bounds(length, 5, every), {}).logits()
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        if isinstance(error, NotTileableError):
+        if isinstance(error, NotTileableError) or is_out_of_memory(error):
             raise
         raise NotTileableError(
             f"A forward over a cache of keys and values fails: {error}"

@@ -21,6 +21,7 @@ from ...engine.fused import AttentionKind
 from ...inputs.facts import ObjectiveFacts
 from ...inputs.located import LocatedObjective
 from ...inputs.objective import positions_of
+from ...inputs.rotary import depends_on_length
 from .gradients import gradients_at_z
 from .later import LaterPositions
 from .passes import Replaced, last_logits, logits_at, measured_logits, run_streams
@@ -147,8 +148,8 @@ def estimated(
         progress: Whether to show progress bars.
     """
     length, read = replaced.length, questions.read
-    used = replaced.first(read[-1] + 1)  # by causality, nothing after it matters
-    window, last = min(window, used.length - 1), used.length - 1
+    used, last = _used(model, replaced, read), read[-1]
+    window = min(window, last)
     effect = torch.zeros(len(questions.objectives), length, dtype=torch.float64)
     far = last - window  # tokens whose window ends before the last position
     exact = torch.arange(length) >= far
@@ -181,11 +182,21 @@ def estimated(
     return Estimate(effect, exact, clean, forwards * used.length / length)
 
 
+def _used(model: Any, replaced: Replaced, read: tuple[int, ...]) -> Replaced:
+    """The tokens that matter: by causality, none after the last position that is read.
+
+    All do where rotary positions depend on the length of the prompt.
+    """
+    if depends_on_length(model, replaced.length):
+        return replaced
+    return replaced.first(read[-1] + 1)
+
+
 def measured(
     model: Any, replaced: Replaced, questions: Questions, batch_size: int, progress: bool
 ) -> Estimate:
     """Measure what replacing each token does to each objective, a run for each token."""
-    used = replaced.first(questions.read[-1] + 1)
+    used = _used(model, replaced, questions.read)
     effect = torch.zeros(len(questions.objectives), replaced.length, dtype=torch.float64)
     with torch.no_grad():
         (clean,) = logits_at(model, used.tokens, questions.read)

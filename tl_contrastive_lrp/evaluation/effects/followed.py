@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...engine.prefilled import state_of
-from ...errors import NotTileableError, UncoveredComponentError
+from ...errors import NotTileableError, UncoveredComponentError, is_out_of_memory
 from ...inputs.tokens import vocab_size
 from .later import LaterPositions
 from .passes import Replaced, Streams, last_logits, run_streams
@@ -54,7 +54,9 @@ def works_cached(model: Any, parts: dict[str, Any], tokens: Tensor) -> bool:
     try:
         _try(model, parts, Replaced(short, others), _TILE)
     except (NotTileableError, UncoveredComponentError, RuntimeError, TypeError, ValueError,
-            AttributeError, IndexError):  # fmt: skip
+            AttributeError, KeyError, IndexError) as error:  # fmt: skip
+        if is_out_of_memory(error):
+            raise
         cached = False
         _try(model, parts, Replaced(short, others), None)
     _known[model] = state, cached

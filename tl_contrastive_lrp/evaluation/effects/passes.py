@@ -18,9 +18,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from ...engine.plain import unembedded
+from ...engine.plain import sees_unembed, unembedded
 from ...errors import NotTileableError
 from ...hooks.placement import own_hooks
+from ...hooks.user_hooks import user_hooks
 from ...inputs.bridge import LEAVES, hook_points, public_name
 from .streams import ReplacedStreams, Seen, require_seen, watched
 
@@ -149,6 +150,9 @@ def logits_at(
     model: Any, tokens: Tensor, read: tuple[int, ...], **kwargs: Any
 ) -> Float[Tensor, "row read vocab"]:
     """The logits of some positions of a batch."""
+    if sees_unembed(user_hooks(model)):
+        whole: Tensor = model(tokens, **kwargs)
+        return whole[:, list(read)]
     with unembedded(model, read):
         logits: Tensor = model(tokens, **kwargs)
     if logits.shape[:2] != (len(tokens), len(read)):

@@ -199,7 +199,6 @@ class Seen:
             query, key], with a sink's column if there is one. The last row is the clean one.
         values: Each row's values, [row, head, key, d_v].
         pattern: The clean row's, [head, query, key].
-        z: The clean row's pattern · values, [head, query, d_v].
     """
 
     path: str
@@ -207,7 +206,6 @@ class Seen:
     scores: Float[Tensor, "row head query score"]
     values: Float[Tensor, "row head key d_v"]
     pattern: Float[Tensor, "head query key"]
-    z: Float[Tensor, "head query d_v"]
 
 
 class AttentionWatch(TorchFunctionMode):
@@ -338,7 +336,7 @@ class ReplacedStreams(AttentionWatch):
             z[d:-1, :, first:] += shares[..., None] * changed[: self.window + 1 - d, :, own]
         if self.sink is not None:
             assert self._of_clean is not None
-            self.sink(Seen(self.path, self.start, self._of_clean, v, pattern[-1], z[-1]))
+            self.sink(Seen(self.path, self.start, self._of_clean, v, pattern[-1]))
         self._of_clean = self.scores = None
         return out
 

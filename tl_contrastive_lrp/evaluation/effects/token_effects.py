@@ -167,7 +167,8 @@ def token_effects_each(
 ) -> list[TokenEffects]:
     """Predict what replacing each token would do to several objectives of one prompt.
 
-    They share all forwards; each further objective costs a backward and its sums over attention.
+    Those that read the logits at the same positions share all forwards; each further one costs a
+    backward and its sums over attention.
 
     Args:
         model: As for ``token_effects``.
@@ -207,7 +208,16 @@ def token_effects_each(
     options = _Options(window, tile, batch_size, attention, progress)
     facts = PromptFacts.of(model, prompt, prepend_bos)
     by, how = _stand_ins(model, facts.tokens, replace, seed)
-    return _effects(model, facts, each, by, how, options)
+    # Together, the last position is exact only where all read the same one.
+    by_read: dict[tuple[int, ...], list[int]] = {}
+    for number, one in enumerate(each):
+        read = Questions.of(model, [one], facts.tokens).read
+        by_read.setdefault(read, []).append(number)
+    found: dict[int, TokenEffects] = {}
+    for numbers in by_read.values():
+        alike = _effects(model, facts, [each[n] for n in numbers], by, how, options)
+        found.update(zip(numbers, alike, strict=True))
+    return [found[number] for number in range(len(each))]
 
 
 def _stand_ins(

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...attribution.result import Attribution
-from ...engine.plain import unembedded
+from ...engine.plain import sees_unembed, unembedded
 from ...errors import PromptError
 from ...hooks.placement import own_hooks
 from ...hooks.user_hooks import user_hooks
@@ -139,7 +139,7 @@ class Removal:
         """
         if not isinstance(self.objective, LocatedObjective):
             return None
-        if any(hook.name.startswith("unembed") for hook in user_hooks(self.model)):
+        if sees_unembed(user_hooks(self.model)):
             return None
         return self.objective.positions(self.tokens.shape[1])
 
