@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def run(out: Path, processes: int) -> float:
-    """Run the study; returns the seconds."""
+    """Run the study, or what is left of it; returns the seconds of all its runs."""
     file = out / "study.yaml"
     file.write_text(HERE.joinpath("study.yaml").read_text("utf-8"), "utf-8")
     start = time.monotonic()
@@ -45,7 +45,10 @@ def run(out: Path, processes: int) -> float:
     codes = [worker.wait() for worker in workers]
     if any(codes):
         raise SystemExit("A process of the study failed; see above.")
-    return time.monotonic() - start
+    spent = out / "seconds.txt"
+    before = float(spent.read_text("utf-8")) if spent.exists() else 0.0
+    spent.write_text(str(before + time.monotonic() - start), "utf-8")
+    return float(spent.read_text("utf-8"))
 
 
 def report(out: Path, seconds: float, processes: int) -> None:

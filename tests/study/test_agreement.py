@@ -95,3 +95,11 @@ def test_shares_cover_and_have_width_at_the_ends() -> None:
     assert share(0, 0).estimate is None
     with pytest.raises(ValueError, match="3 of 2"):
         share(3, 2)
+
+
+def test_agreement_of_all_has_an_interval_with_a_width() -> None:
+    """No resample of equal labels differs, so it is Wilson's: n / (n + z²) to 1."""
+    labels = [Label(f"a/{i}", who, "M-IA") for i in range(6) for who in ("Ada", "Bo")]
+    (found,) = label_agreement(labels)
+    assert (found.same.estimate, found.same.high) == (1.0, 1.0)
+    assert found.same.low == pytest.approx(6 / (6 + 1.959964**2), abs=1e-6)

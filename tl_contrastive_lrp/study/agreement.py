@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .bootstrap import Interval, bootstrap
+from .bootstrap import Interval, bootstrap, share
 from .labels import Label
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def label_agreement(
                 field,
                 a,
                 b,
-                bootstrap(codes, _same, method="percentile", seed=seed),
+                share(int((codes[0] == codes[1]).sum()), codes.shape[1], seed=seed),
                 bootstrap(codes, _kappa, method="percentile", seed=seed),
                 {pair: pairs.count(pair) for pair in sorted(set(pairs))},
             )

@@ -38,6 +38,7 @@ from ..inputs.bridge import LEAVES, hook_points, public_name, residual_sites
 from ..inputs.devices import precise
 from ..inputs.facts import PromptFacts
 from ..inputs.objective import logit_diff
+from ..inputs.tokens import model_device
 from .analysis import CaseAnalysis
 from .segments import instruction_groups, segment_masks, segment_sums
 
@@ -116,7 +117,7 @@ def prepare(model: Any, case: Case) -> Prepared:
     Raises:
         PromptError: The model cannot take the ids.
     """
-    ids = torch.tensor(case.ids, device=next(model.original_model.parameters()).device)
+    ids = torch.tensor(case.ids, device=model_device(model))
     facts = PromptFacts.of(model, ids)
     return Prepared(case, facts, segment_masks(case, facts.str_tokens, facts.special))
 
@@ -261,7 +262,7 @@ def _graph_reads_tokens(model: Any) -> bool:
 
         if LEAVES[1] in points or any(site not in points for site in sites):
             return False
-        device = next(model.original_model.parameters()).device
+        device = model_device(model)
         with (
             torch.no_grad(),
             own_hooks(model, [(public_name(points, site), keep) for site in sites]),

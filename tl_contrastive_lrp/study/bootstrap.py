@@ -1,6 +1,6 @@
 """Bootstrap intervals: how much a number over cases would vary with other cases.
 
-Cases are drawn with replacement. Means and medians have bias-corrected and accelerated (BCa)
+Cases are drawn with replacement. Means have bias-corrected and accelerated (BCa)
 intervals (Efron 1987), whose coverage is closer to what they say than that of percentiles where a
 distribution is skewed, as Δℓ and token counts are. All resamples are one array operation, and the
 seed makes every interval repeatable.

@@ -214,7 +214,7 @@ def _made_up(run: StudyRun, base: Any, chunks: Sequence[Chunk]) -> Case:
         (done,) = complete(base, [item], run.collecting_of(chunk.settings))
         if isinstance(done, Completion) and done.ids:
             ids = (*done.prompt_ids, *done.ids[:-1])
-            device = next(base.original_model.parameters()).device
+            device = model_device(base)
             with torch.no_grad():
                 logits = base(torch.tensor(ids, device=device)[None])[0, -1]
             target = done.ids[-1]

@@ -39,6 +39,7 @@ from ..errors import (
     TokenError,
     is_out_of_memory,
 )
+from ..inputs.tokens import model_device
 from .analyse import AnalysisSettings, analyse, prepare
 from .benchmarks import checked_with, open_benchmark
 from .benchmarks.item import Benchmark, Item
@@ -544,8 +545,7 @@ def threads(n: int) -> Iterator[None]:
 
 
 def _made_by(model: Any) -> dict[str, Any]:
-    device = next(model.original_model.parameters()).device
-    return {"device": str(device), "torch": torch.__version__, "at": time.time()}
+    return {"device": str(model_device(model)), "torch": torch.__version__, "at": time.time()}
 
 
 def store_of(settings: StudySettings, folder: Path) -> Store:

@@ -229,8 +229,8 @@ def rules_table(results: StudyResults) -> StudyTable:
     columns = [
         Column("rules", "rule set"),
         Column("cases", "cases", "count"),
-        Column("sum", "sum of tokens / Δℓ", "estimate"),
-        Column("sign", "sum has the sign of Δℓ", "share"),
+        Column("sum", "sum of all tokens / Δℓ", "estimate"),
+        Column("sign", "ordinary tokens' sum has the sign of Δℓ", "share"),
         Column("half", "tokens that hold half of Σ|R|", "estimate"),
         Column("relevant", "relevant token among the five strongest", "share"),
         Column("overlap", "five strongest shared with the first rule set", "estimate"),
@@ -238,8 +238,9 @@ def rules_table(results: StudyResults) -> StudyTable:
         Column("by_chance", "M-IA if relevance were shuffled", "percent"),
     ]
     note = (
-        "Relevant tokens are the decisive ones where they are known, else the instruction; cases "
-        "with neither do not count there."
+        "Ordinary tokens are neither special nor the first; the half and the five strongest are of "
+        "them too. Relevant tokens are the decisive ones where they are known, else the "
+        "instruction; cases with neither do not count there."
     )
     return StudyTable("rules", "Rule sets side by side", columns, rows, note)
 

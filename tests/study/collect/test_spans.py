@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from support.study_failures import made_up
 
@@ -38,3 +39,14 @@ def test_phrases_that_touch_are_counted_in_their_own_groups() -> None:
     assert groups == {"with target": -112 / 128, "without target": 15 / 128}
     masks = segment_masks(case, TEXTS, special)
     assert masks["instruction"].tolist() == [True] * 7 + [False]
+
+
+@pytest.mark.parametrize(
+    "last", [{"role": "assistant", "content": "!"}, {"role": "tool", "content": "now"}]
+)
+def test_the_question_is_the_user_s_though_another_message_is_last(last: dict[str, str]) -> None:
+    """Of a begun answer, and of a tool's result."""
+    asked = {"role": "user", "content": "Use no commas."}
+    item = Item("1", messages=(asked, last), instructions=("no commas",))
+    spans = instruction_tokens("".join(TEXTS), TEXTS, item)
+    assert spans == {"instruction": ((1, 3),), "query": ((0, 1), (3, 4))}

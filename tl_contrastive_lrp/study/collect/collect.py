@@ -276,8 +276,13 @@ def collect_logged(
         prompt_ids, ids = tuple(log.prompt_ids), tuple(log.completion_ids)
         verdicts.append(log.verdict)
         n = len(prompt_ids) + len(ids)
+        most = settings.max_prompt_tokens
+        detail = ""
         if n > greedy.n_ctx:
             detail = f"{n} tokens; the context has {greedy.n_ctx}"
+        elif most is not None and len(prompt_ids) > most:
+            detail = f"{len(prompt_ids)} tokens of the prompt; max_prompt_tokens is {most}"
+        if detail:
             done.append(Dropped(_case_id(benchmark.name, item), benchmark.name, "too long", detail))
             continue
         prompt = "".join(str_tokens(model, prompt_ids))
@@ -365,7 +370,10 @@ def _one(
     if not verdict.checked:
         return dropped("unchecked", verdict.reason)
     reference = item.row.get("reference_completion", item.reference)
-    failure = Failure(done, benchmark, writer, settings.max_new_tokens, reference, judges)
+    # A completion of a log may be longer than new ones; nothing is written past the context.
+    limit = max(settings.max_new_tokens, len(done.ids))
+    limit = min(limit, exact.n_ctx - len(done.prompt_ids))
+    failure = Failure(done, benchmark, writer, limit, reference, judges)
     position, locator = None, ""
     for locator in settings.locators:
         position = locator_of(locator)(failure, settings)

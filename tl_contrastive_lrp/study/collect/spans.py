@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def character_spans(texts: Sequence[str], spans: Iterable[tuple[int, int]]) -> t
 def instruction_tokens(
     prompt: str, texts: Sequence[str], item: Item
 ) -> Mapping[str, tuple[tuple[int, int], ...]]:
-    """The prompt's two named stretches: its instructions, and the rest of the user's message.
+    """The prompt's two named stretches: its instructions, and the rest of the user's last message.
 
     A token that shares a character with an instruction is the instruction's. Each phrase is a range
     of its own, also beside another one.
@@ -47,7 +48,7 @@ def instruction_tokens(
     """
     if "".join(texts) != prompt:
         return {}
-    asked = prompt if item.messages is None else str(item.messages[-1].get("content") or "")
+    asked = prompt if item.messages is None else _question(item.messages)
     start = prompt.rfind(asked)
     if not asked or start < 0:
         return {}
@@ -62,6 +63,12 @@ def instruction_tokens(
     both = {"instruction": tuple(one for ranges in phrases for one in ranges)}
     both["query"] = _ranges(rest)
     return {name: ranges for name, ranges in both.items() if ranges}
+
+
+def _question(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What the user said last; the beginning of an answer, or a tool's result, may follow it."""
+    said = [str(m.get("content") or "") for m in messages if m.get("role") == "user"]
+    return said[-1] if said else ""
 
 
 def _ranges(positions: Sequence[int]) -> tuple[tuple[int, int], ...]:
