@@ -131,22 +131,29 @@ def planted_logits(text, runner_up):
 
 
 def test_recovery_is_the_first_tried_position_from_which_the_text_passes():
-    """b at 1 or c at 3 repair the text; 1 has no sure choice, so 3 is the first that counts."""
-    gaps = [3.0, 0.5, 2.0, 4.0, 9.0]
-    text = "xxxx"
-    passing = {"xbzzz", "xxxczz"[:5]}
+    """b at 1 or c at 3 repair the text; where all tokens tried at 1 are close, 3 is the answer."""
+    text, passing = "xxxx", {"xbzzz", "xxxcz"}
     settings = CollectSettings(recovery_top_k=4, max_rollouts=100)
-    writer = Letters(planted_logits(text, gaps))
+    writer = Letters(planted_logits(text, [3.0, 0.5, 2.0, 4.0, 9.0]))
+    writer.logits[1, :4] = torch.tensor([9.9, 9.8, 9.7, 9.6])
     found = failure(text, Rule(lambda t: t in passing), writer=writer)
     assert LOCATORS["recovery"](found, settings) == 3
     assert {p for p, _ in writer.rolled} == {0, 2, 3, 4}
-    gaps[1] = 1.5
-    found = failure(text, Rule(lambda t: t in passing), writer=Letters(planted_logits(text, gaps)))
+    writer = Letters(planted_logits(text, [3.0, 1.5, 2.0, 4.0, 9.0]))
+    found = failure(text, Rule(lambda t: t in passing), writer=writer)
     assert LOCATORS["recovery"](found, settings) == 1
 
 
-def test_recovery_tries_the_closest_runner_ups_within_its_rollouts():
+def test_recovery_tries_positions_whose_runner_up_is_close_and_another_token_is_not():
     writer = Letters(planted_logits("xxxx", [3.0, 0.5, 2.0, 4.0, 9.0]))
+    found = failure("xxxx", Rule(lambda t: t == "xbzzz"), writer=writer)
+    settings = CollectSettings(recovery_top_k=4, max_rollouts=4)  # one position: b is 1.5 behind
+    assert LOCATORS["recovery"](found, settings) == 1
+    assert writer.rolled == [(1, 0), (1, 1), (1, 2), (1, 3)]
+
+
+def test_recovery_tries_the_closest_runner_ups_within_its_rollouts():
+    writer = Letters(planted_logits("xxxx", [3.0, 5.5, 2.0, 4.0, 9.0]))
     settings = CollectSettings(recovery_top_k=3, max_rollouts=8)
     found = failure("xxxx", writer=writer)
     assert LOCATORS["recovery"](found, settings) is None

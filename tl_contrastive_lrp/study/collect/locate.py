@@ -8,10 +8,10 @@ completion's ids, or None if it cannot tell. These come with the package, by nam
 - "divergence": the first token whose text leaves the reference completion.
 - "constraint": the first token after which ``benchmark.can_pass`` is False.
 - "recovery": the first position, among those tried, at which another token and a greedy rollout
-  from there pass the checker. Tried are positions where the model was sure, that is, its runner-up
-  is more than ``min_delta`` logits behind (with a closer one the case would be dropped later),
-  those with the closest runner-ups first, at each the ``recovery_top_k`` tokens that follow the
-  written one in rank, up to ``max_rollouts`` rollouts. Of the positions at which one of them
+  from there pass the checker. At a position the ``recovery_top_k`` tokens that follow the written
+  one in rank are tried; a position whose tokens are all within ``min_delta`` of the written one is
+  passed over, since its case would be dropped later. Up to ``max_rollouts`` rollouts are spent
+  where a token that can make a case is closest to the written one. Of the positions at which one
   passes, the first in the text is the answer.
 - "judge": callables that get the item and the completion's tokens and answer with an index; more
   than half of them must agree.
@@ -141,10 +141,12 @@ def recovery(failure: Failure, settings: RecoverySettings) -> int | None:
     ids = torch.tensor(failure.completion.ids)
     rows = failure.reading.logits[: len(ids)]
     top = rows.topk(min(settings.recovery_top_k + 1, rows.shape[1]), dim=1)
-    gap = top.values[:, 0] - top.values[:, 1]
-    sure = (top.indices[:, 0] == ids) & (gap > settings.min_delta)
-    order = torch.argsort(gap, stable=True)
-    positions = order[sure[order]][: settings.max_rollouts // settings.recovery_top_k]
+    behind = top.values[:, :1] - top.values[:, 1:]
+    # how far behind the first token is that can make a case; inf where none can
+    behind = behind.masked_fill(behind <= settings.min_delta, float("inf")).amin(1)
+    possible = (top.indices[:, 0] == ids) & behind.isfinite()
+    order = torch.argsort(behind, stable=True)
+    positions = order[possible[order]][: settings.max_rollouts // settings.recovery_top_k]
     tried = sorted(positions.tolist())
     branches = [(p, token) for p in tried for token in top.indices[p, 1:].tolist()]
     passed = failure.passes(branches)
