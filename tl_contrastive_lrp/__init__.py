@@ -23,20 +23,18 @@ if TYPE_CHECKING:
         trace_back,
     )
     from .demo import DemoCase, load_demo_cases, load_demo_model
+    from .effects import TokenEffects, token_effects, token_effects_each
     from .evaluation import (
         CircuitCurve,
         CircuitFaithfulness,
         Comparison,
         FaithfulnessCurves,
-        TokenEffects,
         Verification,
         baseline_scores,
         circuit_curve,
         circuit_faithfulness,
         compare,
         faithfulness_curves,
-        token_effects,
-        token_effects_each,
         verify,
     )
     from .graph import AttributionGraph, attribution_graph, attribution_graphs
@@ -136,20 +134,18 @@ _ROOMS = {
         "trace_back",
     ),
     "demo": ("DemoCase", "load_demo_cases", "load_demo_model"),
+    "effects": ("TokenEffects", "token_effects", "token_effects_each"),
     "evaluation": (
         "CircuitCurve",
         "CircuitFaithfulness",
         "Comparison",
         "FaithfulnessCurves",
-        "TokenEffects",
         "Verification",
         "baseline_scores",
         "circuit_curve",
         "circuit_faithfulness",
         "compare",
         "faithfulness_curves",
-        "token_effects",
-        "token_effects_each",
         "verify",
     ),
     "graph": ("AttributionGraph", "attribution_graph", "attribution_graphs"),

@@ -254,7 +254,7 @@ class Attribution:
             >>> result.by({"beginning": (0, 5)})["segment"].tolist()
             ['beginning', 'rest']
         """
-        from .by_segment import segment_frame
+        from ..inputs.segment_sums import segment_frame
 
         return segment_frame(self, how, normalize)
 

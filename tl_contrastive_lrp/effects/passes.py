@@ -18,11 +18,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from ...engine.plain import sees_unembed, unembedded
-from ...errors import NotTileableError
-from ...hooks.placement import own_hooks
-from ...hooks.user_hooks import user_hooks
-from ...inputs.bridge import LEAVES, hook_points, public_name
+from ..engine.plain import sees_unembed, unembedded
+from ..errors import NotTileableError
+from ..hooks.placement import own_hooks
+from ..hooks.user_hooks import user_hooks
+from ..inputs.bridge import LEAVES, hook_points, public_name
 from .streams import ReplacedStreams, Seen, require_seen, watched
 
 

@@ -17,17 +17,17 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ...engine.fused import AttentionKind, is_worth
-from ...errors import ModelStateError, PromptError
-from ...hooks.placement import check_ready, check_single
-from ...hooks.user_hooks import user_hooks
-from ...inputs.answers import AnswerDiff
-from ...inputs.facts import PromptFacts
-from ...inputs.forced import runs_of
-from ...inputs.objective import logit_diff, question, require_objectives
-from ...inputs.rotary import depends_on_length
-from ...inputs.tokens import drawable_ids, to_tokens
-from ...rules.threads import one_at_a_time
+from ..engine.fused import AttentionKind, is_worth
+from ..errors import ModelStateError, PromptError
+from ..hooks.placement import check_ready, check_single
+from ..hooks.user_hooks import user_hooks
+from ..inputs.answers import AnswerDiff
+from ..inputs.facts import PromptFacts
+from ..inputs.forced import runs_of
+from ..inputs.objective import logit_diff, question, require_objectives
+from ..inputs.rotary import depends_on_length
+from ..inputs.tokens import drawable_ids, to_tokens
+from ..rules.threads import one_at_a_time
 from .estimate import Estimate, Questions, estimated, measured, tile_of
 from .followed import works_cached
 from .passes import Replaced

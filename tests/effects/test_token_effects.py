@@ -22,10 +22,10 @@ from truth.replaced_tokens import effects as by_replacing
 from truth.rounding import PROMISED
 
 import tl_contrastive_lrp as clrp
+from tl_contrastive_lrp.effects import followed
+from tl_contrastive_lrp.effects.later import LaterPositions
+from tl_contrastive_lrp.effects.streams import Seen
 from tl_contrastive_lrp.errors import ModelStateError, PromptError, UncoveredComponentError
-from tl_contrastive_lrp.evaluation.effects import followed
-from tl_contrastive_lrp.evaluation.effects.later import LaterPositions
-from tl_contrastive_lrp.evaluation.effects.streams import Seen
 
 QUIET: dict[str, Any] = {"progress": False}
 N = 9

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...engine.fused import AttentionKind
-from ...inputs.facts import ObjectiveFacts
-from ...inputs.located import LocatedObjective
-from ...inputs.objective import positions_of
-from ...inputs.rotary import depends_on_length
+from ..engine.fused import AttentionKind
+from ..inputs.facts import ObjectiveFacts
+from ..inputs.located import LocatedObjective
+from ..inputs.objective import positions_of
+from ..inputs.rotary import depends_on_length
 from .gradients import gradients_at_z
 from .later import LaterPositions
 from .passes import Replaced, last_logits, logits_at, measured_logits, run_streams
