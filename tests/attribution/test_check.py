@@ -512,3 +512,25 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     write_result(path, _FILE, tensors, data)
     with pytest.raises(FileFormatError, match="damaged"):
         clrp.MapCheck.load(path)
+
+
+# ------------------------------------------------------------ pages
+
+
+@pytest.mark.parametrize("by", [None, SEGMENTS])
+def test_the_report_shows_the_check_of_its_result_only(by: Any, tmp_path: Path) -> None:
+    model = families.boot("llama")
+    result = explained(model)
+    check = result.check(model, 2, 1, by=by, **QUIET)
+    html = result.save_html(tmp_path / "r.html", check=check).read_text("utf-8")
+    assert check.sentence[1:] in html
+    assert check.cost in html
+    effects = [f"{value:+.3f}".replace("-", "−")[:5] for value in check.measured.tolist()]
+    assert all(effect in html for effect in effects)
+    for other in (
+        dataclasses.replace(result, delta=result.delta + 1.0),
+        dataclasses.replace(result, rules="relp"),
+        dataclasses.replace(result, tokens=result.tokens * (2.0 if by is None else 1.0), rules="x"),
+    ):
+        with pytest.raises(ValueError, match="another result"):
+            other.save_html(tmp_path / "other.html", check=check)

@@ -416,18 +416,26 @@ class Attribution:
             "contrast": self.contrast or "its alternatives",
         }
 
-    def save_html(self, path: str | Path, *, candidates: pd.DataFrame | None = None) -> Path:
+    def save_html(
+        self,
+        path: str | Path,
+        *,
+        candidates: pd.DataFrame | None = None,
+        check: MapCheck | None = None,
+    ) -> Path:
         """Write a report as one HTML file, which opens from disk without network.
 
         Args:
             path: Where to write; the folder must exist.
             candidates: Rows of ``next_token_table`` to include.
+            check: What ``check`` found for this result: its verdict, and the measured effects
+                beside relevance.
 
         Returns:
             The path.
 
         Raises:
-            ValueError: a relevance is NaN or infinite.
+            ValueError: a relevance is NaN or infinite, or ``check`` is of another result.
             OSError: the file cannot be written.
 
         Example:
@@ -436,7 +444,7 @@ class Attribution:
         """
         from ..render import save_html
 
-        return save_html(path, report_of(self, candidates=candidates))
+        return save_html(path, report_of(self, candidates=candidates, check=check))
 
     # ------------------------------------------------------------ files
 
@@ -552,6 +560,7 @@ def report_of(
     result: Attribution,
     candidates: pd.DataFrame | None = None,
     graph: AttributionGraph | None = None,
+    check: MapCheck | None = None,
     **fields: Any,
 ) -> str:
     """Render the report of one explained prediction as an HTML page that fetches nothing.
@@ -560,14 +569,21 @@ def report_of(
         result: What to show.
         candidates: Rows of ``next_token_table`` at the explained position.
         graph: The pruned attribution graph of the same prediction, for a section of its own.
+        check: The check of the same result, for a verdict and measured effects.
         **fields: Fields of ``render.report.Report`` that differ from the result's, such as
             ``model_name`` or ``notes``.
 
     Raises:
         NonFiniteError: a relevance is NaN or infinite.
+        ValueError: the check is of another result.
         TypeError: a field that ``Report`` does not have.
     """
     notes = () if result.answer is None else (_answers_note(result),)
+    checked: dict[str, Any] = {}
+    if check is not None:
+        from .check.shown import report_fields
+
+        checked = report_fields(check, result, len(with_answers(result).str_tokens))
     result = with_answers(result)
     report = Report(
         title=_title(result),
@@ -596,6 +612,7 @@ def report_of(
         notes=notes,
         messages=_messages(result),
         message_starts=[(s.start, s.name) for s in result.segments if s.n_tokens],
+        **checked,
     )
     return report_html(dataclasses.replace(report, **fields))
 
