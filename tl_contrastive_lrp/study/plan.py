@@ -72,7 +72,7 @@ class ModelPlan:
         return (each * self.analyses + check * self.checks) / 3600
 
     @property
-    def a_case(self) -> float:
+    def seconds_per_case(self) -> float:
         """Seconds of one case under every rule set, with its checks."""
         return sum(self.seconds.values()) + sum(self.check_seconds.values())
 
@@ -110,7 +110,7 @@ class StudyPlan:
     @property
     def most_hours(self) -> float:
         """Hours that one worker needs if every item becomes a case."""
-        a_case = sum(model.a_case for model in self.models)
+        a_case = sum(model.seconds_per_case for model in self.models)
         return self.hours + a_case * (self.most_cases - self.cases) / 3600
 
     def __str__(self) -> str:

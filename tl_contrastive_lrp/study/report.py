@@ -228,7 +228,7 @@ def _entries(results: StudyResults, labels: Sequence[Label], texts: bool) -> lis
                 view,
                 [(la.labeller, la.outcome, la.pattern) for la in by_case.get(case.id, ())],
                 {name: _sign(value) for name, value in segment_values(analyses[0]).items()},
-                {rules: check.verdict for rules, check in checks.items()},
+                {r: checks[r].verdict if r in checks else "" for r in results.checked_rules},
             )
         )
     return entries

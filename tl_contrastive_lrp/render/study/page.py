@@ -41,7 +41,8 @@ class CaseEntry:
         view: What is drawn when it is opened.
         labels: (labeller, outcome, pattern or None) of each of its labels.
         signs: Sign of each segment sum, −1, 0 or 1.
-        verdicts: Verdict on its relevance, by rule set; the first is shown in the list.
+        verdicts: Verdict on its relevance, by rule set, "" where it was not checked; the first is
+            shown in the list.
     """
 
     view: CaseView
@@ -145,5 +146,7 @@ def _case(entry: CaseEntry) -> dict[str, Any]:
         ],
         "verdict": printable(verdict or "not checked"),
         "verdict_tone": _TONES.get(verdict, ""),
-        "verdicts": printable(", ".join(f"{rules}: {one}" for rules, one in verdicts.items())),
+        "verdicts": printable(
+            ", ".join(f"{rules}: {one or 'not checked'}" for rules, one in verdicts.items())
+        ),
     }

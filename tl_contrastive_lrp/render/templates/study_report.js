@@ -27,7 +27,7 @@
     [`${name} > 0 (to the wrong token)`, JSON.stringify([name, 1])], [`${name} < 0 (to the right token)`, JSON.stringify([name, -1])]]));
   const checked = unique(cases.flatMap((one) => Object.keys(one.verdicts)));
   const verdicts = (rules) => {
-    const found = cases.map((one) => one.verdicts[rules] ?? null);
+    const found = cases.map((one) => one.verdicts[rules] || null);
     const named = checked.length > 1 ? ` (${rules})` : "";
     return ["supported", "weak", "contradicted", null].filter((verdict) => found.includes(verdict))
       .map((verdict) => [(verdict ?? "not checked") + named, JSON.stringify([rules, verdict])]);
@@ -51,7 +51,7 @@
         && (want.labeller === undefined || labels.length > 0 || want.outcome === null)
         && is(1, want.outcome) && is(2, want.pattern) && exact
         && (want.segment === undefined || one.signs[want.segment[0]] === want.segment[1])
-        && (want.verdict === undefined || (one.verdicts[want.verdict[0]] ?? null) === want.verdict[1])
+        && (want.verdict === undefined || (one.verdicts[want.verdict[0]] || null) === want.verdict[1])
         && (!text || texts[i].includes(text));
       row.hidden = !keep;
       count += keep;
