@@ -320,7 +320,8 @@ class Study:
         self, run: StudyRun, cases: Sequence[Case], hashes: Mapping[str, Mapping[str, Any]]
     ) -> tuple[dict[tuple[str, str], MapCheck], int]:
         """The checks by case and rule set, and how many are missing."""
-        found, missing = dict[tuple[str, str], MapCheck](), 0
+        found: dict[tuple[str, str], MapCheck] = {}
+        missing = 0
         for one in run.settings.models:
             for case in cases:
                 for rules in run.checked_rules_of(one):
