@@ -108,9 +108,9 @@ def test_verdicts_are_filtered_and_follow_the_rule_set_shown(tmp_path: Path) -> 
     assert seen["both"] == [i for i in range(0, 12, 2) if verdicts[i] == "supported"]
     assert seen["all"] == list(range(12))
     assert seen["tags"] == verdicts
-    sentence = checks[study.cases[0].id, "attnlrp"].sentence.removeprefix("supported: ")
-    assert seen["first"].startswith(f"supported{sentence}")
-    assert seen["second"].startswith("contradictedthe strongest token holds 100 %")
+    sentence = checks[study.cases[0].id, "attnlrp"].sentence.removeprefix("supported: t")
+    assert seen["first"].startswith(f"supported T{sentence}")
+    assert seen["second"].startswith("contradicted The strongest token holds 100 %")
     assert seen["unchecked"] == ""
 
 

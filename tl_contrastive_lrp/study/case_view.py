@@ -79,10 +79,15 @@ def case_view(
         if label is None
         else {"outcome": label.outcome, "pattern": label.pattern, "note": label.note},
         checks={
-            rules: (check.verdict, check.sentence, f"{figures_in_words(check)} {check.cost}.")
+            rules: (check.verdict, check.sentence, _figures(check))
             for rules, check in (checks or {}).items()
         },
     )
+
+
+def _figures(check: MapCheck) -> str:
+    figures = figures_in_words(check)
+    return f"{figures[:1].upper()}{figures[1:]} {check.cost}."
 
 
 def _short(words: str) -> str:

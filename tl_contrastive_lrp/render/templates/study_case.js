@@ -47,7 +47,8 @@
       check.replaceChildren();
       if (data.checks[rules]) {
         const [verdict, sentence, figures] = data.checks[rules];
-        check.append(make("span", `tag ${tones[verdict] ?? ""}`, verdict), sentence.replace(`${verdict}: `, ""), make("br"), make("span", "soft", figures));
+        const why = sentence.replace(`${verdict}: `, "");
+        check.append(make("span", `tag ${tones[verdict] ?? ""}`, verdict), ` ${why[0].toUpperCase()}${why.slice(1)}`, make("br"), make("span", "soft", figures));
       }
       const row = data.rows[rules];
       full.textContent = `full colour: ±${number(row.full).slice(1)} logits`;
