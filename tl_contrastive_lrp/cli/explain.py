@@ -155,8 +155,8 @@ def explain(
     check = None
     if with_check:
         with progress("Replacing tokens", output.shows_progress):
-            check, note = _checked(model, question, result)
-        notes += note
+            check, way = _checked(model, question, result)
+        notes += way
     graph = None
     if prepared.graph is not None:
         if is_long(question) and not output.quiet:

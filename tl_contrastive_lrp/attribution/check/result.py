@@ -127,7 +127,7 @@ class MapCheck:
         inside = (chosen >= 0) & (chosen < count)
         if not bool(inside.all()) or not bool(self.ordinary[chosen].all()):
             raise ValueError("MapCheck: what is measured must be ordinary units.")
-        if len(chosen.unique()) != len(chosen):
+        if len(set(chosen.tolist())) != len(chosen):
             raise ValueError("MapCheck: a unit is measured twice.")
         if self.unit not in ("token", "segment"):
             raise ValueError(f"MapCheck.unit={self.unit!r} must be 'token' or 'segment'.")
@@ -353,4 +353,4 @@ class MapCheck:
         tensors, data = read_result(path, _FILE)
         with rebuilding_from(path):
             data["names"] = tuple(data["names"])
-            return cls(**data, **{name: tensors[name] for name in _TENSORS})
+            return cls(**data, **{name: tensors[name] for name in _TENSORS})  # type: ignore[arg-type]
