@@ -288,13 +288,13 @@ def verdicts_table(results: StudyResults) -> StudyTable | None:
         Column("cases", "maps checked", "count"),
         *(Column(verdict, verdict, "share") for verdict in MEANINGS),
         Column("captured", "share of the effect captured", "estimate"),
-        Column("sign", "share of it with the right sign", "estimate"),
+        Column("sign", "share of the strongest's with the right sign", "estimate"),
         Column("predicted", "correlation of predicted and measured", "estimate"),
         Column("forwards", "forwards of a check", "number"),
     ]
     sizes = sorted({check.k for check in results.checks.values()})
     note = (
-        f"Of each map, the {' or '.join(map(str, sizes))} strongest tokens and some random ones "
+        f"Of each map, the strongest tokens ({' or '.join(map(str, sizes))}) and some random ones "
         "were replaced, each in a run of its own. Captured is the effect in the direction that the "
         "map says, over the largest that as many tokens can have; cases without any effect have "
         f"none. Supported: {SUPPORTED:g} or more; contradicted: below {CONTRADICTED:g}."
