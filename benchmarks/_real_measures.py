@@ -102,9 +102,9 @@ def effects(
 
 def predicted(model: Any, ids: Tensor, target: int, contrast: int) -> Tensor:
     """Effects of zero embeddings as ``token_effects`` predicts them, of all tokens."""
-    return clrp.token_effects(
-        model, ids, target=target, contrast=contrast, window=2, **QUIET
-    ).effect
+    asked = {"target": target, "contrast": contrast}
+    effect: Tensor = clrp.token_effects(model, ids, **asked, window=2, **QUIET).effect
+    return effect
 
 
 def area(
@@ -143,41 +143,53 @@ def correlation(x: Sequence[float], y: Sequence[float], kind: str) -> float:
     return float(frame["x"].corr(frame["y"]))
 
 
+def patches(
+    model: Any, cache: Any, corrupted: Tensor, target: int, contrast: int
+) -> tuple[dict[str, Tensor], float]:
+    """Δℓ of the corrupted run minus its own, with one clean state patched in: the residual stream
+    at a position [layer, pos], a head at all positions [layer, head], in one layer of ``EVERY``;
+    and Δℓ of the corrupted run.
+
+    The cells of a layer are the rows of a batch.
+    """
+    layers, n, heads = range(0, model.cfg.n_layers, EVERY), len(corrupted), model.cfg.n_heads
+
+    def delta(rows: int, hooks: list[Any]) -> Tensor:
+        with torch.no_grad():
+            logits = model.run_with_hooks(corrupted.expand(rows, -1), fwd_hooks=hooks)[:, -1]
+        return (logits[:, target] - logits[:, contrast]).double()
+
+    def at_positions(x: Tensor, hook: Any) -> Tensor:
+        x, rows = x.clone(), torch.arange(n)
+        x[rows, rows] = cache[hook.name][0]
+        return x
+
+    def at_heads(x: Tensor, hook: Any) -> Tensor:
+        x, rows = x.clone(), torch.arange(heads)
+        x[rows, :, rows] = cache[hook.name][0].transpose(0, 1)
+        return x
+
+    base = float(delta(1, []))
+    sweeps = {
+        "residual stream": ("blocks.{}.hook_resid_pre", at_positions, n),
+        "heads": ("blocks.{}.attn.hook_z", at_heads, heads),
+    }
+    found = {
+        what: torch.stack([delta(rows, [(name.format(i), hook)]) for i in layers]) - base
+        for what, (name, hook, rows) in sweeps.items()
+    }
+    return found, base
+
+
 def patching(
     model: Any, clean: Tensor, corrupted: Tensor, target: int, contrast: int, methods: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """Estimates of patching the clean states into the corrupted run, against measured ones: the
-    residual stream by position and heads over all positions, in one layer of ``EVERY``."""
+    """Estimates of patching the clean states into the corrupted run, against measured ones."""
     objective = clrp.logit_diff(model, target, contrast)
     with torch.no_grad():
         cache = model.run_with_cache(clean[None])[1]
-        base = float(objective(model(corrupted[None])))
-    layers = range(0, model.cfg.n_layers, EVERY)
-    n, heads = len(clean), model.cfg.n_heads
-    measured: dict[str, list[float]] = {"residual stream": [], "heads": []}
-
-    def run(name: str, hook: Any, rows: int) -> list[float]:
-        with torch.no_grad():
-            logits = model.run_with_hooks(corrupted.expand(rows, -1), fwd_hooks=[(name, hook)])
-        return (logits[:, -1, target] - logits[:, -1, contrast] - base).tolist()
-
-    for layer in layers:
-        streams, z = f"blocks.{layer}.hook_resid_pre", f"blocks.{layer}.attn.hook_z"
-        rows = torch.arange(n), torch.arange(heads)
-
-        def one_position(x: Tensor, hook: Any, kept: Tensor = cache["resid_pre", layer]) -> Tensor:
-            x = x.clone()
-            x[rows[0], rows[0]] = kept[0]
-            return x
-
-        def one_head(x: Tensor, hook: Any, kept: Tensor = cache["z", layer]) -> Tensor:
-            x = x.clone()
-            x[rows[1], :, rows[1]] = kept[0].transpose(0, 1)
-            return x
-
-        measured["residual stream"] += run(streams, one_position, n)
-        measured["heads"] += run(z, one_head, heads)
-    found = {}
+    measured, base = patches(model, cache, corrupted, target, contrast)
+    layers, found = list(range(0, model.cfg.n_layers, EVERY)), {}
     for name in methods:
         args, how = (model, corrupted[None], cache, objective), {"rules": METHODS[name]}
         estimates = {
@@ -186,7 +198,7 @@ def patching(
         }
         found[name] = {
             f"{kind} {what}": correlation(
-                measured[what], (one[list(layers)] - base).flatten().tolist(), kind
+                measured[what].flatten().tolist(), (one[layers] - base).flatten().tolist(), kind
             )
             for what, one in estimates.items()
             for kind in ("pearson", "spearman")
