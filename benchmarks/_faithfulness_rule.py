@@ -62,8 +62,8 @@ REAL = (
     Column("spearman_zero", "rank correlation with effects (zero)", True),
     Column("spearman_random", "rank correlation with effects (random)", True),
     Column("flips", "tokens to flip", False),
-    Column("off_share", "|1 − share|", False),
-    Column("wrong_sign", "share of the wrong sign", False),
+    Column("off_share", "distance of the share from 1", False),
+    Column("wrong_sign", "the share has the wrong sign", False),
 )
 
 

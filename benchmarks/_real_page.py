@@ -149,7 +149,7 @@ def prompts_table(real: Real) -> str:
             number(float(part["mean_effect"].mean())),
         ])  # fmt: skip
     head = ["", "prompts", "tokens", "right", "preferred token is first of all", "median Δℓ",
-            "mean |effect| (zero)"]  # fmt: skip
+            "mean size of an effect (zero)"]  # fmt: skip
     return markdown(lines, head)
 
 
@@ -203,7 +203,7 @@ def share_table(real: Real) -> str:
                 f"{number(half)} ({number(low)} to {number(high)})",
                 number(float((1 - share).abs().median())), interval(share < 0), number(sinks),
             ])  # fmt: skip
-    head = ["", "", "prompts", "share: median (quartiles)", "median |1 − share|",
+    head = ["", "", "prompts", "share: median (quartiles)", "median distance from 1",
             "wrong sign, of all", "of it at special and first tokens, median"]  # fmt: skip
     return markdown(lines, head)
 
@@ -245,7 +245,7 @@ def before(real: Real, rows: Sequence[Measure]) -> str:
     """What this page said when it knew small models alone, and whether it holds here."""
 
     tokens = [one for one in rows if one.tokens]
-    held = {1: "it holds", 0: "it does not transfer", -1: "the opposite holds"}
+    held = {1: "it holds", 0: "no difference is found", -1: "the opposite holds"}
     signs = {
         one.said: held[sign]
         for one, sign in zip(tokens, verdicts(tokens, "gim"), strict=True)
@@ -264,8 +264,9 @@ def before(real: Real, rows: Sequence[Measure]) -> str:
         f"area {number(area['gim'])} and {number(area[FIRST])}); by effects of single tokens, "
         f"{said['spearman_zero']} (mean rank correlation {number(effect['gim'])} and "
         f"{number(effect[FIRST])}).",
-        "- *Comprehensiveness and sufficiency* asked what happens to the target, also where the "
-        "model preferred the contrast. Everything here is asked of the token it prefers.",
+        "- *Comprehensiveness and sufficiency* depend on which of the two tokens is called the "
+        "target. The failures measured then happened to prefer it; now all measures are asked of "
+        "the token that the model prefers, whichever it is called.",
     ]
     return "\n".join(lines)
 
