@@ -28,7 +28,7 @@ FULL = 160  # tokens beyond which fewer are, so that a prompt costs about the sa
 FIRST_SET = "attnlrp"
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 0.875, 1.0)  # of tokens removed, for the area
 LIMIT = 8  # tokens to flip
-EVERY = 3  # layers of which one is patched
+EVERY = 5  # layers of which one is patched
 QUIET: dict[str, Any] = {"progress": False}
 
 
