@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import _faithfulness_page as pages
 import _faithfulness_rule as rule
 import _real_page as page
 import real_faithfulness as real
-from _faithfulness_runs import RULES
+from _faithfulness_messages import CHANCE, LATEST, RIVALS
+from _faithfulness_runs import GRID, RULES
 
 PROMPTS = 16
 FINE = dict.fromkeys(RULES, 1.0)
@@ -110,6 +115,58 @@ def test_tables_are_tables(tmp_path: Path) -> None:
         for block in text.split("\n\n"):
             lines = [line for line in block.splitlines() if line.startswith("|")]
             assert len({line.count("|") for line in lines}) <= 1, name
+
+
+def small_models(**better: float) -> pages.Found:
+    """Figures of the models trained here: all sets alike, but those named."""
+    kinds = ("tokens", "heads", "edges", "neurons")
+
+    def frame(methods: Sequence[str], columns: Sequence[str], **fixed: Any) -> pd.DataFrame:
+        return pd.DataFrame([
+            {"prompt": number, "method": name, **fixed}
+            | dict.fromkeys(columns, 0.5 + number / 100 + better.get(name, 0.0))
+            for number in range(4) for name in methods
+        ])  # fmt: skip
+
+    ranked = partial(frame, columns=("auroc", "precision"))
+    all_methods = (*RULES, *pages.OTHERS)
+    three = ("planted", "trained", "deep", "demo")
+    chat = frame((*RULES, CHANCE, RIVALS, LATEST), ("hit",), right=True)
+    low = pd.concat([frame(RULES, (), dtype=dtype, off=1.0) for dtype in ("bfloat16", "float16")])
+    models = ("induction", "induction-saturated")
+    return pages.Found(
+        planted=pd.concat([ranked(RULES, model=m, what=w) for m in models for w in kinds]),
+        trained=ranked(RULES), deep=ranked(RULES),
+        failures=ranked(all_methods, kind="tool"), solved=ranked(all_methods, kind="tool"),
+        removal={
+            (who, how): frame(all_methods, ("area", "comprehensiveness", "sufficiency"))
+            for who in three[1:] for how in ("zero", "random")
+        },
+        curves={("demo", "zero"): {("attnlrp", o): GRID for o in ("MoRF", "LeRF")}},
+        circuits={who: frame((*RULES, "random"), ("cpr", "cmd")) for who in three},
+        sums={who: frame(RULES, (), share=0.5) for who in three[1:]},
+        low={"deep": low, "demo": low},
+        messages={False: (chat, 5), True: (chat, 5)},
+        counts=dict.fromkeys(("prompts", "most", "short", "gap"), 4),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("real_gim", "trained_gim", "says"),
+    [(0.5, 0.0, "gim"), (0.5, -0.25, "attnlrp"), (0.0, 0.25, "attnlrp"), (0.0, 0.0, "attnlrp")],
+)
+def test_the_page_applies_the_rule(
+    tmp_path: Path, real_gim: float, trained_gim: float, says: str
+) -> None:
+    """Better on real weights, and not worse on the models trained here."""
+    stored = figures(tmp_path, gim=real_gim)
+    text, picture = pages.written(small_models(gim=trained_gim), stored, "page")
+    assert f"the rule says **`{says}`**" in text
+    assert ("No other set is a candidate." in text) == (says == "attnlrp")
+    assert text.count("<!-- verdicts -->") == 1
+    assert "nan" not in text
+    assert "{" not in text
+    assert picture.startswith("<svg")
 
 
 def test_without_figures(tmp_path: Path) -> None:
