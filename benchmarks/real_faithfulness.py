@@ -197,8 +197,11 @@ def jobs(asked: Iterable[Asked]) -> list[tuple[Asked, str]]:
         (one, "patching") for one in templates
         if one.corrupted is not None and one.number in PATCHED
     ]  # fmt: skip
-    found += [(one, "base") for one in failures]
-    return found + [(one, "removal") for one in failures if one.removal]
+    for one in failures:
+        found.append((one, "base"))
+        if one.removal:
+            found.append((one, "removal"))
+    return found
 
 
 def cost(one: Asked, part: str) -> float:
