@@ -14,9 +14,9 @@ What is measured is in ``_real_measures.py``:
   (correlations are over these) and the 16 strongest of AttnLRP added; beyond 160 tokens fewer, so
   that a prompt costs about the same. A second random token takes the place of each sampled one on
   templates and every third failure.
-- removal: the area between curves of removed tokens, and tokens to flip: all templates, and 40
+- removal: the area between curves of removed tokens, and tokens to flip: all templates, and 24
   failures of at most 120 tokens.
-- patching: 8 prompts of indirect objects and 8 of agreement.
+- patching: 4 prompts of indirect objects and 4 of agreement.
 
 A file is written for each prompt and part, whole or not at all; what is there is not measured
 again, so a run can be stopped and continued. A process takes one thread. Failures come in random
@@ -53,8 +53,8 @@ from tl_contrastive_lrp.files import atomic_path
 NAMED = tuple(clrp.RULE_SETS)
 FAILURES = "failures"
 GROUPS = (*TEMPLATES, FAILURES)
-SUBSET, SHORT = 40, 120  # failures of at most so many tokens, for removal
-PATCHED = (0, 1, 2, 3, 10, 11, 12, 13)  # numbers of the templates' prompts
+SUBSET, SHORT = 24, 120  # failures of at most so many tokens, for removal
+PATCHED = (0, 1, 10, 11)  # numbers of the templates' prompts
 DIGITS = 6
 
 
