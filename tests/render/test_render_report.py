@@ -126,3 +126,28 @@ def test_bars_of_shares_beyond_one_keep_their_proportions() -> None:
     small = general([{"share": 0.5}, {"share": -0.25}])
     assert small is not None
     assert [row[0].bar for row in small.rows] == [50.0, 25.0]
+
+
+def test_a_verdict_and_measured_effects_are_shown_beside_relevance() -> None:
+    plain = planted_report()
+    assert "measured effect" not in report_html(plain)
+    html = report_html(
+        replace(plain, verdict=["Supported: <so>.", "And more."], measured=[None, -0.25, 0.5, None])
+    )
+    assert "Does the map hold?" in html
+    assert "Supported: &lt;so&gt;." in html
+    assert html.count('<th scope="col" class="num">measured effect</th>') >= 2
+    row = re.search(r'<td class="num">1</td><td><code>.*?</tr>', html, re.S)
+    assert row is not None
+    assert "−0.250" in row[0].rsplit("<td", 1)[1]
+    with pytest.raises(ValueError, match="3 measured effects for 4 tokens"):
+        report_html(replace(plain, measured=[None, 1.0, 2.0]))
+    with pytest.raises(ValueError, match="measured has 1 value"):
+        report_html(replace(plain, measured=[None, math.nan, 1.0, None]))
+
+
+def test_a_verdict_on_segments_has_a_table() -> None:
+    rows = [{"segment": "line 1", "relevance": 0.5, "measured": None}]
+    html = report_html(replace(planted_report(), verdict=["Weak."], measured_segments=rows))
+    assert "line 1" in html
+    assert "Does the map hold?" in html

@@ -20,13 +20,24 @@ def effects(
         by: What replaces each token, [pos]; None sets its embedding to zero.
         objective: Logits [1, pos, vocab] → scalar.
     """
+    return of_sets(model, tokens, by, torch.eye(tokens.shape[1], dtype=torch.bool), objective)
+
+
+def of_sets(
+    model: Any,
+    tokens: Tensor,
+    by: Tensor | None,
+    which: Tensor,
+    objective: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The same with the tokens of each row of ``which`` [run, pos] replaced together, [run]."""
     found = []
-    for i in range(-1, tokens.shape[1]):  # -1: none
+    for row in (torch.zeros_like(tokens[0], dtype=torch.bool), *which):
         now, silent = tokens.clone(), []
-        if i >= 0 and by is not None:
-            now[0, i] = by[i]
-        if i >= 0 and by is None:
-            silent = [i]
+        if by is not None:
+            now[0, row] = by[row]
+        else:
+            silent = torch.nonzero(row)[:, 0].tolist()
 
         def silenced(_: Any, __: Any, output: Tensor, at: list[int] = silent) -> Tensor:
             output = output.clone()

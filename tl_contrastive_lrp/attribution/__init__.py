@@ -11,6 +11,7 @@ from .answer_parts import AnswerRelevance, AnswerSide
 from .answer_table import answer_table
 from .attribute import attribute, attribute_each
 from .candidates import next_token_table
+from .check import MapCheck
 from .explain_answer import AnswerExplanations, explain_answer
 from .ledger import Ledger
 from .relevance_cache import run_with_relevance
@@ -24,6 +25,7 @@ __all__ = [
     "AnswerSide",
     "Attribution",
     "Ledger",
+    "MapCheck",
     "Trace",
     "answer_table",
     "attribute",

@@ -6,6 +6,7 @@ The file is safetensors: tensors plus one JSON text, no pickle, nothing executab
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from circuitsvis.utils.render import RenderedHTML
 
+    from ..effects.token_effects import Replace
     from ..graph.graph import AttributionGraph
+    from .check.result import MapCheck
 
 _FILE = FileKind("tl_contrastive_lrp.attribution", 1, "the attribution")
 
@@ -254,9 +257,83 @@ class Attribution:
             >>> result.by({"beginning": (0, 5)})["segment"].tolist()
             ['beginning', 'rest']
         """
-        from .by_segment import segment_frame
+        from ..inputs.segment_sums import segment_frame
 
         return segment_frame(self, how, normalize)
+
+    def check(
+        self,
+        model: Any,
+        k: int = 16,
+        n_random: int = 16,
+        *,
+        objective: Callable[[Tensor], Tensor] | None = None,
+        by: How | None = None,
+        replace: Replace = "zero",
+        seed: int = 0,
+        window: int | None = 2,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> MapCheck:
+        """Measure what the strongest tokens of this map do to Δℓ, and give a verdict on the map.
+
+        The k ordinary tokens of largest |relevance|, and some random others, are replaced, each in
+        a run of the model of its own; what replacing any other token would do is predicted
+        (``token_effects``). Ordinary tokens are those that are not special, not the first one
+        (``greyed``) and not after the explained position. The verdict says whether the tokens that
+        the map names have much of the effect that so many tokens can have, in the direction that it
+        says. It costs about 8 forwards and a backward, and (k + n_random) forwards, each only from
+        the replaced token on.
+
+        Args:
+            model: The ``TransformerBridge`` that was explained, in evaluation mode, without hooks
+                of yours (with ``window=None`` it may have the same as when it was explained).
+            k: How many of the strongest tokens are replaced; all, if there are fewer.
+            n_random: How many random other ones are replaced; 0 for none.
+            objective: What was explained. Needed, unless it was the difference of two single
+                tokens; two answers (``answer_diff``) need it too.
+            by: Check segments instead of tokens, as for ``by``. All ordinary tokens of a segment
+                are replaced together; its relevance is their sum, and its predicted effect only the
+                sum of their single effects.
+            replace: What replaces tokens, as for ``token_effects``: "zero", "random", a token id,
+                or one for each position.
+            seed: Of the random tokens: which are replaced, and by what with ``replace="random"``.
+            window: As for ``token_effects``; None replaces every token in a run of its own.
+            batch_size: Runs in a batch.
+            progress: Show progress bars.
+
+        Returns:
+            A ``MapCheck``: relevance beside predicted and measured effects, the figures and the
+            verdict.
+
+        Raises:
+            TypeError: ``model`` is not a bridge, or ``objective`` is not a function.
+            ValueError: ``k``, ``n_random``, ``seed``, ``window``, ``batch_size`` or ``replace`` out
+                of range; ``by`` as for ``by``.
+            TokenError: the objective cannot be made again from the result's words, or another one
+                is given.
+            PromptError: no token is ordinary, or the tokens are not this model's.
+            ModelStateError: another model, or another objective, than was explained: Δℓ differs by
+                more than rounding explains (``attribution/check/question.py`` states how much); or
+                as ``token_effects``.
+            NonFiniteError: relevance or an effect is NaN or infinite.
+            UncoveredComponentError: effects cannot be predicted in this model; use ``window=None``.
+
+        Example:
+            >>> check = result.check(model, k=8, n_random=8, progress=False)
+            >>> print(check.sentence)
+            supported: the 8 strongest tokens hold ... % of the effect that 8 tokens can have, ...
+            >>> by_hand = clrp.token_effects(
+            ...     model, case.prompt, objective, window=None, progress=False
+            ... )
+            >>> bool((check.measured - by_hand.effect[check.measured_at]).abs().max() < 1e-3)
+            True
+        """
+        from .check.run import check_map
+
+        return check_map(
+            model, self, k, n_random, objective, by, replace, seed, window, batch_size, progress
+        )
 
     def __repr__(self) -> str:
         return (
@@ -339,18 +416,26 @@ class Attribution:
             "contrast": self.contrast or "its alternatives",
         }
 
-    def save_html(self, path: str | Path, *, candidates: pd.DataFrame | None = None) -> Path:
+    def save_html(
+        self,
+        path: str | Path,
+        *,
+        candidates: pd.DataFrame | None = None,
+        check: MapCheck | None = None,
+    ) -> Path:
         """Write a report as one HTML file, which opens from disk without network.
 
         Args:
             path: Where to write; the folder must exist.
             candidates: Rows of ``next_token_table`` to include.
+            check: What ``check`` found for this result: its verdict, and the measured effects
+                beside relevance.
 
         Returns:
             The path.
 
         Raises:
-            ValueError: a relevance is NaN or infinite.
+            ValueError: a relevance is NaN or infinite, or ``check`` is of another result.
             OSError: the file cannot be written.
 
         Example:
@@ -359,7 +444,7 @@ class Attribution:
         """
         from ..render import save_html
 
-        return save_html(path, report_of(self, candidates=candidates))
+        return save_html(path, report_of(self, candidates=candidates, check=check))
 
     # ------------------------------------------------------------ files
 
@@ -475,6 +560,7 @@ def report_of(
     result: Attribution,
     candidates: pd.DataFrame | None = None,
     graph: AttributionGraph | None = None,
+    check: MapCheck | None = None,
     **fields: Any,
 ) -> str:
     """Render the report of one explained prediction as an HTML page that fetches nothing.
@@ -483,14 +569,21 @@ def report_of(
         result: What to show.
         candidates: Rows of ``next_token_table`` at the explained position.
         graph: The pruned attribution graph of the same prediction, for a section of its own.
+        check: The check of the same result, for a verdict and measured effects.
         **fields: Fields of ``render.report.Report`` that differ from the result's, such as
             ``model_name`` or ``notes``.
 
     Raises:
         NonFiniteError: a relevance is NaN or infinite.
+        ValueError: the check is of another result.
         TypeError: a field that ``Report`` does not have.
     """
     notes = () if result.answer is None else (_answers_note(result),)
+    checked: dict[str, Any] = {}
+    if check is not None:
+        from .check.shown import report_fields
+
+        checked = report_fields(check, result, len(with_answers(result).str_tokens))
     result = with_answers(result)
     report = Report(
         title=_title(result),
@@ -519,6 +612,7 @@ def report_of(
         notes=notes,
         messages=_messages(result),
         message_starts=[(s.start, s.name) for s in result.segments if s.n_tokens],
+        **checked,
     )
     return report_html(dataclasses.replace(report, **fields))
 

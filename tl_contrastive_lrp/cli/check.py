@@ -63,7 +63,7 @@ class CheckOptions:
     quiet: o.QuietOption = False
     debug: o.DebugOption = False
 
-    def check(self) -> None:
+    def require_consistent(self) -> None:
         """Refuse options that contradict each other, before any file is read.
 
         Raises:
@@ -107,7 +107,7 @@ def check_command(options: CheckOptions) -> None:
     gradient by rule); *verification* (null, or *verdict, objective, n_tokens, checks*: *name,
     verdict, figure, limit, says*); *notes*.
     """
-    options.check()
+    options.require_consistent()
     rules, prompt = options.rules.value, options.prompt
     with exit_codes(options.debug, _spelled):
         shows_progress = not (options.quiet or options.json)

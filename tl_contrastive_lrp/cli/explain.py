@@ -18,6 +18,8 @@ from .terminal import print_err, progress
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..attribution.check import MapCheck
+    from ..attribution.result import Attribution
     from ..engine.prefilled import Prefilled
     from ..graph.graph import AttributionGraph
 
@@ -104,7 +106,13 @@ def prepare(
 
 
 def explain(
-    model: Any, question: Question, prepared: Prepared, *, rules: str, output: Output
+    model: Any,
+    question: Question,
+    prepared: Prepared,
+    *,
+    rules: str,
+    output: Output,
+    with_check: bool = False,
 ) -> Explained:
     """Compute the relevance, and write the requested files.
 
@@ -114,6 +122,7 @@ def explain(
         prepared: Its forward.
         rules: Name of a rule set.
         output: Where results go.
+        with_check: Whether to replace the strongest tokens, for a verdict.
 
     Raises:
         CliError: Relevance is not finite, or a file cannot be written.
@@ -143,6 +152,11 @@ def explain(
     result = replace(result, prepended_bos=question.prepended_bos, segments=question.segments)
     write(output.save, result.save)  # before the graph, which may take long
     notes = [*question.notes, *filter(None, [run.note])]
+    check = None
+    if with_check:
+        with progress("Replacing tokens", output.shows_progress):
+            check, way = _checked(model, question, result)
+        notes += way
     graph = None
     if prepared.graph is not None:
         if is_long(question) and not output.quiet:
@@ -154,10 +168,32 @@ def explain(
             notes.append(note)
             if not output.quiet:
                 print_err(f"Note: {note}")
-    explained = Explained(question, result, run, tuple(notes))
+    explained = Explained(question, result, run, tuple(notes), check)
     with progress("Writing the report", output.shows_progress and output.out is not None):
         write(output.out, lambda path: _write_report(explained, graph, path))
     return explained
+
+
+def _checked(
+    model: Any, question: Question, result: Attribution
+) -> tuple[MapCheck, tuple[str, ...]]:
+    """The check of a result, and a sentence on how it was made where that is not as usual.
+
+    Raises:
+        TokenError, PromptError, ModelStateError, NonFiniteError: As ``Attribution.check``.
+    """
+    from ..errors import UncoveredComponentError
+    from ..inputs.objective import logit_diff
+
+    objective = logit_diff(model, question.target, question.contrast, question.typed_pos)
+    try:
+        return result.check(model, objective=objective, progress=False), ()
+    except UncoveredComponentError:
+        check = result.check(model, objective=objective, window=None, progress=False)
+    return check, (
+        "Effects of replaced tokens cannot be predicted in this model, so for the check every "
+        "token was replaced in a run of its own.",
+    )
 
 
 def _write_report(explained: Explained, graph: AttributionGraph | None, path: Path) -> None:
@@ -169,6 +205,7 @@ def _write_report(explained: Explained, graph: AttributionGraph | None, path: Pa
         explained.result,
         question.candidates,
         graph,
+        explained.check,
         model_name=question.model_name,
         target=[question.names[i] for i in question.target],
         contrast=[question.names[i] for i in question.contrast],

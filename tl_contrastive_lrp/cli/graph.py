@@ -90,13 +90,13 @@ class GraphOptions(o.QuestionOptions):
     quiet: o.QuietOption = False
     debug: o.DebugOption = False
 
-    def check(self) -> None:
+    def require_consistent(self) -> None:
         """Refuse options that contradict each other, before any file is read.
 
         Raises:
             typer.BadParameter: They contradict each other.
         """
-        super().check()
+        super().require_consistent()
         if self.save_pruned and self.save is None:
             raise typer.BadParameter("--save-pruned goes with --save.")
         if not math.isfinite(self.node_threshold):
@@ -236,7 +236,7 @@ def graph_command(options: GraphOptions) -> None:
     a bound.
     Without --contrast as **explain --json**.
     """
-    options.check()
+    options.require_consistent()
     output = Output(options.top, options.json, options.out, options.save, options.quiet)
     shape = options.shape
     pruning = Pruning.from_options(

@@ -78,6 +78,7 @@ class ExplainOptions(o.QuestionOptions):
     save: o.SaveOption = None
     out: o.OutOption = None
     no_graph: o.NoGraphOption = False
+    check: o.CheckOption = False
     quiet: o.QuietOption = False
     debug: o.DebugOption = False
 
@@ -100,11 +101,13 @@ def explain_command(options: ExplainOptions) -> None:
     (positions by |relevance|); *ledger* (for each site *site, total, biases, positions, other*);
     *candidates* (*rank, token, id, logit, probability, minus_top*); *memory* (*way*: plain or
     tiled; *plain_bytes, free_bytes*: what the plain engine needs, and what was free); *attention*
-    (eager, fused, or in how many blocks it was fused); *report, saved* (paths or null); *notes*. A
+    (eager, fused, or in how many blocks it was fused); *report, saved* (paths or null); *notes*;
+    *check* (with --check *verdict, sentence, statistics, tokens* (*pos, predicted, measured*, in
+    logits; *chosen*: strongest, random or empty), *replaced_with, forwards, seconds*; else null). A
     share of Δℓ is null where Δℓ is 0. Without --contrast, *status* is "needs_contrast", with
     *version, model, pos, candidates, command, notes*.
     """
-    options.check()
+    options.require_consistent()
     output = Output(options.top, options.json, options.out, options.save, options.quiet)
     memory = MemoryOptions(
         options.memory.value, options.tile, options.checkpoint_dir, options.attention.value
@@ -125,7 +128,9 @@ def explain_command(options: ExplainOptions) -> None:
             return prepared.prefilled.logits, prepared
 
         model, question, prepared = ask("explain", options, output, memory, forward)
-        explained = explain(model, question, prepared, rules=rules, output=output)
+        explained = explain(
+            model, question, prepared, rules=rules, output=output, with_check=options.check
+        )
         if options.json:
             print_json(as_json(explained, output))
         else:

@@ -13,6 +13,7 @@ from .terminal import print_out, shown, table
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ..attribution.check import MapCheck
     from ..attribution.result import Attribution
     from ..graph.graph import AttributionGraph
     from .memory import RunPlan
@@ -110,6 +111,12 @@ def print_explained(explained: Explained, output: Output, decisive: Sequence[int
         ]
         for row in top
     ]
+    if explained.check is not None:
+        columns.append(("measured effect", True))
+        effects = measured_effects(explained.check)
+        for row in rows:
+            effect = effects.get(int(row[0]))
+            row.append("-" if effect is None else _number(effect))
     if decisive:
         columns.append(("decides", False))
         for row in rows:
@@ -122,6 +129,8 @@ def print_explained(explained: Explained, output: Output, decisive: Sequence[int
         f"carry {_percent(result.ledger.share_to_tokens)} of Δℓ, the first token and the special "
         f"tokens {_percent(result.sink_share)}."
     )
+    if explained.check is not None:
+        _print_check(explained.check)
     if result.segments:
         _print_messages(result)
     if output.save is not None:
@@ -130,6 +139,23 @@ def print_explained(explained: Explained, output: Output, decisive: Sequence[int
         print_out(f"Report: {output.out}")
     else:
         print_out("Add --out report.html for a page with every token, layer and head.")
+
+
+def measured_effects(check: MapCheck) -> dict[int, float]:
+    """The measured effects by position."""
+    return dict(zip(check.measured_at.tolist(), check.measured.tolist(), strict=True))
+
+
+def _print_check(check: MapCheck) -> None:
+    """Print the verdict on the map, its figures and its cost, on stdout."""
+    from ..attribution.check.shown import figures_in_words
+
+    print_out(f"Verdict: {check.sentence}")
+    print_out(f"  {figures_in_words(check)}")
+    print_out(
+        f"  Effects: Δℓ with the token replaced by {check.replaced_with} minus Δℓ, the opposite "
+        f"sign of relevance. {check.cost}."
+    )
 
 
 def _print_messages(result: Attribution) -> None:
@@ -207,6 +233,30 @@ def as_json(explained: Explained, output: Output) -> dict[str, Any]:
         "report": None if output.out is None else str(output.out),
         "saved": None if output.save is None else str(output.save),
         "notes": list(explained.notes),
+        "check": None if explained.check is None else _check_as_json(explained.check),
+    }
+
+
+def _check_as_json(check: MapCheck) -> dict[str, Any]:
+    """The check of a map as a JSON object."""
+    effects = measured_effects(check)
+    rows = check.to_frame().to_dict("records")
+    return {
+        "verdict": check.verdict,
+        "sentence": check.sentence,
+        "statistics": check.statistics,
+        "tokens": [
+            {
+                "pos": row["pos"],
+                "predicted": row["predicted"],
+                "measured": effects.get(row["pos"]),
+                "chosen": row["chosen"],
+            }
+            for row in rows
+        ],
+        "replaced_with": check.replaced_with,
+        "forwards": check.forwards,
+        "seconds": check.seconds,
     }
 
 

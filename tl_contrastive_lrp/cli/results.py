@@ -9,6 +9,7 @@ from .memory import RunPlan
 from .question import Question
 
 if TYPE_CHECKING:
+    from ..attribution.check import MapCheck
     from ..attribution.result import Attribution
     from ..graph.graph import AttributionGraph
     from ..graph.paths import Paths
@@ -23,12 +24,14 @@ class Explained:
         result: The result.
         run: The memory plan.
         notes: Sentences on what the user may not expect.
+        check: What replacing its strongest tokens did, if that was asked for.
     """
 
     question: Question
     result: Attribution
     run: RunPlan
     notes: tuple[str, ...] = ()
+    check: MapCheck | None = None
 
 
 @dataclass(frozen=True)

@@ -108,13 +108,13 @@ class TokensOptions:
         shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
         return _AgainOptions(**shared, pos=pos)
 
-    def check(self) -> None:
+    def require_consistent(self) -> None:
         """Refuse options that contradict each other, before any file is read.
 
         Raises:
             typer.BadParameter: They contradict each other.
         """
-        self.again().check()
+        self.again().require_consistent()
         if not self.answer:
             raise typer.BadParameter("Give the answer to list with --answer.")
         if self.explain is not None and self.out is None:
@@ -136,7 +136,7 @@ def tokens_command(options: TokensOptions) -> None:
 
     **--out** writes a page in which a click on a token opens its explanation.
     """
-    options.check()
+    options.require_consistent()
     shows_progress = not (options.quiet or options.json)
     output = Output(out=options.out, as_json=options.json, quiet=options.quiet)
     memory = MemoryOptions(options.memory.value, options.tile, None, options.attention.value)

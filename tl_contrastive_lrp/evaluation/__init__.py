@@ -1,9 +1,8 @@
 """Evaluation of relevance against interventions on the model, a known truth and itself.
 
 ``patching`` estimates activation patching, ``compare`` compares an estimate with a measurement,
-``faithfulness`` removes tokens, ``effects`` predicts what replacing each would do, ``circuits``
-runs a graph as a circuit, and ``verify`` checks a model. ``patching`` needs TransformerLens 4.3 and
-is imported at first use.
+``faithfulness`` removes tokens, ``circuits`` runs a graph as a circuit, and ``verify`` checks a
+model. ``patching`` needs TransformerLens 4.3 and is imported at first use.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ from __future__ import annotations
 from .circuits.faithfulness import circuit_curve, circuit_faithfulness
 from .circuits.results import CircuitCurve, CircuitFaithfulness
 from .comparison.compare import Comparison, compare
-from .effects.result import TokenEffects
-from .effects.token_effects import token_effects, token_effects_each
 from .faithfulness import FaithfulnessCurves, baseline_scores, faithfulness_curves
 from .verification.verify import Verification, verify
 
@@ -21,14 +18,11 @@ __all__ = [
     "CircuitFaithfulness",
     "Comparison",
     "FaithfulnessCurves",
-    "TokenEffects",
     "Verification",
     "baseline_scores",
     "circuit_curve",
     "circuit_faithfulness",
     "compare",
     "faithfulness_curves",
-    "token_effects",
-    "token_effects_each",
     "verify",
 ]

@@ -25,8 +25,10 @@ def token_rows(
     relevance: NDArray[np.float64],
     greyed: NDArray[np.bool_],
     delta: float,
+    measured: Sequence[float | None] | None = None,
 ) -> list[dict[str, Any]]:
     """One row per token: texts, numbers, and its style on scales with and without greyed tokens."""
+    effects = ["\u2013" if x is None else signed(x) for x in measured or [None] * len(words)]
     backs, whites = colours(relevance / span(relevance, greyed))
     backs_all, whites_all = colours(relevance / span(relevance, greyed & False))
     rows = []
@@ -41,6 +43,7 @@ def token_rows(
                 "newlines": word.count("\n"),
                 "value": signed(value),
                 "share": percent(value / delta if delta else None),
+                "measured": effects[i],
                 "greyed": bool(greyed[i]),
                 "look": backs[i],
                 "white": whites[i],

@@ -70,6 +70,11 @@ class Report:
             bar, ``token`` as a token; none for other prompts.
         message_starts: Position of the first token of each of them, and its name: a long prompt is
             folded within messages.
+        verdict: Paragraphs that say whether the map held when its tokens were replaced; none if
+            that was not tried.
+        measured: With a verdict, the measured effect of each token in logits, ``[pos]``, ``None``
+            where it was not replaced; or ``None`` for no such column.
+        measured_segments: With a verdict on segments, a row for each.
     """
 
     title: str
@@ -98,6 +103,9 @@ class Report:
     notes: Sequence[str] = field(default=())
     messages: Rows = ()
     message_starts: Sequence[tuple[int, str]] = ()
+    verdict: Sequence[str] = ()
+    measured: Sequence[float | None] | None = None
+    measured_segments: Rows = ()
 
 
 def report_html(report: Report) -> str:
@@ -129,7 +137,8 @@ def report_html(report: Report) -> str:
     delta = float(as_array(report.delta, 0, "delta"))
     greyed = as_mask(report.greyed, len(words))
     resid = _resid(report, len(words))
-    rows = token_rows(words, ids, relevance, greyed, delta)
+    measured = _measured(report, len(words))
+    rows = token_rows(words, ids, relevance, greyed, delta, measured)
     long = len(words) > LONG
     folds = folds_of(relevance, greyed, words, report.message_starts)
     scripts = [_script(long)]
@@ -150,6 +159,8 @@ def report_html(report: Report) -> str:
         "negative": NEGATIVE,
         "grey": GREY,
     }
+    if long and measured is not None:
+        data["measured"] = measured
     if long:
         data |= {"ids": ids, "delta": delta, "folds": [[f.first, f.last] for f in folds]}
         if resid is not None:
@@ -184,6 +195,8 @@ def report_html(report: Report) -> str:
             heads=tables.heads(report.heads, words),
             ledger=tables.general(report.ledger),
             messages=tables.general(report.messages),
+            has_measured=measured is not None,
+            measured_segments=tables.general(report.measured_segments),
             candidates=tables.general(report.candidates or ()),
             coverage=tables.general(report.coverage),
             data=Markup(script_json(data)),
@@ -205,6 +218,21 @@ def _resid(report: Report, length: int) -> NDArray[np.float64] | None:
             f"and {length} tokens"
         )
     return resid
+
+
+def _measured(report: Report, length: int) -> list[float | None] | None:
+    """The measured effects, checked.
+
+    Raises:
+        ValueError: There is not one for each token, or one is NaN or infinite.
+    """
+    if report.measured is None:
+        return None
+    measured = [None if value is None else float(value) for value in report.measured]
+    if len(measured) != length:
+        raise ValueError(f"{len(measured)} measured effects for {length} tokens")
+    as_array([value for value in measured if value is not None], 1, "measured")
+    return measured
 
 
 def _script(long: bool) -> str:

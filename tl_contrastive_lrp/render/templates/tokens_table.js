@@ -19,6 +19,10 @@
       row.append(create("td", i, "num"), cell, create("td", data.ids[i], "num"),
         create("td", signed(data.relevance[i]), "num"),
         create("td", percent(data.relevance[i] / data.delta), "num"));
+      if (data.measured) {
+        const effect = data.measured[i];
+        row.append(create("td", effect === null ? "–" : signed(effect), "num"));
+      }
       some.append(row);
     }
     body.replaceChildren(some);
@@ -39,7 +43,9 @@
     }));
     const frame = create("div", undefined, "scroll"), table = create("table");
     const head = create("thead"), titles = create("tr");
-    for (const words of ["position", "token", "id", "relevance", "of Δℓ"]) {
+    const columns = ["position", "token", "id", "relevance", "of Δℓ"];
+    if (data.measured) columns.push("measured effect");
+    for (const words of columns) {
       const title = create("th", words, words === "token" ? "" : "num");
       title.scope = "col";
       titles.append(title);

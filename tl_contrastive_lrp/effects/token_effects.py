@@ -17,20 +17,22 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ...engine.fused import AttentionKind, is_worth
-from ...errors import ModelStateError, PromptError
-from ...hooks.placement import check_ready, check_single
-from ...hooks.user_hooks import user_hooks
-from ...inputs.answers import AnswerDiff
-from ...inputs.facts import PromptFacts
-from ...inputs.forced import runs_of
-from ...inputs.objective import logit_diff, question, require_objectives
-from ...inputs.rotary import depends_on_length
-from ...inputs.tokens import drawable_ids, to_tokens
-from ...rules.threads import one_at_a_time
-from .estimate import Estimate, Questions, estimated, measured, tile_of
+from ..engine.fused import AttentionKind, is_worth
+from ..errors import ModelStateError, PromptError
+from ..hooks.placement import check_ready, check_single
+from ..hooks.user_hooks import user_hooks
+from ..inputs.answers import AnswerDiff
+from ..inputs.facts import PromptFacts
+from ..inputs.forced import runs_of
+from ..inputs.objective import logit_diff, question, require_objectives
+from ..inputs.rotary import depends_on_length
+from ..inputs.tokens import drawable_ids, to_tokens
+from ..rules.threads import one_at_a_time
+from .estimate import Estimate, estimated, tile_of
 from .followed import works_cached
+from .measured import measured
 from .passes import Replaced
+from .questions import Questions
 from .result import TokenEffects
 from .streams import attention_components
 
@@ -294,7 +296,9 @@ def _effects(
 def _run(model: Any, replaced: Replaced, questions: Questions, options: _Options) -> Estimate:
     window = options.window
     if window is None:
-        return measured(model, replaced, questions, options.batch_size, options.progress)
+        each = torch.eye(replaced.length, dtype=torch.bool)
+        found = measured(model, replaced, questions, each, options.batch_size, options.progress)
+        return Estimate(found.effect, each.any(1), found.clean, found.forwards)
     hooks = user_hooks(model)
     if hooks:
         raise ModelStateError(

@@ -5,3 +5,10 @@ the model's code can be followed (``followed.py``), the run (``estimate.py``), t
 (``result.py``). It is no relevance: it answers *what if this token were not there*, not *which
 token spoke for the answer*.
 """
+
+from __future__ import annotations
+
+from .result import TokenEffects
+from .token_effects import token_effects, token_effects_each
+
+__all__ = ["TokenEffects", "token_effects", "token_effects_each"]

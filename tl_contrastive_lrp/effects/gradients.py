@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...engine.fused import AttentionKind, without_rules
-from ...engine.plain import check_value
-from ...hooks.placement import embedding_leaves, reading_hooks
-from ...rules.query_tiles import Attend, Attention, attend
-from ...rules.threads import frozen_parameters
+from ..engine.fused import AttentionKind, without_rules
+from ..engine.plain import check_value
+from ..hooks.placement import embedding_leaves, reading_hooks
+from ..rules.query_tiles import Attend, Attention, attend
+from ..rules.threads import frozen_parameters
 from .passes import logits_at
 from .streams import AttentionWatch, Operands, by_head, refused, watched
 

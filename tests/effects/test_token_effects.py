@@ -13,8 +13,18 @@ from typing import Any
 import pytest
 import torch
 from support.grids import diagonal
+from support.replacing import (
+    CAUSAL,
+    FOLLOWED_NOT,
+    NOT_CAUSAL,
+    OTHERS,
+    TOKENS,
+    WAYS,
+    WITHOUT_CACHE,
+    N,
+    delta_of,
+)  # fmt: skip
 from support.stretched import stretched
-from support.zoo_expected import COVERED
 from torch import Tensor
 from truth import families, zoo
 from truth.float64 import true_float64
@@ -22,26 +32,12 @@ from truth.replaced_tokens import effects as by_replacing
 from truth.rounding import PROMISED
 
 import tl_contrastive_lrp as clrp
+from tl_contrastive_lrp.effects import followed
+from tl_contrastive_lrp.effects.later import LaterPositions
+from tl_contrastive_lrp.effects.streams import Seen
 from tl_contrastive_lrp.errors import ModelStateError, PromptError, UncoveredComponentError
-from tl_contrastive_lrp.evaluation.effects import followed
-from tl_contrastive_lrp.evaluation.effects.later import LaterPositions
-from tl_contrastive_lrp.evaluation.effects.streams import Seen
 
 QUIET: dict[str, Any] = {"progress": False}
-N = 9
-TOKENS = zoo.random_tokens(N)
-OTHERS = zoo.random_tokens(N, seed=5)[0].clamp_min(4)
-WAYS: dict[str, Tensor | None] = {"zero": None, "others": OTHERS}
-
-# Keys are chosen by a product of their own, before the softmax.
-FOLLOWED_NOT = {"glm_moe_dsa": "keys at once"}
-WITHOUT_CACHE = ("openai_gpt",)
-NOT_CAUSAL = ("bert", "roberta")
-CAUSAL = [name for name in COVERED if name not in NOT_CAUSAL and name not in FOLLOWED_NOT]
-
-
-def delta_of(logits: Tensor) -> Tensor:
-    return logits[0, -1, 7] - logits[0, -1, 12]
 
 
 def effects_of(model: Any, way: str, **how: Any) -> clrp.TokenEffects:

@@ -18,11 +18,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from ...engine.plain import sees_unembed, unembedded
-from ...errors import NotTileableError
-from ...hooks.placement import own_hooks
-from ...hooks.user_hooks import user_hooks
-from ...inputs.bridge import LEAVES, hook_points, public_name
+from ..engine.plain import sees_unembed, unembedded
+from ..errors import NotTileableError
+from ..hooks.placement import own_hooks
+from ..hooks.user_hooks import user_hooks
+from ..inputs.bridge import LEAVES, hook_points, public_name
 from .streams import ReplacedStreams, Seen, require_seen, watched
 
 
@@ -132,9 +132,25 @@ class LastCache(_Cache):
         return x
 
 
+class PrefixCache(_Cache):
+    """The clean keys and values before a position, for a batch that begins there."""
+
+    def __init__(self, clean: StreamCache, start: int) -> None:
+        super().__init__()
+        self.clean, self.start = clean, start
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        """The clean keys and values before the position, and each row's own from there on."""
+        kept = self.clean.kept[layer_idx]
+        return tuple(
+            torch.cat([x[..., : self.start, :].expand(len(own), -1, -1, -1), own], -2)
+            for x, own in zip(kept, (k, v), strict=True)
+        )
+
+
 @contextmanager
-def _zeroed(model: Any, mask: Tensor | None) -> Iterator[None]:
-    """Set embeddings to zero where ``mask`` [row, pos] is true."""
+def zeroed(model: Any, mask: Tensor | None) -> Iterator[None]:
+    """Set embeddings to zero where ``mask`` [row, pos] is true; None leaves the model as it is."""
     if mask is None:
         yield
         return
@@ -222,7 +238,7 @@ def run_streams(
             if streams.cache is not None:
                 streams.cache.start = start
                 cached["past_key_values"] = streams.cache
-            with _zeroed(model, None if zero is None else zero[:, start:stop]):
+            with zeroed(model, None if zero is None else zero[:, start:stop]):
                 logits = logits_at(
                     model, tokens[:, start:stop], tuple(p - start for p in own), **cached
                 )
@@ -258,23 +274,3 @@ def last_logits(
             logits = model(tokens.expand(len(positions), 1), past_key_values=cache)
         streams.forwards += len(positions) / replaced.length
         yield positions, logits[:, -1]
-
-
-def measured_logits(
-    model: Any, replaced: Replaced, read: tuple[int, ...], batch_size: int, progress: bool
-) -> Iterator[tuple[Tensor, Float[Tensor, "token read vocab"]]]:
-    """The logits with each token replaced in a run of its own: what is to be predicted.
-
-    Yields:
-        Positions of replaced tokens, and the logits with each of them replaced.
-    """
-    every = torch.arange(replaced.length, device=replaced.tokens.device)
-    for positions in tqdm(
-        torch.split(every, batch_size), desc="replacing tokens", leave=False, disable=not progress
-    ):
-        tokens = replaced.tokens.repeat(len(positions), 1)
-        mask = positions[:, None] == every
-        if replaced.by is not None:
-            tokens = torch.where(mask, replaced.by, tokens)
-        with torch.no_grad(), _zeroed(model, mask if replaced.by is None else None):
-            yield positions, logits_at(model, tokens, read)

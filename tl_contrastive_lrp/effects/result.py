@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ...attribution.by_segment import segment_frame
-from ...files import FileKind, read_result, rebuilding_from, write_result
-from ...inputs.objective import check_earlier
-from ...inputs.segments import How, Segment, check_segments
+from ..files import FileKind, read_result, rebuilding_from, write_result
+from ..inputs.objective import check_earlier
+from ..inputs.segment_sums import segment_frame
+from ..inputs.segments import How, Segment, check_segments
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -189,7 +189,7 @@ class TokenEffects:
             >>> effects.str_tokens[5].strip() in str(effects.show())
             True
         """
-        from ...render import colored_tokens
+        from ..render import colored_tokens
 
         greyed = self.special.clone()
         greyed[0] = True

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...engine.prefilled import state_of
-from ...errors import NotTileableError, UncoveredComponentError, is_out_of_memory
-from ...inputs.tokens import vocab_size
+from ..engine.prefilled import state_of
+from ..errors import NotTileableError, UncoveredComponentError, is_out_of_memory
+from ..inputs.tokens import vocab_size
 from .later import LaterPositions
 from .passes import Replaced, Streams, last_logits, run_streams
 from .streams import AttentionWatch, Operands, by_head, refused, require_seen, watched

@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from ...errors import UncoveredComponentError
-from ...hooks.sites import find_sites
-from ...rules.threads import active_in
+from ..errors import UncoveredComponentError
+from ..hooks.sites import find_sites
+from ..rules.threads import active_in
 
 _PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "baddbmm"})
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..inputs.segments import How, Segment, divide
+from .segments import How, Segment, divide
 
 if TYPE_CHECKING:
     import pandas as pd
