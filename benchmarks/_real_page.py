@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _real_verdicts as verdicts_of_maps
 import numpy as np
 import pandas as pd
 from _faithfulness_rule import FIRST, REAL, Measure, adjusted, verdicts
@@ -293,4 +294,6 @@ def fields(real: Real) -> dict[str, str]:
         "real_removal": removal_table(real),
         "real_patching": patching_table(real),
         "real_before": before(real, rows),
+        "real_maps": verdicts_of_maps.table(real.prompts),
+        "real_maps_said": verdicts_of_maps.said(real.prompts),
     }

@@ -42,6 +42,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import _real_measures as measures
+import _real_verdicts as verdicts
 import torch
 from _faithfulness_runs import RULES
 from _real_prompts import TEMPLATES, prompts
@@ -280,6 +281,7 @@ def of_base(found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[st
         if None not in truth[other]:
             names = f"pearson_{name}", f"spearman_{name}"
             prompt |= correlations((truth[one], truth[other]), names)
+    prompt |= verdicts.checked(found)
     rows: dict[str, dict[str, float]] = {}
     guesses = {name: [-r[p] for p in at] for name, r in found["relevance"].items()}
     guesses["window 2"] = [found["predicted"][p] for p in at]

@@ -11,12 +11,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import _faithfulness_page as pages
 import _faithfulness_rule as rule
 import _real_page as page
+import _real_verdicts as maps
 import real_faithfulness as real
 from _faithfulness_messages import CHANCE, LATEST, RIVALS
 from _faithfulness_runs import GRID, RULES
@@ -35,6 +37,8 @@ def figures(folder: Path, **better: float) -> page.Real:
                 "group": group, "prompt": number, "tokens": 15 + number, "delta": 1.0 + number,
                 "right": number % 4 != 0, "first": True, "sampled": 10, "ordinary": 12,
                 "mean_effect": 0.5, "pearson_zero_random": 0.75, "spearman_zero_random": 0.5,
+                "captured, map": number / PROMPTS, "truth, map": 0.3 + number % 4 / 10,
+                "captured, random map": 0.125, "truth, random map": 0.0 if number else None,
                 "pearson_random_random": 0.25 if number % 3 == 0 else None,
                 "spearman_random_random": 0.25 if number % 3 == 0 else None,
             })  # fmt: skip
@@ -163,7 +167,7 @@ def test_the_page_applies_the_rule(
     text, picture = pages.written(small_models(gim=trained_gim), stored, "page")
     assert f"the rule says **`{says}`**" in text
     assert ("No other set is a candidate." in text) == (says == "attnlrp")
-    assert text.count("<!-- verdicts -->") == 1
+    assert text.count("| AttnLRP's map | failures | 8 |") == 1
     assert "nan" not in text
     assert "{" not in text
     assert picture.startswith("<svg")
@@ -172,3 +176,52 @@ def test_the_page_applies_the_rule(
 def test_without_figures(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="--real FOLDER"):
         page.load(tmp_path / "real.json")
+
+
+def test_verdicts_are_judged_on_maps_held_out() -> None:
+    """8 prompts of even numbers choose, 8 of odd ones judge. Wrong where the truth is below 1/3."""
+    even, odd = list(range(0, 40, 2)), list(range(1, 41, 2))
+    chosen = [0.1] * 19 + [0.6]  # wrong maps: one of twenty may be called supported, not two
+    judged = [0.1] * 10 + [0.7] * 10
+    prompts = pd.DataFrame({
+        "group": "failures", "prompt": even + odd,
+        "captured, map": chosen + judged, "truth, map": [0.2] * 20 + [0.2] * 11 + [0.5] * 9,
+        "captured, random map": -0.5, "truth, random map": 0.0,
+    })  # fmt: skip
+    found = maps.maps(prompts)
+    own = found[found["kind"] == "map"]
+    assert maps.threshold(own) == 0.15  # 0.1 is 19 of 20
+    said = maps.said(prompts)
+    assert "supported is 0.00" in said or "supported is 0.15" in said
+    assert "1 of 11 [0.02, 0.38] of AttnLRP's and 0 of 20" in said
+    assert "of AttnLRP, 9 of 9 [0.70, 1.00]" in said
+    row = maps.table(prompts).splitlines()[2]
+    assert row.startswith("| AttnLRP's map | failures | 20 | 9 of 20")
+
+
+def test_a_map_is_checked_on_stored_tables_as_by_hand() -> None:
+    """Six ordinary tokens, all measured: the figure is that of ``result.check``, and its truth the
+    same of random tokens."""
+    zero = [-2.0, 1.0, 0.5, -0.25, 0.0, 4.0]
+    drawn = [-1.0, 3.0, 0.0, 0.0, 1.0, -1.0]
+    found = {
+        "number": 1, "ordinary": [1, 2, 3, 4, 5, 6],
+        "relevance": {"attnlrp": [9.0, 5.0, -4.0, 3.0, 2.0, 1.0, -0.5]},
+        "predicted": [0.0] * 7,
+        "measured": {
+            "pos": [1, 2, 3, 4, 5, 6], "why": ["sampled"] * 6, "zero": zero, "random a": drawn,
+            "random b": [None] * 6,
+        },
+    }  # fmt: skip
+    rows = maps.checked(found)
+    # −sign · effect: 2 + 1 − 0.5 + 0.25 − 0 + 4 of all |effects|
+    assert rows["captured, map"] == pytest.approx((2 + 1 - 0.5 + 0.25 + 4) / 7.75)
+    assert rows["truth, map"] == pytest.approx((1 + 3 - 0 - 0 - 1 - 1) / 6)
+
+
+def test_few_measured_tokens_stand_for_the_others() -> None:
+    """Two strongest of ten, and two of the other eight measured: each stands for four."""
+    r, strongest = torch.tensor([1.0, -1.0]), torch.tensor([-3.0, 1.0])
+    rest = torch.tensor([2.0, 0.5])
+    # the two largest of ten: 3, and one of the four 2s
+    assert maps._weighted(r, strongest, rest, 10) == pytest.approx((3 + 1) / (3 + 2))
