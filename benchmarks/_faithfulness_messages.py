@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import pandas as pd
+import torch
 from support.demo_chats import ChatCase, chat_cases
 
 import tl_contrastive_lrp as clrp
@@ -23,10 +24,12 @@ CHANCE, RIVALS, LATEST = "chance", "chance among messages with such a number", "
 
 
 def first_message(model: Any, case: ChatCase, rules: Any) -> str:
-    """The name of the message of highest relevance."""
-    result = clrp.attribute(
-        model, case.prompt, target=case.target, contrast=case.contrast, rules=rules
-    )
+    """The name of the message of highest relevance, for what the model prefers of the two."""
+    tokens = torch.as_tensor(case.prompt.tokens)[None]
+    with torch.no_grad():
+        logits = model(tokens)[0, -1]
+    target, contrast = sorted((case.target, case.contrast), key=lambda i: (-float(logits[i]), i))
+    result = clrp.attribute(model, case.prompt, target=target, contrast=contrast, rules=rules)
     messages = result.by("message").query("kind != 'template'").set_index("segment")
     return str(messages["relevance"].idxmax())
 

@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 from _faithfulness_figure import SAID, Curves, picture
 from _faithfulness_messages import CHANCE, LATEST, RIVALS
-from _faithfulness_rule import FIRST, Measure, chosen, counts
+from _faithfulness_rule import FIRST, Measure, candidates, chosen, counts
 from _faithfulness_runs import RULES
+from _real_page import Real, fields
+from _real_page import measures as real_measures
 
 from tl_contrastive_lrp import DEFAULT_RULES, RULE_SETS
 from tl_contrastive_lrp.evaluation.faithfulness import bootstrap_interval
@@ -88,29 +90,31 @@ def pooled_table(frame: pd.DataFrame) -> str:
 
 
 def measures(found: Found) -> list[Measure]:
-    """What decides."""
+    """Of the models trained here."""
     tokens, edges = (found.planted.query(f"what == '{what}'") for what in ("tokens", "edges"))
     of, wired = Measure.of, ("model", "prompt")
-    rows = [
-        of("planted tokens, AUROC", tokens, "auroc", keys=wired),
-        of("planted edges, AUROC", edges, "auroc", keys=wired),
-        of("planted circuits, CMD", found.circuits["planted"], "cmd", higher=False),
-    ]
-    for said, frame, deepest in (("trained", found.trained, False), ("deep", found.deep, True)):
+
+    def circuits(said: str) -> Measure:
+        frame = found.circuits[said]
+        return of(f"{said} circuits, CMD", said, frame, "cmd", higher=False, tokens=False)
+
+    def areas(said: str) -> list[Measure]:
         removal = {how: found.removal[said, how] for how in ("zero", "random")}
-        rows += [
-            of(f"{said} tokens, AUROC", frame, "auroc", deepest=deepest),
-            of(f"{said} circuits, CMD", found.circuits[said], "cmd", higher=False, deepest=deepest),
-            of(f"{said}, area (zero)", removal["zero"], "area", deepest=deepest),
-            of(f"{said}, area (random)", removal["random"], "area", deepest=deepest),
-        ]
+        return [of(f"{said}, area ({how})", said, frame, "area") for how, frame in removal.items()]
+
+    rows = [
+        of("planted tokens, AUROC", "planted", tokens, "auroc", keys=wired),
+        of("planted edges, AUROC", "planted", edges, "auroc", tokens=False, keys=wired),
+        circuits("planted"),
+    ]
+    for said, frame in (("trained", found.trained), ("deep", found.deep)):
+        rows += [of(f"{said} tokens, AUROC", said, frame, "auroc"), circuits(said), *areas(said)]
     return [
         *rows,
-        of("demo failures, decisive, AUROC", found.failures, "auroc"),
-        of("demo solved, decisive, AUROC", found.solved, "auroc"),
-        of("demo failures, area (zero)", found.removal["demo", "zero"], "area"),
-        of("demo failures, area (random)", found.removal["demo", "random"], "area"),
-        of("demo failures, circuits, CMD", found.circuits["demo"], "cmd", higher=False),
+        of("demo failures, decisive, AUROC", "demo", found.failures, "auroc"),
+        of("demo solved, decisive, AUROC", "demo", found.solved, "auroc"),
+        *areas("demo"),
+        circuits("demo"),
     ]
 
 
@@ -133,9 +137,16 @@ def counted(rows: Sequence[Measure]) -> str:
     said = []
     for method in RULES[1:]:
         better, worse = counts(rows, method, FIRST)
-        deep, _ = counts([row for row in rows if row.deepest], method, FIRST)
-        said.append(f"`{method}` better on {better} ({deep} of them deep), worse on {worse}")
+        said.append(f"`{method}` better on {better}, worse on {worse}")
     return f"Of these {len(rows)} measures: {'; '.join(said)}."
+
+
+def why(found: Found, real: Real, rows: Sequence[Measure]) -> str:
+    """What the rule found, in words."""
+    sets = candidates(real_measures(real), rows, list(RULE_SETS), low(found))
+    if not sets:
+        return "No other set is a candidate."
+    return f"Candidates: {', '.join(f'`{name}`' for name in sets)}."
 
 
 def duel(rows: Sequence[Measure]) -> str:
@@ -236,13 +247,13 @@ def mean(frame: pd.DataFrame, method: str, column: str) -> float:
     return float(frame.loc[frame["method"] == method, column].mean())
 
 
-def written(found: Found, stem: str) -> tuple[str, str]:
+def written(found: Found, real: Real, stem: str) -> tuple[str, str]:
     """The page (Markdown) and its figure (SVG)."""
     rows = measures(found)
     tokens = found.planted.query("what == 'tokens'")
     saturated = tokens.query("model == 'induction-saturated'")
     induction = tokens.query("model == 'induction'")
-    best = chosen(rows, list(RULE_SETS), low(found), lost(found))
+    best = chosen(real_measures(real), rows, list(RULE_SETS), low(found))
     head = ["", "AUROC", "average precision"]
     page = WORDS.read_text(encoding="utf-8").format(
         stem=stem,
@@ -251,6 +262,8 @@ def written(found: Found, stem: str) -> tuple[str, str]:
         short=found.counts["short"],
         gap=found.counts["gap"],
         chosen=best,
+        why=why(found, real, rows),
+        **fields(real),
         differences=compared(rows),
         verdict=counted(rows),
         duel=duel(rows),

@@ -27,12 +27,21 @@ RULES = tuple(METHODS)
 GRID = np.linspace(0.0, 1.0, 21)
 
 
-def asked(case: Any) -> dict[str, Any]:
-    ids = isinstance(case, clrp.DemoCase)
-    return {
-        "target": case.target_id if ids else case.target,
-        "contrast": case.contrast_id if ids else case.contrast,
-    }
+def asked(model: Any, case: Any) -> dict[str, Any]:
+    """The token that the model prefers of the case's two, against the other.
+
+    So exchanging target and contrast changes no measure, also of those that ask what happens to the
+    target.
+    """
+    demo = isinstance(case, clrp.DemoCase)
+    target = case.target_id if demo else case.target
+    contrast = case.contrast_id if demo else case.contrast
+    with torch.no_grad():
+        logits = model(model.to_tokens(case.prompt) if demo else case.tokens)[0, -1]
+    first, second = float(logits[target]), float(logits[contrast])
+    if second > first or (second == first and contrast < target):
+        target, contrast = contrast, target
+    return {"target": target, "contrast": contrast}
 
 
 def prompt_of(case: Any) -> Any:
@@ -74,8 +83,9 @@ def on_sums(model: Any, cases: Iterable[Any], quiet: bool) -> pd.DataFrame:
     """Which share of Δℓ arrives at the tokens, BOS included, by prompt and method."""
     rows = []
     for number, case in enumerate(tqdm(list(cases), desc="sums", disable=quiet)):
+        question = asked(model, case)
         for rules in RULES:
-            result = clrp.attribute(model, prompt_of(case), **asked(case), rules=METHODS[rules])
+            result = clrp.attribute(model, prompt_of(case), **question, rules=METHODS[rules])
             rows.append((number, rules, float(result.tokens.sum()) / result.delta))
     return pd.DataFrame(rows, columns=["prompt", "method", "share"])
 
@@ -89,8 +99,9 @@ def on_low_precision(models: Mapping[str, Any], cases: Iterable[Any], quiet: boo
     rows = []
     for dtype, model in models.items():
         for number, case in enumerate(tqdm(list(cases), desc=dtype, disable=quiet)):
+            question = asked(model, case)
             for rules in RULES:
-                how = {**asked(case), "rules": METHODS[rules]}
+                how = {**question, "rules": METHODS[rules]}
                 low = clrp.attribute(model, prompt_of(case), **how).tokens
                 with clrp.in_float32(model):
                     high = clrp.attribute(model, prompt_of(case), **how).tokens
@@ -103,8 +114,9 @@ def on_decisive(model: Any, cases: Iterable[clrp.DemoCase], quiet: bool) -> pd.D
     """Decisive positions among the demo prompt's tokens; special and first tokens left out."""
     rows = []
     for number, case in enumerate(tqdm(list(cases), desc="decisive", disable=quiet)):
+        question = asked(model, case)
         results = {
-            name: clrp.attribute(model, case.prompt, **asked(case), rules=METHODS[name])
+            name: clrp.attribute(model, case.prompt, **question, rules=METHODS[name])
             for name in RULES
         }
         one = results[RULES[0]]
@@ -130,11 +142,10 @@ def on_removal(
     """Area, comprehensiveness and sufficiency by prompt and method; mean curves on ``GRID``."""
     rows, curves = [], {}
     for number, case in enumerate(tqdm(list(cases), desc=f"removal, {replace}", disable=quiet)):
-        prompt = prompt_of(case)
-        how = {**asked(case), "progress": False, "replace": replace, "draws": 2}
+        prompt, question = prompt_of(case), asked(model, case)
+        how = {**question, "progress": False, "replace": replace, "draws": 2}
         scores: dict[str, Any] = {
-            name: clrp.attribute(model, prompt, **asked(case), rules=METHODS[name])
-            for name in RULES
+            name: clrp.attribute(model, prompt, **question, rules=METHODS[name]) for name in RULES
         }
         scores |= clrp.baseline_scores(model, prompt, seed=number, **how)
         del scores["gradient_x_input"]  # the rule set "gradient"
@@ -161,9 +172,10 @@ def on_circuits(
     """CPR and CMD by prompt and method, of (case, tokens, corrupted tokens)."""
     rows = []
     for number, (case, tokens, corrupted) in enumerate(tqdm(cases, desc="circuits", disable=quiet)):
-        how = {**asked(case), "corrupted": corrupted, "progress": False}
+        question = asked(model, case)
+        how = {**question, "corrupted": corrupted, "progress": False}
         for rules in RULES:
-            graph = clrp.attribution_graph(model, tokens, **asked(case), rules=METHODS[rules])
+            graph = clrp.attribution_graph(model, tokens, **question, rules=METHODS[rules])
             curve = clrp.circuit_curve(model, graph, **how)
             rows.append((number, rules, curve.cpr, curve.cmd))
         curve = clrp.circuit_curve(model, graph, by="random", seed=number, **how)
@@ -195,7 +207,8 @@ def corrupted_demo(
         rows[:, at] = pool[torch.randint(len(pool), (draws, len(at)), generator=generator)]
         with torch.no_grad():
             logits = model(torch.cat([tokens, rows]))[:, -1]
-        delta = logits[:, case.target_id] - logits[:, case.contrast_id]
+        question = asked(model, case)
+        delta = logits[:, question["target"]] - logits[:, question["contrast"]]
         best = int(delta[1:].argmin())
         if delta[0] - delta[1 + best] >= least:
             found.append((case, tokens, rows[best : best + 1]))

@@ -2,19 +2,24 @@
 
 Measures every rule set and simple baselines on truths that were planted, on two trained models of
 two and eight blocks, and on the demo model: AUROC and average precision of what is known, curves of
-removed tokens, circuits; and what else a default must do. Says which rule set the default has to
-be, by the rule in ``_faithfulness_rule.py``.
+removed tokens, circuits; and what else a default must do. What was measured on real weights is in
+``real_faithfulness.json``, or is measured anew with --real (``real_faithfulness.py``). Says which
+rule set the default has to be, by the rule in ``_faithfulness_rule.py``.
 
     python benchmarks/faithfulness.py
+    python benchmarks/faithfulness.py --real FOLDER --cases CASES.jsonl --out-real OUT
     python benchmarks/faithfulness.py --quick --out /tmp/faithfulness.md
 
-Prints the page, and bars while it measures. Removing tokens and edges
-dominates: a forward for each step of each curve; --quick takes two prompts of everything.
+Prints the page, and bars while it measures. Removing tokens and edges dominates: a forward for each
+step of each curve; --quick takes two prompts of everything.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ import _faithfulness_runs as runs
 import pandas as pd
 import torch
 from _faithfulness_page import Found, written
+from _real_page import STORED, load
 from truth import planted_deep, planted_induction
 
 import tl_contrastive_lrp as clrp
@@ -100,6 +106,22 @@ def measure(prompts: int, most: int, demo: int | None, quiet: bool) -> Found:
     )
 
 
+def measure_real(model: Path, cases: Path, out: Path, processes: int) -> None:
+    """Measure real weights in so many processes, and store the summary."""
+    script = [sys.executable, Path(__file__).with_name("real_faithfulness.py")]
+    how = ["--out", out]
+    runs_of = [
+        subprocess.Popen(
+            [*script, "--model", model, "--cases", cases, *how, "--shard", f"{number}/{processes}"]
+        )
+        for number in range(1, processes + 1)
+    ]
+    codes = [run.wait() for run in runs_of]
+    if any(codes):
+        raise SystemExit(f"real_faithfulness.py failed with {codes}; what it wrote is in {out}.")
+    subprocess.run([*script, *how, "--summary", STORED], check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=DOCS, help="the page; its figure goes beside")
@@ -107,11 +129,22 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=160, help="demo prompts for removal")
     parser.add_argument("--quick", action="store_true", help="two prompts of everything")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--real", type=Path, help="folder with real weights, to measure them anew")
+    parser.add_argument("--cases", type=Path, help="failures for --real, as clrp.study saves them")
+    parser.add_argument("--out-real", type=Path, help="folder of measurements, to stop and go on")
+    parser.add_argument("--processes", type=int, default=2, help="for --real, a thread each")
     options = parser.parse_args()
+    if (options.real is None) != (options.cases is None):
+        parser.error("--real needs --cases, and --cases needs --real")
     torch.set_num_threads(1)
+    if options.real is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            out = options.out_real or Path(folder)
+            measure_real(options.real, options.cases, out, options.processes)
+    real = load()
     prompts, demo = (2, 4) if options.quick else (options.prompts, None)
     found = measure(prompts, options.max_tokens, demo, options.quiet)
-    page, picture = written(found, options.out.stem)
+    page, picture = written(found, real, options.out.stem)
     options.out.write_text(page, encoding="utf-8")
     options.out.with_name(f"{options.out.stem}_curves.svg").write_text(picture, encoding="utf-8")
     print(page)

@@ -38,11 +38,13 @@ CASE = ("id", "benchmark", "delta", "tokens", "locator", "contrast_source")
 DIFFERENCES = (
     "The model is SmolLM2-135M-Instruct, as a four-bit file dequantised, in place of Qwen3-0.6B",
     "There are no judges: the first wrong token is found by rules, the violated constraint (IFEval,"
-    " GSM8K), or recovery by another token (HumanEval, MATH)",
+    " GSM8K), the first token that leaves the published answer (MATH), or recovery by another token"
+    " (HumanEval)",
     "GSM8K takes the place of GAIA2, and HumanEval's own tests that of EvalPlus",
     'Answers are short: GSM8K\'s begin with "####" and MATH\'s with "\\boxed{", which are given, '
-    "so the model does not reason first; IFEval's are judged as cut off after 48 tokens, and "
-    "HumanEval's after 64",
+    "so the model does not reason first; IFEval's are judged as cut off after 48 tokens, where a"
+    " repaired answer counts as right while it still can become so; HumanEval's are cut off after"
+    " 56",
     "Prompts are short, by a limit for each benchmark",
     "Labels are automatic, by stated criteria; nobody has confirmed them",
 )

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
-from truth.families import boot, hf_model, random_tokens, true_float64
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformer_lens.model_bridge import TransformerBridge
+from truth.families import boot, hf_model, make_tokenizer, random_tokens, true_float64
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.errors import PromptError
@@ -273,6 +277,38 @@ def test_only_the_logits_that_are_read_are_computed() -> None:
     for other in (opaque, hooked):  # logits of a batch of rows round as those of one do, nearly
         assert torch.allclose(located.morf, other.morf, atol=1e-4)
         assert torch.allclose(located.lerf, other.lerf, atol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and func is not torch.ops.aten.t.default:
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+def test_no_tensor_is_as_large_as_the_logits_of_one_forward(tmp_path: Path) -> None:
+    """600 tokens and a vocabulary of 256,000, in batches of 16 rows: one row of logits each."""
+    length, vocab, rows = 600, 256_000, 16
+    config = transformers.LlamaConfig(
+        vocab_size=vocab, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, max_position_embeddings=length,
+    )  # fmt: skip
+    make_tokenizer().save_pretrained(tmp_path)
+    model: Any = TransformerBridge.boot_transformers(
+        str(tmp_path), hf_model=transformers.LlamaForCausalLM(config), device="cpu"
+    ).eval()
+    tokens = random_tokens(length=length)
+    with Largest() as seen:
+        clrp.faithfulness_curves(
+            model, tokens, torch.arange(length), **ASKED, **QUIET, steps=3, batch_size=rows
+        )
+    scores = rows * length * length  # one head's, eager
+    assert seen.numel <= max(rows * vocab, scores, vocab * 8) < length * vocab
 
 
 def test_a_span_is_read_at_its_positions() -> None:

@@ -44,7 +44,7 @@ class Rules(str, Enum):
     GRADIENT = "gradient"
 
 
-DEFAULT_RULES = Rules.GIM  # as in ``rules.rule_sets``
+DEFAULT_RULES = Rules.ATTNLRP  # as in ``rules.rule_sets``
 
 
 class Device(str, Enum):

@@ -33,7 +33,7 @@ class Coverage:
 
     Example:
         >>> print(clrp.coverage(model))
-        rules: gim; all else is linear
+        rules: attnlrp; all else is linear
         component ... rule ...
         blocks.0-3.ln1 ...
     """

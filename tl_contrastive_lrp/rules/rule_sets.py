@@ -110,8 +110,9 @@ RULE_SETS: dict[str, RuleSet] = {
     )
 }  # fmt: skip
 
-# The default rule set; docs/faithfulness.md gives the reasons.
-DEFAULT_RULES: Final = "gim"
+# The default rule set for attribution; docs/faithfulness.md gives the reasons. Estimates of patching
+# have their own, "relp" (evaluation/patching).
+DEFAULT_RULES: Final = "attnlrp"
 
 
 def get_rule_set(rules: str | RuleSet) -> RuleSet:

@@ -162,6 +162,7 @@ class CollectSection(Section):
         recovery_top_k: Tokens that the locator "recovery" tries at a position.
         max_rollouts: The most rollouts of that locator for one completion.
         max_prompt_tokens: Longer prompts are dropped.
+        open_rollouts: Whether rollouts that the limit cuts off pass while they still can.
         writer_dtype: Type of a copy of the base that writes completions and rollouts, such as
             "bfloat16"; by default the base itself writes. Rank and Δℓ are always those of the base.
     """
@@ -181,6 +182,7 @@ class CollectSection(Section):
     recovery_top_k: int | None = None
     max_rollouts: int | None = None
     max_prompt_tokens: int | None = None
+    open_rollouts: bool | None = None
     writer_dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
 
     def given(self) -> dict[str, Any]:

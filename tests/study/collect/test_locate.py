@@ -34,7 +34,7 @@ class Letters:
     def roll(self, reading, branches, limit):
         done = reading.ids[reading.n_prompt :]
         self.rolled += branches
-        return [(*done[:p], t, *[25] * (limit - p - 1)) for p, t in branches]
+        return [(*done[:p], t, *[25] * ((limit - p - 1) * (t != 26))) for p, t in branches]
 
 
 class Rule:
@@ -150,6 +150,17 @@ def test_recovery_tries_positions_whose_runner_up_is_close_and_another_token_is_
     settings = CollectSettings(recovery_top_k=4, max_rollouts=4)  # one position: b is 1.5 behind
     assert LOCATORS["recovery"](found, settings) == 1
     assert writer.rolled == [(1, 0), (1, 1), (1, 2), (1, 3)]
+
+
+def test_a_rollout_that_is_cut_off_passes_while_it_can_only_where_the_written_token_is_ruled_out():
+    """No answer passes before its sixth letter, b breaks it for good, and the limit is 4."""
+    rule = Rule(lambda t: len(t) >= 6 and "b" not in t, lambda t: False if "b" in t else None)
+    logits = planted_logits("xbxx", [1.0] * 5)
+    found = failure("xbxx", rule, False, Letters(logits), open_rollouts=True)
+    assert found.passes([(1, 0), (0, 0), (2, 1)]) == [True, False, False]
+    assert failure("xbxx", rule, False, Letters(logits)).passes([(1, 0)]) == [False]
+    # the end token closes an answer: too short, and no more can come
+    assert found.passes([(1, 26)]) == [False]
 
 
 def test_recovery_tries_the_closest_runner_ups_within_its_rollouts():

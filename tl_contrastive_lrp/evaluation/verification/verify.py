@@ -151,7 +151,7 @@ def verify(
 
     Example:
         >>> print(clrp.verify(model, case.prompt))
-        demo model: ok (float32, rules gim, 44 tokens, ...)
+        demo model: ok (float32, rules attnlrp, 44 tokens, ...)
           audit         ok ... each of ... operations ... is linear or has its rule.
           ...
     """

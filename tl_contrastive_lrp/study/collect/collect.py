@@ -41,6 +41,9 @@ class CollectSettings:
         recovery_top_k: Tokens that the locator "recovery" tries at a position.
         max_rollouts: The most rollouts of that locator for one completion.
         max_prompt_tokens: Longer prompts are dropped; None for what the context holds.
+        open_rollouts: Whether a rollout that ``max_new_tokens`` cuts off passes too where the
+            checker says no but ``Benchmark.can_pass`` does not, as an answer that is only too short
+            so far. It counts only where ``can_pass`` rules the written token out.
 
     Raises:
         ValueError: A number is out of range, or a name is unknown.
@@ -60,6 +63,7 @@ class CollectSettings:
     recovery_top_k: int = 3
     max_rollouts: int = 48
     max_prompt_tokens: int | None = None
+    open_rollouts: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size", "recovery_top_k", "max_rollouts"):
@@ -373,7 +377,7 @@ def _one(
     # A completion of a log may be longer than new ones; nothing is written past the context.
     limit = max(settings.max_new_tokens, len(done.ids))
     limit = min(limit, exact.n_ctx - len(done.prompt_ids))
-    failure = Failure(done, benchmark, writer, limit, reference, judges)
+    failure = Failure(done, benchmark, writer, limit, reference, judges, settings.open_rollouts)
     position, locator = None, ""
     for locator in settings.locators:
         position = locator_of(locator)(failure, settings)

@@ -49,6 +49,8 @@ class Failure:
         limit: The most tokens of a completion.
         reference: A right completion to compare with; None where there is none.
         judges: Callables that say where the error begins.
+        open_rollouts: Whether rollouts that the limit cuts off may pass while they still can, as
+            ``CollectSettings`` says.
 
     Attributes:
         n_rollouts: How many rollouts were written.
@@ -62,9 +64,11 @@ class Failure:
         limit: int,
         reference: str | None = None,
         judges: Sequence[Judge] = (),
+        open_rollouts: bool = False,
     ) -> None:
         self.completion, self.benchmark, self.writer = completion, benchmark, writer
         self.limit, self.reference, self.judges = limit, reference, tuple(judges)
+        self.open_rollouts = open_rollouts
         self.n_rollouts = 0
         self._passes: dict[tuple[int, int], bool] = {}
 
@@ -94,5 +98,14 @@ class Failure:
                 new, self.writer.roll(self.reading, new, self.limit), strict=True
             ):
                 text = self.writer.text(ids)
-                self._passes[branch] = self.benchmark.check(self.item, text).passed
+                passed = self.benchmark.check(self.item, text).passed
+                if not passed and self.open_rollouts and ids[-1] not in self.writer.end_ids:
+                    passed = self._rules_out(branch[0])
+                    passed = passed and self.benchmark.can_pass(self.item, text) is not False
+                self._passes[branch] = passed
         return [self._passes[b] for b in branches]
+
+    def _rules_out(self, position: int) -> bool:
+        """Whether the benchmark can tell that the written token breaks the answer for good."""
+        beginning = self.writer.text(self.completion.ids[: position + 1])
+        return self.benchmark.can_pass(self.item, beginning) is False

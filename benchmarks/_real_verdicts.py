@@ -1,0 +1,163 @@
+"""How often the verdict on a map is right, from what ``real_faithfulness.py`` has measured.
+
+``result.check`` replaces the tokens that a map names strongest by zero embeddings, and calls the
+map supported, weak or contradicted by ``captured``, the share of the effect that so many tokens can
+have which lies at them, with the right sign. Here that figure is computed from the stored tables as
+``check`` computes it (16 strongest, 16 random tokens), and held against one that the check does not
+see: the same share of what *random tokens* in their place do. A map is called right where that
+share is ``RIGHT`` or more, and otherwise wrong.
+
+Maps: AttnLRP's of every prompt, and a random one of each: tokens drawn at random, with random
+signs. The threshold of "supported" is the lowest on a grid at which at most ``ALLOWED`` of the
+wrong maps of one half of the prompts (even numbers) are called supported; the other half judges it.
+That of "contradicted" is 0 by what the word means.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tl_contrastive_lrp.attribution.check.statistics import captured
+from tl_contrastive_lrp.attribution.check.verdict import verdict_of
+
+K = N_RANDOM = 16
+MAP = "attnlrp"
+MAPS = ("map", "random map")
+RIGHT = 1 / 3
+ALLOWED = 0.05
+GRID = np.round(np.arange(0.0, 1.0, 0.05), 2)
+
+
+def checked(found: Mapping[str, Any]) -> dict[str, float]:
+    """``captured`` of a prompt's map and of a random one, as checked and as it is.
+
+    Args:
+        found: What ``real_faithfulness.py`` stored of the prompt.
+
+    Returns:
+        By name, without those that cannot be computed.
+    """
+    measured, free = found["measured"], found["ordinary"]
+    zero = dict(zip(measured["pos"], measured["zero"], strict=True))
+    draws = [measured["random a"], measured["random b"]]
+    given = dict(zip(measured["pos"], zip(*draws, strict=True), strict=True))
+    truth = {p: _mean([v for v in values if v is not None]) for p, values in given.items()}
+    score = {p: found["relevance"][MAP][p] for p in free}
+    sampled = [p for p, why in zip(measured["pos"], measured["why"], strict=True)
+               if why != "strongest"]  # fmt: skip
+    strongest = sorted(free, key=lambda p: (-abs(score[p]), p))[:K]
+    strongest = [p for p in strongest if p in zero]
+    draw = random.Random(found["number"])
+    named = draw.sample(sampled, min(K, len(sampled)))
+    signs = {p: draw.choice([-1.0, 1.0]) for p in named}
+    rows = {}
+    for name, tokens, relevance in zip(MAPS, (strongest, named), (score, signs), strict=True):
+        rest = [p for p in sampled if p not in tokens]
+        seen = {**{p: found["predicted"][p] for p in free},
+                **{p: zero[p] for p in (*tokens, *rest[:N_RANDOM])}}  # fmt: skip
+        r = torch.tensor([relevance[p] for p in tokens], dtype=torch.float64)
+        told = captured(r, _at(seen, tokens), _at(seen, free))
+        is_ = _weighted(r, _at(truth, tokens), _at(truth, rest), len(free))
+        if told is not None and is_ is not None:
+            rows |= {f"captured, {name}": told, f"truth, {name}": is_}
+    return rows
+
+
+def _weighted(r: Tensor, strongest: Tensor, rest: Tensor, ordinary: int) -> float | None:
+    """``captured`` where of the other ordinary tokens a random sample alone is measured, each of
+    which stands for several."""
+    others = ordinary - len(strongest)
+    weight = torch.ones(len(strongest) + len(rest), dtype=torch.float64)
+    if len(rest):
+        weight[len(strongest) :] = others / len(rest)
+    size, order = torch.cat([strongest, rest]).abs().sort(descending=True)
+    before = weight[order].cumsum(0) - weight[order]
+    taken = (len(strongest) - before).clamp(min=0.0).minimum(weight[order])
+    most = float((size * taken).sum())
+    return float((-r.sign() * strongest).sum()) / most if most else None
+
+
+def _at(values: Mapping[int, float], positions: Sequence[int]) -> Tensor:
+    return torch.tensor([values[p] for p in positions], dtype=torch.float64)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# ---- the calibration
+
+
+def maps(prompts: pd.DataFrame) -> pd.DataFrame:
+    """A row for each map that was checked: group, prompt, kind, captured, right, held (out)."""
+    parts = []
+    for kind in MAPS:
+        part = prompts[["group", "prompt"]].assign(
+            kind=kind, captured=prompts[f"captured, {kind}"], truth=prompts[f"truth, {kind}"]
+        )
+        parts.append(part.dropna(subset=["captured", "truth"]))
+    found = pd.concat(parts, ignore_index=True)
+    return found.assign(right=found["truth"] >= RIGHT, held=found["prompt"] % 2 == 1)
+
+
+def threshold(found: pd.DataFrame) -> float:
+    """The lowest at which few enough of the wrong maps not held out are called supported."""
+    wrong = found.loc[~found["held"] & ~found["right"], "captured"].to_numpy()
+    passing = [t for t in GRID if (wrong >= t).mean() <= ALLOWED]
+    return float(passing[0])
+
+
+def table(prompts: pd.DataFrame) -> str:
+    """Of the maps held out, how many got which verdict, and how many of these are right."""
+    found = maps(prompts)
+    held = found[found["held"]]
+    held = held.assign(verdict=[verdict_of(value) for value in held["captured"]])
+    lines = []
+    for kind, said in zip(MAPS, ("AttnLRP's map", "a random map"), strict=True):
+        for what, failures in (("failures", True), ("templates", False)):
+            part = held[(held["kind"] == kind) & ((held["group"] == "failures") == failures)]
+            cells = [said, what, str(len(part)), share(part["right"])]
+            for verdict in ("supported", "weak", "contradicted"):
+                cells.append(share(part.loc[part["verdict"] == verdict, "right"]))
+            lines.append("| " + " | ".join(cells) + " |")
+    head = ["", "", "maps", "right", "of the supported, right", "of the weak, right",
+            "of the contradicted, right"]  # fmt: skip
+    return "\n".join(
+        ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * 7) + " |", *lines]
+    )
+
+
+def said(prompts: pd.DataFrame) -> str:
+    """The threshold, and how many wrong maps it calls supported."""
+    found = maps(prompts)
+    held = found[found["held"]].assign(supported=found["captured"] >= threshold(found))
+    wrong = {kind: held[(held["kind"] == kind) & ~held["right"]]["supported"] for kind in MAPS}
+    own = held[held["kind"] == MAPS[0]]
+    both = own[["captured", "truth"]].corr().iloc[0, 1]
+    return (
+        f"The lowest threshold that calls at most {ALLOWED:.0%} of the wrong maps of the other "
+        f"half supported is {threshold(found):.2f}. Of the wrong maps held out, "
+        f"{share(wrong[MAPS[0]])} of AttnLRP's and {share(wrong[MAPS[1]])} of the random ones are "
+        f"called supported; of the right maps of AttnLRP, "
+        f"{share(own.loc[own['right'], 'supported'])}. Over AttnLRP's maps held out, the two "
+        f"shares correlate at {both:.2f}."
+    )
+
+
+def share(which: pd.Series) -> str:
+    """Count of true, of all, with Wilson's 95 % interval."""
+    n = len(which)
+    if not n:
+        return "–"
+    p, z = float(which.mean()), 1.96
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return f"{int(which.sum())} of {n} [{max(0.0, low):.2f}, {min(1.0, high):.2f}]"
