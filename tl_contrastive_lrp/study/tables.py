@@ -258,7 +258,7 @@ def _overlap(a: CaseAnalysis, b: CaseAnalysis, k: int = 5) -> float:
 
 def verdicts_table(results: StudyResults) -> StudyTable | None:
     """Verdicts on the maps by benchmark and rule set; None where none was checked."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, members in _groups(results):
         ids = [case.id for case in results.cases if case.benchmark in members]
         for rules in results.checked_rules:
@@ -312,7 +312,7 @@ def verdict_labels_table(results: StudyResults, labels: Sequence[Label]) -> Stud
     """Verdicts on the main rule set's maps by outcome label; None where none was checked."""
     main = next(iter(results.rules), "")
     verdicts = {id: check.verdict for (id, rules), check in results.checks.items() if rules == main}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for labeller in dict.fromkeys(label.labeller for label in labels):
         outcomes = {la.case_id: la.outcome for la in labels if la.labeller == labeller}
         for verdict in MEANINGS:
