@@ -110,8 +110,8 @@ RULE_SETS: dict[str, RuleSet] = {
     )
 }  # fmt: skip
 
-# The default rule set for attribution; docs/faithfulness.md gives the reasons. Estimates of patching
-# have their own, "relp" (evaluation/patching).
+# The default rule set for attribution; docs/faithfulness.md gives the reasons. Estimates of
+# patching have their own, "relp" (evaluation/patching).
 DEFAULT_RULES: Final = "attnlrp"
 
 
