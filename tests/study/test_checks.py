@@ -165,10 +165,9 @@ def test_no_check_is_served_for_another(tmp_path: Path) -> None:
         "k": {"k": 3},
         "seed": {"seed": 1},
         "rules": {"rules": "gim"},
-        "threads": {"more": "threads: 2\n"},
         "graphs": {"mass": 0.5},
     }
-    few: dict[str, Any] = {"limit": 4, "rules": "gradient"}
+    few: dict[str, Any] = {"limit": 3, "rules": "gradient"}
     for changes in variants.values():
         checking(tmp_path / "shared", **{**few, **changes}).run(**QUIET)
     keys, found = {}, {}
@@ -206,6 +205,9 @@ def test_another_model_and_another_case_are_checked_anew(
         for rules in ("gradient", "gim")
     }
     assert len(keys) == 16
+    other = checking(tmp_path, limit=4, rules="gradient", more="threads: 2\n")
+    keys |= {other._run().check_key(case, "demo", "a", "gradient")}
+    assert len(keys) == 17
     real = run_module.open_model
 
     def changed(*arguments: Any) -> Any:
