@@ -129,7 +129,7 @@ def test_failed_cases_are_listed_and_the_exit_code_says_so(
     monkeypatch.setattr(run_module, "analyse", fails)
     done = run("study", "run", file)
     assert done.code == 1
-    assert "could not be explained" in done.out
+    assert "could not be explained or checked" in done.out
     assert "it overflowed [red]" in words(done.out)
 
 

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 from support.browser import HOSTILE
-from support.studies import made_up_study
+from support.studies import CAPTURED, made_up_check, made_up_checks, made_up_study
 
 from tl_contrastive_lrp.render.study.tables import cell
 from tl_contrastive_lrp.study.cases import REASONS, Dropped
@@ -146,6 +146,104 @@ def test_rules_flips_and_sizes_by_slow_counting(made: tuple[Path, dict[str, Any]
     assert large["delta"]["estimate"] == pytest.approx(sum(deltas) / 12)
     assert sum(r["cases"] for r in tables["correction"]["rows"] if r["sibling"] == "large"
                and r["model"] == "small") == sum(abs(d) > 1 for d in deltas)  # fmt: skip
+
+
+VERDICTS = {0.9: "supported", 0.25: "weak", -0.5: "contradicted", None: "weak", 0.5: "supported"}
+
+
+def test_verdicts_by_slow_counting(tmp_path: Path) -> None:
+    study = made_up_study(12)
+    plain = report(study, tmp_path / "out.html")
+    assert not {"verdicts", "verdictlabels"} & set(plain["tables"])
+    assert not (tmp_path / "out_files" / "checks.csv").exists()
+    assert not re.search(r'id="verdicts"|id="verdict"', (tmp_path / "out.html").read_text("utf-8"))
+
+    study = replace(study, checks=made_up_checks(study))
+    numbers = report(study, tmp_path / "out.html")
+    shares = {case.id: CAPTURED[i % 5] for i, case in enumerate(study.cases)}
+    rows = {(row["benchmark"], row["rules"]): row for row in numbers["tables"]["verdicts"]["rows"]}
+    # Under gradient every other case was checked, which are those of the first benchmark.
+    assert set(rows) == {(b, "attnlrp") for b in ("ifeval", "math", "all")} | {
+        (b, "gradient") for b in ("ifeval", "all")
+    }
+    for (benchmark, rules), row in rows.items():
+        cases = [case for case in study.cases if benchmark in (case.benchmark, "all")]
+        if rules == "gradient":
+            cases = [case for case in cases if case.benchmark == "ifeval"]
+        found = [-1.0 if rules == "gradient" else shares[case.id] for case in cases]
+        verdicts = ["contradicted" if share == -1.0 else VERDICTS[share] for share in found]
+        assert row["cases"] == len(cases)
+        for name in ("supported", "weak", "contradicted"):
+            assert (row[name]["count"], row[name]["of"]) == (verdicts.count(name), len(cases))
+        known = [share for share in found if share is not None]
+        assert row["captured"]["n"] == len(known)
+        assert row["captured"]["estimate"] == pytest.approx(sum(known) / len(known))
+        assert row["sign"]["estimate"] == pytest.approx(sum(s > 0 for s in known) / len(known))
+        if rules == "attnlrp":
+            assert row["captured"]["low"] < row["captured"]["estimate"] < row["captured"]["high"]
+        assert row["forwards"] == 9.5
+
+    crossed = numbers["tables"]["verdictlabels"]["rows"]
+    assert {row["labeller"] for row in crossed} == {"automatic", "Ada", "Bo"}
+    automatic = [
+        automatic_label(c, study.analysis(c.id, "small", "attnlrp"))  # type: ignore[arg-type]
+        for c in study.cases
+    ]
+    labels = [*study.labels, *(label for label in automatic if label)]
+    for row in crossed:
+        of = [id for id, share in shares.items() if VERDICTS[share] == row["verdict"]]
+        mine = [la for la in labels if la.labeller == row["labeller"] and la.case_id in of]
+        assert (row["cases"], row["labelled"]) == (len(of), len(mine))
+        for outcome in OUTCOMES:
+            count = len([la for la in mine if la.outcome == outcome])
+            assert (row[outcome]["count"], row[outcome]["of"]) == (count, len(mine))
+
+    for row in numbers["cases"]:
+        check = row["checks"]["attnlrp"]
+        assert check["verdict"] == VERDICTS[shares[row["id"]]]
+        assert check["captured"] == pytest.approx(shares[row["id"]])
+        assert check["words"].startswith(check["verdict"] + ": ")
+        assert ("gradient" in row["checks"]) == row["id"].startswith("ifeval")
+    for frame in (
+        pd.read_csv(tmp_path / "out_files" / "checks.csv"),
+        pd.read_parquet(tmp_path / "out_files" / "checks.parquet"),
+    ):
+        assert len(frame) == 12 + 6
+        first = frame[frame.rules == "attnlrp"]
+        assert first["verdict"].tolist() == [VERDICTS[share] for share in shares.values()]
+        assert first["captured"].isna().tolist() == [s is None for s in shares.values()]
+        assert set(frame["forwards"]) == {9.5}
+    found_tables = Tables((tmp_path / "out.html").read_text(encoding="utf-8")).tables
+    assert {"table-verdicts", "table-verdictlabels"} <= set(found_tables)
+
+
+def test_a_case_shows_its_verdict_and_the_sentence(tmp_path: Path) -> None:
+    study = made_up_study(6, hostile=True)
+    study = replace(study, checks=made_up_checks(study))
+    report(study, tmp_path / "out.html", texts=False)
+    html = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert html.count("<script") == 2
+    assert "<img" not in html
+    assert "<svg/onload" not in html
+    assert html.count('<span class="verdict">') == 6
+    assert 'title="attnlrp: supported, gradient: contradicted">supported</span>' in html
+    assert '<select id="verdict">' in html
+    blobs = re.findall(r'"data":"([A-Za-z0-9+/=]+)"', html)
+    for case, blob in zip(study.cases, blobs, strict=True):
+        data = json.loads(zlib.decompress(base64.b64decode(blob)))
+        check = study.checks[case.id, "attnlrp"]
+        verdict, sentence, figures = data["checks"]["attnlrp"]
+        assert (verdict, sentence) == (check.verdict, check.sentence)
+        assert check.cost in figures
+
+    # A rule set of any name, such as one of a study that somebody else wrote, stays a text.
+    evil = "</script><img src=x onerror=alert(1)>"
+    analyses = tuple(replace(a, rules=evil) if a.rules == "gradient" else a for a in study.analyses)
+    checks = {(c.id, evil): made_up_check(c, 0.9, evil) for c in study.cases}
+    report(replace(study, analyses=analyses, checks=checks), tmp_path / "out.html")
+    html = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert html.count("<script") == 2
+    assert "<img" not in html
 
 
 def test_data_reads_back(made: tuple[Path, dict[str, Any]]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from support.browser import HOSTILE, browser, visit
-from support.studies import demo_study, made_up_study
+from support.studies import demo_study, made_up_checks, made_up_study
 
 from tl_contrastive_lrp.render.text import visible
 from tl_contrastive_lrp.study.report import report
@@ -69,6 +70,48 @@ def test_filters_show_the_cases_that_they_name(tmp_path: Path) -> None:
     ]
     assert seen["up"] == [i for i, sign in enumerate(signs) if sign]
     assert seen["down"] == [i for i, sign in enumerate(signs) if not sign]
+
+
+@browser
+def test_verdicts_are_filtered_and_follow_the_rule_set_shown(tmp_path: Path) -> None:
+    study = made_up_study(12)
+    checks = made_up_checks(study)
+    seen = asked(
+        tmp_path,
+        replace(study, checks=checks),
+        """
+      const options = [...document.getElementById('verdict').options];
+      const found = {options: options.map(o => o.textContent)};
+      found.weak = choose('verdict', 'weak (attnlrp)');
+      found.none = choose('verdict', 'not checked (gradient)');
+      choose('benchmark', 'ifeval');
+      found.both = choose('verdict', 'supported (attnlrp)');
+      choose('benchmark', 'all');
+      found.all = choose('verdict', 'all');
+      found.tags = all('.verdict').map(e => e.textContent);
+      const row = await open(0), words = () => row.querySelector('p.check').textContent;
+      found.first = words();
+      row.querySelectorAll('.choices button')[1].click();
+      found.second = words();
+      (await open(1)).querySelectorAll('.choices button')[1].click();
+      found.unchecked = all('p.check')[1].textContent;
+      return found;
+    """,
+    ).probe
+    verdicts = [checks[case.id, "attnlrp"].verdict for case in study.cases]
+    assert seen["options"] == [
+        "all", "supported (attnlrp)", "weak (attnlrp)", "contradicted (attnlrp)",
+        "contradicted (gradient)", "not checked (gradient)",
+    ]  # fmt: skip
+    assert seen["weak"] == [i for i, verdict in enumerate(verdicts) if verdict == "weak"]
+    assert seen["none"] == list(range(1, 12, 2))
+    assert seen["both"] == [i for i in range(0, 12, 2) if verdicts[i] == "supported"]
+    assert seen["all"] == list(range(12))
+    assert seen["tags"] == verdicts
+    sentence = checks[study.cases[0].id, "attnlrp"].sentence.removeprefix("supported: t")
+    assert seen["first"].startswith(f"supported T{sentence}")
+    assert seen["second"].startswith("contradicted The strongest token holds 100 %")
+    assert seen["unchecked"] == ""
 
 
 @browser

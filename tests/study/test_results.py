@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.studies import made_up_analysis, made_up_study
+from support.studies import made_up_analysis, made_up_checks, made_up_study
 from support.study_bench import patched, small
 
 from tl_contrastive_lrp.study.labels import Label
@@ -51,6 +51,16 @@ def test_contradictions_are_refused() -> None:
         replace(good, labels=(*good.labels, replace(good.labels[0], outcome="M-IA")))
     with pytest.raises(ValueError, match="main_rules is 'relp'"):
         replace(good, main_rules="relp")
+    checks = made_up_checks(good)
+    assert replace(good, checks=checks).checked_rules == ("attnlrp", "gradient")
+    first = checks[good.cases[0].id, "attnlrp"]
+    for key, check, words in (
+        (("ifeval/99", "attnlrp"), first, "a check of 'ifeval/99', which is no case"),
+        ((good.cases[0].id, "relp"), first, "under 'relp' is of a map under 'attnlrp'"),
+        ((good.cases[1].id, "attnlrp"), first, "has 26 tokens for 27 tokens"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            replace(good, checks={key: check})
     with pytest.raises(ValueError, match="has no step"):
         ModelEntry("x", "checkpoint")
     with pytest.raises(ValueError, match="role of 'x'"):

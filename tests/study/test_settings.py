@@ -35,6 +35,7 @@ def test_a_small_file_has_defaults() -> None:
     assert settings.base == ModelSettings("demo")
     assert settings.base.name == "demo"
     assert settings.analyse == AnalyseSection()
+    assert (settings.analyse.check, settings.analyse.check_tokens) == (False, 16)
     assert settings.collect.given() == {"batch_size": 8, "thinking": False}
     assert settings.models == (settings.base,)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -62,8 +63,9 @@ def test_every_value_arrives() -> None:
             "top_k": 5,
             "writer_dtype": "bfloat16",
         },
-        analyse={"rules": ["gim", "relp"], "graph": "not clear", "mass": 1, "flip_limit": 0},
-    )
+        analyse={"rules": ["gim", "relp"], "graph": "not clear", "mass": 1, "flip_limit": 0,
+                 "check": "first", "check_tokens": 8},
+    )  # fmt: skip
     assert settings.siblings[0].dtype == "bfloat16"
     assert settings.checkpoints[0].name == "org/a@step10"
     assert settings.benchmarks[0].options == {"split": "t"}
@@ -77,6 +79,7 @@ def test_every_value_arrives() -> None:
     assert other == settings.collect
     assert settings.analyse.rules == ("gim", "relp")
     assert (settings.analyse.graph, settings.analyse.mass) == ("not clear", 1.0)
+    assert (settings.analyse.check, settings.analyse.check_tokens) == ("first", 8)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +120,10 @@ def test_every_value_arrives() -> None:
         ({"analyse": {"mass": 1.5}}, "analyse.mass", "up to 1"),
         ({"analyse": {"graph": "sometimes"}}, "analyse.graph", "true or false or 'not clear'"),
         ({"analyse": {"granularity": "head"}}, "analyse.granularity", "'block' or 'sublayer'"),
+        ({"analyse": {"check": "all"}}, "analyse.check", "true or false or 'first'"),
+        ({"analyse": {"check": 1}}, "analyse.check", "true or false or 'first'"),
+        ({"analyse": {"check_tokens": 0}}, "analyse.check_tokens", "give 1 or more"),
+        ({"analyse": {"check_token": 8}}, "analyse.check_token", "did you mean check_tokens?"),
         ({"base": {"model": 7}}, "base.model", "give a text"),
         ({"base": {"name": "x"}}, "base.model", "it is missing"),
         ({"base": {"model": ""}}, "base.model", "it is empty"),
@@ -175,6 +182,7 @@ def test_a_file_is_named(tmp_path: Path) -> None:
 def test_the_written_file_is_a_study_with_and_without_the_family(tmp_path: Path) -> None:
     path = write_template(tmp_path / "study.yaml", family=[100, 200])
     settings = load_settings(path)
+    assert (settings.analyse.check, settings.analyse.check_tokens) == (False, 16)
     assert settings.base.model == "demo/small"
     assert [model.model for model in settings.checkpoints] == ["demo/small@100", "demo/small@200"]
     assert [model.step for model in settings.checkpoints] == [100, 200]

@@ -10,6 +10,7 @@ import torch
 
 import tl_contrastive_lrp as clrp
 from support.browser import HOSTILE
+from tl_contrastive_lrp.attribution.check import MapCheck
 from tl_contrastive_lrp.study.analysis import CaseAnalysis, SegmentSum
 from tl_contrastive_lrp.study.cases import Case, Dropped, Provenance, Verdict
 from tl_contrastive_lrp.study.labels import OUTCOMES, PATTERNS, Label
@@ -73,6 +74,65 @@ def made_up_analysis(
         "segments": segments,
     }
     return CaseAnalysis(**{**fields, **given})
+
+
+def made_up_check(case: Case, captured: float | None, rules: str = "attnlrp") -> MapCheck:
+    """A check with this share of the effect captured; None for no effect at all.
+
+    The map names token 1 alone; token 3 has the largest effect, +1, and token 2 was drawn.
+    """
+    n = len(case.ids)
+    relevance, predicted = torch.zeros(2, n, dtype=torch.float64)
+    relevance[1] = 0.5
+    measured = torch.zeros(2, dtype=torch.float64)
+    if captured is not None:
+        predicted[1], predicted[3] = -1.5 * captured, 1.0
+        measured[0], measured[1] = -captured, 0.25
+    return MapCheck(
+        relevance=relevance,
+        predicted=predicted,
+        measured=measured,
+        measured_at=torch.tensor([1, 2]),
+        strongest=torch.tensor([1]),
+        drawn=torch.tensor([2]),
+        ordinary=torch.arange(n) > 0,
+        starts=torch.arange(n),
+        stops=torch.arange(n) + 1,
+        names=tuple(f" t{i}" for i in range(n)),
+        unit="token",
+        k=1,
+        n_random=1,
+        seed=0,
+        window=2,
+        replaced_with="the zero embedding",
+        delta=case.delta,
+        objective="made up",
+        target=case.target,
+        contrast=case.contrast,
+        rules=rules,
+        model_name="small",
+        share_to_tokens=0.5,
+        sink_share=0.1,
+        saturation=None,
+        forwards=9.5,
+        seconds=0.25,
+    )
+
+
+# Of the cases in turn: supported, weak, contradicted, weak for want of any effect, supported.
+CAPTURED = (0.9, 0.25, -0.5, None, 0.5)
+
+
+def made_up_checks(study: StudyResults) -> dict[tuple[str, str], MapCheck]:
+    """Under AttnLRP a check of each case, under gradient of every other one."""
+    shares = [CAPTURED[i % len(CAPTURED)] for i in range(len(study.cases))]
+    found = {
+        (case.id, "attnlrp"): made_up_check(case, share)
+        for case, share in zip(study.cases, shares, strict=True)
+    }
+    for case in study.cases[::2]:
+        found[case.id, "gradient"] = made_up_check(case, -1.0, "gradient")
+    return found
 
 
 def made_up_study(

@@ -85,7 +85,8 @@ def plan_command(options: PlanOptions) -> None:
     **--json** prints one object: *items, collected, cases* (expected), *most_cases, rate_from*
     (the store or the sample), *tokens* (median, largest), *seconds_per_item, hours* (of one
     worker) and *models* (*name, n_parameters, weight_bytes, plain_bytes, free_bytes, seconds* of
-    one case by rule set, *analyses* still to be made).
+    one case by rule set, *analyses* still to be made, *check_seconds* of one map's check by rule
+    set, *checks* still to be made).
     """
     with exit_codes(options.debug):
         study = _loaded(options.file)
@@ -126,8 +127,8 @@ def run_command(options: RunOptions) -> None:
     or **--shard** in each job of an array. Results do not depend on how many there are.
 
     **--json** prints one object: *cases, dropped, computed* (units of this process), *found* (in
-    the store, or by other processes), *failed* (*case_id, model, rules, why*), *damaged* (files
-    that were computed again), *seconds*.
+    the store, or by other processes), *failed* (*case_id, model, rules, why* and *kind*, analysis
+    or check), *damaged* (files that were computed again), *seconds*.
     """
     with exit_codes(options.debug):
         study = _loaded(options.file)
@@ -209,8 +210,8 @@ def _print_summary(options: RunOptions, summary: RunSummary) -> None:
     for message in () if options.quiet else summary.damaged:
         print_err(f"Note: {message} It was computed again.")
     if summary.failed:
-        print_out(f"{len(summary.failed):,} could not be explained:")
-        headings = ("case_id", "model", "rules", "why")
+        print_out(f"{len(summary.failed):,} could not be explained or checked:")
+        headings = ("case_id", "model", "rules", "kind", "why")
         rows = [[getattr(one, name) for name in headings] for one in summary.failed]
         table([("case", False), *((name, False) for name in headings[1:])], rows)
     file = shell_word(str(options.file))

@@ -7,8 +7,9 @@ interrupted, continued and shared between machines.
 
 From the bottom to the top: ``cases`` (the record of one failure), ``benchmarks`` and ``logs``
 (where completions and verdicts come from), ``collect`` (from a failure to its first wrong token and
-a contrast), ``analysis`` and ``analyse`` (what attribution says of a case), ``store``, ``settings``
-and ``run``, then ``labels``, ``criteria``, ``sizes`` and ``report``.
+a contrast), ``analysis`` and ``analyse`` (what attribution says of a case), ``checks`` (whether
+replaced tokens bear that out), ``store``, ``settings`` and ``run``, then ``labels``, ``criteria``,
+``sizes`` and ``report``.
 """
 
 from __future__ import annotations

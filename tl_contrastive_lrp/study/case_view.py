@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from ..attribution.check import MapCheck
+from ..attribution.check.shown import figures_in_words
 from ..graph.picture import view_of
 from ..render.study.cases import CaseView
 from .analysis import CaseAnalysis
@@ -14,12 +16,15 @@ from .criteria import automatic_label, ordinary, relevant_positions
 _LONG_TEXT = 4000
 
 
-def case_view(case: Case, analyses: Sequence[CaseAnalysis]) -> CaseView:
+def case_view(
+    case: Case, analyses: Sequence[CaseAnalysis], checks: Mapping[str, MapCheck] | None = None
+) -> CaseView:
     """What a page shows of a case.
 
     Args:
         case: The case.
         analyses: Its analyses by one model, the main rule set first; at least one.
+        checks: What replacing tokens says of their maps, by rule set.
 
     Returns:
         The plain data.
@@ -73,7 +78,16 @@ def case_view(case: Case, analyses: Sequence[CaseAnalysis]) -> CaseView:
         automatic=None
         if label is None
         else {"outcome": label.outcome, "pattern": label.pattern, "note": label.note},
+        checks={
+            rules: (check.verdict, check.sentence, _figures(check))
+            for rules, check in (checks or {}).items()
+        },
     )
+
+
+def _figures(check: MapCheck) -> str:
+    figures = figures_in_words(check)
+    return f"{figures[:1].upper()}{figures[1:]} {check.cost}."
 
 
 def _short(words: str) -> str:

@@ -1,8 +1,9 @@
 """What determines each result of a study, as the causes that its key is the hash of.
 
-Three kinds of results: "chunk", what became of some items of a benchmark; "analysis", what
-attribution says of a case under a model and a rule set; "model", a model's hash and size, which
-lets a report be written without loading any model.
+Four kinds of results: "chunk", what became of some items of a benchmark; "analysis", what
+attribution says of a case under a model and a rule set; "check", what replacing the strongest
+tokens of that map does; "model", a model's hash and size, which lets a report be written without
+loading any model.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .analyse import AnalysisSettings
     from .benchmarks.item import Item
     from .cases import Case
+    from .checks import CheckSettings
     from .models import ModelSpec
     from .settings import BenchmarkSettings
     from .store import Key, Store
@@ -200,5 +202,39 @@ def analysis_key(
         rules=rules,
         rule_set=repr(RULE_SETS[rules]),
         settings=rest,
+        threads=threads,
+    )
+
+
+def check_key(
+    store: Store,
+    case: Case,
+    *,
+    model: str,
+    fingerprint: str,
+    rules: str,
+    settings: CheckSettings,
+    threads: int,
+) -> Key:
+    """The key of what replacing tokens says of a case's map.
+
+    Args:
+        store: The store.
+        case: The case, every field of it.
+        model: The model's name in the study.
+        fingerprint: Hash of its weights.
+        rules: Name of the rule set of the map; its rules count too.
+        settings: What is replaced, and how the map is computed.
+        threads: Threads of one process on a CPU, on which rounding depends.
+    """
+    return store.key(
+        "check",
+        case=case.id,
+        content=content_hash(collected_data(case)),
+        model=model,
+        fingerprint=fingerprint,
+        rules=rules,
+        rule_set=repr(RULE_SETS[rules]),
+        settings=dataclasses.asdict(settings),
         threads=threads,
     )

@@ -1,7 +1,8 @@
 """How large a study is: cases, tokens, memory and hours, from a timed sample.
 
 Some items of each benchmark are completed and made into cases, as the study would do it, and one
-case is explained under every model and rule set, twice, of which the second time counts. Time is
+case is explained under every model and rule set, and its maps are checked if the study does that,
+each twice, of which the second time counts. Time is
 taken to be proportional to the number of items, and of cases. Where the study has begun, what is in
 the store counts as done, and the number of cases among the collected items as their share.
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ..engine.memory import free_bytes, gib, plain_bytes
 from ..inputs.tokens import model_device
 from .analyse import AnalysisSettings, analyse, prepare
 from .cases import Case, Dropped, Provenance, Verdict
+from .checks import check_case
 from .collect import complete
 from .collect.place import Completion
 from .keys import analysis_key
@@ -43,6 +45,8 @@ class ModelPlan:
         free_bytes: Bytes that are free with the model loaded.
         seconds: Seconds of one case, by rule set.
         analyses: Analyses that are still to be made, at the expected number of cases.
+        check_seconds: Seconds of the check of one map, by rule set; {} where maps are not checked.
+        checks: Checks that are still to be made.
     """
 
     name: str
@@ -52,6 +56,8 @@ class ModelPlan:
     free_bytes: int
     seconds: dict[str, float]
     analyses: int
+    check_seconds: dict[str, float] = field(default_factory=dict)
+    checks: int = 0
 
     @property
     def is_tiled(self) -> bool:
@@ -60,9 +66,15 @@ class ModelPlan:
 
     @property
     def hours(self) -> float:
-        """Hours of one worker for this model's analyses."""
+        """Hours of one worker for this model's analyses and checks."""
         each = sum(self.seconds.values()) / len(self.seconds)
-        return each * self.analyses / 3600
+        check = sum(self.check_seconds.values()) / max(len(self.check_seconds), 1)
+        return (each * self.analyses + check * self.checks) / 3600
+
+    @property
+    def seconds_per_case(self) -> float:
+        """Seconds of one case under every rule set, with its checks."""
+        return sum(self.seconds.values()) + sum(self.check_seconds.values())
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,7 @@ class StudyPlan:
     @property
     def most_hours(self) -> float:
         """Hours that one worker needs if every item becomes a case."""
-        a_case = sum(sum(model.seconds.values()) for model in self.models)
+        a_case = sum(model.seconds_per_case for model in self.models)
         return self.hours + a_case * (self.most_cases - self.cases) / 3600
 
     def __str__(self) -> str:
@@ -112,12 +124,13 @@ class StudyPlan:
             f"{_duration(self.seconds_per_item * (self.items - self.collected))} in all.",
         ]
         for model in self.models:
-            each = ", ".join(f"{name} {seconds:.2g} s" for name, seconds in model.seconds.items())
+            each, check = _each(model.seconds), _each(model.check_seconds)
+            checks = f"; a check {check}; {model.checks:,} checks" if check else ""
             how = "in tiles: not all of it is free" if model.is_tiled else "in one pass"
             lines.append(
                 f"{model.name}: {model.n_parameters / 1e6:,.2f}M parameters, "
                 f"{gib(model.weight_bytes)}; the longest prompt needs {gib(model.plain_bytes)} "
-                f"({how}); a case {each}; {model.analyses:,} analyses, "
+                f"({how}); a case {each}; {model.analyses:,} analyses{checks}, "
                 f"{_duration(model.hours * 3600)}."
             )
         lines.append(
@@ -126,6 +139,10 @@ class StudyPlan:
             "take an n-th of that."
         )
         return "\n".join(lines)
+
+
+def _each(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items())
 
 
 def _duration(seconds: float) -> str:
@@ -266,6 +283,17 @@ def _model(
         for case in known
         for name in rules
     )  # fmt: skip
+    checked, check_seconds = run.checked_rules_of(one), {}
+    for name in checked:
+        for _ in range(2):
+            start = time.perf_counter()
+            check_case(model, probe, name, run.checking)
+            check_seconds[name] = time.perf_counter() - start
+    done_checks = sum(
+        run.store.has(run.check_key(case, one.name, model_hash, name))
+        for case in known
+        for name in checked
+    )
     longest = max(len(case.ids) for case in probes)
     parameters = list(model.original_model.parameters())
     return ModelPlan(
@@ -279,4 +307,6 @@ def _model(
         free_bytes=free_bytes(model_device(model)),
         seconds=seconds,
         analyses=expected * len(rules) - done,
+        check_seconds=check_seconds,
+        checks=expected * len(checked) - done_checks,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Cases and analyses as the store holds them: plain JSON and named tensors, and back, exactly.
+"""What the store holds of a study: plain JSON and named tensors, and back, exactly.
 
 Reading builds the same frozen records, whose own checks run again; a record with a field that is
 missing or unknown is refused.
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from ..attribution.check import MapCheck
 from ..graph.export import from_parts, to_parts
 from ..graph.graph import AttributionGraph
 from .analysis import CaseAnalysis, SegmentSum
@@ -83,6 +84,40 @@ def analysis_from(
         }
         rest["graph"] = from_parts(parts, rest["graph"], AttributionGraph)
     return _made(CaseAnalysis, {**rest, "seconds": dict(seconds)})
+
+
+# What a check cost, which is no result.
+_COST = ("forwards", "seconds")
+
+
+def check_data(check: MapCheck) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A check as JSON holds it, and its tensors; without what it cost, which is no result."""
+    values = {one.name: getattr(check, one.name) for one in fields(check)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    record = {n: v for n, v in values.items() if n not in tensors and n not in _COST}
+    return record, tensors
+
+
+def check_cost(check: MapCheck) -> dict[str, float]:
+    """What a check cost, by name: forwards of the prompt, and seconds."""
+    return {name: getattr(check, name) for name in _COST}
+
+
+def check_from(
+    data: Mapping[str, Any], tensors: Mapping[str, Tensor], cost: Mapping[str, float]
+) -> MapCheck:
+    """The check that ``check_data`` and ``check_cost`` wrote.
+
+    Args:
+        data: Its record.
+        tensors: Its tensors.
+        cost: What it cost.
+
+    Raises:
+        KeyError, TypeError, ValueError: A field is missing, unknown or wrong.
+    """
+    rest = {**data, **tensors, **{name: cost[name] for name in _COST}}
+    return _made(MapCheck, {**rest, "names": tuple(rest["names"])})
 
 
 def _made(kind: type[RecordT], data: Mapping[str, Any]) -> RecordT:

@@ -31,6 +31,8 @@ from .tables import all_labels, tables_of
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ..attribution.check import MapCheck
+
 REPORT_VERSION = 1
 
 # Id, heading, paragraph, tables and figures of each section, in order. A figure's name ending in
@@ -40,6 +42,7 @@ _SECTIONS: tuple[tuple[str, str, str, tuple[str, ...], tuple[str, ...]], ...] = 
     ("clean", "From completions to cases", "", ("clean",), ()),
     ("table1", "Outcomes and patterns (Table 1)", "", ("table1",), ("outcomes", "patterns")),
     ("rules", "Rule sets side by side", "", ("rules",), ()),
+    ("verdicts", "Verdicts on the maps", "", ("verdicts", "verdictlabels"), ()),
     ("flips", "Tokens to flip", "", ("flips",), ("flips",)),
     ("segments", "Segment sums", "", ("segments",), ("segments",)),
     ("sizes", "Larger models", "", ("sizes", "correction"), ("scatter-*", "correction-*")),
@@ -153,6 +156,9 @@ def _facts(results: StudyResults, texts: bool) -> list[str]:
     if missing := facts.get("missing_analyses"):
         words = "1 analysis is" if missing == 1 else f"{missing:,} analyses are"
         sentences.append(f"{words} missing: the run was not finished, or could not make them.")
+    if missing := facts.get("missing_checks"):
+        words = "1 check of a map is" if missing == 1 else f"{missing:,} checks of maps are"
+        sentences.append(f"{words} missing: the run was not finished, or could not make them.")
     differences = facts.get("differences") or ()
     if isinstance(differences, str):
         differences = (differences,)
@@ -211,7 +217,8 @@ def _entries(results: StudyResults, labels: Sequence[Label], texts: bool) -> lis
         analyses = [analysis for analysis in found if analysis is not None]
         if not analyses:
             continue
-        view = case_view(case, analyses)
+        checks = _checks(results, case.id)
+        view = case_view(case, analyses, checks)
         if not texts:
             hidden = tuple("\u25aa" for _ in view.str_tokens)
             graph = view.graph and replace(view.graph, str_tokens=hidden)
@@ -221,9 +228,19 @@ def _entries(results: StudyResults, labels: Sequence[Label], texts: bool) -> lis
                 view,
                 [(la.labeller, la.outcome, la.pattern) for la in by_case.get(case.id, ())],
                 {name: _sign(value) for name, value in segment_values(analyses[0]).items()},
+                {r: checks[r].verdict if r in checks else "" for r in results.checked_rules},
             )
         )
     return entries
+
+
+def _checks(results: StudyResults, case_id: str) -> dict[str, MapCheck]:
+    """The checks of a case's maps, by rule set."""
+    return {
+        rules: results.checks[case_id, rules]
+        for rules in results.checked_rules
+        if (case_id, rules) in results.checks
+    }
 
 
 def _case_row(results: StudyResults, case_id: str, labels: Sequence[Label]) -> dict[str, Any]:
@@ -242,6 +259,28 @@ def _case_row(results: StudyResults, case_id: str, labels: Sequence[Label]) -> d
             for la in labels
             if la.case_id == case.id
         ],
+        "checks": {
+            rules: {"verdict": check.verdict, "captured": check.captured, "words": check.sentence}
+            for rules, check in _checks(results, case.id).items()
+        },
+    }
+
+
+def _check_row(case_id: str, check: MapCheck) -> dict[str, Any]:
+    return {
+        "case_id": case_id,
+        "rules": check.rules,
+        "verdict": check.verdict,
+        **check.statistics,
+        "delta": check.delta,
+        "k": check.k,
+        "n_random": check.n_random,
+        "measured": len(check.measured),
+        "seed": check.seed,
+        "window": check.window,
+        "replaced_with": check.replaced_with,
+        "forwards": check.forwards,
+        "seconds": check.seconds,
     }
 
 
@@ -267,11 +306,14 @@ def _analysis_row(analysis: CaseAnalysis) -> dict[str, Any]:
 
 
 def _frames(results: StudyResults, labels: Sequence[Label], texts: bool) -> dict[str, pd.DataFrame]:
-    """The data as tables: one row a case, analysis, label, drop and, in Parquet only, token."""
+    """The data as tables: one row a case, analysis, check, label, drop and, in Parquet only, token.
+
+    Without checks there is no table of them.
+    """
     import pandas as pd
 
     cases = [
-        {k: v for k, v in _case_row(results, case_id, ()).items() if k != "labels"}
+        {k: v for k, v in _case_row(results, case_id, ()).items() if k not in ("labels", "checks")}
         for case_id in results.by_id
     ]
     frames = {
@@ -286,6 +328,9 @@ def _frames(results: StudyResults, labels: Sequence[Label], texts: bool) -> dict
             columns=["id", "benchmark", "reason", "detail"],
         ),
     }
+    if results.checks:
+        rows = [_check_row(case_id, check) for (case_id, _), check in results.checks.items()]
+        frames["checks"] = pd.DataFrame(rows)
     for frame in frames.values():
         for column in frame.select_dtypes(include=["object", "str"]).columns:
             frame[column] = [

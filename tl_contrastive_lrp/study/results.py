@@ -6,11 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .analysis import CaseAnalysis
 from .cases import Case, Dropped
 from .labels import Label
+
+if TYPE_CHECKING:
+    from ..attribution.check import MapCheck
 
 ROLES = ("base", "sibling", "checkpoint")
 
@@ -60,6 +63,8 @@ class StudyResults:
             "settings", "differences" (what differs from the published study, sentences).
         main_rules: Name of the rule set that labels, sizes and checkpoints are about; "" for that
             of the first analysis.
+        checks: What replacing tokens says of the base model's maps, by case and rule set; {} where
+            they were not checked.
 
     Raises:
         ValueError: Two records contradict each other or name what is not there.
@@ -77,6 +82,7 @@ class StudyResults:
     models: tuple[ModelEntry, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     main_rules: str = ""
+    checks: Mapping[tuple[str, str], MapCheck] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _once("case", [case.id for case in self.cases] + [gone.id for gone in self.dropped])
@@ -105,6 +111,19 @@ class StudyResults:
                 f"main_rules is {self.main_rules!r}; the base model was analysed under "
                 f"{', '.join(self.rules) or 'no rule set'}"
             )
+        for (case_id, rules), check in self.checks.items():
+            case = self.by_id.get(case_id)
+            if case is None:
+                raise ValueError(f"there is a check of {case_id!r}, which is no case")
+            if check.rules != rules:
+                raise ValueError(
+                    f"the check of {case_id!r} under {rules!r} is of a map under {check.rules!r}"
+                )
+            if check.unit != "token" or len(check.names) != len(case.ids):
+                raise ValueError(
+                    f"the check of {case_id!r} has {len(check.names)} {check.unit}s for "
+                    f"{len(case.ids)} tokens"
+                )
         for label in self.labels:
             if label.case_id not in self.by_id:
                 raise ValueError(f"{label.labeller!r} labelled {label.case_id!r}, which is no case")
@@ -166,6 +185,17 @@ class StudyResults:
         found = dict.fromkeys(a.rules for a in self.analyses if a.model == self.base.name)
         first = [self.main_rules] if self.main_rules in found else []
         return tuple(dict.fromkeys([*first, *found]))
+
+    @cached_property
+    def checked_rules(self) -> tuple[str, ...]:
+        """Names of the rule sets under which maps were checked, the study's main one first.
+
+        Example:
+            >>> results.checked_rules
+            ()
+        """
+        found = dict.fromkeys(rules for _, rules in self.checks)
+        return tuple(dict.fromkeys([*(r for r in self.rules if r in found), *found]))
 
     @cached_property
     def _table(self) -> dict[tuple[str, str, str], CaseAnalysis]:

@@ -1,7 +1,8 @@
 """Running a study: collect the cases, then analyse them, model by model.
 
 The work is a list of units that depends on nothing but the settings, the items and the models:
-first chunks of ``collect.batch_size`` items, then, for each model, one unit a case and rule set.
+first chunks of ``collect.batch_size`` items, then, for each model, one unit a case and rule set;
+where maps are checked, one more for each of the base's.
 ``workers`` says who does which. Every unit is one atomic write to the store, so a process that is
 killed loses the unit it was at, and running again continues; what is stored is verified before it
 counts as done, and a damaged file is computed again.
@@ -21,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +31,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..attribution.check import MapCheck
 from ..errors import (
     FileFormatError,
+    ModelStateError,
     NonFiniteError,
     NotRunError,
     PromptError,
@@ -44,10 +47,12 @@ from .analyse import AnalysisSettings, analyse, prepare
 from .benchmarks import checked_with, open_benchmark
 from .benchmarks.item import Benchmark, Item
 from .cases import Case, Dropped
+from .checks import CheckSettings, check_case
 from .collect import LOCATORS, CollectSettings, collect, collect_logged
 from .collect.locate import judge
 from .keys import (
     analysis_key,
+    check_key,
     chunk_key,
     content_hash,
     file_hash,
@@ -56,7 +61,15 @@ from .keys import (
 )
 from .logs import LoggedCompletion, completions_from_log
 from .models import check_same_tokens, fingerprint, open_model
-from .records import analysis_data, analysis_from, collected_data, collected_from
+from .records import (
+    analysis_data,
+    analysis_from,
+    check_cost,
+    check_data,
+    check_from,
+    collected_data,
+    collected_from,
+)
 from .settings import BenchmarkSettings, ModelSettings, StudySettings
 from .store import Key, Store
 from .workers import Share, Worker
@@ -73,12 +86,14 @@ class Failed:
         model: Name of the model.
         rules: Name of the rule set.
         why: The error's message.
+        kind: "analysis" or "check".
     """
 
     case_id: str
     model: str
     rules: str
     why: str
+    kind: str = "analysis"
 
 
 @dataclass(frozen=True)
@@ -183,7 +198,22 @@ class StudyRun:
     @cached_property
     def analysing(self) -> AnalysisSettings:
         """What is computed of each case."""
-        return AnalysisSettings(**vars(self.settings.analyse))
+        given = self.settings.analyse
+        return AnalysisSettings(
+            **{one.name: getattr(given, one.name) for one in fields(AnalysisSettings)}
+        )
+
+    @cached_property
+    def checking(self) -> CheckSettings:
+        """How maps are checked, where they are."""
+        given = self.settings.analyse
+        return CheckSettings(
+            k=given.check_tokens,
+            n_random=given.check_tokens,
+            seed=self.settings.seed,
+            memory=given.memory,
+            attention=given.attention,
+        )
 
     def chunks(self, base_hash: str, base: Any = None) -> tuple[Chunk, ...]:
         """The chunks of all benchmarks, in the order of the settings.
@@ -293,6 +323,13 @@ class StudyRun:
         rules = self.analysing.rules
         return rules if model.name == self.settings.base.name else rules[:1]
 
+    def checked_rules_of(self, model: ModelSettings) -> tuple[str, ...]:
+        """The rule sets under which a model's maps are checked; none but the base's are."""
+        check = self.settings.analyse.check
+        if check is False or model.name != self.settings.base.name:
+            return ()
+        return self.rules_of(model)[:1] if check == "first" else self.rules_of(model)
+
     # ------------------------------------------------------------ running
 
     def go(self) -> RunSummary:
@@ -316,6 +353,7 @@ class StudyRun:
                 tokens = SimpleNamespace(cfg=base.cfg, tokenizer=base.tokenizer)
                 cases = self._collect(worker, base, base_hash, chunks)
                 self._analyse(worker, self.settings.base, base, base_hash, cases)
+                self._check(worker, self.settings.base, base, base_hash, cases)
             del base
             for one in self.settings.models[1:]:
                 with self.opened(one) as (model, model_hash):
@@ -464,6 +502,45 @@ class StudyRun:
         numbers = [number for number, _ in units]
         self._phase(worker, f"Analysing, {one.name}", keys, numbers, compute)
 
+    def _check(
+        self, worker: Worker, one: ModelSettings, model: Any, model_hash: str, cases: list[Case]
+    ) -> None:
+        rule_sets = self.checked_rules_of(one)
+        units = [(number, rules) for number in range(len(cases)) for rules in rule_sets]
+        keys = [self.check_key(cases[n], one.name, model_hash, rules) for n, rules in units]
+
+        def compute(i: int) -> bool:
+            number, rules = units[i]
+            case = cases[number]
+            try:
+                found = check_case(model, case, rules, self.checking)
+            except Exception as error:
+                # ModelStateError: this case's Δℓ differs between two runs by more than rounding.
+                expected = isinstance(error, (*_OF_ONE_CASE, ModelStateError))
+                if not expected and not is_out_of_memory(error):
+                    raise
+                self._failed.append(Failed(case.id, one.name, rules, str(error), "check"))
+                return False
+            notes = {"cost": check_cost(found), **_made_by(model)}
+            self.store.put(keys[i], *check_data(found), notes)
+            return True
+
+        self._phase(worker, f"Checking, {one.name}", keys, [n for n, _ in units], compute)
+
+    def check_key(self, case: Case, model: str, model_hash: str, rules: str) -> Key:
+        """The key of the check of a case's map.
+
+        Args:
+            case: The case.
+            model: Name of the model.
+            model_hash: Its hash.
+            rules: Name of the rule set.
+        """
+        return check_key(
+            self.store, case, model=model, fingerprint=model_hash, rules=rules,
+            settings=self.checking, threads=self.settings.threads,
+        )  # fmt: skip
+
     def _phase(
         self,
         worker: Worker,
@@ -531,6 +608,21 @@ def analysis_of(store: Store, key: str) -> Any:
     """
     entry = store.get(key)
     return analysis_from(entry.record, entry.tensors, entry.notes.get("seconds", {}))
+
+
+def check_of(store: Store, key: str) -> MapCheck:
+    """A stored check.
+
+    Args:
+        store: The store.
+        key: Its key.
+
+    Raises:
+        KeyError: It is not in the store.
+        FileFormatError: Its file is damaged.
+    """
+    entry = store.get(key)
+    return check_from(entry.record, entry.tensors, entry.notes["cost"])
 
 
 @contextmanager

@@ -47,9 +47,9 @@ class Section:
             least = self.LEAST.get(one.name)
             if least is not None and value is not None and value < least:
                 raise SettingsError(one.name, f"it is {value}; give {least} or more")
-        self.check()
+        self.check_values()
 
-    def check(self) -> None:
+    def check_values(self) -> None:
         """Check what depends on more than the type of one value.
 
         Raises:
@@ -79,7 +79,7 @@ class ModelSettings(Section):
     device_map: str | None = None
     step: int | None = None
 
-    def check(self) -> None:
+    def check_values(self) -> None:
         """Refuse an empty name; without one, the model's own name is taken."""
         if not self.model:
             raise SettingsError("model", "it is empty; give a hub name, a folder, or demo")
@@ -123,7 +123,7 @@ class BenchmarkSettings(Section):
     options: dict[str, Any] = field(default_factory=dict)
     collect: dict[str, Any] = field(default_factory=dict)
 
-    def check(self) -> None:
+    def check_values(self) -> None:
         """Refuse a name that could not begin a case's id, and what is no part of ``collect``."""
         if not self.name or "/" in self.name:
             raise SettingsError("name", f"it is {self.name!r}; give a name without /")
@@ -207,9 +207,14 @@ class AnalyseSection(Section):
         flip_limit: At most that many tokens are removed to flip the prediction; 0 leaves it out.
         memory: "auto", "plain" or "tiled".
         attention: "auto", "fused" or "eager".
+        check: Whether the base's maps are held against replaced tokens, for a verdict: true, false,
+            or "first" for those under the first rule set alone.
+        check_tokens: How many of a map's strongest tokens are replaced, and how many random others.
     """
 
-    LEAST: ClassVar[Mapping[str, float]] = {"node_threshold": 0, "flip_limit": 0}
+    LEAST: ClassVar[Mapping[str, float]] = {
+        "node_threshold": 0, "flip_limit": 0, "check_tokens": 1,
+    }  # fmt: skip
 
     rules: tuple[str, ...] = ("attnlrp",)
     graph: bool | Literal["not clear", "first"] = True
@@ -219,8 +224,10 @@ class AnalyseSection(Section):
     flip_limit: int = 16
     memory: Literal["auto", "plain", "tiled"] = "auto"
     attention: Literal["auto", "fused", "eager"] = "auto"
+    check: bool | Literal["first"] = False
+    check_tokens: int = 16
 
-    def check(self) -> None:
+    def check_values(self) -> None:
         """Refuse unknown rule sets, and a share that is none."""
         if not self.rules:
             raise SettingsError("rules", f"it is empty; give some of {', '.join(RULE_SETS)}")
@@ -266,7 +273,7 @@ class StudySettings(Section):
     collect: CollectSection = field(default_factory=CollectSection)
     analyse: AnalyseSection = field(default_factory=AnalyseSection)
 
-    def check(self) -> None:
+    def check_values(self) -> None:
         """Refuse another version, and names that stand for two things."""
         if self.version != SETTINGS_VERSION:
             raise SettingsError(
@@ -533,6 +540,9 @@ analyse:
   mass: 0.85              # share of each transition's mass that the graph keeps
   node_threshold: 0.01    # logits; smaller nodes are not expanded
   flip_limit: 16          # at most so many tokens are removed to flip the prediction
+  check: false            # or true: hold the base's maps against replaced tokens, for a verdict on
+                          # each; or "first": those under the first rule set alone
+  check_tokens: 16        # a map's strongest tokens that are replaced, and as many random ones
 """
 
 _SIBLINGS = """\

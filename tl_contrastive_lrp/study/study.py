@@ -22,11 +22,12 @@ from .keys import analysis_key, failure_hash, model_key
 from .labels import AUTOMATIC, Label, read_labels
 from .plan import StudyPlan, plan_study
 from .results import ModelEntry, StudyResults
-from .run import RunSummary, StudyRun, analysis_of, cases_of, store_of
+from .run import RunSummary, StudyRun, analysis_of, cases_of, check_of, store_of
 from .settings import ModelSettings, StudySettings, load_settings
 from .workers import Share
 
 if TYPE_CHECKING:
+    from ..attribution.check import MapCheck
     from .store import Store
 
 _LIBRARIES = ("torch", "transformers", "transformer_lens", "datasets")
@@ -260,7 +261,7 @@ class Study:
         """All that was found, from the store: no model is loaded.
 
         Returns:
-            Cases, analyses and labels.
+            Cases, analyses, checks and labels.
 
         Raises:
             NotRunError: The study has not been run, or not to its end.
@@ -299,6 +300,7 @@ class Study:
                         analyses.append(analysis_of(self.store, key))
                     else:
                         missing += 1
+        checks, unchecked = self._checks(run, cases, hashes)
         return StudyResults(
             name=self.settings.name,
             cases=cases,
@@ -308,10 +310,28 @@ class Study:
             models=tuple(
                 _entry(run.settings, one, hashes[one.name]) for one in run.settings.models
             ),
-            facts=self._facts(missing),
+            facts=self._facts(missing, unchecked),
             # Not that of the first analysis, which may be missing.
             main_rules=self.settings.analyse.rules[0],
+            checks=checks,
         )
+
+    def _checks(
+        self, run: StudyRun, cases: Sequence[Case], hashes: Mapping[str, Mapping[str, Any]]
+    ) -> tuple[dict[tuple[str, str], MapCheck], int]:
+        """The checks by case and rule set, and how many are missing."""
+        found: dict[tuple[str, str], MapCheck] = {}
+        missing = 0
+        for one in run.settings.models:
+            for case in cases:
+                for rules in run.checked_rules_of(one):
+                    fingerprint = str(hashes[one.name]["fingerprint"])
+                    key = run.check_key(case, one.name, fingerprint, rules)
+                    if self.store.has(key):
+                        found[case.id, rules] = check_of(self.store, key)
+                    else:
+                        missing += 1
+        return found, missing
 
     def _collected(
         self, run: StudyRun, base_hash: str, siblings: Sequence[tuple[str, str]]
@@ -353,7 +373,7 @@ class Study:
                     labels[label.case_id, label.labeller] = label
         return tuple(labels.values())
 
-    def _facts(self, missing: int) -> dict[str, Any]:
+    def _facts(self, missing: int, unchecked: int) -> dict[str, Any]:
         from .. import __version__
 
         versions = {"tl_contrastive_lrp": __version__, "python": platform.python_version()}
@@ -368,6 +388,7 @@ class Study:
             "command": _command(sys.argv),
             "settings": self.settings.as_data(),
             "missing_analyses": missing,
+            "missing_checks": unchecked,
         }
 
 

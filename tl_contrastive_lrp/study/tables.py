@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..attribution.check import MapCheck
+from ..attribution.check.verdict import CONTRADICTED, MEANINGS, SUPPORTED
 from ..render.study.tables import Column, StudyTable
 from . import published
 from .agreement import label_agreement
@@ -252,6 +254,91 @@ def _overlap(a: CaseAnalysis, b: CaseAnalysis, k: int = 5) -> float:
         size = torch.where(ordinary(one), one.tokens.double().abs(), -1.0)
         tops.append(set(torch.argsort(-size, stable=True)[:k].tolist()))
     return len(tops[0] & tops[1]) / max(len(tops[0]), 1)
+
+
+def verdicts_table(results: StudyResults) -> StudyTable | None:
+    """Verdicts on the maps by benchmark and rule set; None where none was checked."""
+    rows: list[dict[str, Any]] = []
+    for name, members in _groups(results):
+        ids = [case.id for case in results.cases if case.benchmark in members]
+        for rules in results.checked_rules:
+            checks = [results.checks[id, rules] for id in ids if (id, rules) in results.checks]
+            if not checks:
+                continue
+            rows.append(
+                {
+                    "benchmark": name,
+                    "rules": rules,
+                    "cases": len(checks),
+                    **{
+                        verdict: portion(sum(c.verdict == verdict for c in checks), len(checks))
+                        for verdict in MEANINGS
+                    },
+                    "captured": _mean_of(checks, "captured"),
+                    "sign": _mean_of(checks, "sign_agreement"),
+                    "predicted": _mean_of(checks, "predicted_agreement"),
+                    "forwards": float(np.mean([c.forwards for c in checks])),
+                }
+            )
+    if not rows:
+        return None
+    columns = [
+        Column("benchmark", "benchmark"),
+        Column("rules", "rule set"),
+        Column("cases", "maps checked", "count"),
+        *(Column(verdict, verdict, "share") for verdict in MEANINGS),
+        Column("captured", "share of the effect captured", "estimate"),
+        Column("sign", "share of the strongest's with the right sign", "estimate"),
+        Column("predicted", "correlation of predicted and measured", "estimate"),
+        Column("forwards", "forwards of a check", "number"),
+    ]
+    sizes = sorted({check.k for check in results.checks.values()})
+    note = (
+        f"Of each map, the strongest tokens ({' or '.join(map(str, sizes))}) and some random ones "
+        "were replaced, each in a run of its own. Captured is the effect in the direction that the "
+        "map says, over the largest that as many tokens can have; cases without any effect have "
+        f"none. Supported: {SUPPORTED:g} or more; contradicted: below {CONTRADICTED:g}."
+    )
+    return StudyTable("verdicts", "Verdicts on the maps", columns, rows, note)
+
+
+def _mean_of(checks: Iterable[MapCheck], name: str) -> dict[str, Any]:
+    """The mean of one figure over the checks that have it."""
+    values = [value for check in checks if (value := check.statistics[name]) is not None]
+    return estimate(bootstrap(values))
+
+
+def verdict_labels_table(results: StudyResults, labels: Sequence[Label]) -> StudyTable | None:
+    """Verdicts on the main rule set's maps by outcome label; None where none was checked."""
+    main = next(iter(results.rules), "")
+    verdicts = {id: check.verdict for (id, rules), check in results.checks.items() if rules == main}
+    rows: list[dict[str, Any]] = []
+    for labeller in dict.fromkeys(label.labeller for label in labels):
+        outcomes = {la.case_id: la.outcome for la in labels if la.labeller == labeller}
+        for verdict in MEANINGS:
+            ids = [id for id, one in verdicts.items() if one == verdict]
+            if not ids:
+                continue
+            found = Counter(outcomes[id] for id in ids if id in outcomes)
+            rows.append(
+                {
+                    "verdict": verdict,
+                    "labeller": labeller,
+                    "cases": len(ids),
+                    "labelled": found.total(),
+                    **{name: portion(found[name], found.total()) for name in OUTCOMES},
+                }
+            )
+    columns = [
+        Column("labeller", "labels"),
+        Column("verdict", "verdict"),
+        Column("cases", "cases", "count"),
+        Column("labelled", "labelled", "count"),
+        *(Column(name, name, "share") for name in OUTCOMES),
+    ]
+    note = f"Verdicts on the maps under {main}; shares are of the labelled cases of a verdict."
+    title = "Verdicts and outcomes"
+    return StudyTable("verdictlabels", title, columns, rows, note) if rows else None
 
 
 def flips_table(results: StudyResults) -> StudyTable | None:
@@ -575,6 +662,8 @@ def tables_of(results: StudyResults, labels: Sequence[Label]) -> dict[str, Study
         clean_table(results),
         table_1(results, labels),
         rules_table(results),
+        verdicts_table(results),
+        verdict_labels_table(results, labels),
         flips_table(results),
         segments_table(results),
         sizes_table(results),

@@ -48,6 +48,8 @@ class CaseView:
         facts: Name and words of what else is known: completion, reference, verdict.
         graph: The graph, pruned; None without.
         automatic: The automatic label: "outcome", "pattern" and "note"; None without.
+        checks: What replacing tokens says of the relevance, by rule set: the verdict, a sentence
+            that begins with it, and figures in words.
     """
 
     id: str
@@ -65,6 +67,7 @@ class CaseView:
     facts: Sequence[tuple[str, str]] = ()
     graph: GraphView | None = None
     automatic: Mapping[str, Any] | None = field(default=None)
+    checks: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
 
 
 def case_data(view: CaseView, number: int, *, max_edges: int = 150) -> dict[str, Any]:
@@ -114,6 +117,10 @@ def case_data(view: CaseView, number: int, *, max_edges: int = 150) -> dict[str,
         "facts": [[printable(name), printable(words)] for name, words in view.facts],
         "graph": graph,
         "uid": uid,
+        "checks": {
+            printable(rules): [printable(words) for words in check]
+            for rules, check in view.checks.items()
+        },
         "automatic": None
         if view.automatic is None
         else {key: value and printable(str(value)) for key, value in view.automatic.items()},

@@ -41,11 +41,14 @@ class CaseEntry:
         view: What is drawn when it is opened.
         labels: (labeller, outcome, pattern or None) of each of its labels.
         signs: Sign of each segment sum, −1, 0 or 1.
+        verdicts: Verdict on its relevance, by rule set, "" where it was not checked; the first is
+            shown in the list.
     """
 
     view: CaseView
     labels: Sequence[tuple[str, str, str | None]] = ()
     signs: Mapping[str, int] = field(default_factory=dict)
+    verdicts: Mapping[str, str] = field(default_factory=dict)
 
 
 def report_page(
@@ -75,6 +78,7 @@ def report_page(
                         [printable(who), outcome, pattern] for who, outcome, pattern in entry.labels
                     ],
                     "signs": {printable(k): v for k, v in entry.signs.items()},
+                    "verdicts": {printable(k): printable(v) for k, v in entry.verdicts.items()},
                     "data": packed(case_data(entry.view, i)),
                 }
                 for i, entry in enumerate(cases)
@@ -99,6 +103,7 @@ def report_page(
                 for section in kept
             ],
             cases=[_case(entry) for entry in cases],
+            checked=any(entry.verdicts for entry in cases),
             data=Markup(data),
             script=Markup(script),
             hash=Markup(script_hash(script)),
@@ -120,11 +125,15 @@ def _table(table: StudyTable) -> dict[str, Any]:
     }
 
 
-_TONES = {"M-IA": "good", "NC-IA+M-AG": "mid", "NC-IA+AG": "bad"}
+_TONES = {
+    "M-IA": "good", "NC-IA+M-AG": "mid", "NC-IA+AG": "bad",
+    "supported": "good", "weak": "mid", "contradicted": "against",
+}  # fmt: skip
 
 
 def _case(entry: CaseEntry) -> dict[str, Any]:
-    view = entry.view
+    view, verdicts = entry.view, entry.verdicts
+    verdict = next(iter(verdicts.values()), "")
     return {
         "id": printable(view.id),
         "target": visible(view.target),
@@ -135,4 +144,9 @@ def _case(entry: CaseEntry) -> dict[str, Any]:
             (printable(who), outcome + (f", {pattern}" if pattern else ""), _TONES.get(outcome, ""))
             for who, outcome, pattern in entry.labels
         ],
+        "verdict": printable(verdict or "not checked"),
+        "verdict_tone": _TONES.get(verdict, ""),
+        "verdicts": printable(
+            ", ".join(f"{rules}: {one or 'not checked'}" for rules, one in verdicts.items())
+        ),
     }

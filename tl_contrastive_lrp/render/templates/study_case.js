@@ -39,9 +39,17 @@
       return span;
     });
     prompt.append(make("span", "next", `«${data.target}» and not «${data.contrast}»`));
+    const tones = {supported: "good", weak: "mid", contradicted: "against"};
+    const check = make("p", "check");
     let shown = names[0];
     const show = (rules) => {
       shown = rules;
+      check.replaceChildren();
+      if (data.checks[rules]) {
+        const [verdict, sentence, figures] = data.checks[rules];
+        const why = sentence.replace(`${verdict}: `, "");
+        check.append(make("span", `tag ${tones[verdict] ?? ""}`, verdict), ` ${why[0].toUpperCase()}${why.slice(1)}`, make("br"), make("span", "soft", figures));
+      }
       const row = data.rows[rules];
       full.textContent = `full colour: ±${number(row.full).slice(1)} logits`;
       spans.forEach((span, i) => {
@@ -65,6 +73,7 @@
       readout.textContent = `«${data.tokens[i]}» position ${i}: ${number(row.values[i] / 1000 * row.full)} logits (${shown})`;
     });
     if (names.length > 1) box.append(choice);
+    if (Object.keys(data.checks).length) box.append(check);
     box.append(legend, prompt, readout);
     if (names.length) show(names[0]);
   }

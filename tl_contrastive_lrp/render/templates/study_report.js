@@ -25,9 +25,18 @@
   fill("pattern", "all", [...named(cases.flatMap((one) => one.labels.map((label) => label[2])).filter((pattern) => pattern)), ["none", "null"]]);
   fill("segment", "all", unique(cases.flatMap((one) => Object.keys(one.signs))).flatMap((name) => [
     [`${name} > 0 (to the wrong token)`, JSON.stringify([name, 1])], [`${name} < 0 (to the right token)`, JSON.stringify([name, -1])]]));
+  const checked = unique(cases.flatMap((one) => Object.keys(one.verdicts)));
+  const verdicts = (rules) => {
+    const found = cases.map((one) => one.verdicts[rules] || null);
+    const named = checked.length > 1 ? ` (${rules})` : "";
+    return ["supported", "weak", "contradicted", null].filter((verdict) => found.includes(verdict))
+      .map((verdict) => [(verdict ?? "not checked") + named, JSON.stringify([rules, verdict])]);
+  };
+  if (by("verdict")) fill("verdict", "all", checked.flatMap(verdicts));
+  const ids = ["benchmark", "labeller", "outcome", "pattern", "segment", "verdict"].filter(by);
   const texts = rows.map((row) => row.querySelector("summary").textContent.toLowerCase());
   function filter() {
-    const want = Object.fromEntries(["benchmark", "labeller", "outcome", "pattern", "segment"].map((id) => [id, by(id).value === "" ? undefined : JSON.parse(by(id).value)]));
+    const want = Object.fromEntries(ids.map((id) => [id, by(id).value === "" ? undefined : JSON.parse(by(id).value)]));
     const text = by("text").value.trim().toLowerCase();
     let count = 0;
     rows.forEach((row, i) => {
@@ -42,13 +51,14 @@
         && (want.labeller === undefined || labels.length > 0 || want.outcome === null)
         && is(1, want.outcome) && is(2, want.pattern) && exact
         && (want.segment === undefined || one.signs[want.segment[0]] === want.segment[1])
+        && (want.verdict === undefined || (one.verdicts[want.verdict[0]] || null) === want.verdict[1])
         && (!text || texts[i].includes(text));
       row.hidden = !keep;
       count += keep;
     });
     by("shown").textContent = `${count} of ${rows.length} cases`;
   }
-  for (const id of ["benchmark", "labeller", "outcome", "pattern", "segment", "text"]) by(id).addEventListener("input", filter);
+  for (const id of [...ids, "text"]) by(id).addEventListener("input", filter);
   by("filters").hidden = false;
   filter();
 }
