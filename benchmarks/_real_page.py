@@ -175,8 +175,8 @@ def effects_table(real: Real) -> str:
                     pair(lambda kind, name=name, way=way: real.of(group, name, f"{kind}_{way}"))
                 )
         for said, column, at in (
-            ("*ceiling: zeroed with random*", "zero_random", (1, 2)),
-            ("*ceiling: one random token with another*", "random_random", (2,)),
+            ("*for comparison: zeroed with random*", "zero_random", (1, 2)),
+            ("*for comparison: one random token with another*", "random_random", (2,)),
         ):
             line = [said, "", ""]
             for place in at:

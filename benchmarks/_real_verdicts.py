@@ -3,14 +3,15 @@
 ``result.check`` replaces the tokens that a map names strongest by zero embeddings, and calls the
 map supported, weak or contradicted by ``captured``, the share of the effect that so many tokens can
 have which lies at them, with the right sign. Here that figure is computed from the stored tables as
-``check`` computes it (16 strongest, 16 random tokens), and held against one that the check does not
-see: the same share of what *random tokens* in their place do. A map is called right where that
-share is ``RIGHT`` or more, and otherwise wrong.
+``check`` computes it (16 strongest, and up to 16 of the tokens drawn at random), and held against
+one that the check does not see: the same share of what *a random token* in their place does. A map
+is called right where that share is ``RIGHT`` or more, and otherwise wrong.
 
-Maps: AttnLRP's of every prompt, and a random one of each: tokens drawn at random, with random
-signs. The threshold of "supported" is the lowest on a grid at which at most ``ALLOWED`` of the
-wrong maps of one half of the prompts (even numbers) are called supported; the other half judges it.
-That of "contradicted" is 0 by what the word means.
+Maps: AttnLRP's of every prompt, and a random one of each: 8 tokens drawn at random, with random
+signs. Templates have hardly more tokens than a map names, so they do not choose thresholds. That of
+"supported" is the lowest on a grid at which at most ``ALLOWED`` of AttnLRP's wrong maps of one half
+of the failures (even numbers) are called supported; the other half judges it. That of
+"contradicted" is 0 by what the word means.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from tl_contrastive_lrp.attribution.check.statistics import captured
 from tl_contrastive_lrp.attribution.check.verdict import verdict_of
 
 K = N_RANDOM = 16
+DRAWN = 8  # tokens of a random map: the other sampled ones stand for all that it does not name
 MAP = "attnlrp"
 MAPS = ("map", "random map")
+FAILURES = "failures"
 RIGHT = 1 / 3
 ALLOWED = 0.05
 GRID = np.round(np.arange(0.0, 1.0, 0.05), 2)
@@ -47,22 +50,21 @@ def checked(found: Mapping[str, Any]) -> dict[str, float]:
     """
     measured, free = found["measured"], found["ordinary"]
     zero = dict(zip(measured["pos"], measured["zero"], strict=True))
-    draws = [measured["random a"], measured["random b"]]
-    given = dict(zip(measured["pos"], zip(*draws, strict=True), strict=True))
-    truth = {p: _mean([v for v in values if v is not None]) for p, values in given.items()}
+    truth = dict(zip(measured["pos"], measured["random a"], strict=True))
     score = {p: found["relevance"][MAP][p] for p in free}
     sampled = [p for p, why in zip(measured["pos"], measured["why"], strict=True)
                if why != "strongest"]  # fmt: skip
     strongest = sorted(free, key=lambda p: (-abs(score[p]), p))[:K]
     strongest = [p for p in strongest if p in zero]
     draw = random.Random(found["number"])
-    named = draw.sample(sampled, min(K, len(sampled)))
+    named = draw.sample(sampled, min(DRAWN, len(sampled)))
     signs = {p: draw.choice([-1.0, 1.0]) for p in named}
     rows = {}
     for name, tokens, relevance in zip(MAPS, (strongest, named), (score, signs), strict=True):
         rest = [p for p in sampled if p not in tokens]
+        beside = draw.sample(rest, min(N_RANDOM, len(rest)))
         seen = {**{p: found["predicted"][p] for p in free},
-                **{p: zero[p] for p in (*tokens, *rest[:N_RANDOM])}}  # fmt: skip
+                **{p: zero[p] for p in (*tokens, *beside)}}  # fmt: skip
         r = torch.tensor([relevance[p] for p in tokens], dtype=torch.float64)
         told = captured(r, _at(seen, tokens), _at(seen, free))
         is_ = _weighted(r, _at(truth, tokens), _at(truth, rest), len(free))
@@ -89,10 +91,6 @@ def _at(values: Mapping[int, float], positions: Sequence[int]) -> Tensor:
     return torch.tensor([values[p] for p in positions], dtype=torch.float64)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 # ---- the calibration
 
 
@@ -109,44 +107,49 @@ def maps(prompts: pd.DataFrame) -> pd.DataFrame:
 
 
 def threshold(found: pd.DataFrame) -> float:
-    """The lowest at which few enough of the wrong maps not held out are called supported."""
-    wrong = found.loc[~found["held"] & ~found["right"], "captured"].to_numpy()
-    passing = [t for t in GRID if (wrong >= t).mean() <= ALLOWED]
-    return float(passing[0])
+    """The lowest at which few enough of AttnLRP's wrong maps not held out are called supported.
+
+    1 where there is none.
+    """
+    own = (found["kind"] == MAPS[0]) & (found["group"] == FAILURES) & ~found["held"]
+    wrong = found.loc[own & ~found["right"], "captured"].to_numpy()
+    if not len(wrong):
+        return 1.0
+    return next((float(t) for t in GRID if (wrong >= t).mean() <= ALLOWED), 1.0)
 
 
 def table(prompts: pd.DataFrame) -> str:
-    """Of the maps held out, how many got which verdict, and how many of these are right."""
+    """How many maps got which verdict, and how many of these are right: failures that are held out,
+    and all templates."""
     found = maps(prompts)
-    held = found[found["held"]]
-    held = held.assign(verdict=[verdict_of(value) for value in held["captured"]])
+    found = found.assign(verdict=[verdict_of(value) for value in found["captured"]])
     lines = []
-    for kind, said in zip(MAPS, ("AttnLRP's map", "a random map"), strict=True):
-        for what, failures in (("failures", True), ("templates", False)):
-            part = held[(held["kind"] == kind) & ((held["group"] == "failures") == failures)]
-            cells = [said, what, str(len(part)), share(part["right"])]
+    for what in ("failures held out", "templates"):
+        failures = found["group"] == FAILURES
+        chosen = failures & found["held"] if what != "templates" else ~failures
+        for kind, name in zip(MAPS, ("AttnLRP's map", "a random map"), strict=True):
+            part = found[chosen & (found["kind"] == kind)]
+            cells = [what, name, share(part["right"])]
             for verdict in ("supported", "weak", "contradicted"):
                 cells.append(share(part.loc[part["verdict"] == verdict, "right"]))
-            lines.append("| " + " | ".join(cells) + " |")
-    head = ["", "", "maps", "right", "of the supported, right", "of the weak, right",
-            "of the contradicted, right"]  # fmt: skip
-    return "\n".join(
-        ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * 7) + " |", *lines]
-    )
+            lines.append(cells)
+    head = ["", "", "maps that are right", "of the supported", "of the weak", "of the contradicted"]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * 6, *lines))
 
 
 def said(prompts: pd.DataFrame) -> str:
     """The threshold, and how many wrong maps it calls supported."""
     found = maps(prompts)
-    held = found[found["held"]].assign(supported=found["captured"] >= threshold(found))
+    found = found.assign(supported=found["captured"] >= threshold(found))
+    held = found[found["held"] & (found["group"] == FAILURES)]
     wrong = {kind: held[(held["kind"] == kind) & ~held["right"]]["supported"] for kind in MAPS}
     own = held[held["kind"] == MAPS[0]]
     both = own[["captured", "truth"]].corr().iloc[0, 1]
     return (
-        f"The lowest threshold that calls at most {ALLOWED:.0%} of the wrong maps of the other "
-        f"half supported is {threshold(found):.2f}. Of the wrong maps held out, "
+        f"The lowest threshold at which at most {ALLOWED:.0%} of AttnLRP's wrong maps of the other "
+        f"half are called supported is {threshold(found):.2f}. Of the wrong maps held out, "
         f"{share(wrong[MAPS[0]])} of AttnLRP's and {share(wrong[MAPS[1]])} of the random ones are "
-        f"called supported; of the right maps of AttnLRP, "
+        f"called supported; of AttnLRP's right maps, "
         f"{share(own.loc[own['right'], 'supported'])}. Over AttnLRP's maps held out, the two "
         f"shares correlate at {both:.2f}."
     )

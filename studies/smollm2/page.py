@@ -224,7 +224,7 @@ def _limits(settings: Mapping[str, Any]) -> str:
     """Which items were taken, in words."""
     words = []
     for one in settings["benchmarks"]:
-        first = f"the first {one['limit']} items" if one["limit"] else "all items"
+        first = f"of the first {one['limit']} items" if one["limit"] else "of all items"
         most = one["collect"]["max_prompt_tokens"]
-        words.append(f"{one['name']}, {first} of at most {most} tokens")
+        words.append(f"{one['name']}, {first} those of at most {most} tokens")
     return "; ".join(words)

@@ -167,7 +167,7 @@ def test_the_page_applies_the_rule(
     text, picture = pages.written(small_models(gim=trained_gim), stored, "page")
     assert f"the rule says **`{says}`**" in text
     assert ("No other set is a candidate." in text) == (says == "attnlrp")
-    assert text.count("| AttnLRP's map | failures | 8 |") == 1
+    assert text.count("| failures held out | AttnLRP's map | ") == 1
     assert "nan" not in text
     assert "{" not in text
     assert picture.startswith("<svg")
@@ -179,24 +179,28 @@ def test_without_figures(tmp_path: Path) -> None:
 
 
 def test_verdicts_are_judged_on_maps_held_out() -> None:
-    """8 prompts of even numbers choose, 8 of odd ones judge. Wrong where the truth is below 1/3."""
+    """Failures of even numbers choose, those of odd ones judge; neither templates nor random maps
+    choose. Wrong where the truth is below 1/3."""
     even, odd = list(range(0, 40, 2)), list(range(1, 41, 2))
-    chosen = [0.1] * 19 + [0.6]  # wrong maps: one of twenty may be called supported, not two
+    chosen = [0.1] * 19 + [0.6]  # all wrong: one of twenty may be called supported, not two
     judged = [0.1] * 10 + [0.7] * 10
-    prompts = pd.DataFrame({
+    failures = pd.DataFrame({
         "group": "failures", "prompt": even + odd,
         "captured, map": chosen + judged, "truth, map": [0.2] * 20 + [0.2] * 11 + [0.5] * 9,
-        "captured, random map": -0.5, "truth, random map": 0.0,
+        "captured, random map": 0.9, "truth, random map": 0.0,
     })  # fmt: skip
-    found = maps.maps(prompts)
-    own = found[found["kind"] == "map"]
-    assert maps.threshold(own) == 0.15  # 0.1 is 19 of 20
+    templates = failures.assign(group="facts", **{"captured, map": 0.95, "truth, map": 0.0})
+    prompts = pd.concat([failures, templates], ignore_index=True)
+    assert maps.threshold(maps.maps(prompts)) == 0.15
     said = maps.said(prompts)
-    assert "supported is 0.00" in said or "supported is 0.15" in said
-    assert "1 of 11 [0.02, 0.38] of AttnLRP's and 0 of 20" in said
-    assert "of AttnLRP, 9 of 9 [0.70, 1.00]" in said
-    row = maps.table(prompts).splitlines()[2]
-    assert row.startswith("| AttnLRP's map | failures | 20 | 9 of 20")
+    assert "supported is 0.15" in said
+    assert "1 of 11 [0.02, 0.38] of AttnLRP's and 20 of 20" in said
+    assert "of AttnLRP's right maps, 9 of 9 [0.70, 1.00]" in said
+    rows = maps.table(prompts).splitlines()[2:]
+    assert rows[0].startswith("| failures held out | AttnLRP's map | 9 of 20")
+    assert rows[2].startswith("| templates | AttnLRP's map | 0 of 40")
+    nothing = maps.maps(failures.assign(**{"captured, map": 1.0}))
+    assert maps.threshold(nothing) == 1.0
 
 
 def test_a_map_is_checked_on_stored_tables_as_by_hand() -> None:

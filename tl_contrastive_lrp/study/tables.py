@@ -120,7 +120,7 @@ def clean_table(results: StudyResults) -> StudyTable:
         )
     columns = [
         Column("benchmark", "benchmark"),
-        Column("completions", "completions", "count"),
+        Column("completions", "items", "count"),
         Column("failures", "failures", "count"),
         Column("kept", "kept (clean rate)", "share"),
         *(Column(f"dropped: {reason}", reason, "count") for reason in seen),

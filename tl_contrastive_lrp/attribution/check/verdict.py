@@ -9,8 +9,8 @@ from typing import Literal
 
 Verdict = Literal["supported", "weak", "contradicted"]
 
-# On ``captured``, which lies in [-1, 1]. Chosen by hand so far, half and none of what as many
-# tokens can do; a calibration on cases held out, which is being measured, replaces them.
+# On ``captured``, which lies in [-1, 1]. The first is what benchmarks/_real_verdicts.py finds on
+# real failures; 0 follows from the word.
 SUPPORTED = 0.5  # this much or more
 CONTRADICTED = 0.0  # less than this
 
