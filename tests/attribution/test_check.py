@@ -109,6 +109,11 @@ def test_two_answers() -> None:
         sets = torch.eye(9, dtype=torch.bool)[check.measured_at]
         truth = of_sets(hf, longer, None, sets, sides)
         assert (check.measured - truth).abs().max() < 1e-10 * truth.abs().max()
+        # patterns at the position explained, which the answers' common beginning counts to
+        patterns = model.run_with_cache(longer[:, :8])[1]
+        weights = [patterns[f"blocks.{i}.attn.hook_pattern"][0, :, 7].amax(-1)
+                   for i in range(model.cfg.n_layers)]  # fmt: skip
+        assert check.saturation == pytest.approx(float(torch.cat(weights).mean()), rel=1e-6)
         other = clrp.answer_diff(model, TOKENS[:, :7], target=[5, 7, 9], contrast=[5, 12])
         with pytest.raises(TokenError, match="other answers"):
             result.check(model, objective=other, **QUIET)

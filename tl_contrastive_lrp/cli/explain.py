@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import not_finite
+from .errors import message_of, not_finite
 from .make_graph import is_long, report_graph, report_run
 from .memory import MemoryOptions, RunPlan
 from .output import Output, write
@@ -176,20 +176,27 @@ def explain(
 
 def _checked(
     model: Any, question: Question, result: Attribution
-) -> tuple[MapCheck, tuple[str, ...]]:
-    """The check of a result, and a sentence on how it was made where that is not as usual.
+) -> tuple[MapCheck | None, tuple[str, ...]]:
+    """The check of a result, None if it cannot be made: the explanation is not lost then.
 
-    Raises:
-        TokenError, PromptError, ModelStateError, NonFiniteError: As ``Attribution.check``.
+    Returns:
+        The check, and sentences on why there is none, or on how it was made if not as usual.
     """
-    from ..errors import UncoveredComponentError
+    from ..errors import LrpError, UncoveredComponentError, is_out_of_memory
     from ..inputs.objective import logit_diff
 
     objective = logit_diff(model, question.target, question.contrast, question.typed_pos)
     try:
-        return result.check(model, objective=objective, progress=False), ()
-    except UncoveredComponentError:
-        check = result.check(model, objective=objective, window=None, progress=False)
+        try:
+            return result.check(model, objective=objective, progress=False), ()
+        except UncoveredComponentError:
+            check = result.check(model, objective=objective, window=None, progress=False)
+    except LrpError as error:
+        return None, (f"The map was not checked: {message_of(error)}",)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None, ("The map was not checked: there was not enough memory for it.",)
     return check, (
         "Effects of replaced tokens cannot be predicted in this model, so for the check every "
         "token was replaced in a run of its own.",

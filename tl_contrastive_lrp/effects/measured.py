@@ -30,6 +30,8 @@ from .passes import PrefixCache, Replaced, StreamCache, logits_at, zeroed
 from .questions import Questions, used_tokens
 from .streams import attention_components
 
+_ROOM = 1 << 26  # numbers in one block's scores of a batch; one run may take more
+
 
 @dataclass(frozen=True, eq=False)
 class Measured:
@@ -61,7 +63,7 @@ def measured(
         replaced: The prompt and what replaces its tokens.
         questions: The objectives.
         which: The tokens that each run replaces; a run may replace none.
-        batch_size: Runs in a batch.
+        batch_size: Runs in a batch; fewer where their scores would be large.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -114,9 +116,12 @@ def _batches(
     first = which.to(torch.int8).argmax(1)
     order = torch.argsort(first, stable=True)
     order = order[which[order].any(1)]
-    parts = torch.split(order, batch_size) if len(order) else ()
-    for runs in tqdm(parts, desc="replacing tokens", leave=False, disable=not progress):
-        start = 0 if cache is None else int(first[runs[0]])
+    bar = tqdm(total=len(order), desc="replacing tokens", leave=False, disable=not progress)
+    while len(order):
+        start = 0 if cache is None else int(first[order[0]])
+        scores = int(model.cfg.n_heads) * (used.length - start) * used.length
+        rows = max(1, min(batch_size, _ROOM // scores))
+        runs, order = order[:rows], order[rows:]
         mask = which[runs].to(used.tokens.device)[:, start:]
         tokens = used.tokens[:, start:].repeat(len(runs), 1)
         if used.by is not None:
@@ -126,7 +131,9 @@ def _batches(
         with torch.no_grad(), zeroed(model, mask if used.by is None else None):
             logits = logits_at(model, tokens, later, **over)
         before = clean[: len(read) - len(later)].expand(len(runs), -1, -1)
+        bar.update(len(runs))
         yield runs, start, torch.cat([before, logits], 1)
+    bar.close()
 
 
 def measured_sets(

@@ -352,6 +352,6 @@ def _of_answers(
         contrast=answers.texts[1],
         pos=length - 1,
         earlier_pos=(),
-        forwards=sum(one.forwards for one in of_runs),
+        forwards=sum(one.forwards * len(one.str_tokens) / length for one in of_runs),
         segments=shared.segments,
     )

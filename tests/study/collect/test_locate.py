@@ -161,6 +161,16 @@ def test_a_rollout_that_is_cut_off_passes_while_it_can_only_where_the_written_to
     assert failure("xbxx", rule, False, Letters(logits)).passes([(1, 0)]) == [False]
     # the end token closes an answer: too short, and no more can come
     assert found.passes([(1, 26)]) == [False]
+    # what was not checked is no repair, and half a character says nothing
+    unknown = Rule(lambda t: False, lambda t: False if "b" in t else None)
+    unknown.check = lambda item, text: Verdict.unchecked("no data")
+    found = failure("xbxx", unknown, False, Letters(logits), open_rollouts=True)
+    assert found.passes([(1, 0)]) == [False]
+    half = Rule(lambda t: False, lambda t: False if "\ufffd" in t or "b" in t else None)
+    writer = Letters(logits)
+    writer.text = lambda ids: Letters.text(writer, ids).replace("z", "\ufffd")
+    found = failure("xbxx", half, False, writer, open_rollouts=True)
+    assert found.passes([(1, 0)]) == [True]
 
 
 def test_recovery_tries_the_closest_runner_ups_within_its_rollouts():

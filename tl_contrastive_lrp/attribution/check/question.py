@@ -106,6 +106,8 @@ def look(model: Any, prompt: PromptFacts, objective: Objective, result: Explaine
             largest.extend(pattern[0, :, last].detach().float().amax(-1).tolist())
 
     tokens, questions = prompt.tokens, None
+    if isinstance(objective, AnswerDiff):  # with what both answers begin with, which pos counts
+        tokens = result.token_ids[None].to(tokens)
     read: tuple[int, ...] = (int(tokens.shape[1]) - 1,)
     if not isinstance(objective, AnswerDiff):
         questions = Questions.of(model, [objective], tokens)

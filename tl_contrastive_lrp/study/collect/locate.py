@@ -12,7 +12,7 @@ completion's ids, or None if it cannot tell. These come with the package, by nam
   one in rank are tried; a position whose tokens are all within ``min_delta`` of the written one is
   passed over, since its case would be dropped later. Up to ``max_rollouts`` rollouts are spent
   where a token that can make a case is closest to the written one. Of the positions at which one
-  passes, the first in the text is the answer.
+  passes, the first in the text is the answer, also if that token is too close to make a case.
 - "judge": callables that get the item and the completion's tokens and answer with an index; more
   than half of them must agree.
 

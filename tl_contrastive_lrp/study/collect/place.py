@@ -98,14 +98,18 @@ class Failure:
                 new, self.writer.roll(self.reading, new, self.limit), strict=True
             ):
                 text = self.writer.text(ids)
-                passed = self.benchmark.check(self.item, text).passed
-                if not passed and self.open_rollouts and ids[-1] not in self.writer.end_ids:
-                    passed = self._rules_out(branch[0])
-                    passed = passed and self.benchmark.can_pass(self.item, text) is not False
+                verdict = self.benchmark.check(self.item, text)
+                is_open = self.open_rollouts and ids[-1] not in self.writer.end_ids
+                passed = verdict.passed
+                if verdict.failed and is_open and self._rules_out(branch[0]):
+                    passed = self._can_pass(text) is not False
                 self._passes[branch] = passed
         return [self._passes[b] for b in branches]
 
     def _rules_out(self, position: int) -> bool:
         """Whether the benchmark can tell that the written token breaks the answer for good."""
-        beginning = self.writer.text(self.completion.ids[: position + 1])
-        return self.benchmark.can_pass(self.item, beginning) is False
+        return self._can_pass(self.writer.text(self.completion.ids[: position + 1])) is False
+
+    def _can_pass(self, beginning: str) -> bool | None:
+        # The bytes of a character that is not whole yet say nothing.
+        return self.benchmark.can_pass(self.item, beginning.rstrip("\ufffd"))
