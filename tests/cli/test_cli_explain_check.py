@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.cli_runs import PROMPT, Run, asked, typed_next, words
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.attribution.result import Attribution
-from tl_contrastive_lrp.errors import UncoveredComponentError
+from tl_contrastive_lrp.errors import PromptError, UncoveredComponentError
 
 
 def explained(folder: Path, *more: object) -> tuple[object, ...]:
@@ -78,3 +79,24 @@ def test_a_model_that_cannot_be_followed_is_measured(
     value = run(*explained(folder, "--check", "--json")).json
     assert value["check"]["verdict"]
     assert any("in a run of its own" in note for note in value["notes"])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(PromptError("Nothing to replace."), "Nothing to replace."),
+     (torch.OutOfMemoryError("out of memory"), "not enough memory")],
+)  # fmt: skip
+def test_a_check_that_fails_does_not_cost_the_explanation(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    plain = run(*explained(folder, "--json")).json
+    monkeypatch.setattr(Attribution, "check", fails)
+    done = run(*explained(folder, "--check", "--json", "--out", "r.html", "--no-graph"))
+    assert done.code == 0
+    assert done.json["check"] is None
+    assert done.json["tokens"] == plain["tokens"]
+    assert any("was not checked" in note and said in note for note in done.json["notes"])
+    assert Path("r.html").is_file()

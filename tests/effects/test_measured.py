@@ -118,6 +118,17 @@ def test_a_model_that_is_not_causal_is_run_whole(name: str) -> None:
     assert forwards == pytest.approx(6.0)
 
 
+def test_runs_whose_scores_are_large_go_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each begins at its own first token then: 9, 8, 7, 4 and 1 positions, and the clean run."""
+    model, hf = families.boot("llama"), families.hf_model("llama")
+    monkeypatch.setattr(runs, "_ROOM", 1)
+    with true_float64(model), true_float64(hf):
+        truth = of_sets(hf, TOKENS, None, SETS, delta_of)
+        found, forwards = found_of(model, clrp.logit_diff(model, 7, 12), None, batch_size=16)
+    assert (found - truth).abs().max() < 1e-10 * float(truth.abs().max())
+    assert forwards == pytest.approx((9 + 9 + 8 + 7 + 4 + 1) / 9)
+
+
 def test_hooks_see_whole_prompts() -> None:
     model, seen = families.fresh("llama", torch.float32), []
 
