@@ -125,10 +125,12 @@ def test_the_demo_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def prepared(model: Any, ids: torch.Tensor, *, tile: int | None = None, uses: int = 2) -> Any:
     calls: dict[int, Any] = {}
-    readings = relevance_readings(model) + graph_readings(GraphPlan.of(model, "gim"), calls)
+    readings = relevance_readings(model) + graph_readings(
+        GraphPlan.of(model, clrp.DEFAULT_RULES), calls
+    )
     way: Any = "plain" if tile is None else "tiled"
     plan = memory.plan_memory(model, ids.shape[1], way, tile)
-    return prefill_prompt(model, ids, "gim", readings, plan, calls=calls, uses=uses)
+    return prefill_prompt(model, ids, clrp.DEFAULT_RULES, readings, plan, calls=calls, uses=uses)
 
 
 @pytest.mark.parametrize("tile", [None, 4])
@@ -245,7 +247,7 @@ def test_a_graph_under_hooks_lets_go_of_the_forward_that_it_cannot_use(bridge: A
 def test_a_forward_for_relevance_alone_makes_no_graph(bridge: Any) -> None:
     ids = bridge.to_tokens(LONG)
     plan = memory.plan_memory(bridge, ids.shape[1], "plain", None)
-    shared = prefill_prompt(bridge, ids, "gim", relevance_readings(bridge), plan)
+    shared = prefill_prompt(bridge, ids, clrp.DEFAULT_RULES, relevance_readings(bridge), plan)
     with pytest.raises(ValueError, match=r"not prepared for edges of block 0"):
         clrp.attribution_graph(bridge, ids, target=" a", contrast=" b", prefilled=shared)
 

@@ -334,7 +334,7 @@ def test_a_prefilled_forward_has_its_kind(kind: Any, tile: int | None) -> None:
     wanted = clrp.attribute(model, ids, objective, attention=kind, progress=False, **how)
     plan = memory.plan_memory(model, 30, **how)
     readings = relevance_readings(model)
-    shared = prefill_prompt(model, ids, "gim", readings, plan, uses=3, attention=kind)
+    shared = prefill_prompt(model, ids, clrp.DEFAULT_RULES, readings, plan, uses=3, attention=kind)
     other: Any = {"fused": "eager", "eager": "fused"}[kind]
     with pytest.raises(ValueError, match=f"with {kind} attention, and attention='{other}'"):
         clrp.attribute(model, ids, objective, prefilled=shared, attention=other)
