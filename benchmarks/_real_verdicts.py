@@ -8,10 +8,9 @@ one that the check does not see: the same share of what *a random token* in thei
 is called right where that share is ``RIGHT`` or more, and otherwise wrong.
 
 Maps: AttnLRP's of every prompt, and a random one of each: 8 tokens drawn at random, with random
-signs. Templates have hardly more tokens than a map names, so they do not choose thresholds. That of
-"supported" is the lowest on a grid at which at most ``ALLOWED`` of AttnLRP's wrong maps of one half
-of the failures (even numbers) are called supported; the other half judges it. That of
-"contradicted" is 0 by what the word means.
+signs. The verdict's thresholds were chosen by hand before these figures were seen, so all prompts
+judge them. Beside them stands the lowest threshold on a grid at which at most ``ALLOWED`` of
+AttnLRP's wrong maps of failures are called supported.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from tl_contrastive_lrp.attribution.check.statistics import captured
-from tl_contrastive_lrp.attribution.check.verdict import verdict_of
+from tl_contrastive_lrp.attribution.check.verdict import SUPPORTED, verdict_of
 
 K = N_RANDOM = 16
 DRAWN = 8  # tokens of a random map: the other sampled ones stand for all that it does not name
@@ -91,11 +90,11 @@ def _at(values: Mapping[int, float], positions: Sequence[int]) -> Tensor:
     return torch.tensor([values[p] for p in positions], dtype=torch.float64)
 
 
-# ---- the calibration
+# ---- the verdicts
 
 
 def maps(prompts: pd.DataFrame) -> pd.DataFrame:
-    """A row for each map that was checked: group, prompt, kind, captured, right, held (out)."""
+    """A row for each map that was checked: group, prompt, kind, captured, truth, right, verdict."""
     parts = []
     for kind in MAPS:
         part = prompts[["group", "prompt"]].assign(
@@ -103,30 +102,33 @@ def maps(prompts: pd.DataFrame) -> pd.DataFrame:
         )
         parts.append(part.dropna(subset=["captured", "truth"]))
     found = pd.concat(parts, ignore_index=True)
-    return found.assign(right=found["truth"] >= RIGHT, held=found["prompt"] % 2 == 1)
+    verdicts = [verdict_of(value) for value in found["captured"]]
+    return found.assign(right=found["truth"] >= RIGHT, verdict=verdicts)
+
+
+def of_failures(found: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """The rows of one kind of map."""
+    return found[(found["kind"] == kind) & (found["group"] == FAILURES)]
 
 
 def threshold(found: pd.DataFrame) -> float:
-    """The lowest at which few enough of AttnLRP's wrong maps not held out are called supported.
+    """The lowest at which few enough of AttnLRP's wrong maps of failures are called supported.
 
     1 where there is none.
     """
-    own = (found["kind"] == MAPS[0]) & (found["group"] == FAILURES) & ~found["held"]
-    wrong = found.loc[own & ~found["right"], "captured"].to_numpy()
+    own = of_failures(found, MAPS[0])
+    wrong = own.loc[~own["right"], "captured"].to_numpy()
     if not len(wrong):
         return 1.0
     return next((float(t) for t in GRID if (wrong >= t).mean() <= ALLOWED), 1.0)
 
 
 def table(prompts: pd.DataFrame) -> str:
-    """How many maps got which verdict, and how many of these are right: failures that are held out,
-    and all templates."""
+    """How many maps got which verdict, and how many of these are right."""
     found = maps(prompts)
-    found = found.assign(verdict=[verdict_of(value) for value in found["captured"]])
     lines = []
-    for what in ("failures held out", "templates"):
-        failures = found["group"] == FAILURES
-        chosen = failures & found["held"] if what != "templates" else ~failures
+    for what in ("failures", "templates"):
+        chosen = (found["group"] == FAILURES) == (what == "failures")
         for kind, name in zip(MAPS, ("AttnLRP's map", "a random map"), strict=True):
             part = found[chosen & (found["kind"] == kind)]
             cells = [what, name, share(part["right"])]
@@ -138,20 +140,21 @@ def table(prompts: pd.DataFrame) -> str:
 
 
 def said(prompts: pd.DataFrame) -> str:
-    """The threshold, and how many wrong maps it calls supported."""
+    """How many wrong maps of failures are called supported, and where none would be."""
     found = maps(prompts)
-    found = found.assign(supported=found["captured"] >= threshold(found))
-    held = found[found["held"] & (found["group"] == FAILURES)]
-    wrong = {kind: held[(held["kind"] == kind) & ~held["right"]]["supported"] for kind in MAPS}
-    own = held[held["kind"] == MAPS[0]]
-    both = own[["captured", "truth"]].corr().iloc[0, 1]
+    own, other = (of_failures(found, kind) for kind in MAPS)
+    called = {
+        (name, right): share(part.loc[part["right"] == right, "verdict"] == "supported")
+        for name, part in (("own", own), ("other", other)) for right in (True, False)
+    }  # fmt: skip
     return (
-        f"The lowest threshold at which at most {ALLOWED:.0%} of AttnLRP's wrong maps of the other "
-        f"half are called supported is {threshold(found):.2f}. Of the wrong maps held out, "
-        f"{share(wrong[MAPS[0]])} of AttnLRP's and {share(wrong[MAPS[1]])} of the random ones are "
-        f"called supported; of AttnLRP's right maps, "
-        f"{share(own.loc[own['right'], 'supported'])}. Over AttnLRP's maps held out, the two "
-        f"shares correlate at {both:.2f}."
+        f"Of failures, {called['own', False]} of AttnLRP's wrong maps and "
+        f"{called['other', False]} of the wrong random ones are called supported, and "
+        f"{called['own', True]} of AttnLRP's right maps. The lowest threshold at which at most "
+        f"{ALLOWED:.0%} of AttnLRP's wrong maps would be called supported is "
+        f"{threshold(found):.2f}, in place of {SUPPORTED:.2f}; with so few wrong maps, single ones "
+        f"decide it. Over AttnLRP's maps of failures, the share that the check finds and the one "
+        f"that it does not see correlate at {own[['captured', 'truth']].corr().iloc[0, 1]:.2f}."
     )
 
 

@@ -167,7 +167,7 @@ def test_the_page_applies_the_rule(
     text, picture = pages.written(small_models(gim=trained_gim), stored, "page")
     assert f"the rule says **`{says}`**" in text
     assert ("No other set is a candidate." in text) == (says == "attnlrp")
-    assert text.count("| failures held out | AttnLRP's map | ") == 1
+    assert text.count("| failures | AttnLRP's map | ") == 1
     assert "nan" not in text
     assert "{" not in text
     assert picture.startswith("<svg")
@@ -178,26 +178,28 @@ def test_without_figures(tmp_path: Path) -> None:
         page.load(tmp_path / "real.json")
 
 
-def test_verdicts_are_judged_on_maps_held_out() -> None:
-    """Failures of even numbers choose, those of odd ones judge; neither templates nor random maps
-    choose. Wrong where the truth is below 1/3."""
-    even, odd = list(range(0, 40, 2)), list(range(1, 41, 2))
-    chosen = [0.1] * 19 + [0.6]  # all wrong: one of twenty may be called supported, not two
-    judged = [0.1] * 10 + [0.7] * 10
+def test_verdicts_are_judged_on_failures() -> None:
+    """Neither templates nor random maps count for the threshold. Wrong: a truth below 1/3."""
     failures = pd.DataFrame({
-        "group": "failures", "prompt": even + odd,
-        "captured, map": chosen + judged, "truth, map": [0.2] * 20 + [0.2] * 11 + [0.5] * 9,
+        "group": "failures", "prompt": range(40),
+        # wrong: one of twenty may be called supported, not two; then 20 right ones
+        "captured, map": [0.1] * 18 + [-0.1, 0.6] + [0.3] * 8 + [0.7] * 12,
+        "truth, map": [0.2] * 20 + [0.5] * 20,
         "captured, random map": 0.9, "truth, random map": 0.0,
     })  # fmt: skip
     templates = failures.assign(group="facts", **{"captured, map": 0.95, "truth, map": 0.0})
     prompts = pd.concat([failures, templates], ignore_index=True)
     assert maps.threshold(maps.maps(prompts)) == 0.15
     said = maps.said(prompts)
-    assert "supported is 0.15" in said
-    assert "1 of 11 [0.02, 0.38] of AttnLRP's and 20 of 20" in said
-    assert "of AttnLRP's right maps, 9 of 9 [0.70, 1.00]" in said
+    assert "supported is 0.15, in place of 0.50" in said
+    assert "1 of 20 [0.01, 0.24] of AttnLRP's wrong maps and 40 of 40" in said
+    assert "12 of 20 [0.39, 0.78] of AttnLRP's right maps" in said
     rows = maps.table(prompts).splitlines()[2:]
-    assert rows[0].startswith("| failures held out | AttnLRP's map | 9 of 20")
+    cells = [cell.strip() for cell in rows[0].split("|")]
+    assert cells[1:3] == ["failures", "AttnLRP's map"]
+    assert [cell.split(" [")[0] for cell in cells[3:7]] == [
+        "20 of 40", "12 of 13", "8 of 26", "0 of 1",
+    ]  # fmt: skip
     assert rows[2].startswith("| templates | AttnLRP's map | 0 of 40")
     nothing = maps.maps(failures.assign(**{"captured, map": 1.0}))
     assert maps.threshold(nothing) == 1.0

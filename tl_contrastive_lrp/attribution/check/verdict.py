@@ -9,8 +9,8 @@ from typing import Literal
 
 Verdict = Literal["supported", "weak", "contradicted"]
 
-# On ``captured``, which lies in [-1, 1]. The first is what benchmarks/_real_verdicts.py finds on
-# real failures; 0 follows from the word.
+# On ``captured``, which lies in [-1, 1]. Chosen by hand: half of what as many tokens can do, and
+# none of it. docs/faithfulness.md says how often the verdicts are right on real failures.
 SUPPORTED = 0.5  # this much or more
 CONTRADICTED = 0.0  # less than this
 
