@@ -1,6 +1,7 @@
 """The frozen result of explaining one prediction, and its file format.
 
-The file is safetensors: tensors plus one JSON text, no pickle, nothing executable.
+The file is safetensors: tensors plus one JSON text, no pickle, nothing executable. This module is
+long because every method of the one class that users hold documents itself with an example.
 """
 
 from __future__ import annotations

@@ -152,11 +152,6 @@ def explain(
     result = replace(result, prepended_bos=question.prepended_bos, segments=question.segments)
     write(output.save, result.save)  # before the graph, which may take long
     notes = [*question.notes, *filter(None, [run.note])]
-    check = None
-    if with_check:
-        with progress("Replacing tokens", output.shows_progress):
-            check, way = _checked(model, question, result)
-        notes += way
     graph = None
     if prepared.graph is not None:
         if is_long(question) and not output.quiet:
@@ -168,6 +163,11 @@ def explain(
             notes.append(note)
             if not output.quiet:
                 print_err(f"Note: {note}")
+    check = None
+    if with_check:  # after the graph, which lets go of the forward that it shares
+        with progress("Replacing tokens", output.shows_progress):
+            check, way = _checked(model, question, result)
+        notes += way
     explained = Explained(question, result, run, tuple(notes), check)
     with progress("Writing the report", output.shows_progress and output.out is not None):
         write(output.out, lambda path: _write_report(explained, graph, path))
@@ -182,21 +182,28 @@ def _checked(
     Returns:
         The check, and sentences on why there is none, or on how it was made if not as usual.
     """
-    from ..errors import LrpError, UncoveredComponentError, is_out_of_memory
-    from ..inputs.objective import logit_diff
+    from ..errors import LrpError, is_out_of_memory
 
-    objective = logit_diff(model, question.target, question.contrast, question.typed_pos)
     try:
-        try:
-            return result.check(model, objective=objective, progress=False), ()
-        except UncoveredComponentError:
-            check = result.check(model, objective=objective, window=None, progress=False)
+        return _check(model, question, result)
     except LrpError as error:
         return None, (f"The map was not checked: {message_of(error)}",)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return None, ("The map was not checked: there was not enough memory for it.",)
+
+
+def _check(model: Any, question: Question, result: Attribution) -> tuple[MapCheck, tuple[str, ...]]:
+    """The check, with every token replaced where effects cannot be predicted."""
+    from ..errors import UncoveredComponentError
+    from ..inputs.objective import logit_diff
+
+    objective = logit_diff(model, question.target, question.contrast, question.typed_pos)
+    try:
+        return result.check(model, objective=objective, progress=False), ()
+    except UncoveredComponentError:
+        check = result.check(model, objective=objective, window=None, progress=False)
     return check, (
         "Effects of replaced tokens cannot be predicted in this model, so for the check every "
         "token was replaced in a run of its own.",

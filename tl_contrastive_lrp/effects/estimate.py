@@ -22,7 +22,7 @@ from .later import LaterPositions
 from .passes import Replaced, last_logits, run_streams
 from .questions import Questions, used_tokens
 
-_NUMBERS = 1 << 23  # of one [row, head, tile, key] tensor
+_NUMBERS = 1 << 23  # of one [row, head, tile, key] tensor, or of the logits of a batch
 _TILES = (16, 128)  # the smallest, and the largest on a processor: later keys are not computed
 
 
@@ -95,14 +95,13 @@ def estimated(
         for of_objective, found in zip(effect, later.effects, strict=True):
             of_objective[: used.length] += found
     # Tokens whose window holds a position that is read: its logits are known exactly.
-    near = sorted({p - o for p in read for o in range(window + 1) if p >= o})
-    for positions in torch.split(torch.tensor(near), batch_size):
-        rows = clean.repeat(len(positions), 1, 1)
-        for row, i in enumerate(positions.tolist()):
-            for n, p in enumerate(read):
-                if 0 <= p - i <= window:
-                    rows[row, n] = streams.logits[p][p - i]
-        effect[:, positions] += questions.values(rows) - delta
+    of_read = torch.stack([streams.logits[p] for p in read])  # [read, row, vocab]
+    at = torch.tensor(read)
+    near = torch.unique(at[:, None] - torch.arange(window + 1))
+    for positions in torch.split(near[near >= 0], max(1, _NUMBERS // clean.numel())):
+        offset = at - positions[:, None]
+        row = torch.where((offset >= 0) & (offset <= window), offset, -1)  # the last is clean
+        effect[:, positions] += questions.values(of_read[torch.arange(len(at)), row]) - delta
     if with_last:
         for positions, logits in last_logits(model, used, streams, window, batch_size, progress):
             effect[:, positions.cpu()] += questions.values(logits[:, None]) - delta

@@ -10,6 +10,8 @@ counts as done, and a damaged file is computed again.
 Nothing a unit gives depends on the worker: it is computed from its own case or chunk, on a fixed
 number of threads, and keyed by everything that determines it (``keys``).
 
+The file is long because the phases share one run: its settings, keys, workers and models.
+
 One model is in memory at a time, except that siblings join the base while contrasts are taken from
 them (``contrast: [..., sibling]``).
 """

@@ -82,15 +82,7 @@ def report_fields(check: MapCheck, result: Explained, length: int) -> dict[str, 
     measured = [None if math.isnan(row["measured"]) else row["measured"] for row in rows]
     if check.unit == "token":
         return {"verdict": verdict, "measured": [*measured, *[None] * (length - len(measured))]}
-    shown = ("segment", "n_tokens", "relevance", "predicted", "chosen")
-    return {
-        "verdict": verdict,
-        "measured_segments": [
-            {
-                **{name: row[name] for name in shown[:-1]},
-                "measured": value,
-                "chosen": row["chosen"],
-            }
-            for row, value in zip(rows, measured, strict=True)
-        ],
-    }
+    shown = ("segment", "n_tokens", "relevance", "predicted", "measured", "chosen")
+    replaced = [{**row, "measured": value} for row, value in zip(rows, measured, strict=True)]
+    segments = [{name: row[name] for name in shown} for row in replaced]
+    return {"verdict": verdict, "measured_segments": segments}

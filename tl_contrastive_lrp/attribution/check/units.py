@@ -15,16 +15,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...errors import NonFiniteError, PromptError
-from ...inputs.segments import How, Segment, divide
+from ...inputs.segment_sums import Relevant
+from ...inputs.segments import How, divide
 from ..ledger import Ledger
 
 
-class Explained(Protocol):
+class Explained(Relevant, Protocol):
     """What is checked: the fields of ``Attribution`` that this takes."""
-
-    @property
-    def tokens(self) -> Float[Tensor, " pos"]:
-        """Relevance of each token."""
 
     @property
     def token_ids(self) -> Int[Tensor, " pos"]:
@@ -33,18 +30,6 @@ class Explained(Protocol):
     @property
     def greyed(self) -> Bool[Tensor, " pos"]:
         """Special tokens and the first token."""
-
-    @property
-    def str_tokens(self) -> tuple[str, ...]:
-        """The tokens' texts."""
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """The messages."""
-
-    @property
-    def delta(self) -> float:
-        """Δℓ."""
 
     @property
     def objective(self) -> str:
