@@ -11,6 +11,7 @@ import pytest
 from support.cli_runs import Run, words
 from support.study_bench import FILE, patched
 
+import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.study import run as run_module
 
 COMMANDS = ("init", "plan", "run", "label", "report")
@@ -69,6 +70,21 @@ def test_a_study_from_beginning_to_end(run: Run, file: Path) -> None:
     assert run("study", "label", file, "--add", "none.jsonl").code == 5
     assert run("study", "report", file, "--out", "r.html").code == 0
     assert Path("r.html").stat().st_size > 1000
+
+
+def test_cases_alone(run: Run, file: Path) -> None:
+    """Collecting only computes the chunks of items; a run after it explains the same cases."""
+    done = run("study", "run", file, "--collect-only")
+    assert f"study run {file}" in done.out
+    study = clrp.study.Study.load(file)
+    cases = study.results().cases
+    assert cases
+    assert not study.results().analyses
+    collected = run("study", "run", file, "--collect-only", "--json").json
+    assert (collected["computed"], collected["cases"]) == (0, len(cases))
+    ran = run("study", "run", file, "--json").json
+    assert ran["computed"] == ran["cases"] == len(cases)
+    assert study.results().cases == cases
 
 
 def test_init_writes_a_file_that_is_a_study(run: Run) -> None:

@@ -302,3 +302,52 @@ def test_only_short_answers(tmp_path: Path) -> None:
     assert asked("math", MATH, longest_answer=5) == ["made/up/2.json"]
     with pytest.raises(FileFormatError, match=r"No answer of gsm8k .* longest_answer=2"):
         asked("gsm8k", GSM8K, longest_answer=2, limit=1)
+
+
+def test_answered_questions_come_first(tmp_path: Path) -> None:
+    """The last rows, answered as the item is to be; they are not asked themselves."""
+    rows = [*GSM8K, {"question": "One and one?", "answer": "1+1=2\n#### 2"}]
+    path = written(tmp_path / "rows.jsonl", rows)
+    plain = open_benchmark("gsm8k", path=path, shots=2, request="")
+    [item] = plain.items()
+    assert item.id == "1"
+    assert item.messages == (
+        {"role": "user", "content": GSM8K[1]["question"]},
+        {"role": "assistant", "content": GSM8K[1]["answer"]},
+        {"role": "user", "content": "One and one?"},
+        {"role": "assistant", "content": "1+1=2\n#### 2"},
+        {"role": "user", "content": GSM8K[0]["question"]},
+    )
+    begun = open_benchmark("gsm8k", path=path, shots=1, begin="####", limit=1)
+    [item] = begun.items()
+    assert item.messages is not None
+    assert [one["role"] for one in item.messages] == ["user", "assistant"] * 2
+    assert item.messages[1]["content"] == "#### 2"
+    assert item.messages[0]["content"].endswith(item.instructions[0])  # asked like the question
+
+    path = written(tmp_path / "math.jsonl", MATH)
+    for begin, answer in {"": MATH[1]["solution"], r"\boxed{": r"\boxed{(0,1)}"}.items():
+        [item] = open_benchmark("math", path=path, shots=1, begin=begin).items()
+        assert item.messages is not None
+        assert item.messages[1] == {"role": "assistant", "content": answer}
+
+
+@pytest.mark.parametrize(
+    ("shots", "error", "said"),
+    [
+        (2, FileFormatError, r"gsm8k has 2 rows here, of which shots=2 leaves none to ask"),
+        (-1, ValueError, r"shots is -1; give a whole number"),
+        ("two", ValueError, r"shots is 'two'"),
+    ],
+)
+def test_wrong_shots(tmp_path: Path, shots: Any, error: type[Exception], said: str) -> None:
+    path = written(tmp_path / "rows.jsonl", GSM8K)
+    with pytest.raises(error, match=said):
+        open_benchmark("gsm8k", path=path, shots=shots)
+
+
+def test_a_malformed_answered_question_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GSM8K[0]) + "\n{broken\n", "utf-8")
+    with pytest.raises(FileFormatError, match=r"rows\.jsonl, line 2"):
+        open_benchmark("gsm8k", path=path, shots=1)

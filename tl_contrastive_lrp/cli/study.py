@@ -112,6 +112,10 @@ class RunOptions:
             "undone is done after that. Default: as accelerate launch or torchrun say, else all.",
         ),
     ] = None
+    collect_only: Annotated[
+        bool,
+        typer.Option("--collect-only", help="Collect the cases, and explain none."),
+    ] = False
     json: o.JsonOption = False
     quiet: o.QuietOption = False
     debug: o.DebugOption = False
@@ -134,7 +138,9 @@ def run_command(options: RunOptions) -> None:
         study = _loaded(options.file)
         with _continuable(options), _quiet():
             summary = study.run(
-                _checked_shard(options.shard), progress=not (options.quiet or options.json)
+                _checked_shard(options.shard),
+                analyse=not options.collect_only,
+                progress=not (options.quiet or options.json),
             )
         if options.json:
             print_json({**vars(summary), "failed": [vars(one) for one in summary.failed]})
@@ -172,10 +178,11 @@ def _continuable(options: RunOptions) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        shard = f" --shard {options.shard}" if options.shard else ""
+        given = f" --shard {options.shard}" if options.shard else ""
+        given += " --collect-only" if options.collect_only else ""
         print_err(
             "What is finished is in the store. To continue: "
-            f"{PROGRAM} study run {shell_word(str(options.file))}{shard}"
+            f"{PROGRAM} study run {shell_word(str(options.file))}{given}"
         )
         raise
     finally:
@@ -215,7 +222,10 @@ def _print_summary(options: RunOptions, summary: RunSummary) -> None:
         rows = [[getattr(one, name) for name in headings] for one in summary.failed]
         table([("case", False), *((name, False) for name in headings[1:])], rows)
     file = shell_word(str(options.file))
-    print_out(f"Next: {PROGRAM} study report {file}, or {PROGRAM} study label {file}")
+    if options.collect_only:
+        print_out(f"Next: {PROGRAM} study run {file}")
+    else:
+        print_out(f"Next: {PROGRAM} study report {file}, or {PROGRAM} study label {file}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)

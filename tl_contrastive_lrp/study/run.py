@@ -334,8 +334,11 @@ class StudyRun:
 
     # ------------------------------------------------------------ running
 
-    def go(self) -> RunSummary:
+    def go(self, analyse: bool = True) -> RunSummary:
         """Run what is missing.
+
+        Args:
+            analyse: Whether the cases are analysed; else they are collected alone.
 
         Returns:
             What was done.
@@ -354,10 +357,11 @@ class StudyRun:
                 chunks = self.chunks(base_hash, base)
                 tokens = SimpleNamespace(cfg=base.cfg, tokenizer=base.tokenizer)
                 cases = self._collect(worker, base, base_hash, chunks)
-                self._analyse(worker, self.settings.base, base, base_hash, cases)
-                self._check(worker, self.settings.base, base, base_hash, cases)
+                if analyse:
+                    self._analyse(worker, self.settings.base, base, base_hash, cases)
+                    self._check(worker, self.settings.base, base, base_hash, cases)
             del base
-            for one in self.settings.models[1:]:
+            for one in self.settings.models[1:] if analyse else ():
                 with self.opened(one) as (model, model_hash):
                     check_same_tokens(tokens, model)
                     self._analyse(worker, one, model, model_hash, cases)

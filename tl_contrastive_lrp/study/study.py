@@ -128,7 +128,11 @@ class Study:
         return plan_study(self._run(progress=progress), items)
 
     def run(
-        self, shard: str | tuple[int, int] | None = None, *, progress: bool = True
+        self,
+        shard: str | tuple[int, int] | None = None,
+        *,
+        analyse: bool = True,
+        progress: bool = True,
     ) -> RunSummary:
         """Collect and analyse what is not in the store yet.
 
@@ -136,6 +140,8 @@ class Study:
             shard: Which part of the work to do first: "i/n" or (i, n), i from 0. What other workers
                 leave undone is done after that, so each returns with the study complete. By
                 default, as torchrun or ``accelerate launch`` say, else all.
+            analyse: Whether the cases are analysed; else they are collected alone, and
+                ``results().cases`` has them.
             progress: Whether to show progress bars, where stderr is a terminal.
 
         Returns:
@@ -158,7 +164,7 @@ class Study:
             share = Share.of_environment(os.environ)
         else:
             share = Share.of_text(shard) if isinstance(shard, str) else Share(*shard)
-        return self._run(share, progress).go()
+        return self._run(share, progress).go(analyse)
 
     def label(self, path: str | os.PathLike[str], *, blind: bool = True) -> Path:
         """Write the page on which a person labels the cases, offline and with the keyboard.

@@ -16,6 +16,7 @@ from tl_contrastive_lrp.study.benchmarks import open_benchmark
 from tl_contrastive_lrp.study.benchmarks.item import Item
 from tl_contrastive_lrp.study.cases import REASONS, Case, Dropped, Verdict
 from tl_contrastive_lrp.study.collect import CollectSettings, collect, collect_logged, complete
+from tl_contrastive_lrp.study.collect.generate import Greedy
 from tl_contrastive_lrp.study.models import ModelSpec
 
 SPEC = ModelSpec("middle", "demo")
@@ -79,6 +80,22 @@ def test_a_case_holds_what_one_plain_forward_says(model, found, benchmark, items
             assert 2 <= rank <= 10
         spelled = "".join(model.tokenizer.decode([i]) for i in case.prompt_ids)
         assert spelled == case.prompt
+
+
+def test_a_prompt_is_read_once_where_all_rollouts_start_at_one_place(
+    model, benchmark, items, found, monkeypatch
+):
+    """The forward that gives Δℓ leaves the keys and values that its rollouts go on from."""
+    read, reads = Greedy.read, []
+
+    def counted(self, prompt_ids, completion_ids):
+        reads.append(len(completion_ids))
+        return read(self, prompt_ids, completion_ids)
+
+    monkeypatch.setattr(Greedy, "read", counted)
+    cases = collect(model, benchmark, items[:6], SETTINGS, spec=SPEC, model_fingerprint="f" * 64)
+    assert cases == found[:6]
+    assert reads == [case.target_position for case in cases]
 
 
 def test_segments_are_the_instructions_and_the_rest_of_the_message(model, found):

@@ -47,7 +47,9 @@ def open_benchmark(
         limit: The most items, the first in the file's order; None for all.
         options: Besides, for all but "demo": ``split`` and ``revision`` on the hub, and
             ``on_error``, "raise" or "skip" for malformed rows, which are named in either case.
-            "math" and "gsm8k": ``request``, the sentence after the problem. "ifeval": ``loose``.
+            "math" and "gsm8k": ``request``, the sentence after the problem, ``begin``, what every
+            answer begins with, ``longest_answer`` in characters, and ``shots``, how many answered
+            questions come first. "ifeval": ``loose``.
             "humaneval" and "evalplus": ``sandbox``, without which nothing is executed and all
             completions stay unchecked, ``timeout`` and ``chat``.
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import ClassVar
 
@@ -155,9 +155,14 @@ class _Maths(Published):
         longest_answer: Only items whose right answer has at most that many characters (of GSM8K,
             without commas), such as one digit, which one token decides; None for all. It chooses
             among the first ``limit``.
+        shots: So many answered questions come before each question, as messages of the chat. They
+            are the last rows, which are no items then. Answers are as published, or where answers
+            begin with ``begin``, that and the right answer alone.
 
     Raises:
-        FileFormatError: As for all benchmarks; or no right answer is so short.
+        FileFormatError: As for all benchmarks; or no right answer is so short, or ``shots`` leaves
+            no row to ask.
+        ValueError: As for all benchmarks; or ``shots`` is negative.
     """
 
     default_request: ClassVar[str]
@@ -170,9 +175,22 @@ class _Maths(Published):
         request: str | None = None,
         begin: str = "",
         longest_answer: int | None = None,
+        shots: int = 0,
     ) -> None:
+        if not isinstance(shots, int) or shots < 0:
+            raise ValueError(f"shots is {shots!r}; give a whole number, 0 for none.")
         self.begin = begin
         self.request = self.default_request if request is None else request
+        self._shots: tuple[Mapping[str, str], ...] = ()
+        if shots:
+            rows = list(rows)
+            if len(rows) <= shots:
+                raise FileFormatError(
+                    f"{self.name} has {len(rows)} rows here, of which shots={shots} leaves none to "
+                    "ask; give more rows or fewer shots."
+                )
+            rows, last = rows[:-shots], rows[-shots:]
+            self._shots = tuple(message for row in last for message in self._answered(row))
         super().__init__(rows, limit, on_error)
         if longest_answer is not None:
             self._items = tuple(i for i in self._items if len(self._answer(i)) <= longest_answer)
@@ -186,11 +204,29 @@ class _Maths(Published):
         """The right answer of an item, as short as it can be written."""
         return item.reference or ""
 
+    def _solution(self, row: Row) -> str:
+        """The answer as published, with the way to it."""
+        raise NotImplementedError
+
+    def _answered(self, row: Row | FileFormatError) -> tuple[Mapping[str, str], ...]:
+        """A row as question and answer."""
+        if isinstance(row, FileFormatError):
+            raise row
+        item = self._item(row)
+        assert item.messages is not None
+        answer = self._begun(self._answer(item)) if self.begin else self._solution(row)
+        return (item.messages[0], {"role": "assistant", "content": answer})
+
+    def _begun(self, answer: str) -> str:
+        """A right answer after ``begin``."""
+        return f"{self.begin} {answer}"
+
     def _asked(self, id: str, problem: str, reference: str, row: Row) -> Item:
         text = f"{problem}\n\n{self.request}" if self.request else problem
         return Item(
             id=id,
             messages=(
+                *self._shots,
                 {"role": "user", "content": text},
                 *([{"role": "assistant", "content": self.begin}] if self.begin else []),
             ),
@@ -217,6 +253,9 @@ class GSM8K(_Maths):
 
     def _answer(self, item: Item) -> str:
         return f"{self._expected(item):f}"
+
+    def _solution(self, row: Row) -> str:
+        return row.text("answer")
 
     def check(self, item: Item, completion: str) -> Verdict:
         """Whether the completion's number is the reference's."""
@@ -259,6 +298,13 @@ class MATH(_Maths):
     def _item(self, row: Row) -> Item:
         id = row.text("unique_id") if "unique_id" in row.values else str(row.number)
         return self._asked(id, row.text("problem"), row.text("answer"), row)
+
+    def _solution(self, row: Row) -> str:
+        return row.text("solution")
+
+    def _begun(self, answer: str) -> str:
+        opened = self.begin.count("{") - self.begin.count("}")
+        return f"{self.begin}{answer}{'}' * max(0, opened)}"
 
     def check(self, item: Item, completion: str) -> Verdict:
         """Whether math-verify finds the completion's answer equal to the reference."""

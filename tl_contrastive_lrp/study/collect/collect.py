@@ -391,7 +391,10 @@ def _one(
             f"{len(done.ids)} tokens."
         )
     target = done.ids[position]
-    logits = exact.read(done.prompt_ids, done.ids[:position]).logits[-1]
+    before = exact.read(done.prompt_ids, done.ids[:position])
+    logits = before.logits[-1]
+    if writer is exact and not failure.n_rollouts:
+        failure.reading = before  # no locator has rolled anything, and contrasts start here
     where = f"by {locator}, token {position}"
     if int(logits.argmax()) != target:
         rank = int((logits > logits[target]).sum()) + 1

@@ -79,7 +79,11 @@ class Failure:
 
     @cached_property
     def reading(self) -> Reading:
-        """One forward of the writer over prompt and completion."""
+        """One forward of the writer over prompt and completion.
+
+        Where all rollouts start at one place, one over what is before it does as well; set it, and
+        none is run.
+        """
         return self.writer.read(self.completion.prompt_ids, self.completion.ids)
 
     def passes(self, branches: Sequence[tuple[int, int]]) -> list[bool]:
