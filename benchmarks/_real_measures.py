@@ -22,10 +22,12 @@ from tl_contrastive_lrp.evaluation.faithfulness.removal import prepare_removal
 from tl_contrastive_lrp.evaluation.ranking import first_in_order
 from tl_contrastive_lrp.inputs.tokens import drawable_ids, special_ids, special_mask
 
-WHOLE = 48  # tokens up to which every ordinary token is replaced
-SAMPLED, STRONGEST = 24, 16  # beyond: so many at random, and so many by |relevance|
-FULL = 160  # tokens beyond which fewer are, so that a prompt costs about the same
+WHOLE = 112  # tokens up to which every ordinary token is replaced
+SAMPLED, STRONGEST = 16, 16  # beyond: so many at random, and so many by |relevance|
+TWICE = 24  # at most so many of the sampled tokens are exchanged for a second random token
 FIRST_SET = "attnlrp"
+WINDOWS = (1, 2)  # of predicted effects
+LEAST_GAP = 0.5  # logits that a corrupted prompt must take from Δℓ, for circuits
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 0.875, 1.0)  # of tokens removed, for the area
 LIMIT = 8  # tokens to flip
 EVERY = 5  # layers of which one is patched
@@ -73,11 +75,9 @@ def positions(ids: Tensor, free: Sequence[int], scores: Tensor, seed: int) -> di
     """Which tokens are replaced: all that are free, or a uniform sample, and the strongest."""
     if len(ids) <= WHOLE:
         return dict.fromkeys(free, "sampled")
-    less = min(1.0, FULL / len(ids))
     draw = torch.randperm(len(free), generator=torch.Generator().manual_seed(seed)).tolist()
-    found = {free[i]: "sampled" for i in draw[: max(8, round(SAMPLED * less))]}
-    strong = sorted(free, key=lambda p: -abs(float(scores[p])))[: max(4, round(STRONGEST * less))]
-    for p in strong:
+    found = {free[i]: "sampled" for i in draw[:SAMPLED]}
+    for p in sorted(free, key=lambda p: (-abs(float(scores[p])), p))[:STRONGEST]:
         found[p] = "both" if found.get(p) == "sampled" else "strongest"
     return dict(sorted(found.items()))
 
@@ -87,12 +87,14 @@ def effects(
     seed: int, second: bool,
 ) -> dict[str, list[float | None]]:  # fmt: skip
     """Measured effects at these positions, in their order: zero embeddings, a random token, and
-    where ``second`` another random one at the sampled positions."""
+    where ``second`` another random one at some of the sampled positions."""
     pool, generator = drawable_ids(model), torch.Generator().manual_seed(seed)
     drawn = pool[torch.randint(len(pool), (2, len(ids)), generator=generator)].tolist()
     which: list[tuple[int, int | None]] = [(p, None) for p in at]
     which += [(p, drawn[0][p]) for p in at]
-    twice = [p for p, why in at.items() if second and why != "strongest"]
+    sampled = [p for p, why in at.items() if second and why != "strongest"]
+    draw = torch.randperm(len(sampled), generator=generator).tolist()
+    twice = sorted(sampled[i] for i in draw[:TWICE])
     which += [(p, drawn[1][p]) for p in twice]
     found = measured_effects(plain, ids, target, contrast, which).tolist()
     n = len(at)
@@ -100,11 +102,15 @@ def effects(
     return {"zero": found[:n], "random a": found[n : 2 * n], "random b": [again.get(p) for p in at]}
 
 
-def predicted(model: Any, ids: Tensor, target: int, contrast: int) -> Tensor:
-    """Effects of zero embeddings as ``token_effects`` predicts them, of all tokens."""
+def predicted(model: Any, ids: Tensor, target: int, contrast: int) -> dict[str, dict[str, Any]]:
+    """Effects of zero embeddings as ``token_effects`` predicts them, of all tokens, and what that
+    took, in forwards; by window."""
     asked = {"target": target, "contrast": contrast}
-    effect: Tensor = clrp.token_effects(model, ids, **asked, window=2, **QUIET).effect
-    return effect
+    found = {w: clrp.token_effects(model, ids, **asked, window=w, **QUIET) for w in WINDOWS}
+    return {
+        str(w): {"effect": one.effect.tolist(), "forwards": one.forwards}
+        for w, one in found.items()
+    }
 
 
 def area(
@@ -204,3 +210,25 @@ def patching(
             for kind in ("pearson", "spearman")
         }
     return found
+
+
+def circuits(
+    model: Any, clean: Tensor, corrupted: Tensor, target: int, contrast: int,
+    methods: Sequence[str], seed: int,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """CPR and CMD by rule set, and of edges in random order; {} where the corrupted prompt takes
+    less than ``LEAST_GAP`` logits from Δℓ, so that there is next to nothing to restore."""
+    with torch.no_grad():
+        logits = model(torch.stack([clean, corrupted]))[:, -1].double()
+    own, other = (logits[:, target] - logits[:, contrast]).tolist()
+    if own - other < LEAST_GAP:
+        return {}
+    question = {"target": target, "contrast": contrast}
+    how: dict[str, Any] = {**question, "corrupted": corrupted[None], **QUIET}
+    found = {}
+    for name in methods:
+        graph = clrp.attribution_graph(model, clean, **question, rules=METHODS[name])
+        curve = clrp.circuit_curve(model, graph, **how)
+        found[name] = {"cpr": curve.cpr, "cmd": curve.cmd}
+    curve = clrp.circuit_curve(model, graph, by="random", seed=seed, **how)
+    return found | {"random": {"cpr": curve.cpr, "cmd": curve.cmd}}

@@ -18,10 +18,10 @@ from tl_contrastive_lrp import RULE_SETS
 from tl_contrastive_lrp.evaluation.faithfulness import bootstrap_interval
 
 STORED = Path(__file__).with_name("real_faithfulness.json")
-FAILURES = "failures"
+FAILURES, LONG = "failures", "long failures"
 NAMED = tuple(RULE_SETS)
 PATCHING = ("residual stream", "heads")
-PREDICTED = "window 2"
+PREDICTED = ("window 1", "window 2")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def load(path: Path = STORED) -> Real:
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no {path}: measure real weights first, with "
-            "python benchmarks/faithfulness.py --real FOLDER --cases CASES.jsonl."
+            "python benchmarks/faithfulness.py --real FOLDER --data DATA."
         )
     data = json.loads(path.read_text("utf-8"))
     return Real(pd.DataFrame(data["prompts"]), pd.DataFrame(data["methods"]), data["about"])
@@ -63,12 +63,17 @@ def measures(real: Real) -> list[Measure]:
     for group in real.groups:
         part = frame[(frame["group"] == group) & frame["method"].isin(RULES)]
         for one in REAL:
-            found.append(Measure.of(one.said, group, part, one.name, higher=one.higher))
+            if one.name in part and part[one.name].notna().any():
+                found.append(Measure.of(one.said, group, part, one.name, higher=one.higher))
         for what in PATCHING:
             name = f"patching spearman {what}"
             if name in part and part[name].notna().any():
                 said = f"rank correlation with patching ({what})"
                 found.append(Measure.of(said, group, part, name, tokens=False))
+        if "cmd" in part and part["cmd"].notna().any():
+            found.append(
+                Measure.of("circuits, CMD", group, part, "cmd", higher=False, tokens=False)
+            )
     return found
 
 
@@ -141,7 +146,7 @@ def prompts_table(real: Real) -> str:
     for group in real.groups:
         part = real.prompts[real.prompts["group"] == group]
         tokens, right = part["tokens"], part["right"].astype(float)
-        right_text = "–" if group == FAILURES else f"{int(right.sum())} of {len(right)}"
+        right_text = "–" if group in (FAILURES, LONG) else f"{int(right.sum())} of {len(right)}"
         lines.append([
             group, str(len(part)),
             f"{tokens.min()} to {tokens.max()}, median {tokens.median():.0f}",
@@ -168,8 +173,13 @@ def effects_table(real: Real) -> str:
     for group in real.groups:
         own = real.prompts[real.prompts["group"] == group]
         lines = []
-        for name in (*RULES, PREDICTED):
-            lines.append([f"`{name}`" if name != PREDICTED else "`token_effects`, window 2"])
+        for name in (*RULES, *PREDICTED):
+            if not len(real.of(group, name, "pearson_zero")):
+                continue
+            lines.append([f"`{name}`"])
+            if name in PREDICTED:
+                forwards = real.of(group, name, "forwards").mean()
+                lines[-1] = [f"`token_effects`, {name}, {forwards:.1f} forwards and a backward"]
             for way in ("zero", "random"):
                 lines[-1].append(
                     pair(lambda kind, name=name, way=way: real.of(group, name, f"{kind}_{way}"))
@@ -242,6 +252,17 @@ def patching_table(real: Real) -> str:
     return markdown(lines, ["Pearson / Spearman", *RULES])
 
 
+def circuits_table(real: Real) -> str:
+    """CPR and CMD by group."""
+    lines = []
+    for group in real.groups:
+        n = len(real.of(group, FIRST, "cmd")) if "cmd" in real.methods else 0
+        for said, name in (("CPR", "cpr"), ("CMD", "cmd")) if n else ():
+            lines.append([f"{group}, {said} ({n} prompts)"])
+            lines[-1] += [interval(real.of(group, rules, name)) for rules in (*RULES, "random")]
+    return markdown(lines, ["", *RULES, "random order"])
+
+
 def before(real: Real, rows: Sequence[Measure]) -> str:
     """What this page said when it knew small models alone, and whether it holds here."""
 
@@ -293,6 +314,7 @@ def fields(real: Real) -> dict[str, str]:
         "real_shares": share_table(real),
         "real_removal": removal_table(real),
         "real_patching": patching_table(real),
+        "real_circuits": circuits_table(real),
         "real_before": before(real, rows),
         "real_maps": verdicts_of_maps.table(real.prompts),
         "real_maps_said": verdicts_of_maps.said(real.prompts),

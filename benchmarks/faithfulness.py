@@ -3,11 +3,12 @@
 Measures every rule set and simple baselines on truths that were planted, on two trained models of
 two and eight blocks, and on the demo model: AUROC and average precision of what is known, curves of
 removed tokens, circuits; and what else a default must do. What was measured on real weights is in
-``real_faithfulness.json``, or is measured anew with --real (``real_faithfulness.py``). Says which
-rule set the default has to be, by the rule in ``_faithfulness_rule.py``.
+``real_faithfulness.json``, or is measured anew with --real (``real_faithfulness.py``), on failures
+that are collected first (``real_failures.py``). Says which rule set the default has to be, by the
+rule in ``_faithfulness_rule.py``.
 
     python benchmarks/faithfulness.py
-    python benchmarks/faithfulness.py --real FOLDER --cases CASES.jsonl --out-real OUT
+    python benchmarks/faithfulness.py --real FOLDER --data DATA --out-real OUT
     python benchmarks/faithfulness.py --quick --out /tmp/faithfulness.md
 
 Prints the page, and bars while it measures. Removing tokens and edges dominates: a forward for each
@@ -106,20 +107,22 @@ def measure(prompts: int, most: int, demo: int | None, quiet: bool) -> Found:
     )
 
 
-def measure_real(model: Path, cases: Path, out: Path, processes: int) -> None:
-    """Measure real weights in so many processes, and store the summary."""
-    script = [sys.executable, Path(__file__).with_name("real_faithfulness.py")]
-    how = ["--out", out]
-    runs_of = [
-        subprocess.Popen(
-            [*script, "--model", model, "--cases", cases, *how, "--shard", f"{number}/{processes}"]
-        )
-        for number in range(1, processes + 1)
-    ]
+def measure_real(model: Path, data: Path | None, cases: Path | None, out: Path, n: int) -> None:
+    """Collect failures, unless they are given, measure real weights, and store the summary."""
+    here = Path(__file__).parent
+    if cases is None:
+        cases = out / "cases.jsonl"
+        collect = ["--model", model, "--data", data, "--work", out / "collected", "--out", cases]
+        ours = [sys.executable, here / "real_failures.py", *collect, "--processes", str(n)]
+        out.mkdir(parents=True, exist_ok=True)
+        subprocess.run(ours, check=True)
+    script = [sys.executable, here / "real_faithfulness.py", "--out", out / "measured"]
+    asked = [*script, "--model", model, "--cases", cases, "--shard"]
+    runs_of = [subprocess.Popen([*asked, f"{number}/{n}"]) for number in range(1, n + 1)]
     codes = [run.wait() for run in runs_of]
     if any(codes):
         raise SystemExit(f"real_faithfulness.py failed with {codes}; what it wrote is in {out}.")
-    subprocess.run([*script, *how, "--summary", STORED], check=True)
+    subprocess.run([*script, "--summary", STORED], check=True)
 
 
 def main() -> None:
@@ -130,17 +133,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two prompts of everything")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--real", type=Path, help="folder with real weights, to measure them anew")
-    parser.add_argument("--cases", type=Path, help="failures for --real, as clrp.study saves them")
+    parser.add_argument("--data", type=Path, help="benchmarks for --real, to collect failures")
+    parser.add_argument("--cases", type=Path, help="or failures, as clrp.study saves them")
     parser.add_argument("--out-real", type=Path, help="folder of measurements, to stop and go on")
     parser.add_argument("--processes", type=int, default=2, help="for --real, a thread each")
     options = parser.parse_args()
-    if (options.real is None) != (options.cases is None):
-        parser.error("--real needs --cases, and --cases needs --real")
+    if (options.real is None) != (options.cases is None and options.data is None):
+        parser.error("--real needs --data or --cases, and these need --real")
     torch.set_num_threads(1)
     if options.real is not None:
         with tempfile.TemporaryDirectory() as folder:
             out = options.out_real or Path(folder)
-            measure_real(options.real, options.cases, out, options.processes)
+            measure_real(options.real, options.data, options.cases, out, options.processes)
     real = load()
     prompts, demo = (2, 4) if options.quick else (options.prompts, None)
     found = measure(prompts, options.max_tokens, demo, options.quiet)

@@ -1,22 +1,24 @@
 """How faithful is each rule set on real weights? Measures, for docs/faithfulness.md.
 
     python tools/real_model.py --out FOLDER
+    python benchmarks/real_failures.py --model FOLDER --data DATA --out CASES.jsonl
     python benchmarks/real_faithfulness.py --model FOLDER --cases CASES.jsonl --out OUT --shard 1/2
     python benchmarks/real_faithfulness.py --model FOLDER --cases CASES.jsonl --out OUT --shard 2/2
     python benchmarks/real_faithfulness.py --out OUT --summary benchmarks/real_faithfulness.json
 
 Groups of prompts: indirect objects, agreement and facts from the templates in ``_real_prompts.py``,
-20 each, and failures: cases of ``clrp.study`` (CASES.jsonl), --failures of them drawn at random.
-What is measured is in ``_real_measures.py``:
+20 each; failures and long failures, of more than 200 tokens: cases of ``clrp.study``
+(CASES.jsonl), --failures and --long of them drawn at random. What is measured is in
+``_real_measures.py``:
 
 - base: relevance of every rule set, the share of Δℓ at the tokens, effects of single tokens
-  measured and predicted. Of failures of more than 48 tokens 24 ordinary tokens are drawn at random
-  (correlations are over these) and the 16 strongest of AttnLRP added; beyond 160 tokens fewer, so
-  that a prompt costs about the same. A second random token takes the place of each sampled one on
-  templates and every third failure.
-- removal: the area between curves of removed tokens, and tokens to flip: all templates, and 24
+  measured and predicted. Of prompts of more than 112 tokens 16 ordinary tokens are drawn at random
+  (correlations are over these) and the 16 strongest of AttnLRP added; of shorter ones all are
+  replaced. A second random token takes the place of up to 24 on templates and every third failure.
+- removal: the area between curves of removed tokens, and tokens to flip: all templates, and 40
   failures of at most 120 tokens.
 - patching: 4 prompts of indirect objects and 4 of agreement.
+- circuits: 10 of each, where the corrupted prompt takes half a logit or more from Δℓ.
 
 A file is written for each prompt and part, whole or not at all; what is there is not measured
 again, so a run can be stopped and continued. A process takes one thread. Failures come in random
@@ -52,10 +54,12 @@ import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.files import atomic_path
 
 NAMED = tuple(clrp.RULE_SETS)
-FAILURES = "failures"
-GROUPS = (*TEMPLATES, FAILURES)
-SUBSET, SHORT = 24, 120  # failures of at most so many tokens, for removal
+FAILURES, LONG = "failures", "long failures"
+GROUPS = (*TEMPLATES, FAILURES, LONG)
+BOUND = 200  # tokens; longer failures are a group of their own
+SUBSET, SHORT = 40, 120  # failures of at most so many tokens, for removal
 PATCHED = (0, 1, 10, 11)  # numbers of the templates' prompts
+RESTORED = tuple(range(0, 20, 2))  # the same, for circuits
 DIGITS = 6
 
 
@@ -75,8 +79,8 @@ class Asked:
 
     @property
     def second(self) -> bool:
-        """Whether two random tokens are drawn for each sampled one."""
-        return self.group != FAILURES or self.rank % 3 == 0
+        """Whether two random tokens are drawn for sampled ones."""
+        return self.group in TEMPLATES or self.rank % 3 == 0
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -112,18 +116,26 @@ def from_templates(model: Any, most: int | None) -> list[Asked]:
     return found
 
 
-def from_cases(path: Path, most: int, longest: int) -> list[Asked]:
+def from_cases(path: Path, most: int, most_long: int, longest: int) -> list[Asked]:
     """Failures, in random order; the first of them that are short enough are for removal too."""
     cases = list(enumerate(clrp.study.load_cases(path)))
     cases = [(number, case) for number, case in cases if len(case.ids) <= longest]
-    random.Random(0).shuffle(cases)
+    draw = random.Random(0)
+    draw.shuffle(cases)
+    left, chosen = {FAILURES: most, LONG: most_long}, []
+    for number, case in cases:
+        group = LONG if len(case.ids) > BOUND else FAILURES
+        if left[group]:
+            left[group] -= 1
+            chosen.append((group, number, case))
+    draw.shuffle(chosen)  # of a stopped run, both groups have their part
     found, short = [], 0
-    for rank, (number, case) in enumerate(cases[:most]):
+    for rank, (group, number, case) in enumerate(chosen):
         removal = len(case.ids) <= SHORT and short < SUBSET
         short += removal
         ids = torch.tensor(case.ids)
         two = case.target_id, case.contrast_id
-        found.append(Asked(FAILURES, number, rank, ids, *two, removal=removal))
+        found.append(Asked(group, number, rank, ids, *two, removal=removal))
     return found
 
 
@@ -157,7 +169,7 @@ def base(model: Any, plain: Any, one: Asked, out: Path) -> dict[str, Any]:
         "ordinary": free,
         "relevance": {name: score.tolist() for name, score in scores.items()},
         "shares": measures.shares(results),
-        "predicted": foreseen.tolist(),
+        "predicted": foreseen,
         "measured": {"pos": list(at), "why": list(at.values()), **found},
         "seconds": seconds,
     }
@@ -184,20 +196,33 @@ def patched(model: Any, plain: Any, one: Asked, out: Path) -> dict[str, Any]:
     return {"patching": found, "seconds": {"patching": time.process_time() - clock}}
 
 
+def restored(model: Any, plain: Any, one: Asked, out: Path) -> dict[str, Any]:
+    clock = time.process_time()
+    target, contrast, _ = measures.preferred(model, one.ids, one.target, one.contrast)
+    assert one.corrupted is not None
+    found = measures.circuits(
+        model, one.ids, one.corrupted, target, contrast, RULES, seed=one.number
+    )
+    return {"circuits": found, "seconds": {"circuits": time.process_time() - clock}}
+
+
 Part = Callable[[Any, Any, Asked, Path], dict[str, Any]]
-PARTS: dict[str, Part] = {"base": base, "removal": removal, "patching": patched}
+PARTS: dict[str, Part] = {
+    "base": base, "removal": removal, "patching": patched, "circuits": restored,
+}  # fmt: skip
 
 
 def jobs(asked: Iterable[Asked]) -> list[tuple[Asked, str]]:
     """What is measured, in order: what a stopped run should have first comes first."""
     asked = list(asked)
-    templates = [one for one in asked if one.group != FAILURES]
-    failures = [one for one in asked if one.group == FAILURES]
+    templates = [one for one in asked if one.group in TEMPLATES]
+    failures = [one for one in asked if one.group not in TEMPLATES]
     found = [(one, part) for one in templates for part in ("base", "removal")]
-    found += [
-        (one, "patching") for one in templates
-        if one.corrupted is not None and one.number in PATCHED
-    ]  # fmt: skip
+    for part, numbers in (("patching", PATCHED), ("circuits", RESTORED)):
+        found += [
+            (one, part) for one in templates
+            if one.corrupted is not None and one.number in numbers
+        ]  # fmt: skip
     for one in failures:
         found.append((one, "base"))
         if one.removal:
@@ -209,8 +234,8 @@ def cost(one: Asked, part: str) -> float:
     """About how many seconds it takes."""
     n = len(one.ids)
     if part == "base":
-        return 2.0 + n * (0.17 if n <= measures.FULL else 0.11)
-    return 0.3 * n if part == "removal" else n
+        return 2.0 + n * (0.35 if measures.WHOLE / 3 < n <= measures.WHOLE else 0.15)
+    return {"removal": 0.3 * n, "patching": n, "circuits": 40.0}[part]
 
 
 def rounded(value: Any) -> Any:
@@ -284,9 +309,12 @@ def of_base(found: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[st
     prompt |= verdicts.checked(found)
     rows: dict[str, dict[str, float]] = {}
     guesses = {name: [-r[p] for p in at] for name, r in found["relevance"].items()}
-    guesses["window 2"] = [found["predicted"][p] for p in at]
+    for window, one in found["predicted"].items():
+        guesses[f"window {window}"] = [one["effect"][p] for p in at]
     for name, guess in guesses.items():
         row = rows[name] = {}
+        if name.startswith("window"):
+            row["forwards"] = found["predicted"][name.split()[1]]["forwards"]
         for kind, measure_of in (("zero", "zero"), ("random", "random a")):
             names = f"pearson_{kind}", f"spearman_{kind}"
             row |= correlations((guess, truth[measure_of]), names)
@@ -305,7 +333,7 @@ def summary(out: Path) -> dict[str, Any]:
     for file in sorted(out.glob("*.base.json")):
         known = json.loads(file.read_text("utf-8"))
         found[known["group"], known["number"]] = of_base(known)
-    for part in ("removal", "patching"):
+    for part in ("removal", "patching", "circuits"):
         for file in sorted(out.glob(f"*.{part}.json")):
             known = json.loads(file.read_text("utf-8"))
             rows = found[known["group"], known["number"]][1]
@@ -314,6 +342,8 @@ def summary(out: Path) -> dict[str, Any]:
                     rows[name][measure_of] = value
             for name, values in known.get("patching", {}).items():
                 rows[name] |= {f"patching {key}": value for key, value in values.items()}
+            for name, values in known.get("circuits", {}).items():
+                rows.setdefault(name, {}).update(values)
     order = sorted(found, key=lambda key: (GROUPS.index(key[0]), key[1]))
     per_prompt = [found[key][0] for key in order]
     per_method = [
@@ -359,7 +389,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cases", type=Path, help="failures, as clrp.study saves them")
     parser.add_argument("--out", type=Path, required=True, help="folder of measurements")
     parser.add_argument("--shard", default="1/1", help="this process's part, as 1/2")
-    parser.add_argument("--failures", type=int, default=150, help="the most failures")
+    parser.add_argument("--failures", type=int, default=120, help="the most short failures")
+    parser.add_argument("--long", type=int, default=36, help="the most long failures")
     parser.add_argument("--longest", type=int, default=1000, help="tokens of a failure")
     parser.add_argument("--templates", type=int, help="the most prompts of each template group")
     parser.add_argument("--summary", type=Path, help="write this file from what is measured")
@@ -377,7 +408,7 @@ def main(arguments: list[str] | None = None) -> None:
         plain = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
         asked = from_templates(model, options.templates)
         if options.cases is not None:
-            asked += from_cases(options.cases, options.failures, options.longest)
+            asked += from_cases(options.cases, options.failures, options.long, options.longest)
         with atomic_path(options.out / "about.json", example="about.json") as temporary:
             temporary.write_text(json.dumps(about(options.model, options.cases)), "utf-8")
         measure(model, plain, asked, options.out, (which, of))

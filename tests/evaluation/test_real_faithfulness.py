@@ -137,6 +137,7 @@ def test_exchanging_target_and_contrast_changes_nothing(
 ) -> None:
     """All templates' measures, and those of a failure of which only some tokens are replaced."""
     monkeypatch.setattr(measures, "WHOLE", N - 1)
+    monkeypatch.setattr(measures, "LEAST_GAP", -100.0)
     monkeypatch.setattr(measures, "SAMPLED", 5)
     monkeypatch.setattr(measures, "STRONGEST", 3)
     with torch.no_grad():
@@ -157,7 +158,7 @@ def test_exchanging_target_and_contrast_changes_nothing(
     del one["about"], other["about"]
     one["prompts"].pop("right"), other["prompts"].pop("right")
     assert one["prompts"]["sampled"][-1] >= 5
-    assert {"area", "flips", "share", "spearman_zero", "patching pearson heads"} <= set(
+    assert {"area", "flips", "share", "spearman_zero", "patching pearson heads", "cmd"} <= set(
         one["methods"]
     )
     assert any(value is not None for value in one["methods"]["flips"])
@@ -210,20 +211,21 @@ def test_which_tokens_are_replaced() -> None:
     at = measures.positions(ids, free, scores, seed=0)
     sampled = [p for p, why in at.items() if why != "strongest"]
     strong = [p for p, why in at.items() if why != "sampled"]
-    assert (len(sampled), len(strong)) == (round(24 * 0.8), round(16 * 0.8))
+    assert (len(sampled), len(strong)) == (measures.SAMPLED, measures.STRONGEST)
     assert {3, 50, 199} <= set(strong)
     assert list(at) == sorted(at)
     assert at == measures.positions(ids, free, scores, seed=0)
-    assert set(measures.positions(ids[:48], free[:47], scores, 0).values()) == {"sampled"}
+    few = measures.WHOLE
+    assert set(measures.positions(ids[:few], free[: few - 1], scores, 0).values()) == {"sampled"}
 
 
 def test_a_uniform_sample_is_uniform() -> None:
-    """Each of 99 tokens in 24/99 of 2,000 samples; 5 standard deviations are 0.048."""
-    ids, free, hits = torch.arange(100), list(range(1, 100)), torch.zeros(100)
+    """Each of 199 tokens in 16/199 of 2,000 samples; 5 standard deviations are 0.031."""
+    ids, free, hits = torch.arange(200), list(range(1, 200)), torch.zeros(200)
     for seed in range(2000):
-        at = measures.positions(ids, free, torch.arange(100.0), seed)
+        at = measures.positions(ids, free, torch.arange(200.0), seed)
         hits[[p for p, why in at.items() if why != "strongest"]] += 1 / 2000
-    assert (hits[1:] - 24 / 99).abs().max() < 0.048
+    assert (hits[1:] - measures.SAMPLED / 199).abs().max() < 0.031
 
 
 def test_correlations_by_hand() -> None:
@@ -243,13 +245,35 @@ def test_templates() -> None:
 
 
 def test_failures_in_random_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [SimpleNamespace(ids=(1,) * n, target_id=5, contrast_id=6) for n in range(50, 250)]
+    lengths = [*range(50, 250), *range(300, 500)]
+    cases = [SimpleNamespace(ids=(1,) * n, target_id=5, contrast_id=6) for n in lengths]
     monkeypatch.setattr(clrp.study, "load_cases", lambda _: cases)
-    found = real.from_cases(tmp_path, most=100, longest=200)
-    assert len(found) == 100
-    assert [one.rank for one in found] == list(range(100))
-    assert len({one.number for one in found}) == 100
-    assert max(len(one.ids) for one in found) <= 200
+    found = real.from_cases(tmp_path, most=100, most_long=60, longest=450)
+    groups = [one.group for one in found]
+    assert (groups.count(real.FAILURES), groups.count(real.LONG)) == (100, 60)
+    assert real.LONG in groups[:20]
+    assert real.FAILURES in groups[:20]
+    assert [one.rank for one in found] == list(range(160))
+    assert len({one.number for one in found}) == 160
+    for one in found:
+        assert len(one.ids) == lengths[one.number] <= 450
+        assert (one.group == real.LONG) == (len(one.ids) > real.BOUND)
     short = [one for one in found if len(one.ids) <= real.SHORT]
     assert [one.number for one in found if one.removal] == [s.number for s in short[: real.SUBSET]]
     assert [one.number for one in found] != sorted(one.number for one in found)
+
+
+def test_circuits_are_left_out_where_nothing_is_to_restore(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same prompt twice; else each set's curve is the package's own."""
+    args = (model, IDS)
+    assert measures.circuits(*args, IDS, TARGET, CONTRAST, ["relp"], seed=0) == {}
+    target, contrast, _ = measures.preferred(model, IDS, TARGET, CONTRAST)
+    monkeypatch.setattr(measures, "LEAST_GAP", -100.0)
+    found = measures.circuits(*args, OTHER, target, contrast, ["relp"], seed=0)
+    assert set(found) == {"relp", "random"}
+    how = {"target": target, "contrast": contrast}
+    graph = clrp.attribution_graph(*args, **how, rules="relp")
+    curve = clrp.circuit_curve(model, graph, **how, corrupted=OTHER[None], progress=False)
+    assert found["relp"] == {"cpr": pytest.approx(curve.cpr), "cmd": pytest.approx(curve.cmd)}
