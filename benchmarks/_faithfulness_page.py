@@ -247,7 +247,7 @@ def mean(frame: pd.DataFrame, method: str, column: str) -> float:
     return float(frame.loc[frame["method"] == method, column].mean())
 
 
-def written(found: Found, real: Real, stem: str) -> tuple[str, str]:
+def written(found: Found, real: Real, second: Real, stem: str) -> tuple[str, str]:
     """The page (Markdown) and its figure (SVG)."""
     rows = measures(found)
     tokens = found.planted.query("what == 'tokens'")
@@ -263,7 +263,7 @@ def written(found: Found, real: Real, stem: str) -> tuple[str, str]:
         gap=found.counts["gap"],
         chosen=best,
         why=why(found, real, rows),
-        **fields(real),
+        **fields(real, second),
         differences=compared(rows),
         verdict=counted(rows),
         duel=duel(rows),

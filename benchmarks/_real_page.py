@@ -18,6 +18,7 @@ from tl_contrastive_lrp import RULE_SETS
 from tl_contrastive_lrp.evaluation.faithfulness import bootstrap_interval
 
 STORED = Path(__file__).with_name("real_faithfulness.json")
+SECOND = Path(__file__).with_name("real_second_model.json")
 FAILURES, LONG = "failures", "long failures"
 NAMED = tuple(RULE_SETS)
 PATCHING = ("residual stream", "heads")
@@ -298,8 +299,8 @@ def versions(real: Real) -> str:
     return ", ".join(f"{name} {real.about[name]}" for name in names if name in real.about)
 
 
-def fields(real: Real) -> dict[str, str]:
-    """What the template of the page asks for."""
+def fields(real: Real, second: Real) -> dict[str, str]:
+    """What the template of the page asks for; second: templates measured on another model."""
     rows = measures(real)
     minutes = real.about.get("processor_minutes", {})
     return {
@@ -311,6 +312,9 @@ def fields(real: Real) -> dict[str, str]:
         "real_differences": compared(rows),
         "real_verdict": counted(rows),
         "real_effects": effects_table(real),
+        "second_model": str(second.about.get("model", "")),
+        "second_effects": effects_table(second),
+        "second_shares": share_table(second),
         "real_shares": share_table(real),
         "real_removal": removal_table(real),
         "real_patching": patching_table(real),

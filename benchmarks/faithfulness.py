@@ -29,7 +29,7 @@ import _faithfulness_runs as runs
 import pandas as pd
 import torch
 from _faithfulness_page import Found, written
-from _real_page import STORED, load
+from _real_page import SECOND, STORED, load
 from truth import planted_deep, planted_induction
 
 import tl_contrastive_lrp as clrp
@@ -145,10 +145,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             out = options.out_real or Path(folder)
             measure_real(options.real, options.data, options.cases, out, options.processes)
-    real = load()
+    real, second = load(), load(SECOND)
     prompts, demo = (2, 4) if options.quick else (options.prompts, None)
     found = measure(prompts, options.max_tokens, demo, options.quiet)
-    page, picture = written(found, real, options.out.stem)
+    page, picture = written(found, real, second, options.out.stem)
     options.out.write_text(page, encoding="utf-8")
     options.out.with_name(f"{options.out.stem}_curves.svg").write_text(picture, encoding="utf-8")
     print(page)

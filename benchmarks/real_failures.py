@@ -3,11 +3,12 @@
     python tools/real_model.py --out FOLDER
     python benchmarks/real_failures.py --model FOLDER --data DATA --work WORK --out CASES.jsonl
 
-Two studies collect and explain nothing: that of ``studies/smollm2`` on GSM8K, MATH-500 and IFEval,
-whose prompts have some 50 to 150 tokens; and ``real_failures.yaml`` beside this file, on GSM8K and
-MATH-500 after answered questions, with 300 to 1,000. DATA holds gsm8k_test.jsonl, math500.jsonl and
-ifeval.jsonl. WORK keeps what is collected, so a stopped run continues. HumanEval is left out: none
-of its failures became a case (``docs/study_smollm2.md``), and its code would have to be executed.
+Two studies collect and explain nothing: that of ``studies/smollm2`` on GSM8K and fewer items of
+MATH-500 and IFEval, whose prompts have some 50 to 150 tokens; and ``real_failures.yaml`` beside
+this file, on GSM8K and MATH-500 after answered questions, with 300 to 1,000. DATA holds
+gsm8k_test.jsonl, math500.jsonl and ifeval.jsonl. WORK keeps what is collected, so a stopped run
+continues. HumanEval is left out: none of its failures became a case (``docs/study_smollm2.md``),
+and its code would have to be executed.
 """
 
 from __future__ import annotations
@@ -28,12 +29,18 @@ STUDIES = {
     "long": HERE / "real_failures.yaml",
 }
 BENCHMARKS = ("gsm8k", "math", "ifeval")
+FEWER = {"math": 192, "ifeval": 48}  # items with short prompts
 
 
 def study_of(which: str) -> Study:
     """The study, in the working folder."""
     settings = load_settings(STUDIES[which])
-    kept = tuple(one for one in settings.benchmarks if one.name in BENCHMARKS)
+    limits = FEWER if which == "short" else {}
+    kept = tuple(
+        dataclasses.replace(one, limit=limits.get(one.name, one.limit))
+        for one in settings.benchmarks
+        if one.name in BENCHMARKS
+    )
     return Study(dataclasses.replace(settings, benchmarks=kept, store=which), Path())
 
 

@@ -23,7 +23,11 @@ Groups of prompts: indirect objects, agreement and facts from the templates in `
 A file is written for each prompt and part, whole or not at all; what is there is not measured
 again, so a run can be stopped and continued. A process takes one thread. Failures come in random
 order, so what a stopped run has of them is a random sample. The files hold tokens' positions and
-numbers, no texts; --summary makes of them one file with a row a prompt and rule set.
+numbers, no texts; --summary makes of them one file with a row a prompt and rule set. Without
+--cases templates alone are measured, as of a second model, with --parts base:
+
+    python benchmarks/real_faithfulness.py --model SECOND --out OUT --parts base \
+        --summary benchmarks/real_second_model.json
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -101,12 +105,12 @@ def one_token(model: Any, word: str) -> int:
 
 
 def from_templates(model: Any, most: int | None) -> list[Asked]:
-    """Prompts without BOS, which this model's tokenizer does not add."""
+    """Prompts with BOS where the tokenizer adds it."""
     found: list[Asked] = []
     for group in TEMPLATES:
         for number, prompt in enumerate([p for p in prompts() if p.group == group][:most]):
             clean, corrupted = (
-                None if text is None else model.to_tokens(text, prepend_bos=False)[0]
+                None if text is None else torch.tensor(model.tokenizer(text)["input_ids"])
                 for text in (prompt.text, prompt.corrupted)
             )
             if corrupted is not None and len(corrupted) != len(clean):
@@ -256,13 +260,17 @@ def spent(out: Path) -> dict[str, float]:
     return total
 
 
-def measure(model: Any, plain: Any, asked: list[Asked], out: Path, shard: tuple[int, int]) -> None:
+def measure(
+    model: Any, plain: Any, asked: list[Asked], out: Path, shard: tuple[int, int],
+    parts: Sequence[str] = tuple(PARTS),
+) -> None:  # fmt: skip
     """What is not there yet of this shard's part, with what remains."""
     which, of = shard
     mine = [one for number, one in enumerate(asked) if number % of == which - 1]
-    left = [(one, part) for one, part in jobs(mine) if not one.file(out, part).exists()]
+    todo = [(one, part) for one, part in jobs(mine) if part in parts]
+    left = [(one, part) for one, part in todo if not one.file(out, part).exists()]
     total, done, start = sum(cost(*job) for job in left), 0.0, time.perf_counter()
-    print(f"shard {which}/{of}: {len(left)} of {len(jobs(mine))} to do", flush=True)
+    print(f"shard {which}/{of}: {len(left)} of {len(todo)} to do", flush=True)
     for number, (one, part) in enumerate(left, 1):
         found = rounded(
             {"group": one.group, "number": one.number} | PARTS[part](model, plain, one, out)
@@ -375,8 +383,9 @@ def about(folder: Path, cases: Path | None) -> dict[str, Any]:
     packages = ("torch", "transformers", "transformer_lens", "tl_contrastive_lrp")
     names = {"transformer_lens": "transformer-lens"}
     config = json.loads((folder / "config.json").read_text("utf-8"))
+    known = {576: "SmolLM2-135M-Instruct", 640: "Gemma 3 270M"}
     return {
-        "model": "SmolLM2-135M-Instruct" if config.get("hidden_size") == 576 else folder.name,
+        "model": known.get(config.get("hidden_size"), folder.name),
         "cases": 0 if cases is None else len(clrp.study.load_cases(cases)),
         "python": platform.python_version(),
         **{name: version(names.get(name, name)) for name in packages},
@@ -393,6 +402,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--long", type=int, default=36, help="the most long failures")
     parser.add_argument("--longest", type=int, default=1000, help="tokens of a failure")
     parser.add_argument("--templates", type=int, help="the most prompts of each template group")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=tuple(PARTS), metavar="PART")
     parser.add_argument("--summary", type=Path, help="write this file from what is measured")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -411,7 +421,7 @@ def main(arguments: list[str] | None = None) -> None:
             asked += from_cases(options.cases, options.failures, options.long, options.longest)
         with atomic_path(options.out / "about.json", example="about.json") as temporary:
             temporary.write_text(json.dumps(about(options.model, options.cases)), "utf-8")
-        measure(model, plain, asked, options.out, (which, of))
+        measure(model, plain, asked, options.out, (which, of), options.parts)
         for name, seconds in sorted(spent(options.out).items()):
             print(f"{name}: {seconds / 60:.1f} processor minutes")
     if options.summary is not None:

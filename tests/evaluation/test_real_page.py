@@ -98,7 +98,8 @@ def test_the_rule_on_stored_figures(tmp_path: Path) -> None:
 
 
 def test_what_the_page_says(tmp_path: Path) -> None:
-    fields = page.fields(figures(tmp_path, gim=0.5, relp=-0.5))
+    stored = figures(tmp_path, gim=0.5, relp=-0.5)
+    fields = page.fields(stored, stored)
     assert "`gim` better on 14 (in 5 groups), worse on 0" in fields["real_verdict"]
     assert "`relp` better on 0, worse on 14" in fields["real_verdict"]
     assert "**+0.50 [+0.50, +0.50], +0.50; 16:0, p 0.00085**" in fields["real_differences"]
@@ -127,7 +128,8 @@ def test_what_the_page_says(tmp_path: Path) -> None:
 
 def test_tables_are_tables(tmp_path: Path) -> None:
     """Every row has as many cells as its head."""
-    for name, text in page.fields(figures(tmp_path)).items():
+    stored = figures(tmp_path)
+    for name, text in page.fields(stored, stored).items():
         for block in text.split("\n\n"):
             lines = [line for line in block.splitlines() if line.startswith("|")]
             assert len({line.count("|") for line in lines}) <= 1, name
@@ -176,10 +178,10 @@ def test_the_page_applies_the_rule(
 ) -> None:
     """Better on real weights, and not worse on the models trained here."""
     stored = figures(tmp_path, gim=real_gim)
-    text, picture = pages.written(small_models(gim=trained_gim), stored, "page")
+    text, picture = pages.written(small_models(gim=trained_gim), stored, stored, "page")
     assert f"the rule says **`{says}`**" in text
     assert ("No other set is a candidate." in text) == (says == "attnlrp")
-    assert text.count("| long failures | `attnlrp` | ") == 2  # shares, and verdicts
+    assert text.count("| long failures | `attnlrp` | ") == 3  # shares of two models, and verdicts
     assert "nan" not in text
     assert "{" not in text
     assert picture.startswith("<svg")

@@ -338,6 +338,7 @@ def test_answered_questions_come_first(tmp_path: Path) -> None:
         (2, FileFormatError, r"gsm8k has 2 rows here, of which shots=2 leaves none to ask"),
         (-1, ValueError, r"shots is -1; give a whole number"),
         ("two", ValueError, r"shots is 'two'"),
+        (True, ValueError, r"shots is True"),
     ],
 )
 def test_wrong_shots(tmp_path: Path, shots: Any, error: type[Exception], said: str) -> None:

@@ -177,7 +177,7 @@ class _Maths(Published):
         longest_answer: int | None = None,
         shots: int = 0,
     ) -> None:
-        if not isinstance(shots, int) or shots < 0:
+        if not isinstance(shots, int) or isinstance(shots, bool) or shots < 0:
             raise ValueError(f"shots is {shots!r}; give a whole number, 0 for none.")
         self.begin = begin
         self.request = self.default_request if request is None else request
