@@ -97,25 +97,25 @@ class Asked:
 # ---- which prompts
 
 
-def one_token(model: Any, word: str) -> int:
-    ids = model.tokenizer.encode(word, add_special_tokens=False)
+def one_token(tokenizer: Any, word: str) -> int:
+    ids = tokenizer.encode(word, add_special_tokens=False)
     if len(ids) != 1:
         raise ValueError(f"{word!r} has {len(ids)} tokens under this tokenizer; templates need 1.")
     return int(ids[0])
 
 
-def from_templates(model: Any, most: int | None) -> list[Asked]:
-    """Prompts with BOS where the tokenizer adds it."""
+def from_templates(tokenizer: Any, most: int | None) -> list[Asked]:
+    """Prompts with BOS where the model's own tokenizer adds it."""
     found: list[Asked] = []
     for group in TEMPLATES:
         for number, prompt in enumerate([p for p in prompts() if p.group == group][:most]):
             clean, corrupted = (
-                None if text is None else torch.tensor(model.tokenizer(text)["input_ids"])
+                None if text is None else torch.tensor(tokenizer(text)["input_ids"])
                 for text in (prompt.text, prompt.corrupted)
             )
             if corrupted is not None and len(corrupted) != len(clean):
                 raise ValueError(f"{prompt.text!r} and its partner differ in length.")
-            two = one_token(model, prompt.right), one_token(model, prompt.wrong)
+            two = one_token(tokenizer, prompt.right), one_token(tokenizer, prompt.wrong)
             found.append(Asked(group, number, number, clean, *two, corrupted))
     return found
 
@@ -398,7 +398,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cases", type=Path, help="failures, as clrp.study saves them")
     parser.add_argument("--out", type=Path, required=True, help="folder of measurements")
     parser.add_argument("--shard", default="1/1", help="this process's part, as 1/2")
-    parser.add_argument("--failures", type=int, default=120, help="the most short failures")
+    parser.add_argument("--failures", type=int, default=140, help="the most short failures")
     parser.add_argument("--long", type=int, default=36, help="the most long failures")
     parser.add_argument("--longest", type=int, default=1000, help="tokens of a failure")
     parser.add_argument("--templates", type=int, help="the most prompts of each template group")
@@ -408,7 +408,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.model is not None:
         from transformer_lens.model_bridge import TransformerBridge
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         which, of = map(int, options.shard.split("/"))
         if not 1 <= which <= of:
@@ -416,7 +416,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(1)
         model: Any = TransformerBridge.boot_transformers(str(options.model)).eval()
         plain = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-        asked = from_templates(model, options.templates)
+        asked = from_templates(AutoTokenizer.from_pretrained(options.model), options.templates)
         if options.cases is not None:
             asked += from_cases(options.cases, options.failures, options.long, options.longest)
         with atomic_path(options.out / "about.json", example="about.json") as temporary:

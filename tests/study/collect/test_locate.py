@@ -184,6 +184,25 @@ def test_recovery_tries_the_closest_runner_ups_within_its_rollouts():
     assert found.n_rollouts == 6  # known already
 
 
+def test_nothing_is_rolled_out_after_a_token_that_rules_the_answer_out():
+    """Where "b" must come second, and the rule can tell so, one of four tokens is worth it."""
+
+    def passes(text):
+        return text[1:2] == "b"
+
+    def can_pass(text):
+        return None if len(text) < 2 else passes(text)
+
+    branches, results = [(1, 0), (1, 1), (1, 3), (2, 1)], [False, True, False, False]
+    for rule, rolled in ((Rule(passes, can_pass), [(1, 1)]), (Rule(passes), branches)):
+        found = failure("xcx", rule, ended=False, writer=Letters(torch.zeros(4, 27)))
+        assert found.passes(branches) == results
+        assert found.writer.rolled == rolled
+        assert found.n_rollouts == len(rolled)
+        assert found.passes(branches) == results
+        assert found.n_rollouts == len(rolled)
+
+
 def test_locators_can_be_added_by_name():
     def last(failure, settings):
         return len(failure.completion.ids) - 1

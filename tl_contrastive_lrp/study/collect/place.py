@@ -40,7 +40,8 @@ class Completion:
 class Failure:
     """A completion that its checker calls wrong, with its logits and checked rollouts.
 
-    Each rollout is written and checked once, however many locators and contrasts ask for it.
+    Each rollout is written and checked once, however many locators and contrasts ask for it; none
+    is written where the benchmark can tell of the other token that no answer can pass any more.
 
     Args:
         completion: The completion.
@@ -95,7 +96,9 @@ class Failure:
         Returns:
             For each branch whether the checker passes the whole completion.
         """
-        new = [b for b in dict.fromkeys(branches) if b not in self._passes]
+        unknown = [b for b in dict.fromkeys(branches) if b not in self._passes]
+        new = [b for b in unknown if not self._rules_out(*b)]
+        self._passes |= dict.fromkeys(set(unknown) - set(new), False)
         if new:
             self.n_rollouts += len(new)
             for branch, ids in zip(
@@ -105,14 +108,15 @@ class Failure:
                 verdict = self.benchmark.check(self.item, text)
                 is_open = self.open_rollouts and ids[-1] not in self.writer.end_ids
                 passed = verdict.passed
-                if verdict.failed and is_open and self._rules_out(branch[0]):
+                written = branch[0], self.completion.ids[branch[0]]
+                if verdict.failed and is_open and self._rules_out(*written):
                     passed = self._can_pass(text) is not False
                 self._passes[branch] = passed
         return [self._passes[b] for b in branches]
 
-    def _rules_out(self, position: int) -> bool:
-        """Whether the benchmark can tell that the written token breaks the answer for good."""
-        return self._can_pass(self.writer.text(self.completion.ids[: position + 1])) is False
+    def _rules_out(self, position: int, token: int) -> bool:
+        """Whether the benchmark can tell that this token breaks the answer for good."""
+        return self._can_pass(self.writer.text((*self.completion.ids[:position], token))) is False
 
     def _can_pass(self, beginning: str) -> bool | None:
         # The bytes of a character that is not whole yet say nothing.
