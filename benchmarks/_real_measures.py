@@ -22,9 +22,8 @@ from tl_contrastive_lrp.evaluation.faithfulness.removal import prepare_removal
 from tl_contrastive_lrp.evaluation.ranking import first_in_order
 from tl_contrastive_lrp.inputs.tokens import drawable_ids, special_ids, special_mask
 
-WHOLE = 112  # tokens up to which every ordinary token is replaced
+WHOLE = 48  # tokens up to which every ordinary token is replaced
 SAMPLED, STRONGEST = 16, 16  # beyond: so many at random, and so many by |relevance|
-TWICE = 24  # at most so many of the sampled tokens are exchanged for a second random token
 FIRST_SET = "attnlrp"
 WINDOWS = (1, 2)  # of predicted effects
 LEAST_GAP = 0.5  # logits that a corrupted prompt must take from Δℓ, for circuits
@@ -87,14 +86,12 @@ def effects(
     seed: int, second: bool,
 ) -> dict[str, list[float | None]]:  # fmt: skip
     """Measured effects at these positions, in their order: zero embeddings, a random token, and
-    where ``second`` another random one at some of the sampled positions."""
+    where ``second`` another random one at the sampled positions."""
     pool, generator = drawable_ids(model), torch.Generator().manual_seed(seed)
     drawn = pool[torch.randint(len(pool), (2, len(ids)), generator=generator)].tolist()
     which: list[tuple[int, int | None]] = [(p, None) for p in at]
     which += [(p, drawn[0][p]) for p in at]
-    sampled = [p for p, why in at.items() if second and why != "strongest"]
-    draw = torch.randperm(len(sampled), generator=generator).tolist()
-    twice = sorted(sampled[i] for i in draw[:TWICE])
+    twice = [p for p, why in at.items() if second and why != "strongest"]
     which += [(p, drawn[1][p]) for p in twice]
     found = measured_effects(plain, ids, target, contrast, which).tolist()
     n = len(at)
@@ -102,11 +99,13 @@ def effects(
     return {"zero": found[:n], "random a": found[n : 2 * n], "random b": [again.get(p) for p in at]}
 
 
-def predicted(model: Any, ids: Tensor, target: int, contrast: int) -> dict[str, dict[str, Any]]:
+def predicted(
+    model: Any, ids: Tensor, target: int, contrast: int, windows: Sequence[int] = WINDOWS
+) -> dict[str, dict[str, Any]]:
     """Effects of zero embeddings as ``token_effects`` predicts them, of all tokens, and what that
     took, in forwards; by window."""
     asked = {"target": target, "contrast": contrast}
-    found = {w: clrp.token_effects(model, ids, **asked, window=w, **QUIET) for w in WINDOWS}
+    found = {w: clrp.token_effects(model, ids, **asked, window=w, **QUIET) for w in windows}
     return {
         str(w): {"effect": one.effect.tolist(), "forwards": one.forwards}
         for w, one in found.items()

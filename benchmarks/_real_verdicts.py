@@ -7,8 +7,9 @@ have which lies at them, with the right sign. Here that figure is computed from 
 one that the check does not see: the same share of what *a random token* in their place does. A map
 is called right where that share is ``RIGHT`` or more, and otherwise wrong.
 
-Maps: those of the five rule sets, where their 16 strongest tokens were replaced (on long failures
-AttnLRP's alone were), and a random one of each prompt: 8 tokens drawn at random, with random signs.
+Maps: those of the five rule sets, where their 16 strongest tokens were replaced (on failures of
+more than 48 tokens AttnLRP's alone were, others' by chance), and a random one of each prompt: 8
+tokens drawn at random, with random signs.
 
 The thresholds are chosen on one half of the failures, drawn at random, and judged on the other,
 by a rule that was written before these failures were measured:

@@ -12,13 +12,14 @@ Groups of prompts: indirect objects, agreement and facts from the templates in `
 ``_real_measures.py``:
 
 - base: relevance of every rule set, the share of Δℓ at the tokens, effects of single tokens
-  measured and predicted. Of prompts of more than 112 tokens 16 ordinary tokens are drawn at random
-  (correlations are over these) and the 16 strongest of AttnLRP added; of shorter ones all are
-  replaced. A second random token takes the place of up to 24 on templates and every third failure.
-- removal: the area between curves of removed tokens, and tokens to flip: all templates, and 40
+  measured and predicted. Of failures 16 ordinary tokens are drawn at random (correlations are over
+  these) and the 16 strongest of AttnLRP added; of templates all are replaced. A second random
+  token takes the place of each sampled one, and a second window is predicted, on templates and
+  every third failure; the window on all long ones.
+- removal: the area between curves of removed tokens, and tokens to flip: all templates, and 24
   failures of at most 120 tokens.
 - patching: 4 prompts of indirect objects and 4 of agreement.
-- circuits: 10 of each, where the corrupted prompt takes half a logit or more from Δℓ.
+- circuits: 5 of each, where the corrupted prompt takes half a logit or more from Δℓ.
 
 A file is written for each prompt and part, whole or not at all; what is there is not measured
 again, so a run can be stopped and continued. A process takes one thread. Failures come in random
@@ -61,9 +62,9 @@ NAMED = tuple(clrp.RULE_SETS)
 FAILURES, LONG = "failures", "long failures"
 GROUPS = (*TEMPLATES, FAILURES, LONG)
 BOUND = 200  # tokens; longer failures are a group of their own
-SUBSET, SHORT = 40, 120  # failures of at most so many tokens, for removal
+SUBSET, SHORT = 24, 120  # failures of at most so many tokens, for removal
 PATCHED = (0, 1, 10, 11)  # numbers of the templates' prompts
-RESTORED = tuple(range(0, 20, 2))  # the same, for circuits
+RESTORED = tuple(range(0, 20, 4))  # the same, for circuits
 DIGITS = 6
 
 
@@ -85,6 +86,11 @@ class Asked:
     def second(self) -> bool:
         """Whether two random tokens are drawn for sampled ones."""
         return self.group in TEMPLATES or self.rank % 3 == 0
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Of predicted effects; that of ``result.check`` is always there."""
+        return measures.WINDOWS if self.second or self.group == LONG else measures.WINDOWS[-1:]
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -163,7 +169,7 @@ def base(model: Any, plain: Any, one: Asked, out: Path) -> dict[str, Any]:
     at = measures.positions(one.ids, free, strength, seed)
     found = measures.effects(model, plain, one.ids, target, contrast, at, seed, one.second)
     lap("measured effects")
-    foreseen = measures.predicted(model, one.ids, target, contrast)
+    foreseen = measures.predicted(model, one.ids, target, contrast, one.windows)
     lap("predicted effects")
     return {
         "tokens": len(one.ids),
@@ -238,8 +244,8 @@ def cost(one: Asked, part: str) -> float:
     """About how many seconds it takes."""
     n = len(one.ids)
     if part == "base":
-        return 2.0 + n * (0.35 if measures.WHOLE / 3 < n <= measures.WHOLE else 0.15)
-    return {"removal": 0.3 * n, "patching": n, "circuits": 40.0}[part]
+        return 2.0 + n * 0.3
+    return {"removal": 0.3 * n, "patching": n, "circuits": 60.0}[part]
 
 
 def rounded(value: Any) -> Any:
