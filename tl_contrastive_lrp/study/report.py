@@ -35,21 +35,21 @@ if TYPE_CHECKING:
 
 REPORT_VERSION = 1
 
-# Id, heading, paragraph, tables and figures of each section, in order. A figure's name ending in
+# Id, heading, tables and figures of each section, in order. A figure's name ending in
 # "*" stands for all that begin so.
-_SECTIONS: tuple[tuple[str, str, str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("about", "Models", "", ("models",), ()),
-    ("clean", "From completions to cases", "", ("clean",), ()),
-    ("table1", "Outcomes and patterns (Table 1)", "", ("table1",), ("outcomes", "patterns")),
-    ("rules", "Rule sets side by side", "", ("rules",), ()),
-    ("verdicts", "Verdicts on the maps", "", ("verdicts", "verdictlabels"), ()),
-    ("flips", "Tokens to flip", "", ("flips",), ("flips",)),
-    ("segments", "Segment sums", "", ("segments",), ("segments",)),
-    ("sizes", "Larger models", "", ("sizes", "correction"), ("scatter-*", "correction-*")),
-    ("training", "Over training", "", ("checkpoints",), ("trajectories", "checkpoint-segments")),
-    ("metrics", "Graph metrics", "", ("metrics",), ()),
-    ("truth", "Against the planted truth", "", ("truth",), ()),
-    ("labels", "Labels and their agreement", "", ("agreement", "notebooks"), ()),
+_SECTIONS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("about", "Models", ("models",), ()),
+    ("clean", "From completions to cases", ("clean",), ()),
+    ("table1", "Outcomes and patterns (Table 1)", ("table1",), ("outcomes", "patterns")),
+    ("rules", "Rule sets side by side", ("rules",), ()),
+    ("verdicts", "Verdicts on the maps", ("verdicts", "verdictlabels"), ()),
+    ("flips", "Tokens to flip", ("flips",), ("flips",)),
+    ("segments", "Segment sums", ("segments",), ("segments",)),
+    ("sizes", "Larger models", ("sizes", "correction"), ("scatter-*", "correction-*")),
+    ("training", "Over training", ("checkpoints",), ("trajectories", "checkpoint-segments")),
+    ("metrics", "Graph metrics", ("metrics",), ()),
+    ("truth", "Against the planted truth", ("truth",), ()),
+    ("labels", "Labels and their agreement", ("agreement", "notebooks"), ()),
 )
 _INTERVALS = (
     "Brackets are 95 % intervals of a bootstrap over cases (2,000 resamples; BCa for means; for "
@@ -184,7 +184,7 @@ def _facts(results: StudyResults, texts: bool) -> list[str]:
 
 def _sections(tables: Mapping[str, StudyTable], figures: Mapping[str, Figure]) -> list[Section]:
     sections = []
-    for id, title, text, names, patterns in _SECTIONS:
+    for id, title, names, patterns in _SECTIONS:
         chosen = [
             figure
             for pattern in patterns
@@ -195,7 +195,6 @@ def _sections(tables: Mapping[str, StudyTable], figures: Mapping[str, Figure]) -
             Section(
                 id,
                 title,
-                text,
                 [tables[name] for name in names if name in tables],
                 [(figure.caption, figure.svg) for figure in chosen],
             )
