@@ -16,7 +16,7 @@ from . import options as o
 from .errors import Code, exit_codes
 from .print_attribution import print_json
 from .retype import PROGRAM
-from .terminal import print_err, print_out, progress, shell_word, table
+from .terminal import print_err, print_out, shell_word, table
 
 if TYPE_CHECKING:
     from ..study.run import RunSummary
@@ -90,8 +90,8 @@ def plan_command(options: PlanOptions) -> None:
     """
     with exit_codes(options.debug):
         study = _loaded(options.file)
-        with progress("Timing a sample", not (options.quiet or options.json)), _quiet():
-            plan = study.plan(items=options.items, progress=False)
+        with _quiet():
+            plan = study.plan(items=options.items, progress=not (options.quiet or options.json))
         if options.json:
             data = {**vars(plan), "hours": plan.hours, "models": [vars(m) for m in plan.models]}
             print_json(data)

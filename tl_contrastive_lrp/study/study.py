@@ -109,7 +109,7 @@ class Study:
 
         Args:
             items: Number of items that are completed for the sample, over all benchmarks.
-            progress: Whether to show what is being measured.
+            progress: Whether to show what is being measured, where stderr is a terminal.
 
         Returns:
             Cases, tokens, memory and hours; ``str`` gives them as a text.
