@@ -283,12 +283,15 @@ class ReportOptions:
 def report_command(options: ReportOptions) -> None:
     """Write one page with the study's tables, figures and cases, and its data beside it.
 
-    **--json** also prints what *study.json* has: every number of the page.
+    Beside STUDY.html lie STUDY.json, with every number of the page, and the folder STUDY_files.
+    **--json** also prints those numbers.
     """
     with exit_codes(options.debug):
+        from ..study.report import data_path
+
         study = _loaded(options.file)
         numbers = study.report(options.out)
         if options.json:
             print_json(numbers)
         else:
-            print_out(f"Wrote {options.out}, and study.json beside it.")
+            print_out(f"Wrote {options.out}, and {data_path(options.out).name} beside it.")

@@ -30,7 +30,7 @@ class Figure:
     """A figure.
 
     Attributes:
-        id: Its name in ``study.json``, and of its file.
+        id: Its name in the report's JSON, and of its file.
         caption: What it shows, with the sign convention.
         svg: The SVG document.
         data: The numbers it is drawn from.
