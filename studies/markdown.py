@@ -1,8 +1,8 @@
 """Pages of published studies, filled from their numbers, so that no figure is typed by hand.
 
 A template is Markdown with marks in double braces: ``{{table NAME}}`` and
-``{{table NAME: column, column}}`` for a table of ``study.json``; ``{{TABLE/column=value/column}}``
-for one of its cells; and names that the page's own script gives.
+``{{table NAME: column, column}}`` for a table of a report's numbers;
+``{{TABLE/column=value/column}}`` for one of its cells; and names that the page's own script gives.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def filled(template: str, numbers: Mapping[str, Any], own: Mapping[str, str]) ->
 
     Args:
         template: Markdown with marks.
-        numbers: What ``study.json`` holds.
+        numbers: What ``report`` gives.
         own: Texts by name.
 
     Raises:
@@ -48,7 +48,7 @@ def table(numbers: Mapping[str, Any], name: str, columns: Sequence[str] = ()) ->
     """A table of the numbers in Markdown.
 
     Args:
-        numbers: What ``study.json`` holds.
+        numbers: What ``report`` gives.
         name: The table's name.
         columns: Keys of its columns; all by default.
     """
@@ -69,7 +69,7 @@ def value(numbers: Mapping[str, Any], name: str, row: Mapping[str, str], column:
     """One cell of a table.
 
     Args:
-        numbers: What ``study.json`` holds.
+        numbers: What ``report`` gives.
         name: The table's name.
         row: What the row holds, by column.
         column: The column's key.

@@ -166,7 +166,7 @@ def compact(numbers: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[st
     """The numbers of a report without any text of a benchmark.
 
     Args:
-        numbers: The content of ``study.json``.
+        numbers: What ``report`` gives.
         seconds: Wall time by part, over all processes.
     """
     cases = []

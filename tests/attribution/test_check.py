@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.replacing import OTHERS, TOKENS, N, delta_of
+from support.replacing import OTHERS, TOKENS, N, counted_forwards, delta_of
 from torch import Tensor
 from truth import families
 from truth.float64 import true_float64
@@ -539,3 +539,17 @@ def test_the_report_shows_the_check_of_its_result_only(by: Any, tmp_path: Path) 
     ):
         with pytest.raises(ValueError, match="another result"):
             other.save_html(tmp_path / "other.html", check=check)
+
+
+def test_every_forward_of_a_plain_function_is_counted() -> None:
+    """Beyond those of the located objective: in the look, the prediction and the measurement."""
+    model = families.boot("llama", torch.float32)
+    result = explained(model)
+
+    for window, more in ((2, 3), (None, 2)):
+        found = result.check(model, 3, 2, window=window, objective=delta_of, **QUIET)
+        known = result.check(model, 3, 2, window=window, **QUIET)
+        assert found.forwards == pytest.approx(known.forwards + more)
+    with counted_forwards(model) as runs:
+        found = result.check(model, 3, 2, window=None, objective=delta_of, **QUIET)
+    assert found.forwards == pytest.approx(sum(runs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -108,3 +109,26 @@ def test_a_page_with_the_explanations(run: Run, folder: Path, bridge: Any, tmp_p
         assert done.code == USAGE
         assert words in re.sub(r"[\s│]+", " ", done.err)
     assert run(*asked(folder, "--json")).json["explained"] == []
+
+
+def test_a_page_costs_no_second_list(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table that is printed is the page's own, also with a row of one's own."""
+    room = importlib.import_module("tl_contrastive_lrp.attribution.answer_table")
+    real, ranges = room.logits_between, list[Any]()
+
+    def counted(model: Any, tokens: Any, bounds: Any, *rest: Any, **more: Any) -> Any:
+        ranges.append(bounds)
+        return real(model, tokens, bounds, *rest, **more)
+
+    plain = run(*asked(folder, "--row", 2, "--json")).json
+    monkeypatch.setattr(room, "logits_between", counted)
+    paged = run(*asked(folder, "--row", 2, "--out", tmp_path / "answer.html", "--json")).json
+    assert len(ranges) == 1
+    assert paged["answer"] == plain["answer"]
+    assert paged["row"] == 2
+    assert paged["command"] == plain["command"]
+    done = run(*asked(folder, "--row", 40, "--out", tmp_path / "none.html"))
+    assert (done.code, len(ranges)) == (TEXT, 1)
+    assert not (tmp_path / "none.html").exists()

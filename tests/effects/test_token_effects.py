@@ -22,6 +22,7 @@ from support.replacing import (
     WAYS,
     WITHOUT_CACHE,
     N,
+    counted_forwards,
     delta_of,
 )  # fmt: skip
 from support.stretched import stretched
@@ -463,3 +464,28 @@ def test_measuring_lets_a_hook_at_the_unembedding_see_every_position() -> None:
     with torch.no_grad():
         scale = 2 * float(model(TOKENS).abs().max())
     assert (hooked.effect - bare.effect).abs().max() < PROMISED[torch.float32] * scale
+
+
+# ------------------------------------------------------------ what it costs
+
+
+def test_the_forward_behind_a_plain_function_is_counted() -> None:
+    """What positions a function reads is found in the prompt's logits, which take a forward."""
+    model = families.boot("llama", torch.float32)
+    located = clrp.logit_diff(model, 7, 12)
+
+    for objective, more in ((located, 0), (delta_of, 1)):
+        for window in (None, 2):
+            clrp.token_effects(model, TOKENS, objective, window=window, **QUIET)  # probes a cache
+        with counted_forwards(model) as runs:
+            found = clrp.token_effects(model, TOKENS, objective, window=None, **QUIET)
+        assert found.forwards == pytest.approx(sum(runs))
+        predicted = clrp.token_effects(model, TOKENS, objective, window=2, **QUIET)
+        known = clrp.token_effects(model, TOKENS, located, window=2, **QUIET)
+        assert predicted.forwards == known.forwards + more
+    with counted_forwards(model) as runs:
+        each = clrp.token_effects_each(
+            model, TOKENS, [delta_of, lambda x: 2 * delta_of(x), located], window=None, **QUIET
+        )
+    assert [one.forwards for one in each] == [pytest.approx(sum(runs))] * 3
+    assert torch.equal(each[1].effect, 2 * each[0].effect)

@@ -20,9 +20,11 @@ from tl_contrastive_lrp.study.criteria import (
     heatmap_clue,
     notebook_reading,
     ordinary,
+    strongest,
 )
 from tl_contrastive_lrp.study.labels import Label, read_labels, write_labels
 from tl_contrastive_lrp.study.planted import manifest_by_chance, planted_truth, without_truth
+from tl_contrastive_lrp.study.tables import _overlap
 
 
 def row(n: int = 30, **at: float) -> list[float]:
@@ -105,6 +107,28 @@ def test_the_first_token_never_counts_even_if_it_is_not_special() -> None:
     assert not ordinary(analysis)[0]
     assert heatmap_clue(case, analysis).sign
     assert not bool(nothing.any())  # the analysis itself is as it was
+
+
+def test_the_strongest_tokens_by_hand() -> None:
+    case = made_up_case()
+    analysis = made_up_analysis(case, row(p0=9.0, p4=-3.0, p12=2.0, p7=3.0))
+    counted = ordinary(analysis)
+    assert strongest(analysis.tokens, counted, 4).tolist() == [4, 7, 12, 1]  # equal ones in order
+    assert strongest(analysis.tokens, counted, 99).tolist()[:3] == [4, 7, 12]
+    assert len(strongest(analysis.tokens, counted, 99)) == 29
+
+
+def test_rule_sets_share_no_token_that_does_not_count() -> None:
+    """With fewer ordinary tokens than k, the others are not filled up with special ones."""
+    case = made_up_case()
+    special = torch.ones(30, dtype=torch.bool)
+    special[[4, 7]] = False
+    one = made_up_analysis(case, row(p4=2.0), special=special)
+    special = special.clone()
+    special[[4, 12]] = ~special[[4, 12]]
+    other = made_up_analysis(case, row(p12=2.0), special=special)
+    assert _overlap(one, other, k=5) == 0.5  # 7 of 4 and 7
+    assert _overlap(one, other, k=1) == 0.0
 
 
 def test_thresholds_are_data() -> None:

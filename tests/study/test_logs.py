@@ -206,6 +206,24 @@ def test_answers_whose_text_is_lost_are_refused(
     assert named in dropped.detail
 
 
+@pytest.mark.parametrize("zstandard", [False, True])
+def test_an_inspect_log_is_opened_once(
+    model: Any, failure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zstandard: bool
+) -> None:
+    path = eval_file(tmp_path / "l.eval", [sample(failure, id=i) for i in range(4)], zstandard)
+    opened, real = list[zipfile.ZipFile](), zipfile.ZipFile.__init__
+
+    def counted(file: zipfile.ZipFile, *given: Any, **more: Any) -> None:
+        opened.append(file)
+        real(file, *given, **more)
+
+    monkeypatch.setattr(zipfile.ZipFile, "__init__", counted)
+    found = completions_from_log(model, path)
+    assert [one.item.id for one in found] == ["0", "1", "2", "3"]  # type: ignore[union-attr]
+    assert len(opened) == 1
+    assert opened[0].fp is None  # and closed
+
+
 def test_files_that_are_no_log_of_inspect(model: Any, failure: Any, tmp_path: Path) -> None:
     path = tmp_path / "l.eval"
     with zipfile.ZipFile(path, "w") as file:

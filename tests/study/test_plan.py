@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -128,3 +131,31 @@ def test_contrasts_of_siblings_are_part_of_the_sample(tmp_path: Path) -> None:
         study = Study(replace(study.settings, collect=collect), tmp_path)
         expected.append(study.plan(items=9, progress=False).cases)
     assert expected[0] == expected[1] > 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_is_measured_is_shown_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = "siblings: [{name: other, model: demo}]\n"
+    study = small(tmp_path, limit=3, rules="attnlrp, gradient", more=more)
+    steps = [
+        "Opening demo", "Timing the collecting of recorded", "Timing an analysis, demo, attnlrp",
+        "Timing an analysis, demo, gradient", "Opening other", "Timing an analysis, other, attnlrp",
+    ]  # fmt: skip
+    for stream, asked in ((Terminal(), True), (Terminal(), False), (io.StringIO(), True)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        study.plan(items=2, progress=asked)
+        shown = re.findall(r"\r([^\r]*?): +\d+%\|.*?\| (\d+)/6 ", stream.getvalue())
+        if not asked or not stream.isatty():
+            assert shown == []
+            continue
+        named = {name: int(done) for name, done in reversed(shown)}
+        assert [(name, named[name]) for name in steps] == [
+            (name, i) for i, name in enumerate(steps)
+        ]
+        assert shown[-1] == (steps[-1], "6")

@@ -64,7 +64,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 
 def test_every_number_in_the_tables_is_in_the_data(made: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = made
-    numbers = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    numbers = json.loads((folder / "out.json").read_text(encoding="utf-8"))
     found = Tables((folder / "out.html").read_text(encoding="utf-8")).tables
     assert {name.removeprefix("table-") for name in found} == set(numbers["tables"])
     for name, table in numbers["tables"].items():
@@ -249,7 +249,7 @@ def test_a_case_shows_its_verdict_and_the_sentence(tmp_path: Path) -> None:
 def test_data_reads_back(made: tuple[Path, dict[str, Any]]) -> None:
     folder, numbers = made
     study, files = made_up_study(12), folder / "out_files"
-    assert numbers == json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    assert numbers == json.loads((folder / "out.json").read_text(encoding="utf-8"))
     for name in ("cases", "analyses", "labels", "dropped"):
         csv, parquet = (
             pd.read_csv(files / f"{name}.csv"),
@@ -390,3 +390,24 @@ def test_a_study_with_one_benchmark_and_nothing_else_has_a_report(tmp_path: Path
     assert not {"flips", "sizes", "correction", "checkpoints", "metrics"} & set(numbers["tables"])
     assert {"clean", "table1", "rules", "segments"} <= set(numbers["tables"])
     assert 'id="sizes"' not in (tmp_path / "out.html").read_text(encoding="utf-8")
+
+
+def test_two_reports_in_one_folder_keep_their_own_files(tmp_path: Path) -> None:
+    study = made_up_study(3)
+    for name, label in (("a.html", "first"), ("b.HTML", "second"), ("Q-0.6B", "third")):
+        report(replace(study, name=label), tmp_path / name)
+    for name, label in (("a", "first"), ("b", "second"), ("Q-0.6B", "third")):
+        numbers = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+        assert numbers["name"] == label
+        assert (tmp_path / f"{name}_files" / "cases.csv").is_file()
+    report(replace(study, name="again"), tmp_path / "a.html")  # its own data is replaced
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["name"] == "again"
+
+
+def test_a_file_that_is_no_data_of_a_report_is_left_alone(tmp_path: Path) -> None:
+    theirs = tmp_path / "failures.json"
+    theirs.write_text('{"eval": {}, "samples": []}')
+    with pytest.raises(FileExistsError, match=r"failures\.json is no data of a report"):
+        report(made_up_study(3), tmp_path / "failures.html")
+    assert theirs.read_text() == '{"eval": {}, "samples": []}'
+    assert not (tmp_path / "failures.html").exists()

@@ -92,7 +92,22 @@ def test_every_value_arrives() -> None:
         ({"collect": {"max_new_tokens": "64"}}, "collect.max_new_tokens", "give a whole number"),
         ({"collect": {"max_new_tokens": 6.5}}, "collect.max_new_tokens", "give a whole number"),
         ({"collect": {"max_new_tokens": True}}, "collect.max_new_tokens", "give a whole number"),
-        ({"collect": {"min_delta": float("nan")}}, "collect.min_delta", "give a number"),
+        ({"collect": {"min_delta": float("nan")}}, "collect.min_delta", "nan; give a finite"),
+        ({"collect": {"min_delta": float("inf")}}, "collect.min_delta", "inf; give a finite"),
+        ({"collect": {"min_delta": 10**400}}, "collect.min_delta", "give a finite number"),
+        ({"collect": {"max_new_tokens": float("inf")}}, "collect.max_new_tokens", "give a finite"),
+        ({"analyse": {"node_threshold": float("inf")}}, "analyse.node_threshold", "give a finite"),
+        ({"seed": float("-inf")}, "seed", "it is -inf; give a finite number"),
+        (
+            {"benchmarks": [{"name": "a", "collect": {"min_delta": float("inf")}}]},
+            "benchmarks[0].collect.min_delta",
+            "give a finite number",
+        ),
+        (
+            {"benchmarks": [{"name": "a", "options": {"x": [1, {"y": float("nan")}]}}]},
+            "benchmarks[0].options.x[1].y",
+            "it is nan; give a finite number",
+        ),
         ({"collect": {"locators": "given"}}, "collect.locators", "give a list"),
         ({"collect": {"locators": ["given", 3]}}, "collect.locators", "give a list"),
         ({"collect": {"thinking": "no thanks"}}, "collect.thinking", "true or false"),
@@ -201,3 +216,9 @@ def test_the_written_file_is_a_study_with_and_without_the_family(tmp_path: Path)
     assert [model.step for model in read_settings(again).models] == [None, None, 1000]
     with pytest.raises(FileNotFoundError):
         write_template(tmp_path / "none" / "s.yaml", family=None)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_numbers_in_python_are_finite_too(value: float) -> None:
+    with pytest.raises(SettingsError, match=r"node_threshold: it is (inf|nan); give a finite"):
+        AnalyseSection(node_threshold=value)

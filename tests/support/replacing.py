@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
 from truth import zoo
 
 from support.zoo_expected import COVERED
@@ -22,3 +26,17 @@ CAUSAL = [name for name in COVERED if name not in NOT_CAUSAL and name not in FOL
 def delta_of(logits: Tensor) -> Tensor:
     """Δℓ of two tokens after the last position."""
     return logits[0, -1, 7] - logits[0, -1, 12]
+
+
+@contextmanager
+def counted_forwards(model: Any) -> Iterator[list[float]]:
+    """What is embedded in the block, one entry for each run, as forwards of ``TOKENS``."""
+    runs: list[float] = []
+    embedding = next(m for m in model.original_model.modules() if isinstance(m, nn.Embedding))
+    handle = embedding.register_forward_hook(
+        lambda _module, _given, found: runs.append(found.shape[:2].numel() / N)
+    )
+    try:
+        yield runs
+    finally:
+        handle.remove()

@@ -80,7 +80,7 @@ from ..inputs.answers import AnswerDiff
 from ..inputs.bridge import require_bridge
 from ..inputs.facts import PromptFacts
 from ..inputs.objective import for_one_prompt, positions_read
-from ..inputs.tokens import str_tokens, vocab_size
+from ..inputs.tokens import vocab_size
 from ..inputs.weighted_span import WeightedSpan
 from ..rules.rule_sets import RuleSet
 from ..rules.threads import one_at_a_time
@@ -192,9 +192,9 @@ def trace_back(
     else:
         explained = _positions("span", span, length)
         _check_order(where, explained[1], f"span={explained}")
-        objective = _written(model, ids, explained, _reference(model, against, ids, explained))
+        objective = _written(facts, explained, _reference(model, against, ids, explained))
     most = where[1] - where[0] if hops is None else hops
-    written = _written(model, ids, where, ("mean", ()))
+    written = _written(facts, where, ("mean", ()))
     read = positions_read([objective, written], length)
     plan = options.plan(model, length, read=read)
     prefilled = prefill_prompt(
@@ -228,13 +228,13 @@ def trace_back(
     return Trace(tuple(results), where, everywhere, explained, float(least))
 
 
-def _written(model: Any, ids: Tensor, span: Span, against: Against) -> WeightedSpan:
+def _written(facts: PromptFacts, span: Span, against: Against) -> WeightedSpan:
     """The sum over the tokens at these positions, each with the weight 1."""
     held, contrast = against
     start, stop = span
-    text = "".join(str_tokens(model, ids.tolist())[start:stop])
+    text = "".join(facts.str_tokens[start:stop])
     return WeightedSpan(
-        tuple(ids[start:stop].tolist()), start - 1, held, contrast, text=text,
+        tuple(facts.token_ids[start:stop].tolist()), start - 1, held, contrast, text=text,
         contrast_text="another's" if contrast else "",
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from . import options as o
 from .errors import Code, exit_codes
 from .print_attribution import print_json
 from .retype import PROGRAM
-from .terminal import print_err, print_out, progress, shell_word, table
+from .terminal import print_err, print_out, shell_word, table
 
 if TYPE_CHECKING:
     from ..study.run import RunSummary
@@ -90,8 +90,8 @@ def plan_command(options: PlanOptions) -> None:
     """
     with exit_codes(options.debug):
         study = _loaded(options.file)
-        with progress("Timing a sample", not (options.quiet or options.json)), _quiet():
-            plan = study.plan(items=options.items, progress=False)
+        with _quiet():
+            plan = study.plan(items=options.items, progress=not (options.quiet or options.json))
         if options.json:
             data = {**vars(plan), "hours": plan.hours, "models": [vars(m) for m in plan.models]}
             print_json(data)
@@ -283,12 +283,15 @@ class ReportOptions:
 def report_command(options: ReportOptions) -> None:
     """Write one page with the study's tables, figures and cases, and its data beside it.
 
-    **--json** also prints what *study.json* has: every number of the page.
+    Beside STUDY.html lie STUDY.json, with every number of the page, and the folder STUDY_files.
+    **--json** also prints those numbers.
     """
     with exit_codes(options.debug):
+        from ..study.report import data_path
+
         study = _loaded(options.file)
         numbers = study.report(options.out)
         if options.json:
             print_json(numbers)
         else:
-            print_out(f"Wrote {options.out}, and study.json beside it.")
+            print_out(f"Wrote {options.out}, and {data_path(options.out).name} beside it.")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+    from ..attribution.explain_answer import AnswerExplanations
     from ..inputs.tokens import Prompt
 
 AnswerOption = Annotated[
@@ -153,14 +154,22 @@ def tokens_command(options: TokensOptions) -> None:
         model = loaded.bridge
         with quiet_libraries():
             before, after = _ids(model, options, source)
-        listed = _listed(model, before.tokens, after, memory, shows_progress)
+        _check_row(options.row, after.shape[1])
+        found = _explained(model, options, before, after, memory, shows_progress)
+        if found is None:
+            listed = _listed(model, before.tokens, after, memory, shows_progress)
+        else:
+            listed = found.table
         row = _row(listed, options.row)
         command = _command(model, options, source.text, listed.to_dict("records")[row])
         notes = list(loaded.notes)
         if not options.chat and options.messages is None:
             notes += special_notes(model, source.text, options.prepend_bos)
         notes = [in_shell(note) for note in notes]
-        explained = _write_page(model, options, before, after, memory, output)
+        explained: list[int] = []
+        if found is not None and options.out is not None:
+            write(options.out, found.save_html)
+            explained = list(found.results)
         if options.json:
             print_json(
                 {
@@ -208,17 +217,17 @@ class _Source:
         return cls("", read_json(options.messages, "messages"), tools)
 
 
-def _write_page(
+def _explained(
     model: Any,
     options: TokensOptions,
     before: Prompt,
     after: Tensor,
     memory: MemoryOptions,
-    output: Output,
-) -> list[int]:
-    """Write the page, if one was asked for; returns the rows that it explains."""
+    shows_progress: bool,
+) -> AnswerExplanations | None:
+    """The table with the explanations of the page; None where no page was asked for."""
     if options.out is None:
-        return []
+        return None
     from ..attribution.explain_answer import explain_answer
     from ..inputs.chat_prompt import ChatPrompt
     from ..inputs.tokens import str_tokens
@@ -227,13 +236,11 @@ def _write_page(
     if before.segments:
         texts = str_tokens(model, before.tokens[0].tolist())
         prompt = ChatPrompt("".join(texts), before.tokens[0], before.segments, texts)
-    with progress("Explaining the answer's tokens", output.shows_progress):
-        found = explain_answer(
+    with progress("Explaining the answer's tokens", shows_progress):
+        return explain_answer(
             model, prompt, after, options.explain or 8, rules=options.rules.value,
             memory=memory.memory, tile=memory.tile, progress=False, attention=memory.attention,
         )  # fmt: skip
-    write(options.out, found.save_html)
-    return list(found.results)
 
 
 def _version() -> str:
@@ -282,19 +289,19 @@ def _listed(
         )  # fmt: skip
 
 
-def _row(listed: pd.DataFrame, row: int | None) -> int:
-    """The row to explain: the one asked for, or that of the largest Δℓ.
+def _check_row(row: int | None, n: int) -> None:
+    """Refuse a row that the table will not have, before the model runs.
 
     Raises:
         CliError: The answer has no such token.
     """
-    if row is None:
-        return int(listed["delta"].to_numpy().argmax())
-    if row >= len(listed):
-        raise CliError(
-            Code.PROMPT, f"--row {row}: the answer has {len(listed)} tokens, counted from 0."
-        )
-    return row
+    if row is not None and row >= n:
+        raise CliError(Code.PROMPT, f"--row {row}: the answer has {n} tokens, counted from 0.")
+
+
+def _row(listed: pd.DataFrame, row: int | None) -> int:
+    """The row to explain: the one asked for, or that of the largest Δℓ."""
+    return int(listed["delta"].to_numpy().argmax()) if row is None else row
 
 
 def _command(model: Any, options: TokensOptions, text: str, row: Mapping[Any, Any]) -> str:

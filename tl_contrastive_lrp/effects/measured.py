@@ -176,14 +176,15 @@ def measured_sets(
         tokens = facts.tokens
         more = tokens.shape[1] - length  # the answer's own tokens stay
         stand_ins = None if by is None else torch.cat([by.to(tokens), tokens[0, length:]])
+        questions = Questions.of(model, [one], tokens)
         found = measured(
             model,
             Replaced(tokens, stand_ins),
-            Questions.of(model, [one], tokens),
+            questions,
             torch.nn.functional.pad(which, (0, more)),
             batch_size,
             progress,
         )
         effect += sign * found.effect[0]
-        forwards += found.forwards * tokens.shape[1] / length
+        forwards += (found.forwards + questions.forwards) * tokens.shape[1] / length
     return effect, forwards

@@ -35,9 +35,27 @@ class Questions:
     length: int
     logits: Float[Tensor, "1 pos vocab"] | None = None
 
+    @property
+    def forwards(self) -> int:
+        """Forwards of the prompt behind the positions: one where a plain function gets logits."""
+        return int(self.logits is not None)
+
     @classmethod
-    def of(cls, model: Any, objectives: Sequence[Objective], tokens: Tensor) -> Questions:
+    def of(
+        cls,
+        model: Any,
+        objectives: Sequence[Objective],
+        tokens: Tensor,
+        logits: Float[Tensor, "1 pos vocab"] | None = None,
+    ) -> Questions:
         """Find the positions that objectives read.
+
+        Args:
+            model: The bridge.
+            objectives: The objectives.
+            tokens: The prompt.
+            logits: Its logits, if they are known; else the model runs once if there is a plain
+                function.
 
         Raises:
             TokenError, ModelStateError: as ``positions_of``.
@@ -47,18 +65,20 @@ class Questions:
         if len(located) == len(objectives):
             read = sorted({p for one in located for p in one.positions(length)})
             return cls(tuple(one.at(tuple(read), length) for one in located), tuple(read), length)
-        with torch.no_grad():
-            logits: Tensor = model(tokens)
-        read = sorted({p for one in objectives for p in positions_of(one, logits, length)})
+        if logits is None:
+            with torch.no_grad():
+                logits = model(tokens)
+        given: Tensor = logits
+        read = sorted({p for one in objectives for p in positions_of(one, given, length)})
 
         def within(one: Objective) -> Objective:
             def evaluated(rows: Tensor) -> Tensor:
-                whole = logits.repeat(len(rows), 1, 1)
+                whole = given.repeat(len(rows), 1, 1)
                 return one(whole.index_copy(1, torch.tensor(read, device=rows.device), rows))
 
             return evaluated
 
-        return cls(tuple(within(one) for one in objectives), tuple(read), length, logits)
+        return cls(tuple(within(one) for one in objectives), tuple(read), length, given)
 
     def values(self, logits: Float[Tensor, "run read vocab"]) -> Float[Tensor, "objective run"]:
         """Each objective's value on each row, in float64."""

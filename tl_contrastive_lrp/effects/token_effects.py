@@ -14,7 +14,7 @@ from dataclasses import replace as replaced_fields
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..engine.fused import AttentionKind, is_worth
@@ -211,13 +211,14 @@ def token_effects_each(
     facts = PromptFacts.of(model, prompt, prepend_bos)
     by, how = _stand_ins(model, facts.tokens, replace, seed)
     # Together, the last position is exact only where all read the same one.
+    logits = Questions.of(model, each, facts.tokens).logits
     by_read: dict[tuple[int, ...], list[int]] = {}
     for number, one in enumerate(each):
-        read = Questions.of(model, [one], facts.tokens).read
+        read = Questions.of(model, [one], facts.tokens, logits).read
         by_read.setdefault(read, []).append(number)
     found: dict[int, TokenEffects] = {}
     for numbers in by_read.values():
-        alike = _effects(model, facts, [each[n] for n in numbers], by, how, options)
+        alike = _effects(model, facts, [each[n] for n in numbers], by, how, options, logits)
         found.update(zip(numbers, alike, strict=True))
     return [found[number] for number in range(len(each))]
 
@@ -263,10 +264,11 @@ def _effects(
     by: Int[Tensor, " pos"] | None,
     how: str,
     options: _Options,
+    logits: Float[Tensor, "1 pos vocab"] | None = None,
 ) -> list[TokenEffects]:
-    """Run, and make a result of each objective."""
+    """Run, and make a result of each objective; ``logits`` are the prompt's, if they are known."""
     replaced = Replaced(facts.tokens, by)
-    questions = Questions.of(model, objectives, facts.tokens)
+    questions = Questions.of(model, objectives, facts.tokens, logits)
     found = _run(model, replaced, questions, options)
     return [
         TokenEffects(
@@ -285,7 +287,7 @@ def _effects(
             model_name=facts.model_name,
             pos=described.pos,
             earlier_pos=described.earlier_pos,
-            forwards=found.forwards,
+            forwards=found.forwards + questions.forwards,
             prepended_bos=facts.prepended_bos,
             segments=facts.segments,
         )

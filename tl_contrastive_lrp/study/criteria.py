@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .analysis import CaseAnalysis
@@ -85,6 +85,23 @@ def ordinary(analysis: CaseAnalysis) -> Bool[Tensor, " pos"]:
     return mask
 
 
+def strongest(
+    values: Float[Tensor, " pos"], counted: Bool[Tensor, " pos"], k: int
+) -> Int[Tensor, " strongest"]:
+    """The k counted tokens of largest |value|, or all of them if there are fewer.
+
+    Args:
+        values: A number of each token, such as its relevance.
+        counted: Which tokens count, as ``ordinary`` says.
+        k: How many.
+
+    Returns:
+        Their positions, the strongest first; of equal ones the first in the text.
+    """
+    size = torch.where(counted, values.double().abs(), -1.0)
+    return torch.argsort(-size, stable=True)[: min(k, int(counted.sum()))]
+
+
 def relevant_positions(case: Case) -> Bool[Tensor, " pos"] | None:
     """The tokens that should decide: decisive positions if known, else the instruction, else None.
 
@@ -121,8 +138,8 @@ def _clue(
 ) -> Clue:
     size = torch.where(counted, values.double().abs(), 0.0)
     n = int(counted.sum())
-    order = torch.argsort(-size, stable=True)[: min(criteria.strongest, n)]
-    top = tuple(int(i) for i in order if size[i] > 0)
+    order = strongest(values, counted, criteria.strongest).tolist()
+    top = tuple(i for i in order if size[i] > 0)
     half = fewest_for_half(size)
     few = max(criteria.strongest, math.floor(criteria.half_within * n))
     known = None if relevant is None else bool(relevant[list(top)].any())

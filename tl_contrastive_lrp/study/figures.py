@@ -30,7 +30,7 @@ class Figure:
     """A figure.
 
     Attributes:
-        id: Its name in ``study.json``, and of its file.
+        id: Its name in the report's JSON, and of its file.
         caption: What it shows, with the sign convention.
         svg: The SVG document.
         data: The numbers it is drawn from.
@@ -108,7 +108,6 @@ def _bars(
     title: str,
     caption: str,
     rows: Sequence[tuple[str, Mapping[str, Any]]],
-    label: str = "mean normalised sum",
 ) -> Figure:
     """Segment sums of several rows (models, groups), as bars."""
     names = [n for n in SEGMENTS if any(row.get(n) for _, row in rows)]
@@ -125,7 +124,8 @@ def _bars(
         for name, row in rows
     ]
     data = {name: {n: row.get(n) for n in names} for name, row in rows}
-    return Figure(id, caption, grouped_bars(title, names, series, label), data)
+    svg = grouped_bars(title, names, series, "mean normalised sum")
+    return Figure(id, caption, svg, data)
 
 
 def _sizes(results: StudyResults, correction: StudyTable | None) -> list[Figure]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,12 +165,13 @@ def plan_study(run: StudyRun, n_items: int = 8) -> StudyPlan:
     if n_items < 1:
         raise ValueError(f"items={n_items} must be 1 or more.")
     models: list[ModelPlan] = []
-    with threads(run.settings.threads):
+    with threads(run.settings.threads), _shown(run) as step:
+        step(f"Opening {run.settings.base.name}")
         with run.opened(run.settings.base) as (base, base_hash):
             chunks = run.chunks(base_hash, base)
             items = sum(map(len, chunks))
             siblings, hashes = run.contrasting()
-            found, seconds = _sample(run, base, base_hash, chunks, siblings, n_items)
+            found, seconds = _sample(run, base, base_hash, chunks, siblings, n_items, step)
             del siblings
             cases = [one for one in found if isinstance(one, Case)]
             probes = cases or [_made_up(run, base, chunks)]
@@ -178,10 +180,13 @@ def plan_study(run: StudyRun, n_items: int = 8) -> StudyPlan:
             if collected:
                 rate = len(known) / collected
             expected = len(known) + math.ceil(rate * (items - collected))
-            models.append(_model(run, run.settings.base, base, base_hash, probes, known, expected))
+            models.append(
+                _model(run, run.settings.base, base, base_hash, probes, known, expected, step)
+            )
         for one in run.settings.models[1:]:
+            step(f"Opening {one.name}")
             with run.opened(one) as (model, model_hash):
-                models.append(_model(run, one, model, model_hash, probes, known, expected))
+                models.append(_model(run, one, model, model_hash, probes, known, expected, step))
     lengths = sorted(len(case.ids) for case in probes)
     return StudyPlan(
         items=items,
@@ -195,6 +200,26 @@ def plan_study(run: StudyRun, n_items: int = 8) -> StudyPlan:
     )
 
 
+@contextmanager
+def _shown(run: StudyRun) -> Iterator[Callable[[str], None]]:
+    """A progress bar: each call of what is given ends a step and names the next."""
+    timed = sum(
+        len(run.rules_of(one)) + len(run.checked_rules_of(one)) for one in run.settings.models
+    )
+    sampled = len({one.name for one in run.settings.benchmarks})
+    with run.bar("Planning", len(run.settings.models) + sampled + timed, "step") as bar:
+        begun = 0
+
+        def step(words: str) -> None:
+            nonlocal begun
+            bar.update(begun)
+            bar.set_description(words)
+            begun = 1
+
+        yield step
+        bar.update(begun)
+
+
 def _sample(
     run: StudyRun,
     base: Any,
@@ -202,6 +227,7 @@ def _sample(
     chunks: Sequence[Chunk],
     siblings: Mapping[str, Any],
     n_items: int,
+    step: Callable[[str], None],
 ) -> tuple[list[Case | Dropped], float]:
     """What becomes of some items of each benchmark, and the seconds it took.
 
@@ -213,8 +239,9 @@ def _sample(
     found, seconds = list[Case | Dropped](), 0.0
     writer = run.writer()
     share = math.ceil(n_items / len(by_benchmark))
-    for each in by_benchmark.values():
+    for name, each in by_benchmark.items():
         part = each[len(each) // 2][:share]
+        step(f"Timing the collecting of {name}")
         start = time.perf_counter()
         found += run.collected(base, base_hash, part, siblings, writer)
         seconds += time.perf_counter() - start
@@ -260,12 +287,14 @@ def _model(
     probes: Sequence[Case],
     known: Sequence[Case],
     expected: int,
+    step: Callable[[str], None],
 ) -> ModelPlan:
     settings: AnalysisSettings = run.analysing
     rules = run.rules_of(one)
     probe = sorted(probes, key=lambda case: len(case.ids))[len(probes) // 2]
     seconds = {}
     for name in rules:
+        step(f"Timing an analysis, {one.name}, {name}")
         for _ in range(2):  # the first one audits the model
             start = time.perf_counter()
             analyse(
@@ -285,6 +314,7 @@ def _model(
     )  # fmt: skip
     checked, check_seconds = run.checked_rules_of(one), {}
     for name in checked:
+        step(f"Timing a check, {one.name}, {name}")
         for _ in range(2):
             start = time.perf_counter()
             check_case(model, probe, name, run.checking)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from .analysis import CaseAnalysis
 from .cases import Case
@@ -22,6 +21,7 @@ from .criteria import (
     heatmap_clue,
     ordinary,
     relevant_positions,
+    strongest,
 )
 
 if TYPE_CHECKING:
@@ -159,9 +159,7 @@ def planted_truth(
             continue
         n, d = int(counted.sum()), int((relevant & counted).sum())
         drawn = min(k, n)
-        size = torch.where(counted, analysis.tokens.double().abs(), -1.0)
-        top = torch.argsort(-size, stable=True)[:drawn]
-        found = int(relevant[top].sum())
+        found = int(relevant[strongest(analysis.tokens, counted, k)].sum())
         rows.append(
             (
                 found > 0,

@@ -1,8 +1,9 @@
 """The report of a study: a page, its figures and data as files, and every number as JSON.
 
-``report("out.html")`` writes ``out.html``; ``study.json`` beside it, with every number of the page;
+``report("out.html")`` writes ``out.html``; ``out.json`` beside it, with every number of the page;
 and the folder ``out_files`` with the figures as SVG and the data as CSV and Parquet. Nothing is
-computed in the page: its tables are formatted from the values in ``study.json``.
+computed in the page: its tables are formatted from the values in ``out.json``. All are named after
+the page, so reports in one folder keep their own.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ if TYPE_CHECKING:
 
 REPORT_VERSION = 1
 
-# Id, heading, paragraph, tables and figures of each section, in order. A figure's name ending in
+# Id, heading, tables and figures of each section, in order. A figure's name ending in
 # "*" stands for all that begin so.
-_SECTIONS: tuple[tuple[str, str, str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("about", "Models", "", ("models",), ()),
-    ("clean", "From completions to cases", "", ("clean",), ()),
-    ("table1", "Outcomes and patterns (Table 1)", "", ("table1",), ("outcomes", "patterns")),
-    ("rules", "Rule sets side by side", "", ("rules",), ()),
-    ("verdicts", "Verdicts on the maps", "", ("verdicts", "verdictlabels"), ()),
-    ("flips", "Tokens to flip", "", ("flips",), ("flips",)),
-    ("segments", "Segment sums", "", ("segments",), ("segments",)),
-    ("sizes", "Larger models", "", ("sizes", "correction"), ("scatter-*", "correction-*")),
-    ("training", "Over training", "", ("checkpoints",), ("trajectories", "checkpoint-segments")),
-    ("metrics", "Graph metrics", "", ("metrics",), ()),
-    ("truth", "Against the planted truth", "", ("truth",), ()),
-    ("labels", "Labels and their agreement", "", ("agreement", "notebooks"), ()),
+_SECTIONS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("about", "Models", ("models",), ()),
+    ("clean", "From completions to cases", ("clean",), ()),
+    ("table1", "Outcomes and patterns (Table 1)", ("table1",), ("outcomes", "patterns")),
+    ("rules", "Rule sets side by side", ("rules",), ()),
+    ("verdicts", "Verdicts on the maps", ("verdicts", "verdictlabels"), ()),
+    ("flips", "Tokens to flip", ("flips",), ("flips",)),
+    ("segments", "Segment sums", ("segments",), ("segments",)),
+    ("sizes", "Larger models", ("sizes", "correction"), ("scatter-*", "correction-*")),
+    ("training", "Over training", ("checkpoints",), ("trajectories", "checkpoint-segments")),
+    ("metrics", "Graph metrics", ("metrics",), ()),
+    ("truth", "Against the planted truth", ("truth",), ()),
+    ("labels", "Labels and their agreement", ("agreement", "notebooks"), ()),
 )
 _INTERVALS = (
     "Brackets are 95 % intervals of a bootstrap over cases (2,000 resamples; BCa for means; for "
@@ -70,11 +71,12 @@ def report(
             benchmarks whose text must not be passed on.
 
     Returns:
-        The content of ``study.json``: "tables" and "figures" by name, "facts", and "cases".
+        The content of the JSON file: "tables" and "figures" by name, "facts", and "cases".
 
     Raises:
         ValueError: The study has no case, or the file's name is no page's.
         FileNotFoundError: The folder does not exist.
+        FileExistsError: Where the page's JSON would lie is a file that is none of a report.
 
     Example:
         >>> from tl_contrastive_lrp.study.report import report
@@ -87,6 +89,12 @@ def report(
         raise ValueError(why)
     if not results.cases:
         raise ValueError(f"study {results.name!r} has no case to report; {results.why_none}")
+    data = data_path(path)
+    if data.exists() and not data.read_bytes().startswith(_BEGINNING.encode()):
+        raise FileExistsError(
+            f"{data} is no data of a report, and that of {path.name} would replace it; give the "
+            "page another name."
+        )
     labels = all_labels(results)
     tables = tables_of(results, labels)
     figures = figures_of(results, tables)
@@ -106,15 +114,29 @@ def report(
         _entries(results, labels, texts),
     )
     save_html(path, html)
-    folder = path.parent / f"{path.stem}_files"
+    folder = data.with_name(f"{data.name.removesuffix('.json')}_files")
     folder.mkdir(exist_ok=True)
     text = json.dumps(numbers, ensure_ascii=True, allow_nan=False, indent=1)
-    _write_text(path.parent / "study.json", text + "\n")
+    _write_text(data, text + "\n")
     for figure in figures.values():
         _write_text(folder / f"{figure.id}.svg", str(figure.svg))
     for name, frame in _frames(results, labels, texts).items():
         _write_frame(folder, name, frame)
     return numbers
+
+
+_BEGINNING = '{\n "version": '  # of every JSON file that a report writes
+
+
+def data_path(page: Path) -> Path:
+    """Where the numbers of a report lie: named after its page.
+
+    Args:
+        page: The page's path.
+    """
+    # In "Qwen3-0.6B" the end is part of the name, as for pages.
+    name = page.stem if page.suffix[1:2].isalpha() else page.name
+    return page.with_name(f"{name}.json")
 
 
 def _table(table: StudyTable) -> dict[str, Any]:
@@ -184,7 +206,7 @@ def _facts(results: StudyResults, texts: bool) -> list[str]:
 
 def _sections(tables: Mapping[str, StudyTable], figures: Mapping[str, Figure]) -> list[Section]:
     sections = []
-    for id, title, text, names, patterns in _SECTIONS:
+    for id, title, names, patterns in _SECTIONS:
         chosen = [
             figure
             for pattern in patterns
@@ -195,7 +217,6 @@ def _sections(tables: Mapping[str, StudyTable], figures: Mapping[str, Figure]) -
             Section(
                 id,
                 title,
-                text,
                 [tables[name] for name in names if name in tables],
                 [(figure.caption, figure.svg) for figure in chosen],
             )

@@ -547,6 +547,17 @@ class StudyRun:
             settings=self.checking, threads=self.settings.threads,
         )  # fmt: skip
 
+    def bar(self, title: str, total: int, unit: str) -> Any:
+        """A progress bar on stderr, which shows nothing where none is asked for or no terminal is.
+
+        Args:
+            title: What is done.
+            total: Number of its steps.
+            unit: What a step is called.
+        """
+        shows = self.progress and sys.stderr.isatty()
+        return tqdm(total=total, desc=title, unit=unit, disable=not shows)
+
     def _phase(
         self,
         worker: Worker,
@@ -556,8 +567,7 @@ class StudyRun:
         compute: Callable[[int], bool],
     ) -> None:
         self._units += len(keys)
-        shows = self.progress and sys.stderr.isatty()
-        with tqdm(total=len(keys), desc=title, unit="unit", disable=not shows) as bar:
+        with self.bar(title, len(keys), "unit") as bar:
 
             def counted(i: int) -> bool:
                 if not compute(i):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import types
 from collections.abc import Mapping, Sequence
@@ -381,7 +382,32 @@ def read_settings(text: str) -> StudySettings:
     Raises:
         SettingsError: As ``load_settings``.
     """
-    return _section(StudySettings, _yaml(text), "")
+    data = _yaml(text)
+    _require_finite(data, "")
+    return _section(StudySettings, data, "")
+
+
+def _require_finite(value: object, path: str) -> None:
+    """Refuse YAML's .inf and .nan, and numbers too large for one, wherever they stand."""
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            _require_finite(one, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list):
+        for i, one in enumerate(value):
+            _require_finite(one, f"{path}[{i}]")
+    elif not _is_finite(value):
+        raise SettingsError(path, f"it is {_shown(value)}; give {_FINITE}")
+
+
+_FINITE = "a finite number"
+
+
+def _is_finite(value: object) -> bool:
+    """False for a number that is infinite, no number, or too large for a float."""
+    try:
+        return not isinstance(value, (int, float)) or math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _yaml(text: str) -> Any:
@@ -453,6 +479,8 @@ def _names(kind: type[Section]) -> str:
 def _mismatch(value: object, hint: Any) -> str | None:
     """What is expected, in words, if a value is not of a type."""
     options = _options(hint)
+    if not _is_finite(value):
+        return _FINITE
     if any(_fits(value, option) for option in options):
         return None
     return " or ".join(_in_words(option) for option in options)
@@ -467,7 +495,7 @@ def _fits(value: object, hint: Any) -> bool:
         return isinstance(value, dict)
     if hint in (int, float):
         number = int if hint is int else (int, float)
-        return isinstance(value, number) and not isinstance(value, bool) and value == value
+        return isinstance(value, number) and not isinstance(value, bool)
     return isinstance(value, hint)
 
 

@@ -109,7 +109,7 @@ class Study:
 
         Args:
             items: Number of items that are completed for the sample, over all benchmarks.
-            progress: Whether to show what is being measured.
+            progress: Whether to show what is being measured, where stderr is a terminal.
 
         Returns:
             Cases, tokens, memory and hours; ``str`` gives them as a text.
@@ -239,10 +239,11 @@ class Study:
         return labels
 
     def report(self, path: str | os.PathLike[str]) -> dict[str, Any]:
-        """Write the report: one page, its data as CSV and Parquet, and ``study.json``.
+        """Write the report: one page, its data as CSV and Parquet, and its numbers as JSON.
 
         Args:
-            path: The HTML file to write; the other files lie beside it.
+            path: The HTML file to write; the other files lie beside it and are named after it
+                (study.html, study.json, study_files).
 
         Returns:
             Every number of the report.

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..attribution.check import MapCheck
 from ..attribution.check.verdict import CONTRADICTED, MEANINGS, SUPPORTED
@@ -21,7 +20,7 @@ from .agreement import label_agreement
 from .analysis import CaseAnalysis
 from .bootstrap import Interval, bootstrap, share
 from .cases import REASONS, Case
-from .criteria import automatic_label, heatmap_clue, notebook_reading, ordinary
+from .criteria import automatic_label, heatmap_clue, notebook_reading, ordinary, strongest
 from .labels import AUTOMATIC, OUTCOMES, PATTERNS, Label
 from .planted import manifest_by_chance, planted_truth
 from .results import StudyResults
@@ -248,12 +247,9 @@ def rules_table(results: StudyResults) -> StudyTable:
 
 
 def _overlap(a: CaseAnalysis, b: CaseAnalysis, k: int = 5) -> float:
-    """Share of the k strongest tokens of one analysis that are among those of another."""
-    tops = []
-    for one in (a, b):
-        size = torch.where(ordinary(one), one.tokens.double().abs(), -1.0)
-        tops.append(set(torch.argsort(-size, stable=True)[:k].tolist()))
-    return len(tops[0] & tops[1]) / max(len(tops[0]), 1)
+    """Share of the k strongest ordinary tokens of one analysis that are among another's."""
+    of_a, of_b = (set(strongest(one.tokens, ordinary(one), k).tolist()) for one in (a, b))
+    return len(of_a & of_b) / max(len(of_a), 1)
 
 
 def verdicts_table(results: StudyResults) -> StudyTable | None:

@@ -125,7 +125,7 @@ def look(model: Any, prompt: PromptFacts, objective: Objective, result: Explaine
         None if questions is None else float(questions.values(logits)[0, 0]),
         float(logits.abs().max()),
         sum(largest) / len(largest) if largest else None,
-        1.0 + (questions is not None and questions.logits is not None),
+        1.0 + (0 if questions is None else questions.forwards),
     )
 
 

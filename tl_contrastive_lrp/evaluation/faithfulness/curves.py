@@ -103,10 +103,16 @@ class FaithfulnessCurves:
         """Area between LeRF and MoRF over ``scale``, by ranking; higher is better, 0 is chance.
 
         Example:
-            >>> curves = clrp.faithfulness_curves(
-            ...     model, case.prompt, result, objective, steps=4, progress=False
-            ... )
-            >>> list(curves.area) == [result.rules]
+            >>> effects = clrp.token_effects(
+            ...     model, case.prompt, objective, window=None, progress=False
+            ... ).effect
+            >>> rankings = {"measured": -effects, "turned round": effects}
+            >>> area = clrp.faithfulness_curves(
+            ...     model, case.prompt, rankings, objective, steps=4, progress=False
+            ... ).area
+            >>> area["measured"] > 0.5 > 0 > area["turned round"]
+            True
+            >>> abs(area["measured"] + area["turned round"]) < 1e-3  # LeRF and MoRF change places
             True
         """
         between = torch.trapezoid(self.lerf - self.morf, self.share) / self.scale
@@ -135,10 +141,14 @@ class FaithfulnessCurves:
         The measure of arXiv:1911.03429.
 
         Example:
+            >>> effects = clrp.token_effects(
+            ...     model, case.prompt, objective, window=None, progress=False
+            ... ).effect
+            >>> rankings = {"measured": -effects, "turned round": effects}
             >>> curves = clrp.faithfulness_curves(
-            ...     model, case.prompt, result, objective, steps=4, progress=False
+            ...     model, case.prompt, rankings, objective, steps=4, progress=False
             ... )
-            >>> list(curves.sufficiency) == [result.rules]
+            >>> curves.sufficiency["measured"] < curves.sufficiency["turned round"]
             True
         """
         n_left = self.removable - self.removed

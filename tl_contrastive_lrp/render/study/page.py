@@ -21,14 +21,12 @@ class Section:
     Attributes:
         id: Its anchor.
         title: Its heading.
-        text: A paragraph below the heading.
         tables: Its tables.
         figures: Caption and SVG of its figures; the SVG is this package's own markup.
     """
 
     id: str
     title: str
-    text: str = ""
     tables: Sequence[StudyTable] = ()
     figures: Sequence[tuple[str, Markup]] = ()
 
@@ -96,7 +94,6 @@ def report_page(
                 {
                     "id": section.id,
                     "title": section.title,
-                    "text": printable(section.text),
                     "tables": [_table(table) for table in section.tables],
                     "figures": [(printable(words), svg) for words, svg in section.figures],
                 }

@@ -272,17 +272,15 @@ def scatter(
     x_label: str,
     y_label: str,
     *,
-    diagonal: bool = True,
     areas: Sequence[tuple[str, float, float]] = (),
 ) -> Markup:
-    """Points, on one scale for both axes.
+    """Points and the line y = x, on one scale for both axes.
 
     Args:
         title: What it shows.
         series: The points.
         x_label: What the horizontal axis measures.
         y_label: What the vertical axis measures.
-        diagonal: Whether to draw y = x.
         areas: Name, lower x and limit of y of areas to shade: y above a positive limit, below a
             negative one.
 
@@ -317,11 +315,10 @@ def scatter(
         parts.append(_text(x, height - 30, tick_text(value), text_anchor="middle", fill=_SOFT))
     middle = (frame.left + width - frame.right) / 2
     parts.append(_text(middle, height - 10, x_label, text_anchor="middle", fill=_SOFT))
-    if diagonal:
-        parts.append(
-            f'<line x1="{frame.x(low)}" y1="{frame.y(low)}" x2="{frame.x(high)}" '
-            f'y2="{frame.y(high)}" stroke="{_SOFT}" stroke-dasharray="5 4"/>'
-        )
+    parts.append(
+        f'<line x1="{frame.x(low)}" y1="{frame.y(low)}" x2="{frame.x(high)}" '
+        f'y2="{frame.y(high)}" stroke="{_SOFT}" stroke-dasharray="5 4"/>'
+    )
     for one, tone in zip(series, colour, strict=True):
         for p in one.points:
             words = escape(printable(p.title))

@@ -33,7 +33,7 @@ class StudyTable:
     """A table of raw values.
 
     Attributes:
-        id: Its name in ``study.json`` and its anchor on the page.
+        id: Its name in the report's JSON and its anchor on the page.
         title: What it shows.
         columns: Its columns.
         rows: Values by column; missing ones are shown as a dash. "published": True marks a row of

@@ -6,7 +6,9 @@ completion's ids, or None if it cannot tell. These come with the package, by nam
 - "given": the index that the item carries (``row["target_position"]``), or that a benchmark with
   planted truth knows (its method ``first_wrong``).
 - "divergence": the first token whose text leaves the reference completion.
-- "constraint": the first token after which ``benchmark.can_pass`` is False.
+- "constraint": the first token after which ``benchmark.can_pass`` is False. An answer that breaks
+  nothing but ends too early is not located: ``can_pass`` is None then, as where a benchmark cannot
+  tell whether the text has gone wrong, so the end token is not known to be the first wrong one.
 - "recovery": the first position, among those tried, at which another token and a greedy rollout
   from there pass the checker. At a position the ``recovery_top_k`` tokens that follow the written
   one in rank are tried; a position whose tokens are all within ``min_delta`` of the written one is

@@ -22,7 +22,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from ...errors import FileFormatError
 from ..cases import Verdict
@@ -52,7 +52,17 @@ def read_inspect(path: Path, score: str | None) -> Iterator[Entry | Unusable]:
     Raises:
         FileFormatError: The file as a whole cannot be read.
     """
-    header, samples = _zipped(path) if zipfile.is_zipfile(path) else _plain(path)
+    with path.open("rb") as raw:
+        if zipfile.is_zipfile(raw):
+            with zipfile.ZipFile(raw) as file:
+                yield from _entries(path, *_zipped(path, _Zip(raw, file)), score)
+            return
+    yield from _entries(path, *_plain(path), score)
+
+
+def _entries(
+    path: Path, header: Mapping[str, Any], samples: Iterator[tuple[str, Any]], score: str | None
+) -> Iterator[Entry | Unusable]:
     spec = header.get("eval")
     if not isinstance(spec, Mapping):
         raise FileFormatError(f"{path} is no log of Inspect: its header has no field 'eval'.")
@@ -74,9 +84,15 @@ def read_inspect(path: Path, score: str | None) -> Iterator[Entry | Unusable]:
             yield Unusable(id, task, error.reason, str(error))
 
 
-def _zipped(path: Path) -> tuple[Mapping[str, Any], Iterator[tuple[str, Any]]]:
-    with zipfile.ZipFile(path) as file:
-        names = set(file.namelist())
+class _Zip(NamedTuple):
+    """An open zip file, as bytes and as an archive."""
+
+    raw: BinaryIO
+    file: zipfile.ZipFile
+
+
+def _zipped(path: Path, log: _Zip) -> tuple[Mapping[str, Any], Iterator[tuple[str, Any]]]:
+    names = set(log.file.namelist())
     if "header.json" not in names:
         journal = "_journal/start.json" in names
         raise FileFormatError(
@@ -85,7 +101,7 @@ def _zipped(path: Path) -> tuple[Mapping[str, Any], Iterator[tuple[str, Any]]]:
         )
 
     try:
-        header = _member(path, "header.json")
+        header = _member(log, "header.json")
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise FileFormatError(f"{path}: header.json cannot be read ({error}).") from error
     if not isinstance(header, Mapping):
@@ -95,7 +111,7 @@ def _zipped(path: Path) -> tuple[Mapping[str, Any], Iterator[tuple[str, Any]]]:
         for name in sorted(n for n in names if re.fullmatch(r"samples/.+\.json", n)):
             where = f"{path.name}, {name}"
             try:
-                yield where, _object(_member(path, name), where)
+                yield where, _object(_member(log, name), where)
             except UnusableError as error:
                 yield where, error
             except (ValueError, OSError, zipfile.BadZipFile) as error:
@@ -107,25 +123,23 @@ def _zipped(path: Path) -> tuple[Mapping[str, Any], Iterator[tuple[str, Any]]]:
 _ZSTANDARD = 93  # the compression's number in a zip file
 
 
-def _member(path: Path, name: str) -> Any:
+def _member(log: _Zip, name: str) -> Any:
     """The JSON value of a file in the zip.
 
     Raises:
         ValueError: It is damaged, or no JSON.
         zipfile.BadZipFile: It is damaged.
     """
-    with zipfile.ZipFile(path) as file:
-        info = file.getinfo(name)
-        if info.compress_type != _ZSTANDARD:
-            return json.loads(file.read(name).decode("utf-8"))
+    raw, info = log.raw, log.file.getinfo(name)
+    if info.compress_type != _ZSTANDARD:
+        return json.loads(log.file.read(name).decode("utf-8"))
     import pyarrow
 
-    with path.open("rb") as raw:
-        raw.seek(info.header_offset)
-        # The local header ends with the lengths of the name and of an extra field after it.
-        name_length, extra_length = struct.unpack("<HH", raw.read(30)[26:])
-        raw.seek(name_length + extra_length, 1)
-        packed = raw.read(info.compress_size)
+    raw.seek(info.header_offset)
+    # The local header ends with the lengths of the name and of an extra field after it.
+    name_length, extra_length = struct.unpack("<HH", raw.read(30)[26:])
+    raw.seek(name_length + extra_length, 1)
+    packed = raw.read(info.compress_size)
     data = pyarrow.decompress(packed, info.file_size, codec="zstd", asbytes=True)
     if zlib.crc32(data) != info.CRC:
         raise zipfile.BadZipFile(f"its checksum is wrong: {name}")
