@@ -208,6 +208,8 @@ def said(prompts: pd.DataFrame) -> str:
     }
     several = held[held["kind"] != RANDOM]
     pooled = several[~several["right"]]
+    only_own = set(several["kind"]) <= {MAP}  # others' strongest tokens were not replaced
+    of_all = "" if only_own else f", {resampled(pooled)} of the wrong maps of all rule sets"
     decided = own[own["verdict"] != "weak"]
     agree = (decided["verdict"] == "supported") == decided["right"]
     choosing = first[first["kind"] != RANDOM]
@@ -216,8 +218,8 @@ def said(prompts: pd.DataFrame) -> str:
     return (
         f"The first half, with {n_wrong} wrong and {n_right} right maps, chose {supported:g} and "
         f"{contradicted:g}. On the other half {share(wrong['own'])} of AttnLRP's wrong maps are "
-        f"called supported, {resampled(pooled)} of the wrong maps of all rule sets, and "
-        f"{share(wrong['random'])} of the wrong random ones; the aim was {ALLOWED:.0%}. Where "
+        f"called supported{of_all}, and {share(wrong['random'])} of the wrong random ones; the aim "
+        f"was {ALLOWED:.0%}. Where "
         f"AttnLRP's maps are not called weak ({len(decided)} of {len(own)}), the verdict is right "
         f"for {share(agree)}. The share that the check finds and the one that it does not see "
         f"correlate at {correlation:.2f}. Of a right and a wrong map of AttnLRP, the check gives "

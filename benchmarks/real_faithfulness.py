@@ -23,7 +23,7 @@ Groups of prompts: indirect objects, agreement and facts from the templates in `
 
 A file is written for each prompt and part, whole or not at all; what is there is not measured
 again, so a run can be stopped and continued. A process takes one thread. Failures come in random
-order, so what a stopped run has of them is a random sample. The files hold tokens' positions and
+order, those of more than 600 tokens last, so what a stopped run has is a random sample of each. The files hold tokens' positions and
 numbers, no texts; --summary makes of them one file with a row a prompt and rule set. Without
 --cases templates alone are measured, as of a second model, with --parts base:
 
@@ -62,6 +62,7 @@ NAMED = tuple(clrp.RULE_SETS)
 FAILURES, LONG = "failures", "long failures"
 GROUPS = (*TEMPLATES, FAILURES, LONG)
 BOUND = 200  # tokens; longer failures are a group of their own
+FAR = 600  # tokens; still longer ones are measured last
 SUBSET, SHORT = 24, 120  # failures of at most so many tokens, for removal
 PATCHED = (0, 1, 10, 11)  # numbers of the templates' prompts
 RESTORED = tuple(range(0, 20, 4))  # the same, for circuits
@@ -127,7 +128,8 @@ def from_templates(tokenizer: Any, most: int | None) -> list[Asked]:
 
 
 def from_cases(path: Path, most: int, most_long: int, longest: int) -> list[Asked]:
-    """Failures, in random order; the first of them that are short enough are for removal too."""
+    """Failures, in random order but for the longest, which come last; the first of them that are
+    short enough are for removal too."""
     cases = list(enumerate(clrp.study.load_cases(path)))
     cases = [(number, case) for number, case in cases if len(case.ids) <= longest]
     draw = random.Random(0)
@@ -146,7 +148,7 @@ def from_cases(path: Path, most: int, most_long: int, longest: int) -> list[Aske
         ids = torch.tensor(case.ids)
         two = case.target_id, case.contrast_id
         found.append(Asked(group, number, rank, ids, *two, removal=removal))
-    return found
+    return sorted(found, key=lambda one: len(one.ids) > FAR)
 
 
 # ---- what is measured of one

@@ -248,12 +248,16 @@ def test_failures_in_random_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     lengths = [*range(50, 250), *range(300, 500)]
     cases = [SimpleNamespace(ids=(1,) * n, target_id=5, contrast_id=6) for n in lengths]
     monkeypatch.setattr(clrp.study, "load_cases", lambda _: cases)
+    monkeypatch.setattr(real, "FAR", 350)
     found = real.from_cases(tmp_path, most=100, most_long=60, longest=450)
     groups = [one.group for one in found]
     assert (groups.count(real.FAILURES), groups.count(real.LONG)) == (100, 60)
     assert real.LONG in groups[:20]
     assert real.FAILURES in groups[:20]
-    assert [one.rank for one in found] == list(range(160))
+    assert sorted(one.rank for one in found) == list(range(160))
+    early = [one.rank for one in found if len(one.ids) <= 350]
+    assert early == sorted(early)
+    assert [len(one.ids) > 350 for one in found] == sorted(len(one.ids) > 350 for one in found)
     assert len({one.number for one in found}) == 160
     for one in found:
         assert len(one.ids) == lengths[one.number] <= 450
