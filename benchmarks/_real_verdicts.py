@@ -120,7 +120,8 @@ def _at(values: Mapping[int, float], positions: Sequence[int]) -> Tensor:
 
 def maps(prompts: pd.DataFrame) -> pd.DataFrame:
     """A row for each map that was checked: group, prompt, kind, captured, truth, right, half,
-    which is 1 or 2 for failures and 0 for templates."""
+    which is 1 or 2 for failures and 0 for templates. Maps of a rule set whose strongest tokens
+    happened to be replaced on less than half of a group's prompts are left out of it."""
     half = halves(prompts)
     parts = []
     for kind in MAPS:
@@ -131,7 +132,9 @@ def maps(prompts: pd.DataFrame) -> pd.DataFrame:
             truth=prompts[f"truth, {kind}"],
             foreseen=prompts[f"foreseen, {kind}"],
         )
-        parts.append(part.dropna(subset=["captured", "truth"]))
+        part = part.dropna(subset=["captured", "truth"])
+        many = part["group"].map(part["group"].value_counts() / prompts["group"].value_counts())
+        parts.append(part[many >= 0.5])
     found = pd.concat(parts, ignore_index=True)
     return found.assign(right=found["truth"] >= RIGHT)
 

@@ -23,9 +23,10 @@ Groups of prompts: indirect objects, agreement and facts from the templates in `
 
 A file is written for each prompt and part, whole or not at all; what is there is not measured
 again, so a run can be stopped and continued. A process takes one thread. Failures come in random
-order, those of more than 600 tokens last, so what a stopped run has is a random sample of each. The files hold tokens' positions and
-numbers, no texts; --summary makes of them one file with a row a prompt and rule set. Without
---cases templates alone are measured, as of a second model, with --parts base:
+order, those of more than 600 tokens last, so what a stopped run has is a random sample of each. The
+files hold tokens' positions and numbers, no texts; --summary makes of them one file with a row a
+prompt and rule set. Without --cases templates alone are measured, as of a second model, with
+--parts base:
 
     python benchmarks/real_faithfulness.py --model SECOND --out OUT --parts base \
         --summary benchmarks/real_second_model.json

@@ -9,9 +9,10 @@ from typing import Literal
 
 Verdict = Literal["supported", "weak", "contradicted"]
 
-# On ``captured``, which lies in [-1, 1]. Chosen by hand: half of what as many tokens can do, and
-# none of it. docs/faithfulness.md says how often the verdicts are right on real failures.
-SUPPORTED = 0.5  # this much or more
+# On ``captured``, which lies in [-1, 1]. Chosen on one half of real failures by a rule that was
+# written before they were measured, so that few wrong maps are called supported, and few right ones
+# contradicted; docs/faithfulness.md says how often the verdicts are right on the other half.
+SUPPORTED = 0.6  # this much or more
 CONTRADICTED = 0.0  # less than this
 
 MEANINGS: dict[Verdict, str] = {
