@@ -1,7 +1,7 @@
 """How faithful is each rule set on real weights? Measures, for docs/faithfulness.md.
 
     python tools/real_model.py --out FOLDER
-    python benchmarks/real_failures.py --model FOLDER --data DATA --out CASES.jsonl
+    python benchmarks/real_failures.py --model FOLDER --data DATA --work WORK --out CASES.jsonl
     python benchmarks/real_faithfulness.py --model FOLDER --cases CASES.jsonl --out OUT --shard 1/2
     python benchmarks/real_faithfulness.py --model FOLDER --cases CASES.jsonl --out OUT --shard 2/2
     python benchmarks/real_faithfulness.py --out OUT --summary benchmarks/real_faithfulness.json
@@ -29,7 +29,7 @@ prompt and rule set. Without --cases templates alone are measured, as of a secon
 --parts base:
 
     python benchmarks/real_faithfulness.py --model SECOND --out OUT --parts base \
-        --summary benchmarks/real_second_model.json
+        --templates 5 --summary benchmarks/real_second_model.json
 """
 
 from __future__ import annotations
