@@ -148,7 +148,7 @@ def test_rules_flips_and_sizes_by_slow_counting(made: tuple[Path, dict[str, Any]
                and r["model"] == "small") == sum(abs(d) > 1 for d in deltas)  # fmt: skip
 
 
-VERDICTS = {0.9: "supported", 0.25: "weak", -0.5: "contradicted", None: "weak", 0.5: "supported"}
+VERDICTS = {0.9: "supported", 0.25: "weak", -0.5: "contradicted", None: "weak", 0.6: "supported"}
 
 
 def test_verdicts_by_slow_counting(tmp_path: Path) -> None:

@@ -120,7 +120,8 @@ def made_up_check(case: Case, captured: float | None, rules: str = "attnlrp") ->
 
 
 # Of the cases in turn: supported, weak, contradicted, weak for want of any effect, supported.
-CAPTURED = (0.9, 0.25, -0.5, None, 0.5)
+# The last is where "supported" begins.
+CAPTURED = (0.9, 0.25, -0.5, None, 0.6)
 
 
 def made_up_checks(study: StudyResults) -> dict[tuple[str, str], MapCheck]:
