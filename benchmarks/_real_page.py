@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 from _faithfulness_rule import FIRST, REAL, Measure, adjusted, verdicts
 from _faithfulness_runs import RULES
+from _real_prompts import FAILURES, LONG
 
 from tl_contrastive_lrp import RULE_SETS
 from tl_contrastive_lrp.evaluation.faithfulness import bootstrap_interval
 
 STORED = Path(__file__).with_name("real_faithfulness.json")
 SECOND = Path(__file__).with_name("real_second_model.json")
-FAILURES, LONG = "failures", "long failures"
 NAMED = tuple(RULE_SETS)
 PATCHING = ("residual stream", "heads")
 PREDICTED = ("window 1", "window 2")
@@ -308,6 +308,7 @@ def fields(real: Real, second: Real) -> dict[str, str]:
         "real_versions": versions(real),
         "real_minutes": f"{sum(minutes.values()):.0f}",
         "real_cases": str(real.about.get("cases", 0)),
+        "real_measured": str(int(real.prompts["group"].isin([FAILURES, LONG]).sum())),
         "real_prompts": prompts_table(real),
         "real_differences": compared(rows),
         "real_verdict": counted(rows),

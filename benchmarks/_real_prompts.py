@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 TEMPLATES = ("indirect objects", "agreement", "facts")
+FAILURES, LONG = "failures", "long failures"  # groups of cases, beside those of templates
 
 _PEOPLE = (
     ("Mary", "John"), ("Tom", "Anna"), ("Peter", "Sarah"), ("Emma", "David"), ("Paul", "Lucy"),

@@ -117,7 +117,8 @@ def measure_real(model: Path, data: Path | None, cases: Path | None, out: Path, 
         out.mkdir(parents=True, exist_ok=True)
         subprocess.run(ours, check=True)
     script = [sys.executable, here / "real_faithfulness.py", "--out", out / "measured"]
-    asked = [*script, "--model", model, "--cases", cases, "--shard"]
+    named = ["--model", model, "--name", "SmolLM2-135M-Instruct"]
+    asked = [*script, *named, "--cases", cases, "--shard"]
     runs_of = [subprocess.Popen([*asked, f"{number}/{n}"]) for number in range(1, n + 1)]
     codes = [run.wait() for run in runs_of]
     if any(codes):
@@ -138,8 +139,9 @@ def main() -> None:
     parser.add_argument("--out-real", type=Path, help="folder of measurements, to stop and go on")
     parser.add_argument("--processes", type=int, default=2, help="for --real, a thread each")
     options = parser.parse_args()
-    if (options.real is None) != (options.cases is None and options.data is None):
-        parser.error("--real needs --data or --cases, and these need --real")
+    given = [one for one in (options.data, options.cases) if one is not None]
+    if len(given) != (options.real is not None):
+        parser.error("--real needs either --data or --cases, and these need --real")
     torch.set_num_threads(1)
     if options.real is not None:
         with tempfile.TemporaryDirectory() as folder:

@@ -28,7 +28,7 @@ files hold tokens' positions and numbers, no texts; --summary makes of them one 
 prompt and rule set. Without --cases templates alone are measured, as of a second model, with
 --parts base:
 
-    python benchmarks/real_faithfulness.py --model SECOND --out OUT --parts base \
+    python benchmarks/real_faithfulness.py --model SECOND --name NAME --out OUT --parts base \
         --templates 5 --summary benchmarks/real_second_model.json
 """
 
@@ -53,14 +53,13 @@ import _real_measures as measures
 import _real_verdicts as verdicts
 import torch
 from _faithfulness_runs import RULES
-from _real_prompts import TEMPLATES, prompts
+from _real_prompts import FAILURES, LONG, TEMPLATES, prompts
 from torch import Tensor
 
 import tl_contrastive_lrp as clrp
 from tl_contrastive_lrp.files import atomic_path
 
 NAMED = tuple(clrp.RULE_SETS)
-FAILURES, LONG = "failures", "long failures"
 GROUPS = (*TEMPLATES, FAILURES, LONG)
 BOUND = 200  # tokens; longer failures are a group of their own
 FAR = 600  # tokens; still longer ones are measured last
@@ -387,14 +386,12 @@ def table(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in short] for name in names}
 
 
-def about(folder: Path, cases: Path | None) -> dict[str, Any]:
+def about(folder: Path, name: str, cases: Path | None) -> dict[str, Any]:
     """What was measured with."""
     packages = ("torch", "transformers", "transformer_lens", "tl_contrastive_lrp")
     names = {"transformer_lens": "transformer-lens"}
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    known = {576: "SmolLM2-135M-Instruct", 640: "Gemma 3 270M"}
     return {
-        "model": known.get(config.get("hidden_size"), folder.name),
+        "model": name or folder.name,
         "cases": 0 if cases is None else len(clrp.study.load_cases(cases)),
         "python": platform.python_version(),
         **{name: version(names.get(name, name)) for name in packages},
@@ -404,6 +401,7 @@ def about(folder: Path, cases: Path | None) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder with real weights")
+    parser.add_argument("--name", default="", help="what the page calls the model")
     parser.add_argument("--cases", type=Path, help="failures, as clrp.study saves them")
     parser.add_argument("--out", type=Path, required=True, help="folder of measurements")
     parser.add_argument("--shard", default="1/1", help="this process's part, as 1/2")
@@ -429,7 +427,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.cases is not None:
             asked += from_cases(options.cases, options.failures, options.long, options.longest)
         with atomic_path(options.out / "about.json", example="about.json") as temporary:
-            temporary.write_text(json.dumps(about(options.model, options.cases)), "utf-8")
+            temporary.write_text(
+                json.dumps(about(options.model, options.name, options.cases)), "utf-8"
+            )
         measure(model, plain, asked, options.out, (which, of), options.parts)
         for name, seconds in sorted(spent(options.out).items()):
             print(f"{name}: {seconds / 60:.1f} processor minutes")

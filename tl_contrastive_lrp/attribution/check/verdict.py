@@ -9,8 +9,8 @@ from typing import Literal
 
 Verdict = Literal["supported", "weak", "contradicted"]
 
-# On ``captured``, which lies in [-1, 1]. Chosen on one half of real failures by a rule that was
-# written before they were measured, so that few wrong maps are called supported, and few right ones
+# On ``captured``, which lies in [-1, 1]. Chosen on one half of 145 real failures by a rule
+# (benchmarks/_real_verdicts.py), so that few wrong maps are called supported, and few right ones
 # contradicted; docs/faithfulness.md says how often the verdicts are right on the other half.
 SUPPORTED = 0.6  # this much or more
 CONTRADICTED = 0.0  # less than this
@@ -18,8 +18,9 @@ CONTRADICTED = 0.0  # less than this
 MEANINGS: dict[Verdict, str] = {
     "supported": "What the map names has much of the effect that so many tokens can have, in the "
     "direction that it says.",
-    "weak": "What the map names has little of the effect that so many tokens can have, or nothing "
-    "could be measured: rely on the measured effects instead.",
+    "weak": "What the map names has a part of the effect that so many tokens can have, too small "
+    "to tell a right map from a wrong one, or nothing could be measured: rely on the measured "
+    "effects instead.",
     "contradicted": "Replacing what the map names moves Δℓ the other way than it says.",
 }
 
